@@ -1,0 +1,145 @@
+"""What a user may ask for: the sections of a pipeline file, each field with its meaning and bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentforge.verdicts import FALSIFIER_ID
+
+Profile = Literal["smoke", "full"]
+Seed = Annotated[int, Field(ge=0, lt=2**53)]
+Count = Annotated[int, Field(ge=1, lt=2**53)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen table of a pipeline file; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataSpec(Section):
+    """Corpus, tokenizer and packing."""
+
+    corpus: str = Field("stdlib", min_length=1, description="'stdlib', a folder, a .txt or a .jsonl file")
+    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = Field(
+        2048, description="size of the byte-level BPE to train; ignored where the teacher brings its tokenizer"
+    )
+    sequence_length: Annotated[int, Field(ge=8, le=131_072)] = Field(128, description="tokens a packed row")
+    train_sequences: Count | None = Field(None, description="packed training rows to keep; all of the corpus if absent")
+    heldout_sequences: Count = Field(64, description="packed rows of the fixed held-out split")
+
+
+class TeacherSpec(Section):
+    """A teacher: a folder that exists, or a small model to train on the corpus."""
+
+    model: str | None = Field(None, min_length=1, description="Hugging Face folder, or repo@commit in the hub cache")
+    layers: Count = 3
+    hidden: Count = 128
+    heads: Count = 4
+    kv_heads: Count = 2
+    intermediate: Count = 384
+    steps: Count = 300
+    batch_size: Count = 16
+    learning_rate: Positive = 2e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _attention_fits("teacher", self.hidden, self.heads, self.kv_heads)
+        return self
+
+
+class ScoreSpec(Section):
+    """Scoring of the teacher into the store of targets."""
+
+    k: Annotated[int, Field(ge=1, le=262_144)] = Field(32, description="entries kept a position")
+    temperatures: tuple[Positive, ...] = Field((1.0,), min_length=1, description="T for which exact tails are stored")
+    batch_size: Count = 16
+
+    @model_validator(mode="after")
+    def _temperatures_differ(self) -> Self:
+        if len(set(self.temperatures)) != len(self.temperatures):
+            raise ValueError(f"temperatures {list(self.temperatures)} holds a value twice")
+        return self
+
+
+class StudentSpec(Section):
+    """A token-level student: a folder to start from, or the size of a new model."""
+
+    init: str | None = Field(None, min_length=1, description="Hugging Face folder to start from")
+    layers: Count = 2
+    hidden: Count = 64
+    heads: Count = 4
+    kv_heads: Count = 2
+    intermediate: Count = 192
+    frozen: bool = Field(False, description="train nothing: the planted control of F-DISTILL-SMOKE-001")
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        _attention_fits("student", self.hidden, self.heads, self.kv_heads)
+        return self
+
+
+class DistillSpec(Section):
+    """Training of the token-level student."""
+
+    student: StudentSpec = StudentSpec()
+    targets: Literal["store", "live"] = Field("store", description="'live' = dense logits of a teacher in process")
+    steps: Count = 500
+    batch_size: Count = 16
+    micro_batch_size: Count | None = Field(None, description="rows a forward pass; the whole batch if absent")
+    learning_rate: Positive = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: Weight = 0.01
+    clip_norm: Positive | None = 1.0
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="'bf16' keeps fp32 master weights")
+    temperature: Positive = 1.0
+    ce_weight: Weight = 0.3
+    kd_weight: Weight = 0.7
+    direction: Literal["forward"] = "forward"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: Count = 250
+    require: tuple[str, ...] = Field((), description="falsifiers that must pass")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.ce_weight == 0.0 and self.kd_weight == 0.0:
+            raise ValueError("ce_weight = 0 and kd_weight = 0: nothing would be trained; give one of them a weight")
+        if not math.isfinite(self.ce_weight + self.kd_weight):
+            raise ValueError("ce_weight + kd_weight is not finite")
+        micro = self.micro_batch_size
+        if micro is not None and micro > self.batch_size:
+            raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
+        for falsifier in self.require:
+            if not FALSIFIER_ID.fullmatch(falsifier):
+                raise ValueError(f"require: {falsifier!r} is not a falsifier id (F-NAME-001)")
+        return self
+
+
+class PipelineSpec(Section):
+    """A whole pipeline file: data → teacher → score → distill."""
+
+    profile: Profile = "smoke"
+    seed: Seed = 7
+    data: DataSpec = DataSpec()
+    teacher: TeacherSpec = TeacherSpec()
+    score: ScoreSpec = ScoreSpec()
+    distill: DistillSpec = DistillSpec()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.teacher.model is None and self.score.k > self.data.vocab_size:
+            raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
+        return self
+
+
+def _attention_fits(what: str, hidden: int, heads: int, kv_heads: int) -> None:
+    if hidden % heads or (hidden // heads) % 2:
+        raise ValueError(f"{what}: hidden {hidden} does not split into {heads} heads of an even size")
+    if heads % kv_heads:
+        raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
