@@ -22,6 +22,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _attention_fits(what: str, hidden: int, heads: int, kv_heads: int) -> None:
+    if hidden % heads or (hidden // heads) % 2:
+        raise ValueError(f"{what}: hidden {hidden} does not split into {heads} heads of an even size")
+    if heads % kv_heads:
+        raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
+
+
 class DataSpec(Section):
     """Corpus, tokenizer and packing."""
 
@@ -136,10 +143,3 @@ class PipelineSpec(Section):
         if self.teacher.model is None and self.score.k > self.data.vocab_size:
             raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
         return self
-
-
-def _attention_fits(what: str, hidden: int, heads: int, kv_heads: int) -> None:
-    if hidden % heads or (hidden // heads) % 2:
-        raise ValueError(f"{what}: hidden {hidden} does not split into {heads} heads of an even size")
-    if heads % kv_heads:
-        raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
