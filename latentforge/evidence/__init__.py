@@ -1,0 +1,1 @@
+"""Evidence: what ran, by digest; written once, chained in a ledger, verified offline."""
