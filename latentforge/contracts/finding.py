@@ -21,6 +21,8 @@ class Finding:
     def __post_init__(self) -> None:
         # A check that returns numpy.bool_ or 1 would compare equal to True by accident; only the real thing counts.
         if self.passed is not None and type(self.passed) is not bool:
-            raise TypeError(f"Finding.passed is {self.passed!r} ({type(self.passed).__name__}), not True, False or None")
+            raise TypeError(
+                f"Finding.passed is {self.passed!r} ({type(self.passed).__name__}), not True, False or None"
+            )
         if "\n" in self.text or "\r" in self.text:
             raise ValueError(f"Finding.text has more than one line: {self.text!r}")
