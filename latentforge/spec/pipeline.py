@@ -1,0 +1,163 @@
+"""From a pipeline file to its runs: which there are, what each means, and what each takes from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentforge.errors import RefusedError
+from latentforge.spec.canonical import canonical_sha256
+from latentforge.spec.identity import Kind, RunIdentity
+from latentforge.spec.run import InputRef
+from latentforge.spec.sections import PipelineSpec
+
+BUILTIN_CORPUS = "stdlib"
+
+
+@dataclass(frozen=True)
+class ExternalPath:
+    """A file or folder of the user's that a pipeline names: its content is an input, its path is not."""
+
+    field: str  # the spec field that names it, "data.corpus"
+    path: str
+    purpose: str  # "corpus" or "model"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a pipeline: its identity, where its inputs lie, and its kin.
+
+    ``kin`` is the sha256 of the meaning without the code: runs of one kin differ in code alone.
+    """
+
+    identity: RunIdentity
+    resolved: dict[str, InputRef]
+    kin: str
+
+    @property
+    def kind(self) -> Kind:
+        """The run's kind."""
+        return self.identity.kind
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.identity.run_id
+
+
+def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:
+    """What of the user's own files a pipeline reads; each must be hashed on the host before its runs have ids."""
+    if spec.data.corpus != BUILTIN_CORPUS:
+        yield ExternalPath("data.corpus", spec.data.corpus, "corpus")
+    if spec.teacher.model is not None:
+        yield ExternalPath("teacher.model", spec.teacher.model, "model")
+    if spec.distill.student.init is not None:
+        yield ExternalPath("distill.student.init", spec.distill.student.init, "model")
+
+
+def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
+    """The pipeline as it will run, and a sentence for each choice that the file did not spell out.
+
+    A temperature for which no tails are stored needs dense targets of a live teacher.
+    """
+    distill, notes = spec.distill, []
+    if distill.targets == "store" and distill.temperature not in spec.score.temperatures:
+        stored = ", ".join(f"{t:g}" for t in spec.score.temperatures)
+        notes.append(
+            f"T = {distill.temperature:g} is not in score.temperatures [{stored}]: planned with live dense targets"
+        )
+        distill = distill.model_copy(update={"targets": "live"})
+    return spec.model_copy(update={"distill": distill}), notes
+
+
+def check_profile(spec: PipelineSpec) -> None:
+    """Refuse in a ``full`` pipeline what is only fit for ``smoke``."""
+    if spec.profile != "full":
+        return
+    if spec.data.corpus == BUILTIN_CORPUS:
+        raise RefusedError(
+            "data.corpus = 'stdlib' is only fit for profile smoke", next="name a folder, a .txt or a .jsonl file"
+        )
+    if spec.distill.student.frozen:
+        raise RefusedError("distill.student.frozen = true is a planted control, only fit for profile smoke")
+
+
+def pipeline_runs(
+    spec: PipelineSpec, *, digests: Mapping[str, str], code: str, lock: str, through: Kind = "distill"
+) -> list[PlannedRun]:
+    """The runs of an effective pipeline in the order in which they depend on each other, each at attempt 1.
+
+    ``digests`` maps each external path to the sha256 (hex) of its content.
+    """
+    check_profile(spec)
+    runs: dict[Kind, PlannedRun] = {}
+    for kind, section, inputs in _wanted(spec):
+        named: dict[str, str] = {}
+        kin_named: dict[str, str] = {}
+        resolved: dict[str, InputRef] = {}
+        for name, source in inputs.items():
+            if isinstance(source, ExternalPath):
+                sha256 = digests[source.path]
+                named[name] = kin_named[name] = f"sha256:{sha256}"
+                resolved[name] = {"path": source.path, "sha256": sha256}
+            elif source == BUILTIN_CORPUS:
+                named[name] = kin_named[name] = BUILTIN_CORPUS
+                resolved[name] = {"builtin": BUILTIN_CORPUS}
+            else:
+                other = runs[source]
+                named[name], kin_named[name] = f"run:{other.run_id}", f"kin:{other.kin}"
+                resolved[name] = {"run": other.run_id}
+        content = _section_by_content(section, digests)
+        identity = RunIdentity(kind=kind, spec=content, inputs=named, code=code, lock=lock)
+        kin = canonical_sha256({"kind": kind, "spec": content, "inputs": kin_named, "lock": lock})
+        runs[kind] = PlannedRun(identity, resolved, kin)
+        if kind == through:
+            break
+    return list(runs.values())
+
+
+_Sources = dict[str, "ExternalPath | Kind | str"]
+
+
+def _wanted(spec: PipelineSpec) -> Iterator[tuple[Kind, dict[str, Any], dict[str, Any]]]:
+    """(kind, its part of the spec, its inputs) of each run that the pipeline needs."""
+    external = {path.field: path for path in external_paths(spec)}
+    teacher_folder = external.get("teacher.model")
+
+    data_inputs: _Sources = {"corpus": external.get("data.corpus", BUILTIN_CORPUS)}
+    if teacher_folder is not None:
+        data_inputs["tokenizer"] = teacher_folder
+    yield "data", {"seed": spec.seed, "data": _json(spec.data)}, data_inputs
+
+    teacher: ExternalPath | Kind = "teacher"
+    if teacher_folder is not None:
+        teacher = teacher_folder
+    else:
+        yield "teacher", {"seed": spec.seed, "teacher": _json(spec.teacher)}, {"data": "data"}
+
+    if spec.distill.targets == "store":
+        yield "score", {"seed": spec.seed, "score": _json(spec.score)}, {"data": "data", "teacher": teacher}
+
+    inputs: _Sources = {"data": "data", "teacher": teacher}
+    if spec.distill.targets == "store":
+        inputs["targets"] = "score"
+    if (init := external.get("distill.student.init")) is not None:
+        inputs["student_init"] = init
+    yield "distill", {"profile": spec.profile, "seed": spec.seed, "distill": _json(spec.distill)}, inputs
+
+
+def _json(section: Any) -> dict[str, Any]:
+    content: dict[str, Any] = section.model_dump(mode="json")
+    return content
+
+
+def _section_by_content(section: dict[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """The section with each external path replaced by its content's digest, so that moving a file changes nothing."""
+    content = {name: dict(value) if isinstance(value, dict) else value for name, value in section.items()}
+    if "data" in content and content["data"]["corpus"] != BUILTIN_CORPUS:
+        content["data"]["corpus"] = f"sha256:{digests[content['data']['corpus']]}"
+    if "distill" in content and content["distill"]["student"]["init"] is not None:
+        init = content["distill"]["student"]["init"]
+        content["distill"]["student"] = {**content["distill"]["student"], "init": f"sha256:{digests[init]}"}
+    return content
