@@ -1,0 +1,53 @@
+"""One event of a run, and reading events back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentforge.errors import RefusedError
+
+KINDS = frozenset({"phase", "step", "metric", "checkpoint", "compile", "memory", "warning", "verdict", "end"})
+_HEAD = ("seq", "t", "wall", "run", "kind")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of ``events.jsonl``.
+
+    ``seq`` counts from 0 within a run, ``t`` is seconds on the host's boot clock, ``wall`` UTC (ISO 8601),
+    ``fields`` the kind's own values: what the trainer did, never what it was asked.
+    """
+
+    seq: int
+    t: float
+    wall: str
+    run: str
+    kind: str
+    fields: dict[str, Any]
+
+
+def parse_event(line: str | bytes) -> Event:
+    """The event of one line; refused where the line is not one."""
+    try:
+        value = json.loads(line)
+        seq, t, wall, run, kind = (value.pop(name) for name in _HEAD)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RefusedError(f"not an event: {_shown(line)} ({error})") from error
+    if kind not in KINDS or not isinstance(seq, int) or isinstance(seq, bool) or not isinstance(t, int | float):
+        raise RefusedError(f"not an event (kind {kind!r}, seq {seq!r}, t {t!r}): {_shown(line)}")
+    return Event(seq, float(t), str(wall), str(run), kind, value)
+
+
+def read_events(path: Path) -> list[Event]:
+    """All whole events of a file in order; a torn last line (a run killed while writing) is left out."""
+    content = path.read_bytes()
+    whole, _, _torn = content.rpartition(b"\n")
+    return [parse_event(line) for line in whole.split(b"\n") if line.strip()]
+
+
+def _shown(line: str | bytes) -> str:
+    text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
+    return repr(text if len(text) <= 120 else text[:117] + "…")
