@@ -1,0 +1,242 @@
+"""Reading a pipeline: file, environment and flags joined, each value with where it came from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from latentforge.errors import RefusedError
+from latentforge.spec.sections import PipelineSpec
+
+ENVIRONMENT = {
+    "TEACHER_REPO": "teacher.model",
+    "STUDENT_INIT": "distill.student.init",
+    "STEPS": "distill.steps",
+    "BATCH_SIZE": "distill.batch_size",
+    "LR": "distill.learning_rate",
+    "T": "distill.temperature",
+}
+"""The operator's names, and the field that each sets. ``ALPHA`` sets both weights of the final student run."""
+
+_BACKENDS = {"store": "store", "hf": "live"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: ``default``, ``file``, ``environment NAME`` or ``flag``."""
+
+    source: str
+
+    def __str__(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True)
+class ResolvedPipeline:
+    """A validated pipeline, its name, and the origin of each of its values by dotted field name."""
+
+    name: str
+    spec: PipelineSpec
+    origins: dict[str, Origin]
+
+    def values(self) -> Iterator[tuple[str, Any, Origin]]:
+        """(field, value, origin) of every value, in the order of the sections."""
+        for field, value in _leaves(self.spec.model_dump(mode="json")):
+            yield field, value, self.origins.get(field, Origin("default"))
+
+
+def recipe_names() -> list[str]:
+    """The pipelines that come with the package."""
+    folder = resources.files("latentforge") / "recipes"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def resolve_pipeline(
+    recipe: str, *, env: Mapping[str, str] | None = None, overrides: Sequence[str] = ()
+) -> ResolvedPipeline:
+    """Read a recipe by name or a pipeline file by path, and lay environment and ``FIELD=VALUE`` flags over it.
+
+    Precedence: flag > environment > file > default. A value that does not parse is an error, never a default.
+    """
+    name, document = _read(recipe)
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    _check_keys(document, PipelineSpec, prefix="", where=name)
+    for field, value in _leaves(document):
+        values[field], origins[field] = value, Origin("file")
+    for field, value, source in [*_from_environment(env or {}), *_from_flags(overrides)]:
+        values[field], origins[field] = value, Origin(source)
+    spec = _validated(_tree(values), origins, name)
+    return ResolvedPipeline(name, spec, origins)
+
+
+def _read(recipe: str) -> tuple[str, dict[str, Any]]:
+    path = Path(recipe)
+    if path.suffix == ".toml" or "/" in recipe:
+        if not path.is_file():
+            raise RefusedError(f"pipeline file {recipe!r} does not exist")
+        text, name = path.read_text(encoding="utf-8"), path.name
+    elif recipe in recipe_names():
+        text, name = (resources.files("latentforge") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8"), recipe
+    else:
+        close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "name a .toml file, or one of: " + ", ".join(recipe_names())
+        raise RefusedError(f"no recipe is called {recipe!r}", next=hint)
+    try:
+        return name, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RefusedError(f"{name} is not TOML: {error}") from error
+
+
+def _from_environment(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    for variable, field in ENVIRONMENT.items():
+        if variable in env:
+            value = _scalar(env[variable], field, f"{variable}={env[variable]!r}", "environment variable")
+            yield field, value, f"environment {variable}"
+    if "ALPHA" in env:
+        for field, value in _weights(env["ALPHA"]).items():
+            yield field, value, "environment ALPHA"
+    backend = env.get("TEACHER_BACKEND", "auto")
+    if backend != "auto":
+        if backend not in _BACKENDS:
+            known = ", ".join(["auto", *_BACKENDS])
+            raise RefusedError(f"TEACHER_BACKEND={backend!r} is not one of: {known} (environment variable)")
+        yield "distill.targets", _BACKENDS[backend], "environment TEACHER_BACKEND"
+
+
+def _weights(text: str) -> dict[str, float]:
+    """``ALPHA`` is the weight of cross-entropy, 1 − ALPHA that of KD, computed in decimal so that 0.3 leaves 0.7."""
+    shown = f"ALPHA={text!r}"
+    try:
+        alpha = Decimal(text.strip())
+    except InvalidOperation:
+        raise RefusedError(
+            f"{shown} is not a number (environment variable; spec fields distill.ce_weight and distill.kd_weight)"
+        ) from None
+    if not (alpha.is_finite() and 0 <= alpha <= 1):
+        raise RefusedError(f"{shown} is not between 0 and 1 (environment variable; the weight of cross-entropy)")
+    return {"distill.ce_weight": float(alpha), "distill.kd_weight": float(1 - alpha)}
+
+
+def _from_flags(overrides: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    for override in overrides:
+        field, equals, text = override.partition("=")
+        field = field.strip()
+        if not equals or not field:
+            raise RefusedError(f"--set {override!r} is not FIELD=VALUE", next="for example --set distill.steps=100")
+        annotation = _annotation(field, "flag --set")
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            raise RefusedError(f"--set {override!r}: {field} is a table; set one of its fields")
+        yield field, _scalar(text, field, f"--set {override!r}", "flag"), "flag"
+
+
+def _scalar(text: str, field: str, shown: str, source: str) -> Any:
+    """A TOML value; a field that holds text takes the text as it is."""
+    kinds = _kinds(_annotation(field, source))
+    if str in kinds:
+        return _unquoted(text)
+    noun = "a whole number" if kinds == {int} else "a number" if float in kinds else "a TOML value"
+    try:
+        value = tomllib.loads(f"value = {text.strip()}\n")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        raise RefusedError(f"{shown} is not {noun} ({source}; spec field {field})") from None
+    if kinds == {int} and (not isinstance(value, int) or isinstance(value, bool)):
+        raise RefusedError(f"{shown} is not {noun} ({source}; spec field {field})")
+    return value
+
+
+def _unquoted(text: str) -> str:
+    try:
+        value = tomllib.loads(f"value = {text.strip()}\n")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, str) else text
+
+
+def _annotation(field: str, where: str) -> Any:
+    model: Any = PipelineSpec
+    walked = ""
+    for part in field.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise RefusedError(f"unknown key {field!r} ({where}): {walked.rstrip('.')} has no fields")
+        if part not in model.model_fields:
+            raise _unknown_key(walked + part, part, model, where, prefix=walked)
+        model = model.model_fields[part].annotation
+        walked += part + "."
+    return model
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The plain types that an annotation admits."""
+    if isinstance(annotation, type):
+        return {annotation}
+    arguments = get_args(annotation)
+    if arguments and all(isinstance(item, str) for item in arguments):  # Literal["store", "live"]
+        return {str}
+    return {kind for item in arguments if item is not type(None) and item is not ... for kind in _kinds(item)}
+
+
+def _check_keys(document: dict[str, Any], model: type[BaseModel], *, prefix: str, where: str) -> None:
+    for key, value in document.items():
+        if key not in model.model_fields:
+            raise _unknown_key(prefix + key, key, model, where, prefix=prefix)
+        inner = model.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, dict):
+                raise RefusedError(f"{prefix}{key} = {value!r} is not a table ({where})")
+            _check_keys(value, inner, prefix=f"{prefix}{key}.", where=where)
+
+
+def _unknown_key(field: str, key: str, model: type[BaseModel], where: str, *, prefix: str) -> RefusedError:
+    close = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix + close[0]!r}?" if close else "known: " + ", ".join(model.model_fields)
+    return RefusedError(f"unknown key {field!r} ({where}); {hint}")
+
+
+def _validated(tree: dict[str, Any], origins: dict[str, Origin], name: str) -> PipelineSpec:
+    try:
+        return PipelineSpec.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        lines = [_told(problem, origins, name) for problem in error.errors(include_url=False)]
+        raise RefusedError("; ".join(lines)) from None
+
+
+def _told(problem: Any, origins: dict[str, Origin], name: str) -> str:
+    """One problem of pydantic's as a sentence that names field, value and origin."""
+    field = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not field or isinstance(problem["input"], dict):
+        where = f"{field}: " if field else ""
+        return f"{where}{message} ({name})"
+    origin = origins.get(field) or next((o for f, o in origins.items() if field.startswith(f)), Origin("default"))
+    source = name if origin.source == "file" else origin.source
+    return f"{field} = {problem['input']!r}: {message} ({source})"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for field, value in values.items():
+        *parents, last = field.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
