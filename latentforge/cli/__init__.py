@@ -1,0 +1,183 @@
+"""The ``latentforge`` command: groups that are imported only when one of them is used.
+
+Listing the groups must not import them (``latentforge --help`` starts in under a quarter of a second on a slow
+laptop), so their one-line descriptions stand here and the modules are loaded by name. A group's module
+``latentforge.cli.<name>`` exports ``app``, a ``typer.Typer``; its functions import what is heavy inside themselves.
+A command's function returns an ExitCode (or None for 0), or raises a LatentForgeError.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from latentforge.errors import LatentForgeError
+from latentforge.verdicts.exitcode import ExitCode
+
+
+class Entry(NamedTuple):
+    """Where a command lives and what ``--help`` says of it; ``single`` for a command without subcommands."""
+
+    module: str
+    help: str
+    single: bool = False
+
+
+ENTRIES = {
+    "dispatch": Entry("latentforge.cli.dispatch", "Plan, launch, follow and collect runs on hosts."),
+    "spec": Entry("latentforge.cli.spec", "Show a pipeline's values and where each comes from."),
+    "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
+    "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
+    "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
+    "run": Entry("latentforge.cli.run", "Execute one run directory in this process.", single=True),
+}
+
+# Which extra brings a module, for the message that an operator's install prints.
+_EXTRAS = {
+    "torch": "train",
+    "transformers": "train",
+    "tokenizers": "train",
+    "safetensors": "train",
+    "numpy": "train",
+    "zstandard": "train",
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group whose subcommands are imported when they are invoked, not when they are listed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all entries, in the order in which they are declared."""
+        return list(ENTRIES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command behind a name, its module imported now; None where there is none."""
+        entry = ENTRIES.get(cmd_name)
+        if entry is None:
+            return None
+        if cmd_name not in self.commands:
+            app: typer.Typer = importlib.import_module(entry.module).app
+            # One look for every group: plain text, and no import of rich for a page of help.
+            app.rich_markup_mode = None
+            build = typer.main.get_command if entry.single else typer.main.get_group
+            self.commands[cmd_name] = build(app)
+            self.commands[cmd_name].name = cmd_name
+        return self.commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the list of entries from their declared one-line descriptions."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in ENTRIES.items()])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Finds the subcommand; an unknown one is refused with the nearest that exists."""
+        name = args[0]
+        if name not in ENTRIES and not name.startswith("-"):
+            near = get_close_matches(name, ENTRIES, n=1)
+            suggestion = f"latentforge {near[0]} --help" if near else "latentforge --help"
+            raise LatentForgeError(f"there is no command {name!r}", next=suggestion)
+        return super().resolve_command(ctx, args)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from latentforge import __version__
+
+        typer.echo(f"latentforge {__version__}")
+        raise typer.Exit()
+
+
+app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where an error is reported.")] = False,
+) -> None:
+    """Distil a large language-model teacher into a fast student on machines that you own."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _report(what: str, following: str | None) -> None:
+    sys.stdout.flush()
+    print(f"error: {what}", file=sys.stderr)
+    if following:
+        first, *rest = following.splitlines()
+        print(f"  next: {first}", *(f"        {line}" for line in rest), sep="\n", file=sys.stderr)
+
+
+def _take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Removes ``--debug`` wherever it stands before ``--``, so that it can be added to the end of a typed command."""
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return kept + arguments[end:], len(kept) != end
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code of DESIGN.md (usage 2, unexpected errors 5, Ctrl-C 130)."""
+    rest, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
+    debug = debug or os.environ.get("LATENTFORGE_DEBUG") == "1"
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(rest, prog_name="latentforge", standalone_mode=False)
+        if result is None:
+            return ExitCode.PASS
+        if not isinstance(result, int):
+            raise TypeError(f"the command returned {result!r}, not an exit code")
+        return int(result)
+    except LatentForgeError as error:
+        if debug:
+            raise
+        _report(str(error), error.next)
+        return int(error.code)
+    except typer.TyperException as error:
+        if debug:
+            raise
+        return _usage_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return ExitCode.DETACHED
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("latentforge", "dispatch"):
+            _report(f"this install lacks {error.name}", "the same command with --debug shows where")
+            return ExitCode.CRASHED
+        extra = _EXTRAS.get(missing)
+        following = f"pip install 'latentforge[{extra}]'" if extra else "the same command with --debug shows where"
+        _report(f"this command needs the module {error.name}, which is not installed", following)
+        return ExitCode.REFUSED
+    except Exception as error:
+        if debug:
+            raise
+        # Not 1: that would read as a falsifier's verdict.
+        _report(f"unexpected {type(error).__name__}: {error}", "the same command with --debug shows where")
+        return ExitCode.CRASHED
+
+
+def _usage_error(error: Any) -> int:
+    """Shows a usage error of the argument parser in the project's form; a group called bare shows its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return ExitCode.REFUSED
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "latentforge"
+    _report(error.format_message(), f"{path} --help")
+    return int(error.exit_code)
+
+
+__all__ = ["ENTRIES", "Entry", "LazyGroup", "app", "main"]
