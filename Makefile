@@ -1,0 +1,78 @@
+# LatentForge. Two commands do all the set-up: `make smoke` (the main job) and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/contracts latentforge/evidence \
+          latentforge/memory latentforge/errors.py dispatch
+
+.PHONY: help setup smoke test test-fast lint bench-kernels soak clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built  ## the environment in .venv: pinned packages, the built extension, the latentforge command
+
+smoke: setup  ## the main job on this machine: data, teacher, score, distill, verdict, evidence
+	@$(BIN)/latentforge dispatch go smoke --host local
+	@printf 'set-up took %s s (when it last ran)\n' "$$(cat $(VENV)/.seconds)"
+
+test: $(VENV)/.dev setup  ## all tests
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev setup  ## the tests that need no more than seconds each
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict $(TYPED)
+	@$(BIN)/lint-imports
+	@$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h csrc/*.cc)
+
+bench-kernels: setup  ## time the KD kernels beside torch, with the machine's bandwidth
+	@$(BIN)/latentforge kernels bench kd --rows 512 --vocab 151936 --dtype bf16
+
+soak: $(VENV)/.dev setup  ## the random tests, many times over; not part of CI
+	@LATENTFORGE_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 7200 -o addopts="-ra --strict-markers --import-mode=importlib"
+
+clean:  ## remove the environment and everything that was built; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- how the environment is made -----------------------------------------------------------------------------------
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.x"'
+	@$(PYTHON) -c 'import os, sysconfig; h = os.path.join(sysconfig.get_paths()["include"], "Python.h"); assert os.path.exists(h), f"{h} is missing: install the Python headers"'
+	@date +%s > .setup-began
+	@echo "set-up: making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.packages: constraints/cpu.txt $(VENV)/.python
+	@[ -e .setup-began ] || date +%s > .setup-began
+	@echo "set-up: installing what constraints/cpu.txt pins (torch is the large one)"
+	@$(PIP) install --quiet -r constraints/cpu.txt
+	@touch $@
+
+$(VENV)/.built: $(NATIVE_SOURCES) $(VENV)/.packages
+	@[ -e .setup-began ] || date +%s > .setup-began
+	@echo "set-up: building the extension"
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -m compileall -q latentforge dispatch
+	@$(BIN)/latentforge --version
+	@echo $$(( $$(date +%s) - $$(cat .setup-began) )) > $(VENV)/.seconds; rm -f .setup-began
+	@echo "set-up took $$(cat $(VENV)/.seconds) s"
+	@touch $@
+
+$(VENV)/.dev: constraints/dev.txt $(VENV)/.packages
+	@echo "set-up: installing what the tests and linters need (constraints/dev.txt)"
+	@$(PIP) install --quiet -r constraints/dev.txt
+	@touch $@

@@ -1,0 +1,62 @@
+"""What all tests share: isolation from the user's folders, and the rule that a skip must be expected."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_EXPECTED = Path(__file__).parent / "expected_skips.txt"
+_skipped: list[tuple[str, str]] = []
+
+
+def expected_skips() -> list[re.Pattern[str]]:
+    """The reasons, as regular expressions, for which a test may be skipped where every test is to run."""
+    lines = (line.strip() for line in _EXPECTED.read_text().splitlines())
+    return [re.compile(line) for line in lines if line and not line.startswith("#")]
+
+
+def unexpected(skips: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The skips whose reason is not expected."""
+    return [(test, reason) for test, reason in skips if not any(p.search(reason) for p in expected_skips())]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember each skip with its reason."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped.append((report.nodeid, report.longrepr[2]))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Remember modules that skip themselves as a whole."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped.append((report.nodeid, report.longrepr[2]))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail the session over a skip that nobody expected, where the caller asked for that."""
+    if os.environ.get("LATENTFORGE_NO_UNEXPECTED_SKIPS") == "1" and exitstatus == 0 and unexpected(_skipped):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which skips were not expected."""
+    if os.environ.get("LATENTFORGE_NO_UNEXPECTED_SKIPS") == "1":
+        for test, reason in unexpected(_skipped):
+            terminalreporter.write_line(f"UNEXPECTED SKIP {test}: {reason}", red=True)
+
+
+@pytest.fixture(autouse=True)
+def _isolated_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test reads or writes the user's own configuration, state or evidence, or is steered by an operator's names."""
+    home = tmp_path_factory.mktemp("xdg")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    for name in ("GX10_HOST", "GX10_USER", "GX10_REPO_PATH", "TEACHER_REPO", "STUDENT_INIT", "STEPS", "BATCH_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("LR", "T", "ALPHA", "EVIDENCE_DIR", "DRY_RUN", "TEACHER_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    yield
