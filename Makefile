@@ -27,7 +27,7 @@ test: $(VENV)/.dev setup  ## all tests
 	@$(BIN)/python -m pytest
 
 test-fast: $(VENV)/.dev setup  ## the tests that need no more than seconds each
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow and not soak"
 
 lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
 	@$(BIN)/ruff check .
@@ -40,7 +40,7 @@ bench-kernels: setup  ## time the KD kernels beside torch, with the machine's ba
 	@$(BIN)/latentforge kernels bench kd --rows 512 --vocab 151936 --dtype bf16
 
 soak: $(VENV)/.dev setup  ## the random tests, many times over; not part of CI
-	@LATENTFORGE_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 7200 -o addopts="-ra --strict-markers --import-mode=importlib"
+	@LATENTFORGE_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 7200
 
 clean:  ## remove the environment and everything that was built; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -65,7 +65,7 @@ class RunIdentity:
     def from_bytes(cls, content: bytes, *, run_id: str | None = None) -> RunIdentity:
         """Read ``identity.json``; refused where it is not canonical, not of this schema, or not the named run's."""
         try:
-            value = json.loads(content)
+            value = json.loads(content, parse_int=_whole)
             identity = cls(
                 kind=value["kind"],
                 spec=value["spec"],
@@ -84,6 +84,11 @@ class RunIdentity:
         if run_id is not None and identity.run_id != run_id:
             raise RefusedError(f"identity of {run_id} hashes to {identity.run_id}: it was altered")
         return identity
+
+
+def _whole(digits: str) -> int | float:
+    """RFC 8785 writes a whole float without a point; above 2**53 only a float can have been written."""
+    return int(digits) if abs(int(digits)) < 2**53 else float(digits)
 
 
 def check_run_id(text: str) -> str:

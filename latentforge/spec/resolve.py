@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -141,13 +141,14 @@ def _from_flags(overrides: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
 
 def _scalar(text: str, field: str, shown: str, source: str) -> Any:
     """A TOML value; a field that holds text takes the text as it is."""
-    kinds = _kinds(_annotation(field, source))
+    annotation = _annotation(field, source)
+    kinds = {list} if get_origin(annotation) is tuple else _kinds(annotation)
     if str in kinds:
         return _unquoted(text)
     noun = "a whole number" if kinds == {int} else "a number" if float in kinds else "a TOML value"
     try:
-        value = tomllib.loads(f"value = {text.strip()}\n")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+        value = _toml(text)
+    except ValueError:
         raise RefusedError(f"{shown} is not {noun} ({source}; spec field {field})") from None
     if kinds == {int} and (not isinstance(value, int) or isinstance(value, bool)):
         raise RefusedError(f"{shown} is not {noun} ({source}; spec field {field})")
@@ -156,10 +157,18 @@ def _scalar(text: str, field: str, shown: str, source: str) -> Any:
 
 def _unquoted(text: str) -> str:
     try:
-        value = tomllib.loads(f"value = {text.strip()}\n")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml(text)
+    except ValueError:
         return text
     return value if isinstance(value, str) else text
+
+
+def _toml(text: str) -> Any:
+    """One TOML value and nothing behind it."""
+    document = tomllib.loads(f"value = {text.strip()}\n")
+    if list(document) != ["value"]:
+        raise ValueError(text)
+    return document["value"]
 
 
 def _annotation(field: str, where: str) -> Any:
