@@ -1,0 +1,105 @@
+"""From a corpus to the product of a data run: tokenizer, packed shards, data.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from latentforge.data.corpus import Corpus, Entry
+from latentforge.data.shards import Packed, ShardSet, pack, shard_dtype
+from latentforge.data.split import packing_order
+from latentforge.data.tokenizer import Tokenizer, copy_tokenizer, train_bpe
+from latentforge.errors import RefusedError
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def build_shards(
+    corpus_ref: str | Path,
+    out: Path,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    train_sequences: int | None,
+    heldout_sequences: int,
+    tokenizer_folder: Path | None = None,
+    phase: Phase = lambda name: nullcontext(),
+) -> ShardSet:
+    """Write ``tokenizer/``, ``train.bin``, ``heldout.bin`` and ``data.json`` into ``out``.
+
+    The same inputs give the same bytes. ``tokenizer_folder`` is used unchanged where given, ``vocab_size`` then not.
+    RefusedError where the corpus is not readable, or too small (with both numbers).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with phase("corpus"):
+        corpus = Corpus.open(corpus_ref)
+        train, heldout = packing_order(corpus.entries)
+    if not train or not heldout:
+        raise RefusedError(
+            f"corpus has {len(corpus.entries)} document(s) with text: {len(train)} to train on, {len(heldout)} held "
+            "out; both need at least one",
+            next="give a corpus of more documents (files, or lines of a .jsonl)",
+        )
+    with phase("tokenizer"):
+        if tokenizer_folder is not None:
+            tokenizer = copy_tokenizer(tokenizer_folder, out / "tokenizer")
+        else:
+            # Learnt from training documents alone: held-out text has no part in anything that is trained.
+            tokenizer = train_bpe(_texts(corpus, train), vocab_size, out / "tokenizer")
+    with phase("tokenize"):
+        packed_heldout = _pack(corpus, heldout, tokenizer, out / "heldout.bin", sequence_length, heldout_sequences)
+        _check_enough("heldout_sequences", heldout_sequences, packed_heldout, sequence_length, len(heldout))
+        packed_train = _pack(corpus, train, tokenizer, out / "train.bin", sequence_length, train_sequences)
+        _check_enough("train_sequences", train_sequences or 1, packed_train, sequence_length, len(train))
+    record = _record(corpus, tokenizer, sequence_length, packed_train, packed_heldout)
+    temporary = out / "data.json.partial"
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, out / "data.json")
+    return ShardSet.open(out)
+
+
+def _texts(corpus: Corpus, entries: Sequence[Entry]) -> Iterator[str]:
+    return (corpus.read(entry).text for entry in entries)
+
+
+def _pack(
+    corpus: Corpus, entries: Sequence[Entry], tokenizer: Tokenizer, path: Path, length: int, limit: int | None
+) -> Packed:
+    encoded = tokenizer.encode(_texts(corpus, entries))
+    return pack(encoded, path, vocab_size=tokenizer.vocab_size, sequence_length=length, limit=limit)
+
+
+def _check_enough(field: str, wanted: int, packed: Packed, length: int, documents: int) -> None:
+    if packed.rows < wanted:
+        raise RefusedError(
+            f"{field} = {wanted}: the corpus has only {packed.rows} rows of {length} tokens for it "
+            f"({packed.tokens} tokens in {documents} documents)",
+            next=f"give a larger corpus, or lower data.{field} or data.sequence_length",
+        )
+
+
+def _record(corpus: Corpus, tokenizer: Tokenizer, length: int, train: Packed, heldout: Packed) -> dict[str, Any]:
+    tokens = train.tokens + heldout.tokens
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "sequence_length": length,
+        "dtype": shard_dtype(tokenizer.vocab_size).name,
+        "train_sequences": train.rows,
+        "heldout_sequences": heldout.rows,
+        "tokens": (train.rows + heldout.rows) * length,
+        "documents": {
+            "corpus": len(corpus.entries),
+            "without_text": corpus.empty,
+            "train": train.documents,
+            "heldout": heldout.documents,
+        },
+        "bytes_per_token": (train.bytes + heldout.bytes) / tokens,
+        "eos_id": tokenizer.eos_id,
+        "corpus": {"kind": corpus.kind, "sha256": corpus.sha256, "files": corpus.files, "bytes": corpus.bytes},
+        "tokenizer_sha256": tokenizer.sha256,
+        "shards": {"train.bin": train.sha256, "heldout.bin": heldout.sha256},
+    }

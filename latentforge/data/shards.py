@@ -1,0 +1,195 @@
+"""Packed rows of tokens on disk: written once, memory-mapped, refused where they are not what data.json says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latentforge.data.tokenizer import Tokenizer
+from latentforge.errors import RefusedError
+from latentforge.evidence.digests import file_sha256
+
+SHARDS = ("train.bin", "heldout.bin")
+_AGAIN = "run the data run again; its folder was altered or is incomplete"
+
+
+def shard_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The little-endian dtype that holds every id: uint16 up to 65536 tokens, uint32 above."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing one split consumed and wrote: ``documents`` begun, their ``bytes`` of UTF-8 text and ``tokens``."""
+
+    rows: int
+    documents: int
+    bytes: int
+    tokens: int
+    sha256: str
+
+
+def pack(
+    encoded: Iterable[tuple[int, npt.NDArray[np.uint32]]],
+    path: Path,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    limit: int | None,
+) -> Packed:
+    """Concatenate documents (each ending in EOS) and cut the stream into rows of ``sequence_length`` tokens.
+
+    ``encoded`` yields (UTF-8 bytes, ids) a document. Writes ``[rows, sequence_length]`` to ``path`` and stops once
+    ``limit`` rows are written; what is left of the stream and does not fill a row is dropped. The bytes and tokens
+    counted are those of whole documents, the last one included.
+    """
+    dtype = shard_dtype(vocab_size)
+    digest = hashlib.sha256()
+    rows = documents = size = tokens = 0
+    rest = np.empty(0, dtype=dtype)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as stream:
+        if limit != 0:
+            for bytes_read, ids in encoded:
+                documents += 1
+                size += bytes_read
+                tokens += len(ids)
+                if ids.max() >= vocab_size:
+                    raise RefusedError(f"token id {ids.max()} is outside the vocabulary of {vocab_size} tokens")
+                rest = np.concatenate([rest, ids.astype(dtype)])
+                whole = len(rest) // sequence_length
+                if limit is not None:
+                    whole = min(whole, limit - rows)
+                content = rest[: whole * sequence_length].tobytes()
+                stream.write(content)
+                digest.update(content)
+                rest = rest[whole * sequence_length :]
+                rows += whole
+                if rows == limit:
+                    break
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    return Packed(rows, documents, size, tokens, digest.hexdigest())
+
+
+class PackedShard:
+    """Rows of tokens, memory-mapped: shape ``[n, sequence_length]``."""
+
+    def __init__(self, path: Path, n: int, sequence_length: int, dtype: np.dtype[Any]) -> None:
+        self.path = path
+        self.sequence_length = sequence_length
+        expected = n * sequence_length * dtype.itemsize
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise RefusedError(f"{path} is missing", next=_AGAIN) from None
+        if found != expected:
+            raise RefusedError(
+                f"{path} has {found} bytes, data.json says {n} x {sequence_length} x {dtype.itemsize} = {expected}",
+                next=_AGAIN,
+            )
+        self._tokens: npt.NDArray[Any] = np.memmap(path, dtype=dtype, mode="r", shape=(n, sequence_length))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def rows(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The rows of ``indices`` (int ``[b]``) as int64 ``[b, sequence_length]``; refused outside the shard."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise RefusedError(f"row {wanted.min()}..{wanted.max()} of {self.path.name} asked; it has {len(self)}")
+        return np.asarray(self._tokens[wanted], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The product of a data run: training and held-out rows, their tokenizer, and what data.json says of them."""
+
+    folder: Path
+    train: PackedShard
+    heldout: PackedShard
+    vocab_size: int
+    sequence_length: int
+    eos_id: int
+    tokenizer_dir: Path
+    tokenizer_sha256: str
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> ShardSet:
+        """Open the ``out`` folder of a data run; a shard whose size does not fit data.json is refused."""
+        folder = Path(folder)
+        record = _load_record(folder / "data.json")
+        length, vocab = record["sequence_length"], record["vocab_size"]
+        dtype = shard_dtype(vocab)
+        if record["dtype"] != dtype.name:
+            raise RefusedError(
+                f"{folder / 'data.json'}: dtype {record['dtype']!r}, but {vocab} tokens are kept as {dtype.name}"
+            )
+        return cls(
+            folder=folder,
+            train=PackedShard(folder / "train.bin", record["train_sequences"], length, dtype),
+            heldout=PackedShard(folder / "heldout.bin", record["heldout_sequences"], length, dtype),
+            vocab_size=vocab,
+            sequence_length=length,
+            eos_id=record["eos_id"],
+            tokenizer_dir=folder / "tokenizer",
+            tokenizer_sha256=record["tokenizer_sha256"],
+            record=record,
+        )
+
+    def verify(self) -> None:
+        """Read every byte of the shards and the tokenizer; RefusedError names the file whose digest is another."""
+        for name, recorded in self.record["shards"].items():
+            _check_digest(self.folder / name, recorded)
+        _check_digest(self.tokenizer_dir / "tokenizer.json", self.tokenizer_sha256)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made these rows."""
+        return Tokenizer.open(self.tokenizer_dir)
+
+
+def _check_digest(path: Path, recorded: str) -> None:
+    found = file_sha256(path)
+    if found != recorded:
+        raise RefusedError(f"{path}: sha256 {recorded[:12]}… recorded, {found[:12]}… found", next=_AGAIN)
+
+
+_FIELDS: dict[str, type] = {
+    "vocab_size": int,
+    "sequence_length": int,
+    "dtype": str,
+    "train_sequences": int,
+    "heldout_sequences": int,
+    "eos_id": int,
+    "tokenizer_sha256": str,
+    "shards": dict,
+}
+
+
+def _load_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RefusedError(f"{path} is missing: {path.parent} is not the product of a data run") from None
+    except ValueError as error:
+        raise RefusedError(f"{path} is not JSON: {error}", next=_AGAIN) from None
+    for name, kind in _FIELDS.items():
+        if not isinstance(record, dict) or type(record.get(name)) is not kind:
+            raise RefusedError(f"{path} has no usable {name!r}", next=_AGAIN)
+    if min(record["vocab_size"], record["sequence_length"]) < 1 or set(record["shards"]) != set(SHARDS):
+        raise RefusedError(
+            f"{path}: vocab_size {record['vocab_size']}, sequence_length {record['sequence_length']}, "
+            f"shards {sorted(record['shards'])} are not those of a data run",
+            next=_AGAIN,
+        )
+    return record

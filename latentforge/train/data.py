@@ -1,0 +1,53 @@
+"""Recipe of the run kind ``data``: corpus to tokenizer and packed shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from latentforge.data.build import build_shards
+from latentforge.errors import RefusedError
+from latentforge.events import EventLog
+from latentforge.evidence.digests import tree_sha256
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import DataSpec
+
+
+def run(run: RunDir, log: EventLog) -> None:
+    """Read the corpus, learn or take the tokenizer, pack both splits, verify what was written."""
+    spec = DataSpec.model_validate_json(json.dumps(run.load_identity().spec["data"]))
+    corpus = _checked_path(run, "corpus") or spec.corpus
+    tokenizer = _checked_path(run, "tokenizer") if run.has_input("tokenizer") else None
+    shards = build_shards(
+        corpus,
+        run.out,
+        vocab_size=spec.vocab_size,
+        sequence_length=spec.sequence_length,
+        train_sequences=spec.train_sequences,
+        heldout_sequences=spec.heldout_sequences,
+        tokenizer_folder=tokenizer,
+        phase=log.phase,
+    )
+    with log.phase("verify"):
+        shards.verify()
+    record = shards.record
+    log.say(
+        f"{len(shards.train)} training and {len(shards.heldout)} held-out rows of {shards.sequence_length} tokens, "
+        f"vocabulary {shards.vocab_size}, {record['bytes_per_token']:.2f} bytes a token"
+    )
+
+
+def _checked_path(run: RunDir, name: str) -> Path | None:
+    """The path of an external input whose content is still what the run's identity names; None for a built-in."""
+    ref = run.input_ref(name)
+    if "builtin" in ref:
+        return None
+    path = run.input_path(name)
+    found = tree_sha256(path)
+    if found != ref["sha256"]:
+        raise RefusedError(
+            f"input {name!r} ({path}) changed since it was planned: sha256 {ref['sha256'][:12]}… then, "
+            f"{found[:12]}… now",
+            next="plan again:  latentforge dispatch go",
+        )
+    return path
