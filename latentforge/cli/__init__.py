@@ -97,13 +97,23 @@ def _version(asked: bool) -> None:
 app = typer.Typer(cls=LazyGroup, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.callback(invoke_without_command=True)
+def _help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        typer.echo(context.get_help())
+        raise typer.Exit()
+
+
+# The help option is our own: the generated one, where it is not given, makes typer import pydantic (0.1 s).
+@app.callback(invoke_without_command=True, add_help_option=False)
 def _root(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback where an error is reported.")] = False,
+    show_help: Annotated[
+        bool, typer.Option("--help", callback=_help, is_eager=True, help="Show this message and end.")
+    ] = False,
 ) -> None:
     """Distil a large language-model teacher into a fast student on machines that you own."""
     if context.invoked_subcommand is None:

@@ -1,5 +1,50 @@
-"""Contracts: claims with falsifiers, each an executable check and a planted control on which it must fail."""
+"""Contracts: claims with falsifiers, each an executable check and a planted control on which it must fail.
+
+``Finding`` is imported eagerly (checks return it); the loader and the runner, which need pydantic and YAML, lazily.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from latentforge.contracts.finding import Finding
 
-__all__ = ["Finding"]
+if TYPE_CHECKING:
+    from latentforge.contracts.load import ContractSet, contracts_folder, load_contracts
+    from latentforge.contracts.runner import Checked, check_contract, check_falsifier, overall, summary
+    from latentforge.contracts.schema import Contract, Falsifier
+
+_HOMES = {
+    "ContractSet": "load",
+    "contracts_folder": "load",
+    "load_contracts": "load",
+    "Checked": "runner",
+    "check_contract": "runner",
+    "check_falsifier": "runner",
+    "overall": "runner",
+    "summary": "runner",
+    "Contract": "schema",
+    "Falsifier": "schema",
+}
+
+__all__ = [
+    "Checked",
+    "Contract",
+    "ContractSet",
+    "Falsifier",
+    "Finding",
+    "check_contract",
+    "check_falsifier",
+    "contracts_folder",
+    "load_contracts",
+    "overall",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

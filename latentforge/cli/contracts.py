@@ -1,0 +1,183 @@
+"""``latentforge contracts``: list, show and check the project's claims."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from latentforge.contracts.runner import Checked
+    from latentforge.contracts.schema import Contract, Falsifier
+
+app = typer.Typer(no_args_is_help=True, help="List, show and check the claims that this project makes.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_contracts(json: AsJson = False) -> None:
+    """List the contracts, dependencies first."""
+    from latentforge.cli.terminal import print_json
+    from latentforge.contracts import load_contracts
+
+    contracts = load_contracts()
+    if json:
+        print_json(
+            [
+                {
+                    "contract": contract.contract,
+                    "version": contract.version,
+                    "title": contract.title,
+                    "falsifiers": [falsifier.id for falsifier in contract.falsifiers],
+                }
+                for contract in contracts
+            ]
+        )
+        return
+    width = max(len(contract.contract) for contract in contracts)
+    for contract in contracts:
+        count = len(contract.falsifiers)
+        print(
+            f"{contract.contract:<{width}}  {count:>2} {'falsifier ' if count == 1 else 'falsifiers'}  {contract.title}"
+        )
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A contract, or the id of one of its falsifiers.")], json: AsJson = False
+) -> None:
+    """Show one contract: what it claims, and what would refute it."""
+    from latentforge.cli.terminal import print_json
+    from latentforge.contracts import load_contracts
+
+    contracts = load_contracts()
+    contract = contracts.named(name)
+    if json:
+        print_json(contract.model_dump(mode="json", by_alias=True))
+        return
+    only = name if name != contract.contract else None
+    print("\n".join(_told(contract, only, {f.id: contracts.superseded_by(f.id) for f in contract.falsifiers})))
+
+
+def _told(contract: Contract, only: str | None, superseded: dict[str, str | None]) -> list[str]:
+    import textwrap
+
+    def paragraph(text: str, indent: str) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), 100, initial_indent=indent, subsequent_indent=indent)
+
+    lines = [f"{contract.contract}  version {contract.version}  {contract.title}", ""]
+    if only is None:
+        lines += [*paragraph(contract.description, "  "), ""]
+        lines += [f"  {equation.id}: {equation.formula}   ({equation.source})" for equation in contract.equations]
+        lines += [f"  [{reference}]" for reference in contract.references]
+        lines += [f"  depends on {', '.join(contract.depends_on)}"] if contract.depends_on else []
+        lines += [f"  supersedes {', '.join(contract.supersedes)}"] if contract.supersedes else []
+    for falsifier in contract.falsifiers:
+        if only not in (None, falsifier.id):
+            continue
+        successor = superseded[falsifier.id]
+        lines += ["", f"  {falsifier.id}" + (f"  (superseded by {successor})" if successor else "")]
+        lines += paragraph(falsifier.statement, "    ")
+        lines += [
+            f"    predicts   {falsifier.prediction}",
+            f"    check      {falsifier.check}" + (f"  with {falsifier.arguments}" if falsifier.arguments else ""),
+            f"    control    {falsifier.control.name}  with {falsifier.control.arguments}",
+            f"    if it fails  {falsifier.if_fails}",
+        ]
+    return lines
+
+
+@app.command()
+def check(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Contracts or falsifier ids; all if none is named.")
+    ] = None,
+    json: AsJson = False,
+) -> int:
+    """Run falsifiers and their planted controls.
+
+    Exit code: 0 all pass, 1 one fails, 3 one is unknown.
+    """
+    from latentforge.cli.terminal import print_json
+    from latentforge.contracts import check_contract, load_contracts, overall, summary
+    from latentforge.contracts.machine import this_machine
+
+    contracts = load_contracts()
+    wanted: dict[str, set[str]] = {}
+    for name in names or [contract.contract for contract in contracts]:
+        contract = contracts.named(name)
+        wanted.setdefault(contract.contract, set()).update(
+            [name] if name != contract.contract else [falsifier.id for falsifier in contract.falsifiers]
+        )
+    machine = this_machine()
+    table = _Table(max(len(falsifier.id) for _, falsifier in contracts.falsifiers()), quiet=json)
+    results: list[Checked] = []
+    for contract in contracts:
+        if contract.contract not in wanted:
+            continue
+        table.contract(contract)
+        results += check_contract(
+            contract,
+            contracts,
+            only=wanted[contract.contract],
+            machine=machine,
+            begin=table.begin,
+            end=table.end,
+        )
+    code = overall(results)
+    if json:
+        print_json(
+            {
+                "exit_code": int(code),
+                "summary": summary(results),
+                "machine": {"arch": machine.arch, "gpus": list(machine.gpus)},
+                "falsifiers": [result.as_json() for result in results],
+            }
+        )
+    else:
+        print(summary(results), flush=True)
+    return code
+
+
+class _Table:
+    """The table of UX.md, a line as each falsifier finishes; on a terminal the one that runs is shown meanwhile."""
+
+    def __init__(self, width: int, *, quiet: bool) -> None:
+        from latentforge.cli.terminal import Passing
+
+        self._width = width
+        self._quiet = quiet
+        self._passing = Passing(active=not quiet)
+
+    def contract(self, contract: Contract) -> None:
+        if not self._quiet:
+            print(contract.contract, flush=True)
+
+    def begin(self, falsifier: Falsifier) -> Callable[[str], None]:
+        def stage(name: str) -> None:
+            what = "check" if name == "check" else f"control {falsifier.control.name}"
+            self._passing.show(f"  {falsifier.id:<{self._width}}  …  {what}")
+
+        return stage
+
+    def end(self, checked: Checked) -> None:
+        from latentforge.cli.terminal import accent
+
+        self._passing.clear()
+        if self._quiet:
+            return
+        verdict, control = checked.verdict, checked.control
+        word = accent(f"{verdict.outcome.name:<7}")
+        line = f"  {verdict.falsifier:<{self._width}}  {word}  {verdict.text}"
+        if control is not None and control.passed is False:
+            line = f"  {verdict.falsifier:<{self._width}}  {word}  {verdict.text:<46}"
+            line += f"  control {checked.falsifier.control.name} seen FAIL ({control.text})"
+        print(line, flush=True)
+        if verdict.outcome.name != "PASS" and checked.counts:
+            indent = " " * (self._width + 4)
+            if verdict.outcome.name == "FAIL":
+                print(f"{indent}means  {' '.join(checked.falsifier.if_fails.split())}", flush=True)
+            print(f"{indent}next   latentforge contracts show {verdict.falsifier}", flush=True)

@@ -1,0 +1,53 @@
+"""Plain printing: JSON, one accent colour on a terminal, and a passing line that is overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def accent(text: str) -> str:
+    """The text in the accent colour on a terminal; as it is in a pipe or where NO_COLOR is set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[36m{text}\x1b[0m"
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000: ``41.2 MB``."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+class Passing:
+    """A line that shows what is being done and disappears; nothing at all where output is no terminal."""
+
+    def __init__(self, *, active: bool = True) -> None:
+        self._shown = False
+        self._active = active and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._active:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stdout.write("\r\x1b[2K" + text[:width])
+            sys.stdout.flush()
+            self._shown = True
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._shown:
+            sys.stdout.write("\r\x1b[2K")
+            sys.stdout.flush()
+            self._shown = False

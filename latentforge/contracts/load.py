@@ -1,0 +1,180 @@
+"""Reading contract files: from the checkout, or from what a wheel carries."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from latentforge.contracts.document import Document, Location, parse_document
+from latentforge.contracts.schema import Contract, Falsifier
+from latentforge.errors import RefusedError
+
+
+@dataclass(frozen=True)
+class ContractSet:
+    """All contracts of a folder, dependencies before what depends on them."""
+
+    contracts: tuple[Contract, ...]
+
+    def __iter__(self) -> Iterator[Contract]:
+        return iter(self.contracts)
+
+    def named(self, name: str) -> Contract:
+        """The contract of that name, or the one that holds the falsifier of that id; refused with the nearest."""
+        for contract in self.contracts:
+            if name == contract.contract or any(name == falsifier.id for falsifier in contract.falsifiers):
+                return contract
+        known = [c.contract for c in self.contracts] + [f.id for c in self.contracts for f in c.falsifiers]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RefusedError(
+            f"there is no contract or falsifier {name!r}",
+            next=f"latentforge contracts show {near[0]}" if near else "latentforge contracts list",
+        )
+
+    def superseded_by(self, falsifier_id: str) -> str | None:
+        """The name of the contract that supersedes a falsifier, or None."""
+        return next((c.contract for c in self.contracts if falsifier_id in c.supersedes), None)
+
+    def falsifiers(self) -> Iterator[tuple[Contract, Falsifier]]:
+        """Every falsifier with its contract, in order."""
+        for contract in self.contracts:
+            for falsifier in contract.falsifiers:
+                yield contract, falsifier
+
+
+def contracts_folder() -> Traversable:
+    """The contracts that belong to the running code: the checkout's, or those in the wheel."""
+    package = Path(__file__).resolve().parent.parent
+    if (package.parent / "pyproject.toml").is_file() and (package.parent / "contracts").is_dir():
+        return package.parent / "contracts"
+    folder = resources.files("latentforge") / "_data" / "contracts"
+    if not folder.is_dir():
+        raise RefusedError("this install carries no contracts", next="install latentforge from a checkout or a wheel")
+    return folder
+
+
+def load_contracts(folder: Traversable | None = None) -> ContractSet:
+    """Read and validate every ``.yaml`` file of a folder; refused with all problems, each with file and line."""
+    folder = contracts_folder() if folder is None else folder
+    files = sorted((item for item in folder.iterdir() if item.name.endswith((".yaml", ".yml"))), key=lambda i: i.name)
+    if not files:
+        raise RefusedError(f"there are no contracts (*.yaml) in {folder}")
+    contracts: list[Contract] = []
+    problems: list[str] = []
+    owners: dict[str, str] = {}
+    for file in files:
+        name = f"{folder.name}/{file.name}"
+        try:
+            document = parse_document(file.read_text(encoding="utf-8"), name)
+            contract = validate_contract(document, stem=file.name.rpartition(".")[0])
+        except UnicodeDecodeError as error:
+            problems.append(f"{name}:1: not UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        except RefusedError as error:
+            problems.append(str(error))
+            continue
+        for index, falsifier in enumerate(contract.falsifiers):
+            if falsifier.id in owners:
+                message = f"falsifier {falsifier.id} is already defined in {owners[falsifier.id]}"
+                problems.append(document.problem(("falsifiers", index, "id"), message))
+            owners.setdefault(falsifier.id, name)
+        contracts.append(contract)
+    known = {contract.contract for contract in contracts}
+    for contract in contracts:
+        for other in contract.depends_on:
+            if other not in known and not problems:
+                problems.append(f"{folder.name}/{contract.contract}.yaml: depends_on {other!r}: no such contract")
+    if problems:
+        raise RefusedError("\n".join(problems), next="correct the lines above; contracts/ is read strictly")
+    return ContractSet(tuple(_ordered(contracts)))
+
+
+def validate_contract(document: Document, *, stem: str) -> Contract:
+    """The contract that a document states; RefusedError with a line for each problem."""
+    if not isinstance(document.value, dict):
+        raise RefusedError(document.problem((), "a contract is a mapping of keys"))
+    unknown = list(_unknown_keys(document, document.value, Contract, ()))
+    if unknown:
+        raise RefusedError("\n".join(unknown))
+    try:
+        contract = Contract.model_validate(document.value)
+    except ValidationError as error:
+        raise RefusedError("\n".join(_told(document, problem) for problem in error.errors(include_url=False))) from None
+    if contract.contract != stem:
+        raise RefusedError(document.problem(("contract",), f"contract {contract.contract!r} stands in {stem}.yaml"))
+    return contract
+
+
+def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_of(argument)
+
+
+def _unknown_keys(document: Document, value: Any, model: type[BaseModel], location: Location) -> Iterator[str]:
+    """Problems for keys that the model does not have, each with the nearest one that it has."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _unknown_keys(document, item, model, (*location, index))
+        return
+    if not isinstance(value, dict):
+        return
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for key, item in value.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(fields)
+            where = f" in {_dotted(location)}" if location else ""
+            yield document.problem((*location, key), f"unknown key {key!r}{where}; {hint}")
+            continue
+        for inner in _models_of(fields[key].annotation):
+            yield from _unknown_keys(document, item, inner, (*location, key))
+
+
+def _told(document: Document, problem: Any) -> str:
+    location: Location = tuple(problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    where = _dotted(location)
+    if problem["type"] == "missing":
+        return document.problem(
+            location, f"key {location[-1]!r} is missing from {_dotted(location[:-1]) or 'the file'}"
+        )
+    value = problem["input"]
+    if where and not isinstance(value, dict | list):
+        return document.problem(location, f"{where} = {value!r}: {message}")
+    return document.problem(location, f"{where}: {message}" if where else message)
+
+
+def _dotted(location: Location) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _ordered(contracts: list[Contract]) -> Iterator[Contract]:
+    """Dependencies first, otherwise by name; a cycle is refused."""
+    by_name = {contract.contract: contract for contract in contracts}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> Iterator[Contract]:
+        if name in path:
+            raise RefusedError(f"contracts depend on each other in a circle: {' → '.join([*path, name])}")
+        if name in done:
+            return
+        for other in by_name[name].depends_on:
+            yield from visit(other, (*path, name))
+        done.add(name)
+        yield by_name[name]
+
+    for name in by_name:
+        yield from visit(name, ())

@@ -1,0 +1,184 @@
+"""Running falsifiers: PASS only where the check passed *and* its planted control was seen to fail."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from latentforge.contracts.finding import Finding
+from latentforge.contracts.load import ContractSet
+from latentforge.contracts.machine import Machine, this_machine
+from latentforge.contracts.schema import Contract, Falsifier
+from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
+
+Check = Callable[..., Finding]
+
+
+class UndecidedError(Exception):
+    """A check that could not be found or run: its reason becomes an UNKNOWN verdict."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One falsifier that was looked at. ``counts`` is False outside its scope and where it is superseded."""
+
+    contract: Contract
+    falsifier: Falsifier
+    verdict: Verdict
+    control: Finding | None
+    seconds: float
+    counts: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as JSON-able data."""
+        control = self.control
+        return {
+            "contract": self.contract.contract,
+            "falsifier": self.falsifier.id,
+            "outcome": self.verdict.outcome.name.lower(),
+            "text": self.verdict.text,
+            "measured": self.verdict.measured,
+            "control": {
+                "name": self.falsifier.control.name,
+                "seen_failing": None if control is None else control.passed is False,
+                "text": None if control is None else control.text,
+                "measured": None if control is None else control.measured,
+            },
+            "seconds": round(self.seconds, 3),
+            "counts": self.counts,
+        }
+
+
+def resolve_check(reference: str) -> Check:
+    """The function behind ``module:function``; UndecidedError with the reason where there is none."""
+    module_name, _, function_name = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise UndecidedError(f"check not found: there is no module {error.name}") from error
+        raise UndecidedError(f"check cannot be imported: it needs {error.name}, which is not installed") from error
+    except Exception as error:
+        raise UndecidedError(f"check cannot be imported: {_shown(error)}") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise UndecidedError(f"check not found: {module_name} has no {function_name}")
+    if not callable(function):
+        raise UndecidedError(f"check not found: {reference} is not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def call_check(check: Check, arguments: dict[str, Any]) -> Finding:
+    """Call a check with its output kept off the terminal; UndecidedError where it raises or answers nothing."""
+    try:
+        inspect.signature(check).bind(**arguments)
+    except TypeError as error:
+        raise UndecidedError(f"the check does not take these arguments: {error}") from error
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            finding = check(**arguments)
+    except (Exception, SystemExit) as error:
+        raise UndecidedError(f"the check raised {_shown(error)}") from error
+    if not isinstance(finding, Finding):
+        raise UndecidedError(f"the check returned {type(finding).__name__}, not a Finding")
+    return finding
+
+
+def check_falsifier(
+    contract: Contract, falsifier: Falsifier, *, stage: Callable[[str], None] = lambda stage: None
+) -> Checked:
+    """Run a falsifier's check, then its control; ``stage`` is told ``check`` and ``control`` as each begins."""
+    began = time.monotonic()
+
+    def checked(outcome: Outcome, text: str, measured: dict[str, Any], control: Finding | None = None) -> Checked:
+        verdict = Verdict(falsifier.id, outcome, _one_line(text), measured)
+        return Checked(contract, falsifier, verdict, control, time.monotonic() - began)
+
+    try:
+        stage("check")
+        check = resolve_check(falsifier.check)
+        finding = call_check(check, falsifier.arguments)
+    except UndecidedError as error:
+        return checked(Outcome.UNKNOWN, str(error), {})
+    if finding.passed is None:
+        return checked(Outcome.UNKNOWN, finding.text, finding.measured)
+    if finding.passed is False:
+        return checked(Outcome.FAIL, finding.text, finding.measured)
+    name = falsifier.control.name
+    try:
+        stage("control")
+        control = call_check(check, falsifier.control_arguments)
+    except UndecidedError as error:
+        return checked(Outcome.UNKNOWN, f"{finding.text}; control {name}: {error}", finding.measured)
+    if control.passed is None:
+        reason = f"{finding.text}; control {name} was not decided: {control.text}"
+        return checked(Outcome.UNKNOWN, reason, finding.measured, control)
+    if control.passed is True:
+        return checked(
+            Outcome.FAIL, f"control not caught: {name} passes the check ({control.text})", finding.measured, control
+        )
+    return checked(Outcome.PASS, finding.text, finding.measured, control)
+
+
+def check_contract(
+    contract: Contract,
+    contracts: ContractSet,
+    *,
+    only: Iterable[str] = (),
+    machine: Machine | None = None,
+    begin: Callable[[Falsifier], Callable[[str], None]] = lambda falsifier: lambda stage: None,
+    end: Callable[[Checked], None] = lambda checked: None,
+) -> list[Checked]:
+    """Run a contract's falsifiers (or the named ones), telling ``begin`` and ``end`` as each starts and finishes."""
+    machine = machine or this_machine()
+    wanted = set(only)
+    results = []
+    for falsifier in contract.falsifiers:
+        if wanted and falsifier.id not in wanted:
+            continue
+        successor = contracts.superseded_by(falsifier.id)
+        unmet = contract.scope_of(falsifier).unmet(arch=machine.arch, gpus=machine.gpus)
+        if successor is not None:
+            verdict = Verdict(falsifier.id, Outcome.UNKNOWN, f"superseded by {successor}")
+            result = Checked(contract, falsifier, verdict, None, 0.0, counts=False)
+        elif unmet is not None:
+            verdict = Verdict(falsifier.id, Outcome.UNKNOWN, f"{unmet}; not required on this machine")
+            result = Checked(contract, falsifier, verdict, None, 0.0, counts=False)
+        else:
+            result = check_falsifier(contract, falsifier, stage=begin(falsifier))
+        end(result)
+        results.append(result)
+    return results
+
+
+def overall(results: Iterable[Checked]) -> ExitCode:
+    """The exit code of a check: 0 all pass, 1 one fails, 3 one is unknown where it counts, or nothing was checked."""
+    return exit_code(meet(result.verdict.outcome for result in results if result.counts))
+
+
+def summary(results: list[Checked]) -> str:
+    """``37 falsifiers: 36 pass, 0 fail, 1 unknown (needs a GPU; not required on this machine)``."""
+    count = {outcome: sum(r.verdict.outcome is outcome for r in results) for outcome in Outcome}
+    reasons = sorted({result.verdict.text for result in results if not result.counts})
+    noun = "falsifier" if len(results) == 1 else "falsifiers"
+    line = (
+        f"{len(results)} {noun}: {count[Outcome.PASS]} pass, {count[Outcome.FAIL]} fail, "
+        f"{count[Outcome.UNKNOWN]} unknown"
+    )
+    return f"{line} ({', '.join(reasons)})" if reasons else line
+
+
+def _shown(error: BaseException) -> str:
+    text = _one_line(str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

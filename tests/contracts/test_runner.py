@@ -1,0 +1,227 @@
+"""A falsifier passes only where its check passed and its control was seen to fail; nothing unknown turns green."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from latentforge.cli import main
+from latentforge.contracts import Finding, check_contract, load_contracts, overall
+from latentforge.contracts import load as loading
+from latentforge.contracts.machine import Machine
+from latentforge.verdicts import ExitCode, Outcome
+
+CPU = Machine("x86_64", ())
+
+TEMPLATE = """\
+contract: {name}
+version: 1
+title: a planted contract
+description: planted
+references: [none]
+{extra}
+falsifiers:
+  - id: {id}
+    statement: it holds
+    prediction: it passes
+    check: {check}
+    control: {{name: mutant, with: {{mutant: planted}}}}
+    if_fails: it does not hold
+"""
+
+Check = Callable[..., Any]
+
+
+@pytest.fixture
+def contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a contract whose check is the given function."""
+    module = ModuleType("latentforge.planted_checks")
+    monkeypatch.setitem(sys.modules, "latentforge.planted_checks", module)
+    monkeypatch.setattr(loading, "contracts_folder", lambda: tmp_path)
+
+    def plant(
+        check: Check | None,
+        *,
+        name: str = "planted",
+        id: str = "F-PLANTED-001",
+        extra: str = "",
+        reference: str | None = None,
+    ) -> Path:
+        function = name.replace("-", "_")
+        if check is not None:
+            setattr(module, function, check)
+        reference = reference or f"latentforge.planted_checks:{function}"
+        (tmp_path / f"{name}.yaml").write_text(TEMPLATE.format(name=name, id=id, extra=extra, check=reference))
+        return tmp_path
+
+    return plant
+
+
+def outcome(folder: Path, machine: Machine = CPU) -> tuple[Outcome, str, ExitCode]:
+    contracts = load_contracts(folder)
+    results = [result for one in contracts for result in check_contract(one, contracts, machine=machine)]
+    return results[0].verdict.outcome, results[0].verdict.text, overall(results)
+
+
+def honest(*, mutant: str | None = None) -> Finding:
+    return Finding(mutant is None, f"error {0.0 if mutant is None else 1.0}", {"error": 0.0 if mutant is None else 1.0})
+
+
+def raising(when: str | None) -> Check:
+    def check(*, mutant: str | None = None) -> Finding:
+        if mutant == when:
+            raise RuntimeError("broken\nin two lines")
+        return Finding(True, "fine")
+
+    return check
+
+
+def test_a_check_that_passes_and_whose_control_fails_is_a_pass(contract: Callable[..., Path]) -> None:
+    assert outcome(contract(honest)) == (Outcome.PASS, "error 0.0", ExitCode.PASS)
+
+
+def test_a_check_that_fails_is_a_fail(contract: Callable[..., Path]) -> None:
+    assert outcome(contract(lambda *, mutant=None: Finding(False, "bad")))[::2] == (Outcome.FAIL, ExitCode.FAIL)
+
+
+def test_a_check_without_a_body_is_caught_by_its_control(contract: Callable[..., Path]) -> None:
+    found, text, code = outcome(contract(lambda *, mutant=None: Finding(True, "always")))
+    assert (found, code) == (Outcome.FAIL, ExitCode.FAIL)
+    assert text.startswith("control not caught: mutant passes")
+
+
+def test_a_check_that_cannot_decide_is_unknown(contract: Callable[..., Path]) -> None:
+    assert outcome(contract(lambda *, mutant=None: Finding(None, "no data")))[::2] == (
+        Outcome.UNKNOWN,
+        ExitCode.UNKNOWN,
+    )
+
+
+def test_a_control_that_cannot_decide_is_unknown(contract: Callable[..., Path]) -> None:
+    found, text, code = outcome(contract(lambda *, mutant=None: Finding(None if mutant else True, "x")))
+    assert (found, code) == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
+    assert "was not decided" in text
+
+
+@pytest.mark.parametrize("when", [None, "planted"])
+def test_a_check_or_control_that_raises_is_unknown_with_the_reason_on_one_line(
+    contract: Callable[..., Path], when: str | None
+) -> None:
+    found, text, code = outcome(contract(raising(when)))
+    assert (found, code) == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
+    assert "RuntimeError: broken in two lines" in text
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("latentforge.planted_checks:absent", "has no absent"),
+        ("latentforge.absent:check", "there is no module latentforge.absent"),
+        ("latentforge.errors:__doc__", "is not a function"),
+    ],
+)
+def test_a_check_that_is_not_there_is_unknown(contract: Callable[..., Path], reference: str, reason: str) -> None:
+    found, text, code = outcome(contract(None, reference=reference))
+    assert (found, code) == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
+    assert reason in text
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda *, mutant=None: True,
+        lambda *, mutant=None: None,
+        lambda *, mutant=None: Finding(1, "one"),  # type: ignore[arg-type]
+        lambda: Finding(True, "takes no mutant"),
+        lambda *, mutant=None: sys.exit(0),
+    ],
+)
+def test_a_check_that_does_not_answer_with_a_finding_is_unknown(contract: Callable[..., Path], check: Check) -> None:
+    assert outcome(contract(check))[0] is Outcome.UNKNOWN
+
+
+def test_outside_its_scope_a_falsifier_is_not_run_and_does_not_count(contract: Callable[..., Path]) -> None:
+    contract(honest)
+    folder = contract(raising(None), name="gpu", id="F-GPU-001", extra="scope: {device: cuda}")
+    found, text, code = outcome(folder)
+    assert (found, code) == (Outcome.UNKNOWN, ExitCode.PASS)
+    assert text == "needs a GPU; not required on this machine"
+    assert outcome(folder, Machine("aarch64", ("sm_121",)))[::2] == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
+
+
+def test_nothing_checked_is_not_a_pass(contract: Callable[..., Path]) -> None:
+    assert outcome(contract(honest, extra="scope: {arch: [sm_121]}"))[2] is ExitCode.UNKNOWN
+
+
+def test_supersession_takes_a_falsifier_out_of_the_verdict(contract: Callable[..., Path]) -> None:
+    contract(lambda *, mutant=None: Finding(False, "old claim"), name="old", id="F-OLD-001")
+    folder = contract(honest, name="successor", id="F-NEW-001", extra="supersedes: [F-OLD-001]")
+    assert outcome(folder) == (Outcome.UNKNOWN, "superseded by successor", ExitCode.PASS)
+
+
+def test_the_table_shows_each_verdict_with_its_control(
+    contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    contract(honest)
+    assert main(["contracts", "check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "planted"
+    assert " ".join(lines[1].split()) == "F-PLANTED-001 PASS error 0.0 control mutant seen FAIL (error 1.0)"
+    assert lines[2] == "1 falsifier: 1 pass, 0 fail, 0 unknown"
+
+
+def test_a_removed_check_function_ends_with_exit_code_3(
+    contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    contract(None)
+    assert main(["contracts", "check"]) == ExitCode.UNKNOWN
+    assert "UNKNOWN" in capsys.readouterr().out
+
+
+def test_json_holds_what_the_table_shows(contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    contract(honest)
+    assert main(["contracts", "check", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["exit_code"] == 0
+    (one,) = report["falsifiers"]
+    assert (one["outcome"], one["control"]["seen_failing"], one["measured"]) == ("pass", True, {"error": 0.0})
+
+
+def test_what_a_check_prints_stays_out_of_the_table(
+    contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(*, mutant: str | None = None) -> Finding:
+        print("step 1/10 loss 3.0")
+        return honest(mutant=mutant)
+
+    contract(noisy)
+    main(["contracts", "check"])
+    assert "step 1/10" not in capsys.readouterr().out
+
+
+def test_one_falsifier_can_be_checked_by_its_id(
+    contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    contract(honest)
+    contract(raising(None), name="other", id="F-OTHER-001")
+    assert main(["contracts", "check", "F-PLANTED-001"]) == 0
+    assert main(["contracts", "check", "F-PLANTD-001"]) == ExitCode.REFUSED
+    assert "latentforge contracts show F-PLANTED-001" in capsys.readouterr().err
+
+
+def test_list_and_show_tell_what_a_contract_claims(
+    contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    contract(honest)
+    assert main(["contracts", "list"]) == 0
+    assert main(["contracts", "show", "planted"]) == 0
+    shown = capsys.readouterr().out
+    assert "planted   1 falsifier" in shown
+    assert "F-PLANTED-001" in shown
+    assert "latentforge.planted_checks:planted" in shown

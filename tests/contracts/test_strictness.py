@@ -1,0 +1,190 @@
+"""A contract file that says something the project would not read is refused, with the line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentforge.contracts import load_contracts
+from latentforge.contracts.document import parse_document
+from latentforge.errors import RefusedError
+
+GOOD = """\
+contract: planted
+version: 1
+title: a planted contract
+description: >
+  What it is about.
+references: ["a paper, section 2"]
+depends_on: []
+supersedes: []
+scope: {arch: any, device: any, profile: any}
+equations:
+  - {id: one, formula: "a = b", source: "a paper"}
+falsifiers:
+  - id: F-PLANTED-ONE-001
+    statement: one is one
+    prediction: difference 0
+    check: latentforge.planted:check
+    with: {}
+    control: {name: two, with: {mutant: two}}
+    if_fails: arithmetic is broken
+"""
+
+
+def write(folder: Path, text: str, name: str = "planted") -> Path:
+    (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def refusal(folder: Path, text: str) -> str:
+    with pytest.raises(RefusedError) as caught:
+        load_contracts(write(folder, text))
+    return str(caught.value)
+
+
+def test_a_good_file_is_read_whole(tmp_path: Path) -> None:
+    (contract,) = load_contracts(write(tmp_path, GOOD))
+    (falsifier,) = contract.falsifiers
+    assert falsifier.check == "latentforge.planted:check"
+    assert falsifier.control_arguments == {"mutant": "two"}
+    assert contract.equations[0].formula == "a = b"
+
+
+# One misspelling of each key at each level: every one of them must be caught, with its line and the right key.
+MISSPELT = [
+    ("contract:", "contrct:", 1, "contract"),
+    ("version:", "verson:", 2, "version"),
+    ("title:", "titel:", 3, "title"),
+    ("description:", "desciption:", 4, "description"),
+    ("references:", "refrences:", 6, "references"),
+    ("depends_on:", "depends-on:", 7, "depends_on"),
+    ("supersedes:", "superseds:", 8, "supersedes"),
+    ("scope:", "scop:", 9, "scope"),
+    ("arch:", "arc:", 9, "arch"),
+    ("device:", "devise:", 9, "device"),
+    ("profile:", "profil:", 9, "profile"),
+    ("equations:", "equation:", 10, "equations"),
+    ("formula:", "fromula:", 11, "formula"),
+    ("source:", "sources:", 11, "source"),
+    ("falsifiers:", "falsifier:", 12, "falsifiers"),
+    ("statement:", "statment:", 14, "statement"),
+    ("prediction:", "perdiction:", 15, "prediction"),
+    ("check:", "chek:", 16, "check"),
+    ("    with:", "    wiht:", 17, "with"),
+    ("control:", "controll:", 18, "control"),
+    ("name:", "nmae:", 18, "name"),
+    ("if_fails:", "if_fail:", 19, "if_fails"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "line", "suggested"), MISSPELT, ids=[wrong for _, wrong, _, _ in MISSPELT])
+def test_a_misspelt_key_is_refused_with_line_and_nearest_key(
+    tmp_path: Path, right: str, wrong: str, line: int, suggested: str
+) -> None:
+    said = refusal(tmp_path, GOOD.replace(right, wrong, 1))
+    assert f"planted.yaml:{line}: unknown key {wrong.strip().rstrip(':')!r}" in said
+    assert f"did you mean {suggested!r}?" in said
+
+
+@pytest.mark.parametrize("line", [1, 2, 3, 6, 9, 12])
+def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path, line: int) -> None:
+    lines = GOOD.splitlines(keepends=True)
+    if line == 12:
+        lines.append("falsifiers: []\n")
+        second = len(lines)
+    else:
+        lines.insert(line, lines[line - 1])
+        second = line + 1
+    assert f"planted.yaml:{second}: key " in (said := refusal(tmp_path, "".join(lines)))
+    assert f"is written twice (first on line {line})" in said
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["version", "title", "references", "falsifiers", "    prediction", "    check", "    control", "    if_fails"],
+)
+def test_a_missing_key_is_refused(tmp_path: Path, missing: str) -> None:
+    lines = GOOD.splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(f"{missing}:")]
+    if missing == "falsifiers":
+        kept = [line for line in kept if not line.startswith(("  - id: F-", "    "))]
+    assert f"key {missing.strip()!r} is missing" in refusal(tmp_path, "".join(kept))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("version: 1", "version: one", "planted.yaml:2: version = 'one'"),
+        ("version: 1", "version: 0", "planted.yaml:2: version = 0"),
+        ('references: ["a paper, section 2"]', "references: []", "planted.yaml:6: references"),
+        ("F-PLANTED-ONE-001", "F-PLANTED-ONE", "planted.yaml:13: falsifiers[0].id = 'F-PLANTED-ONE'"),
+        ("latentforge.planted:check", "planted check", "planted.yaml:16: falsifiers[0].check = 'planted check'"),
+        ("latentforge.planted:check", "os:system", "planted.yaml:16: falsifiers[0].check = 'os:system'"),
+        ("with: {mutant: two}", "with: {}", "planted.yaml:18: falsifiers[0].control.with"),
+        ("    with: {}", "    with: {mutant: two}", "nothing is planted"),
+        ("device: any", "device: tpu", "planted.yaml:9: scope.device = 'tpu'"),
+        ("contract: planted", "contract: other", "planted.yaml:1: contract 'other' stands in planted.yaml"),
+        ("depends_on: []", "depends_on: [absent]", "depends_on 'absent': no such contract"),
+        ("depends_on: []", "depends_on: [planted]", "names this contract itself"),
+        ("supersedes: []", "supersedes: [F-PLANTED-ONE-001]", "own falsifier F-PLANTED-ONE-001"),
+        ("title: a planted contract", "title: &a x", "planted.yaml:3: anchors"),
+        ("title: a planted contract", "title: [", "not YAML"),
+        ("title: a planted contract", "1: x", "planted.yaml:3: key '1' is not text"),
+        ("statement: one is one", "statement: '  '", "planted.yaml:14: falsifiers[0].statement"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_line(tmp_path: Path, right: str, wrong: str, said: str) -> None:
+    assert said in refusal(tmp_path, GOOD.replace(right, wrong, 1))
+
+
+def test_all_misspelt_keys_are_reported_at_once(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD.replace("title:", "titel:").replace("if_fails:", "if_fail:"))
+    assert "planted.yaml:3:" in said
+    assert "planted.yaml:19:" in said
+
+
+def test_one_falsifier_id_in_two_files_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    write(tmp_path, GOOD.replace("contract: planted", "contract: second"), "second")
+    with pytest.raises(
+        RefusedError, match=r"second.yaml:13: falsifier F-PLANTED-ONE-001 is already defined in .*planted"
+    ):
+        load_contracts(tmp_path)
+
+
+def test_contracts_that_depend_on_each_other_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, GOOD.replace("depends_on: []", "depends_on: [second]"))
+    second = GOOD.replace("contract: planted", "contract: second").replace("ONE-001", "TWO-001")
+    write(tmp_path, second.replace("depends_on: []", "depends_on: [planted]"), "second")
+    with pytest.raises(RefusedError, match="circle"):
+        load_contracts(tmp_path)
+
+
+def test_dependencies_come_before_what_depends_on_them(tmp_path: Path) -> None:
+    write(tmp_path, GOOD.replace("depends_on: []", "depends_on: [zebra]"))
+    write(tmp_path, GOOD.replace("contract: planted", "contract: zebra").replace("ONE-001", "TWO-001"), "zebra")
+    assert [contract.contract for contract in load_contracts(tmp_path)] == ["zebra", "planted"]
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="no contracts"):
+        load_contracts(tmp_path)
+
+
+def test_the_projects_own_contracts_load() -> None:
+    assert any(contract.contract == "evidence" for contract in load_contracts())
+
+
+@given(st.text(max_size=200) | st.text(alphabet="abc:-[]{}#&*!|>%@'\"0123456789.\n _<", max_size=80))
+def test_no_text_makes_the_parser_fail_other_than_by_a_refusal_with_a_line(text: str) -> None:
+    refused = None
+    try:
+        parse_document(text, "any.yaml")
+    except RefusedError as error:
+        refused = str(error)
+    assert refused is None or re.match(r"any\.yaml:[0-9]+: ", refused)
