@@ -1,0 +1,181 @@
+"""One process, one request: read it, run the verb, answer in a frame."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cas import Origin
+    from .paths import Root
+    from .protocol import Arguments, Payload, Reply
+
+
+def main(pyz: bytes | None = None) -> None:
+    """Serve the request on stdin, or supervise when called so; `pyz` is the zip when it was carried in over stdin."""
+    # This file is kept readable to old interpreters, so that they get an answer instead of a syntax error.
+    if sys.version_info < (3, 10):  # noqa: UP036
+        _answer_old_python()
+        return
+    sys.dont_write_bytecode = True
+    os.umask(0o077)
+    if sys.argv[1:2] == ["supervise"]:
+        from .supervisor import supervise
+
+        supervise()
+        return
+    # Whatever a library prints must not get into the frame.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    from .cas import Origin
+
+    with out:
+        out.write(serve(sys.stdin.buffer, Origin(pyz, None if pyz else sys.argv[0])))
+
+
+def serve(stream: Any, origin: Origin) -> bytes:
+    """The whole framed answer to the request on `stream`; every failure is an answer too."""
+    from .paths import Root
+    from .protocol import UNKNOWN, AgentError, Arguments, encode_reply, read_request
+
+    payload = b""
+    document: dict[str, Any]
+    try:
+        request = read_request(stream)
+        verb = VERBS.get(request.verb)
+        if verb is None:
+            raise AgentError("protocol", f"verb={request.verb!r} is not one of {', '.join(sorted(VERBS))}")
+        arguments = Arguments(request.verb, request.args)
+        reply = verb(Root(request.root), arguments, request.payload, origin)
+        document, payload = {"ok": True, "result": reply.result}, reply.payload
+    except AgentError as error:
+        document = {"ok": False, "error": error.as_json()}
+    except Exception as error:
+        wrapped = AgentError(
+            "internal", f"{type(error).__name__}: {error}", code=UNKNOWN, detail={"traceback": _traceback(error)}
+        )
+        document = {"ok": False, "error": wrapped.as_json()}
+    try:
+        document["agent"] = origin.sha256
+    except (AgentError, OSError):
+        document["agent"] = None
+    return encode_reply(document, payload)
+
+
+def _traceback(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))[-4000:]
+
+
+def _answer_old_python() -> None:
+    import json
+
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    message = "python3 on this host is " + version + "; the agent needs 3.10 or later"
+    error = {"kind": "old-python", "message": message, "next": "install a newer python3", "code": 2, "detail": {}}
+    body = json.dumps({"ok": False, "error": error, "agent": None, "payload_bytes": 0}).encode()
+    sys.stdout.buffer.write(b"\n=LF-BEGIN %d=\n" % len(body) + body + b"\n=LF-END=\n")
+    sys.stdout.buffer.flush()
+
+
+def _probe(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .probe import probe
+    from .protocol import Reply
+
+    return Reply(probe(root, args))
+
+
+def _status(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .protocol import Reply
+    from .state import derive
+
+    runs = args.texts("runs")
+    args.done()
+    return Reply({run: derive(root.run(run)) for run in runs})
+
+
+def _read(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .reading import read
+
+    return read(root, args)
+
+
+def _put(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .cas import put
+    from .protocol import Reply
+
+    sha256 = args.text("sha256")
+    args.done()
+    return Reply({"sha256": sha256, "stored": put(root, sha256, payload), "path": str(root.object(sha256))})
+
+
+def _install(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .cas import install
+    from .protocol import Reply
+
+    args.done()
+    return Reply({"sha256": origin.sha256, "path": str(install(root, origin))})
+
+
+def _reserve(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .protocol import Reply
+    from .reserving import reserve
+    from .state import derive
+
+    run, identity, launch = args.text("run"), args.text("identity"), args.table("launch", required=True)
+    args.done()
+    made = reserve(root, run, identity, launch)
+    return Reply({"created": made, "dir": str(root.run(run).dir), "state": derive(root.run(run))})
+
+
+def _launch(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .launching import launch
+    from .protocol import Reply
+
+    chain, wait_lease = args.texts("chain"), args.flag("wait_lease")
+    args.done()
+    return Reply(launch(root, chain, wait_lease, origin))
+
+
+def _collect(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .collecting import collect
+    from .protocol import Reply
+
+    run = root.run(args.text("run"))
+    args.done()
+    return Reply(collect(run))
+
+
+def _fetch(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .collecting import fetch
+
+    return fetch(root, args)
+
+
+def _cancel(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .cancelling import cancel
+    from .protocol import Reply
+
+    run, grace = root.run(args.text("run")), args.number("grace", 10.0, low=0.0, high=600.0)
+    by = args.optional_text("by")
+    args.done()
+    return Reply(cancel(run, grace, by))
+
+
+VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply]] = {
+    "probe": _probe,
+    "status": _status,
+    "read": _read,
+    "put": _put,
+    "install": _install,
+    "reserve": _reserve,
+    "launch": _launch,
+    "collect": _collect,
+    "fetch": _fetch,
+    "cancel": _cancel,
+}
+#: Verbs that create and change nothing on the host.
+READ_ONLY = frozenset({"probe", "status", "read", "collect", "fetch"})

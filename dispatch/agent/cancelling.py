@@ -1,0 +1,180 @@
+"""Cancel: ask the whole tree to end, then make it, then look whether it is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from typing import Any
+
+from . import exitrec, journal, locks
+from .durable import read_json, write_json
+from .paths import RunPaths
+from .processes import Process, boot_clock, boot_id, descendants, look, send, table
+from .protocol import AgentError
+from .reserving import never_started, remove
+from .state import derive
+
+_PAUSE = 0.02
+_PATIENCE = 10.0
+_ACTIVE = ("running", "unsupervised")
+
+
+def cancel(run: RunPaths, grace: float, by: str | None) -> dict[str, Any]:
+    """TERM, `grace` seconds, KILL for every process of the run; a waiting run leaves its chain; repeating is harmless.
+
+    The answer: `did` ("nothing", "removed", "ended"), the state afterwards, `grace_used` seconds and `survivors`.
+    """
+    before = derive(run)
+    intent = {"by": (by or "unknown")[:100], "wall": time.time(), "grace": grace}
+    if before["state"] == "reserved" and _remove(run):
+        return _answer(run, "removed")
+    if before["state"] in ("absent", "reserved", "finished", "lost", "interrupted"):
+        return _answer(run, "nothing")
+    if not run.cancel.is_file():
+        write_json(run.cancel, intent)
+        journal.record(run, "cancel-requested", **intent)
+    before = _settle(run)
+    if before["state"] == "absent":
+        return _answer(run, "removed")
+    if before["state"] not in _ACTIVE:
+        return _answer(run, "nothing" if before["outcome"] != "cancelled" else "ended")
+    return _end(run, grace, intent)
+
+
+def _settle(run: RunPaths) -> dict[str, Any]:
+    """Wait until a queued run is dropped by its supervisor, and until a starting or finishing one is past that."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        state = derive(run)
+        if state["state"] == "reserved" and _remove(run):
+            continue
+        if state["state"] not in ("queued", "starting", "finishing") or time.monotonic() > deadline:
+            return state
+        time.sleep(_PAUSE)
+
+
+def _remove(run: RunPaths) -> bool:
+    lock = locks.take(run.lock)
+    if lock is None:
+        return False
+    try:
+        if not never_started(run):
+            return False
+        remove(run)
+        return True
+    finally:
+        locks.release(lock)
+
+
+def _end(run: RunPaths, grace: float, intent: dict[str, Any]) -> dict[str, Any]:
+    begun = boot_clock()
+    asked: set[tuple[int, int]] = set()
+    forced = False
+    while True:
+        members = _members(run)
+        late = boot_clock() - begun >= grace
+        for process in members:
+            if late:
+                forced = True
+                send(process, signal.SIGKILL)
+            elif (process.pid, process.ticks) not in asked:
+                asked.add((process.pid, process.ticks))
+                send(process, signal.SIGTERM)
+                send(process, signal.SIGCONT)  # a stopped process would sleep through its grace
+        state = derive(run)
+        if not members and state["state"] not in (*_ACTIVE, "finishing"):
+            break
+        if boot_clock() - begun > grace + _PATIENCE:
+            break
+        time.sleep(_PAUSE)
+    if state["state"] == "lost":
+        _write_for_the_dead(run, intent)
+    survivors = [process.pid for process in _members(run)]
+    used = boot_clock() - begun
+    with contextlib.suppress(OSError):  # a full disk must not keep a cancel from answering
+        journal.record(run, "cancelled", grace_used=used, forced=forced, survivors=survivors)
+    return _answer(run, "ended", used=used, forced=forced, survivors=survivors)
+
+
+def _write_for_the_dead(run: RunPaths, intent: dict[str, Any]) -> None:
+    """Nobody saw how the job ended, since its supervisor was gone; that it was cancelled is known, and is written."""
+    lock = locks.take(run.lock)
+    if lock is None:
+        return
+    try:
+        if exitrec.read(run.exit) is None:
+            started = journal.read(run).started or {}
+            exitrec.write(
+                run.exit,
+                {
+                    "schema": 1,
+                    "run": run.id,
+                    "code": None,
+                    "signal": None,
+                    "outcome": "cancelled",
+                    "reason": "its supervisor was gone, so nobody saw its exit status",
+                    "oom": None,
+                    "cancel": intent,
+                    "started": started.get("wall"),
+                    "ended": time.time(),
+                    "seconds": boot_clock() - float(started.get("clock", boot_clock())),
+                    "boot_id": boot_id(),
+                    "artifacts": None,
+                },
+            )
+    finally:
+        locks.release(lock)
+
+
+def _members(run: RunPaths) -> list[Process]:
+    """The living processes of the run: its leader's session and offspring, its supervisor's, holders of its lock."""
+    past = journal.read(run).started
+    if past is None or past.get("boot_id") != boot_id():
+        return []
+    processes = table()
+    leader, born = past["pid"], past["ticks"]
+    found: set[int] = set()
+    known = processes.get(leader)
+    if known is not None and known.ticks == born:
+        found |= {leader, *descendants(leader, processes)}
+        found |= {process.pid for process in processes.values() if process.session == leader}
+    supervisor = read_json(run.supervisor) or {}
+    guardian = look(supervisor["pid"]) if isinstance(supervisor.get("pid"), int) else None
+    supervised = guardian is not None and guardian.ticks == supervisor.get("ticks")
+    if supervised and guardian is not None and derive(run)["state"] == "running":
+        # Its supervisor adopts what the job orphans, and has only this one job at a time.
+        found |= descendants(guardian.pid, processes)
+    found |= _lock_holders(run)
+    found -= {os.getpid()}
+    if guardian is not None and supervised:
+        found -= {guardian.pid}
+    return [processes[pid] for pid in found if pid in processes and processes[pid].alive]
+
+
+def _lock_holders(run: RunPaths) -> set[int]:
+    """Processes that inherited the run's lock; the kernel lists them as having that file open."""
+    try:
+        lock = os.stat(run.lock)
+    except OSError as error:
+        raise AgentError("internal", f"{run.lock} cannot be read: {error.strerror}", code=3) from None
+    found = set()
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            for fd in os.listdir(f"/proc/{name}/fd"):
+                opened = os.stat(f"/proc/{name}/fd/{fd}")
+                if (opened.st_dev, opened.st_ino) == (lock.st_dev, lock.st_ino):
+                    found.add(int(name))
+                    break
+        except OSError:
+            continue
+    return found
+
+
+def _answer(
+    run: RunPaths, did: str, *, used: float = 0.0, forced: bool = False, survivors: list[int] | None = None
+) -> dict[str, Any]:
+    return {"did": did, "state": derive(run), "grace_used": used, "forced": forced, "survivors": survivors or []}

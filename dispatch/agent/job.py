@@ -1,0 +1,227 @@
+"""One job of a run: start it exactly as described, keep watch, clean up after it, and write down how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import collecting, exitrec, journal, memory_evidence
+from .durable import read_json
+from .paths import RunPaths
+from .processes import Process, boot_clock, boot_id, descendants, look, send, table
+from .state import outcome_of
+
+BEAT_SECONDS = 5.0
+_HOST_ENVIRONMENT = ("PATH", "HOME", "LANG", "USER", "LOGNAME")
+_SWEEP_SECONDS = 10.0
+
+
+class Job:
+    """The leader process of a run and everything that descends from it."""
+
+    def __init__(
+        self,
+        run: RunPaths,
+        lock: int,
+        lease: int | None,
+        *,
+        started: Callable[[int], None],
+        idle: Callable[[], None],
+    ) -> None:
+        self.run = run
+        self._inherited = [lock] if lease is None else [lock, lease]
+        self._on_started = started
+        self._on_idle = idle
+        self._beats = 0
+        self._last_beat = 0.0
+        self._wall = time.time()
+        self._clock = boot_clock()
+
+    def execute(self, before_exit: Callable[[RunPaths, str], None]) -> str:
+        """Start, wait, sweep, take inventory, write the exit record; returns the outcome."""
+        run = self.run
+        before = memory_evidence.counters()
+        exitrec.preallocate(run.exit)
+        reason = None
+        ended: dict[str, Any] = {"code": None, "signal": None, "leftovers": 0, "survivors": [], "usage": None}
+        try:
+            launch = read_json(run.launch)
+            if launch is None:
+                raise OSError(errno.EINVAL, "launch.json does not parse")
+            journal.record(run, "launching", supervisor=os.getpid())
+            exitrec.preallocate(run.beat)
+            pid = self._spawn(launch)
+        except OSError as error:
+            reason = f"it could not be started: {error.strerror or error}" + (
+                f": {error.filename}" if error.filename else ""
+            )
+            outcome = "crashed"
+        else:
+            self._wait(pid)
+            ended = self._clean_up(pid)
+            outcome = outcome_of(ended["code"], ended["signal"])
+        cancel = read_json(run.cancel)
+        if cancel is not None:
+            outcome = "cancelled"
+        oom, evidence = memory_evidence.judge(ended["signal"], before, memory_evidence.counters())
+        artifacts = None
+        try:
+            artifacts = collecting.take_inventory(run, self._beat)
+        except OSError as error:
+            problem = f"artifacts.json could not be written: {error.strerror or error}"
+            reason = problem if reason is None else f"{reason}; {problem}"
+            if outcome == "pass":
+                outcome = "unknown"  # nobody can verify what it left
+        before_exit(run, outcome)
+        record = {
+            "schema": 1,
+            "run": run.id,
+            **ended,
+            "outcome": outcome,
+            "reason": None if reason is None else reason[:300],
+            "oom": oom,
+            "oom_evidence": evidence,
+            "cancel": None if cancel is None else {key: cancel.get(key) for key in ("by", "wall", "grace")},
+            "started": self._wall,
+            "ended": time.time(),
+            "seconds": boot_clock() - self._clock,
+            "boot_id": boot_id(),
+            "artifacts": artifacts,
+        }
+        with contextlib.suppress(OSError):
+            journal.record(run, "ended", outcome=outcome, code=ended["code"], signal=ended["signal"], reason=reason)
+        exitrec.write(run.exit, record)
+        return outcome
+
+    def _spawn(self, launch: dict[str, Any]) -> int:
+        """Fork the leader behind a gate that opens when `started` is on disk; its pid, or OSError if it cannot run."""
+        run = self.run
+        environment = {name: os.environ[name] for name in _HOST_ENVIRONMENT if name in os.environ}
+        environment.update(launch["env"])
+        log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        gate_read, gate_write = os.pipe()
+        word_read, word_write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(gate_write)
+            self._become_job(launch["argv"], environment, log, gate_read, word_write)
+        for fd in (log, gate_read, word_write):
+            os.close(fd)
+        try:
+            leader = look(pid)
+            self._wall, self._clock = time.time(), boot_clock()
+            journal.record(run, "started", pid=pid, ticks=None if leader is None else leader.ticks, argv=launch["argv"])
+            self._beat()
+            os.write(gate_write, b"1")
+        except OSError:
+            os.close(gate_write)
+            os.close(word_read)
+            os.waitpid(pid, 0)  # the gate stayed shut: it ends by itself without having run anything
+            raise
+        os.close(gate_write)
+        with os.fdopen(word_read, "rb") as words:
+            failure = words.read()
+        if failure:
+            os.waitpid(pid, 0)
+            number, name = json.loads(failure)
+            raise OSError(number, os.strerror(number), name)
+        self._on_started(pid)
+        return pid
+
+    def _become_job(self, argv: list[str], environment: dict[str, str], log: int, gate: int, word: int) -> None:
+        try:
+            os.setsid()
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write("300")  # if memory runs out, the job goes before the supervisor that records it
+            if os.read(gate, 1) != b"1":
+                os._exit(125)
+            os.chdir(self.run.dir)
+            for fd in self._inherited:
+                os.set_inheritable(fd, True)
+            os.execvpe(argv[0], argv, environment)
+        except OSError as error:
+            os.write(word, json.dumps([error.errno or errno.EIO, argv[0]]).encode())
+        finally:
+            os._exit(127)
+
+    def _wait(self, pid: int) -> None:
+        """Return when the leader has ended but is not yet reaped, so that its pid still means it."""
+        fd = None
+        with contextlib.suppress(AttributeError, OSError):
+            fd = os.pidfd_open(pid)
+        poll = select.poll()
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+        try:
+            while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                poll.poll(1000 if fd is not None else 50)
+                if boot_clock() - self._last_beat >= BEAT_SECONDS:
+                    self._beat()
+                    _reap_children(table(), but=pid)
+                self._on_idle()
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _beat(self) -> None:
+        if self._beats and boot_clock() - self._last_beat < BEAT_SECONDS:
+            return
+        self._beats += 1
+        self._last_beat = boot_clock()
+        with contextlib.suppress(OSError):
+            size = self.run.log.stat().st_size
+            exitrec.write(
+                self.run.beat,
+                {"count": self._beats, "clock": boot_clock(), "wall": time.time(), "log": size},
+                sync=False,
+            )
+
+    def _clean_up(self, leader: int) -> dict[str, Any]:
+        """Kill and reap whatever the leader left behind, then the leader; a subreaper is parent to all of it."""
+        killed: set[tuple[int, int]] = set()
+        deadline = boot_clock() + _SWEEP_SECONDS
+        while True:
+            left = _leftovers(leader)
+            for process in left:
+                if send(process, signal.SIGKILL):
+                    killed.add((process.pid, process.ticks))
+            if not left or boot_clock() > deadline:
+                break
+            time.sleep(0.01)
+        _, status, usage = os.wait4(leader, 0)
+        signalled = os.WIFSIGNALED(status)
+        return {
+            "code": None if signalled else os.WEXITSTATUS(status),
+            "signal": os.WTERMSIG(status) if signalled else None,
+            "leftovers": len(killed),
+            "survivors": [process.pid for process in left][:20],
+            "usage": {"user": usage.ru_utime, "system": usage.ru_stime, "peak_rss_bytes": usage.ru_maxrss * 1024},
+        }
+
+
+def _leftovers(leader: int) -> list[Process]:
+    processes = table()
+    _reap_children(processes, but=leader)
+    mine = descendants(os.getpid(), processes)
+    mine |= {process.pid for process in processes.values() if process.session == leader}
+    return [processes[pid] for pid in mine if pid not in (leader, os.getpid()) and processes[pid].alive]
+
+
+def _reap_children(processes: dict[int, Process], *, but: int) -> None:
+    for process in processes.values():
+        if process.parent == os.getpid() and not process.alive and process.pid != but:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)

@@ -1,0 +1,81 @@
+"""The facts of a host, read without creating or changing anything on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from . import folders, hardware, locks
+from .durable import read_json
+from .paths import NAME, Root, expand, filesystem_of
+from .protocol import AgentError, Arguments
+from .state import clock, derive
+
+
+def probe(root: Root, args: Arguments) -> dict[str, Any]:
+    """Facts of the host, and the state of every run, path, build, environment and object that the plan asks about."""
+    runs, kins, paths = args.rows("runs"), args.texts("kins"), args.rows("paths")
+    builds, venvs, objects = args.texts("builds"), args.texts("venvs"), args.texts("cas")
+    args.done()
+    states = {}
+    for row in runs:
+        run = root.run(row.get("id"))
+        states[run.id] = derive(run)
+    return {
+        "root": str(root.dir),
+        "root_exists": root.dir.is_dir(),
+        "host": hardware.host(root.dir),
+        "python": {"executable": sys.executable, "version": ".".join(str(part) for part in sys.version_info[:3])},
+        "runs": states,
+        "kin_runs": _kin(root, sorted({*kins, *(str(row["kin"]) for row in runs if row.get("kin"))})),
+        "paths": {str(row.get("path")): _path(row) for row in paths},
+        "builds": {name: (root.builds / _name(name) / ".complete.json").is_file() for name in builds},
+        "venvs": {name: _venv(root, name) for name in venvs},
+        "cas": {sha256: root.object(sha256).is_file() for sha256 in objects},
+        "lease": {"device": locks.holder(root.device_lock)},
+        "state_filesystem": filesystem_of(root.dir),
+        "clock": clock(),
+    }
+
+
+def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """For each kin (a run's identity without its code) the runs of it that this host holds."""
+    found: dict[str, list[dict[str, Any]]] = {kin: [] for kin in kins}
+    if not kins:
+        return found
+    for run in root.runs_present():
+        kin = (read_json(run.launch) or {}).get("kin")
+        if kin not in found:
+            continue
+        identity, state = read_json(run.identity) or {}, derive(run)
+        found[kin].append(
+            {
+                "id": run.id,
+                "state": state["state"],
+                "outcome": state["outcome"],
+                "code": identity.get("code"),
+                "attempt": identity.get("attempt"),
+                "ended": state["ended"],
+            }
+        )
+    return found
+
+
+def _path(row: dict[str, Any]) -> dict[str, Any]:
+    path, purpose = row.get("path"), row.get("purpose")
+    if not isinstance(path, str) or not isinstance(purpose, str):
+        raise AgentError("protocol", f"probe: paths holds {row!r}, which has no path and purpose")
+    return folders.inspect(path, purpose)
+
+
+def _name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise AgentError("refused", f"{name!r} is not a plain name")
+    return name
+
+
+def _venv(root: Root, name: str) -> bool:
+    if name.startswith(("/", "~")):
+        return os.access(expand(name, "venv") / "bin" / "python", os.X_OK)
+    return (root.venvs / _name(name) / ".complete.json").is_file()

@@ -1,0 +1,124 @@
+"""Who is who on this host: boots, clocks, and processes identified by pid and start ticks, never by pid alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot; refused nowhere, `unknown` where there is no Linux /proc."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"
+
+
+def boot_clock() -> float:
+    """Seconds on the clock that goes on through suspend and does not step with the wall clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class Process(NamedTuple):
+    """One line of the process table; `ticks` is the start time in clock ticks since boot."""
+
+    pid: int
+    state: str
+    parent: int
+    group: int
+    session: int
+    ticks: int
+
+    @property
+    def alive(self) -> bool:
+        """False for zombies: they run nothing and only wait to be reaped."""
+        return self.state not in "ZX"
+
+
+def look(pid: int) -> Process | None:
+    """The process with this pid; None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if len(fields) < 20:
+        return None
+    return Process(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+
+
+def table() -> dict[int, Process]:
+    """Every process that this user can see, by pid."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            process = look(int(name))
+            if process is not None:
+                found[process.pid] = process
+    return found
+
+
+def descendants(of: int, processes: dict[int, Process]) -> set[int]:
+    """The pids of all children of `of`, and theirs, without `of` itself."""
+    children: dict[int, list[int]] = {}
+    for process in processes.values():
+        children.setdefault(process.parent, []).append(process.pid)
+    found: set[int] = set()
+    todo = [of]
+    while todo:
+        for child in children.get(todo.pop(), []):
+            if child not in found:
+                found.add(child)
+                todo.append(child)
+    return found
+
+
+def is_alive(pid: object, ticks: object) -> bool:
+    """Whether exactly this process (pid and start ticks) still runs."""
+    if not isinstance(pid, int) or not isinstance(ticks, int):
+        return False
+    process = look(pid)
+    return process is not None and process.ticks == ticks and process.alive
+
+
+def send(process: Process, number: int) -> bool:
+    """Signal exactly this process through a pidfd, so that a reused pid is never hit; False when it is gone."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    except (AttributeError, OSError):  # no pidfd here: the narrow window of check and kill is all there is
+        if not is_alive(process.pid, process.ticks):
+            return False
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+    try:
+        found = look(process.pid)
+        if found is None or found.ticks != process.ticks:
+            return False
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def become_subreaper() -> bool:
+    """Make orphans among the descendants children of this process; False where the kernel has no such thing."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+    except (OSError, AttributeError):
+        return False

@@ -1,0 +1,131 @@
+"""Following a run: bytes of its streams from a cursor on, with the state sampled before the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from .paths import Root, RunPaths
+from .protocol import AgentError, Arguments, Reply
+from .state import TERMINAL, derive
+
+LARGEST_READ = 16 << 20
+LONGEST_WAIT = 20.0
+_PAUSE = 0.03
+_STATE_EVERY = 0.15
+_HEAD = 256
+
+
+def read(root: Root, args: Arguments) -> Reply:
+    """Up to `max` bytes over all streams; with nothing new, wait up to `wait` seconds for bytes or another state.
+
+    A cursor is {inode, offset, head}; `head` (digest of the first bytes) tells a file replaced under a reused inode.
+    """
+    run = root.run(args.text("run"))
+    streams = args.table("streams")
+    most = int(args.number("max", 1 << 20, low=1, high=LARGEST_READ))
+    wait = args.number("wait", 0.0, low=0.0, high=LONGEST_WAIT)
+    known = args.optional_text("known_state")
+    args.done()
+    files = {name: _Stream(name, run, cursor) for name, cursor in streams.items()}
+    deadline = time.monotonic() + wait
+    state = derive(run)
+    first = known if known is not None else state["state"]
+    sampled = time.monotonic()
+    while True:
+        news = any(stream.has_news() for stream in files.values())
+        late = time.monotonic() >= deadline
+        if news or late or state["state"] != first or state["state"] in TERMINAL:
+            break
+        time.sleep(_PAUSE)
+        if time.monotonic() - sampled >= _STATE_EVERY:
+            state, sampled = derive(run), time.monotonic()
+    # Sampled before the read: with "finished" in hand, the bytes read next are all there will ever be.
+    state = derive(run)
+    left, payload, answers = most, b"", {}
+    for name, stream in files.items():
+        data, answer = stream.take(left, state["state"] in TERMINAL)
+        left -= len(data)
+        payload += data
+        answers[name] = answer
+    return Reply({"run": run.id, "state": state, "streams": answers, "order": list(files)}, payload)
+
+
+class _Stream:
+    """One file of a run and how far the reader has come in it."""
+
+    def __init__(self, name: str, run: RunPaths, cursor: Any) -> None:
+        paths: dict[str, Path] = {"events.jsonl": run.events, "launch.log": run.log}
+        if name not in paths:
+            raise AgentError("protocol", f"read: stream {name!r} is neither events.jsonl nor launch.log")
+        cursor = {} if cursor is None else cursor
+        if not isinstance(cursor, dict):
+            raise AgentError("protocol", f"read: the cursor {cursor!r} of {name} is not an object")
+        self.path = paths[name]
+        self.inode = _count(cursor.get("inode"), name)
+        self.offset = _count(cursor.get("offset"), name) or 0
+        self.head = cursor.get("head")
+
+    def has_news(self) -> bool:
+        """Whether a read would give bytes or a marker."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return found.st_size != self.offset or (self.inode is not None and found.st_ino != self.inode)
+
+    def take(self, most: int, terminal: bool) -> tuple[bytes, dict[str, Any]]:
+        """The bytes from the cursor on, and the answer: their length, the new cursor, markers, whether that is all."""
+        answer: dict[str, Any] = {"bytes": 0, "truncated": False, "replaced": False, "missing": False, "eof": terminal}
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            answer.update(missing=True, cursor=self._cursor(), size=0)
+            return b"", answer
+        try:
+            found = os.fstat(fd)
+            if self.inode is not None and found.st_ino != self.inode:
+                answer["replaced"] = True
+            elif found.st_size < self.offset:
+                answer["truncated"] = True
+            elif self.head is not None and self.head != _head(fd, self.offset):
+                answer["replaced"] = True
+            if answer["replaced"] or answer["truncated"]:
+                self.offset = 0
+            self.inode = found.st_ino
+            data = _bytes(fd, self.offset, most)
+            self.offset += len(data)
+            size = os.fstat(fd).st_size
+            self.head = _head(fd, self.offset)
+        finally:
+            os.close(fd)
+        answer.update(bytes=len(data), cursor=self._cursor(), size=size, eof=terminal and self.offset >= size)
+        return data, answer
+
+    def _cursor(self) -> dict[str, Any]:
+        return {"inode": self.inode, "offset": self.offset, "head": self.head}
+
+
+def _count(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise AgentError("protocol", f"read: the cursor of {name} holds {value!r}, which is not a count")
+    return value
+
+
+def _bytes(fd: int, offset: int, most: int) -> bytes:
+    data = bytearray()
+    while len(data) < most:
+        chunk = os.pread(fd, min(1 << 20, most - len(data)), offset + len(data))
+        if not chunk:
+            break
+        data += chunk
+    return bytes(data)
+
+
+def _head(fd: int, offset: int) -> str:
+    return hashlib.sha256(os.pread(fd, min(_HEAD, offset), 0)).hexdigest()[:16]
