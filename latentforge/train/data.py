@@ -16,8 +16,8 @@ from latentforge.spec.sections import DataSpec
 def run(run: RunDir, log: EventLog) -> None:
     """Read the corpus, learn or take the tokenizer, pack both splits, verify what was written."""
     spec = DataSpec.model_validate_json(json.dumps(run.load_identity().spec["data"]))
-    corpus = _checked_path(run, "corpus") or spec.corpus
-    tokenizer = _checked_path(run, "tokenizer") if run.has_input("tokenizer") else None
+    corpus = checked_path(run, "corpus") or spec.corpus
+    tokenizer = checked_path(run, "tokenizer") if run.has_input("tokenizer") else None
     shards = build_shards(
         corpus,
         run.out,
@@ -37,7 +37,7 @@ def run(run: RunDir, log: EventLog) -> None:
     )
 
 
-def _checked_path(run: RunDir, name: str) -> Path | None:
+def checked_path(run: RunDir, name: str) -> Path | None:
     """The path of an external input whose content is still what the run's identity names; None for a built-in."""
     ref = run.input_ref(name)
     if "builtin" in ref:

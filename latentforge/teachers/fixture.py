@@ -1,0 +1,60 @@
+"""A teacher that needs no model: its most likely next token is the token it was given last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.targets import DenseTargets, TopKTargets
+from latentforge.targets.topk import topk_rows
+from latentforge.teachers.protocol import Capability, TeacherIdentity, check_temperature, check_tokens
+
+_PEAK = 8.0
+
+
+class FixtureTeacher:
+    """Deterministic targets for tests: row (b, i) peaks at token i of sequence b; the rest is a fixed pattern."""
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 2:
+            raise RefusedError(f"vocab_size = {vocab_size}: a teacher needs at least 2 tokens")
+        self._vocab_size = vocab_size
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Scores, and dense logits at any T."""
+        return frozenset({"score", "logits"})
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The fixture and its vocabulary size; it has no files."""
+        return TeacherIdentity("fixture", f"fixture-1-{self._vocab_size}", "float32", "none")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self._vocab_size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence: this is no model."""
+        return ("the fixture teacher repeats the last token; it is no model",)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Dense logits float32 ``[B·(L-1), V]`` for ``tokens`` int64 ``[B, L]``."""
+        check_tokens(tokens, self._vocab_size)
+        last = tokens[:, :-1].reshape(-1, 1)
+        other = torch.arange(self._vocab_size, dtype=torch.int64, device=tokens.device)
+        # In [0, 4): below the peak for every token, different for each pair.
+        pattern = ((last * 31 + other * 17) % 64).to(torch.float32) / 16.0
+        return pattern.scatter_(1, last, _PEAK)
+
+    def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> DenseTargets | TopKTargets:
+        """Dense targets, or top-k with the exact tail at ``temperature`` where ``k`` is given."""
+        check_temperature(temperature)
+        logits = self.logits(tokens)
+        if k is None:
+            return DenseTargets(logits)
+        ids, logprobs, tails = topk_rows(logits, k, [temperature])
+        return TopKTargets(ids, logprobs, tails[float(temperature)])

@@ -1,0 +1,135 @@
+"""A transformers model in this process: dense logits at any temperature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from latentforge.data.tokenizer import Tokenizer
+from latentforge.errors import RefusedError
+from latentforge.kernels.targets import DenseTargets, TopKTargets
+from latentforge.targets.topk import topk_rows
+from latentforge.teachers.folder import ModelFolder, check_model_folder
+from latentforge.teachers.protocol import Capability, TeacherIdentity, check_temperature, check_tokens
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HFTeacher:
+    """Any causal LM folder that transformers loads. Never trained: parameters take no gradient, the mode is eval."""
+
+    def __init__(self, model: Any, folder: ModelFolder, tokenizer: Tokenizer, dtype: str) -> None:
+        self.model = model
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self._dtype = dtype
+        self.rows = int(model.get_output_embeddings().weight.shape[0])
+        if self.rows < tokenizer.vocab_size:
+            raise RefusedError(
+                f"teacher {folder.path} answers for {self.rows} ids, its tokenizer has {tokenizer.vocab_size} tokens"
+            )
+
+    @classmethod
+    def open(cls, path: Path, *, device: str = "cpu", dtype: Literal["float32", "bfloat16"] = "float32") -> HFTeacher:
+        """Check the folder, then load it from disk alone; no code from the folder is run, nothing is fetched."""
+        # Imported here: transformers takes seconds, and checking a folder must not wait for it.
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        folder = check_model_folder(Path(path))
+        tokenizer = Tokenizer.open(Path(path))
+        transformers_logging.disable_progress_bar()
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                dtype=_DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise RefusedError(f"transformers cannot load teacher {path}: {_first_line(error)}") from error
+        model, report = loaded
+        # A tensor that is missing would be random numbers, and the teacher would teach them.
+        wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind, ()))
+        if wrong:
+            raise RefusedError(
+                f"teacher {path} lacks {len(wrong)} tensor(s) of {folder.architecture}: {', '.join(wrong[:3])}",
+                next="copy the model folder again, or correct its config.json",
+            )
+        model.requires_grad_(False).eval().to(device)
+        return cls(model, folder, tokenizer, dtype)
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Scores, and dense logits at any T."""
+        return frozenset({"score", "logits"})
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """Architecture, content digest, arithmetic and tokenizer."""
+        return TeacherIdentity(self.folder.architecture, self.folder.sha256, self._dtype, self.tokenizer.sha256)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of real tokens: ids from there on are padding rows and masked."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence where the model has more rows than tokens."""
+        if self.rows == self.vocab_size:
+            return ()
+        padding = self.rows - self.vocab_size
+        return (f"teacher has {self.rows} rows for {self.vocab_size} tokens: {padding} padding rows are masked",)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, *, width: int | None = None) -> Tensor:
+        """Dense logits ``[B·(L-1), width]`` for ``tokens`` int64 ``[B, L]``; row (b, i) predicts token i + 1.
+
+        Padding is minus infinity. ``width`` (the student's rows; the teacher's own by default) may cut or add padding
+        only. Computed in the model's dtype.
+        """
+        check_tokens(tokens, self.vocab_size)
+        limit = self.folder.max_positions
+        if limit is not None and tokens.shape[1] - 1 > limit:
+            raise RefusedError(f"sequences of {tokens.shape[1]} tokens are longer than the teacher's {limit} positions")
+        width = self.rows if width is None else width
+        if width < self.vocab_size:
+            raise RefusedError(f"logits of {width} columns cannot hold the teacher's {self.vocab_size} tokens")
+        answer = self.model(input_ids=tokens[:, :-1].to(self.model.device), use_cache=False).logits
+        flat: Tensor = answer.reshape(-1, answer.shape[-1])
+        if width == self.rows:
+            flat[:, self.vocab_size :] = float("-inf")
+            return flat
+        resized = flat.new_full((flat.shape[0], width), float("-inf"))
+        resized[:, : self.vocab_size] = flat[:, : self.vocab_size]
+        return resized
+
+    def targets(
+        self, tokens: Tensor, *, temperature: float, k: int | None = None, width: int | None = None
+    ) -> DenseTargets | TopKTargets:
+        """Dense targets, or top-k with the exact tail at ``temperature`` where ``k`` is given."""
+        check_temperature(temperature)
+        if k is None:
+            return DenseTargets(self.logits(tokens, width=width))
+        ids, logprobs, tails = self.topk(tokens, k=k, temperatures=(temperature,))
+        return TopKTargets(ids, logprobs, tails[float(temperature)])
+
+    def topk(
+        self, tokens: Tensor, *, k: int, temperatures: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor, dict[float, Tensor]]:
+        """Top-k rows with tails at several temperatures from one forward pass (see :func:`topk_rows`)."""
+        if not 1 <= k <= self.vocab_size:
+            raise RefusedError(
+                f"k = {k} is larger than the vocabulary ({self.vocab_size} tokens)", next="lower score.k"
+            )
+        return topk_rows(self.logits(tokens, width=self.vocab_size), k, temperatures)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,98 @@
+"""A teacher that was scored before: its targets come from the store on disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.targets import TopKTargets
+from latentforge.targets.store import TargetStore
+from latentforge.teachers.protocol import Capability, TeacherIdentity, check_temperature, check_tokens
+
+
+class StoreTeacher:
+    """Targets that a score run wrote, for the temperatures whose tails it stored."""
+
+    def __init__(self, store: TargetStore) -> None:
+        self.store = store
+
+    @classmethod
+    def open(cls, path: Path, *, identity: TeacherIdentity | None = None) -> StoreTeacher:
+        """Open ``targets.sqlite`` for reading; refused where it was made for another teacher than ``identity``."""
+        return cls(TargetStore.open(path, identity=None if identity is None else identity.as_json()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.store.close()
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Scores only: what is not in the store cannot be asked."""
+        return frozenset({"score"})
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The teacher that filled the store."""
+        return TeacherIdentity.from_json(self.store.identity)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of real tokens."""
+        return self.store.vocab_size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence: how coarse the rows are."""
+        mass = self.store.stats()["tail_mass"]
+        shown = ", ".join(f"{value:.1%} at T = {t}" for t, value in mass.items() if value is not None)
+        return (f"top-{self.store.k} targets from the store; mass outside: {shown or 'no rows yet'}",)
+
+    def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
+        """Top-k rows of ``tokens`` int64 ``[B, L]``, on the device of ``tokens``; a ``k`` below the stored is exact.
+
+        Refused for a temperature without stored tails, a larger ``k`` and a sequence that was not scored.
+        """
+        check_temperature(temperature)
+        check_tokens(tokens, self.vocab_size)
+        temperature = float(temperature)
+        if temperature not in self.store.temperatures:
+            stored = ", ".join(f"{t:g}" for t in self.store.temperatures)
+            raise RefusedError(
+                f"temperature = {temperature:g}: tails are stored for T = {stored} only",
+                next=f'add {temperature:g} to score.temperatures, or set distill.targets = "live"',
+            )
+        if k is not None and not 1 <= k <= self.store.k:
+            raise RefusedError(f"k = {k}: the store holds {self.store.k} entries a row", next="raise score.k")
+        found = self.store.get_many(tokens.detach().to("cpu").numpy())
+        ids = np.concatenate([targets.ids for targets in found])
+        logprobs = np.concatenate([targets.logprobs for targets in found])
+        tail = np.concatenate([targets.tails[temperature] for targets in found])
+        if k is not None and k < self.store.k:
+            tail = _longer_tail(logprobs[:, k:], tail, temperature)
+            ids, logprobs = np.ascontiguousarray(ids[:, :k]), np.ascontiguousarray(logprobs[:, :k])
+        device = tokens.device
+        return TopKTargets(
+            torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), torch.from_numpy(tail).to(device)
+        )
+
+
+def _longer_tail(
+    dropped: np.ndarray[tuple[int, int], np.dtype[np.float32]],
+    tail: np.ndarray[tuple[int], np.dtype[np.float32]],
+    temperature: float,
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """The tail with the dropped entries added: log(exp(tail) + Σ exp(dropped / T)), in float64."""
+    scaled = dropped.astype(np.float64) / temperature
+    top = scaled.max(axis=1)
+    inside = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
+    assert math.isfinite(float(inside.max()))
+    return np.logaddexp(inside, tail.astype(np.float64)).astype(np.float32)

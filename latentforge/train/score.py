@@ -1,0 +1,91 @@
+"""Recipe of the run kind ``score``: a teacher's top-k targets with exact tails, for every packed row."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from latentforge.data.shards import ShardSet
+from latentforge.errors import FailedError
+from latentforge.events import EventLog
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import ScoreSpec
+from latentforge.targets.store import TargetStore
+from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.scoring import check_agreement, check_scorable, coverage, score_all
+from latentforge.train.data import checked_path
+
+
+def run(run: RunDir, log: EventLog) -> None:
+    """Load the teacher, score what the store lacks, ask again for a sample, require coverage of 100 %."""
+    spec = ScoreSpec.model_validate_json(json.dumps(run.load_identity().spec["score"]))
+    with log.phase("load"):
+        data = ShardSet.open(run.input_path("data"))
+        data.verify()
+        folder = teacher_folder(run)
+        alignment = compare_vocabularies(folder, data.tokenizer_dir)
+        teacher = HFTeacher.open(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+        check_scorable(teacher, data, k=spec.k)
+    for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
+        log.say(note)
+    run.out.mkdir(parents=True, exist_ok=True)
+    with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
+        before = coverage(store, data)
+        if before.present:
+            log.say(f"resumes: {before} are in the store")
+        with log.phase("score", present=before.present, total=before.total):
+            new = score_all(
+                teacher, data, store, batch_size=spec.batch_size, progress=lambda *at: log.progress("score", *at)
+            )
+        with log.phase("verify"):
+            agreement = check_agreement(teacher, store, data)
+            reached = coverage(store, data)
+    if reached.present < reached.total:
+        raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
+    with TargetStore.open(run.out / "targets.sqlite") as store:
+        stats = store.stats()
+        record = {
+            "identity": store.identity,
+            "rows": stats["rows"],
+            "new_rows": new,
+            "sequences": len(data.train) + len(data.heldout),
+            "k": store.k,
+            "temperatures": list(store.temperatures),
+            "tail_mass": stats["tail_mass"],
+            "bytes": stats["bytes"],
+            "agreement": {"worst_nats": agreement.worst, "positions": agreement.positions},
+        }
+    temporary = run.out / "score.json.partial"
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, run.out / "score.json")
+    mass = ", ".join(f"{value:.1%} at T = {t}" for t, value in stats["tail_mass"].items())
+    log.say(
+        f"coverage {reached}; k = {spec.k}, mass outside {mass}; {stats['bytes'] / 1e6:.1f} MB; "
+        f"asked again at {agreement.positions} positions: differs by at most {agreement.worst:.1e} nats"
+    )
+
+
+def teacher_folder(run: RunDir) -> Path:
+    """The model folder of the input ``teacher``: ``out/model`` of a teacher run, or the folder that was named."""
+    if run.input_run("teacher") is not None:
+        return run.input_path("teacher") / "model"
+    return checked_path(run, "teacher") or run.input_path("teacher")
+
+
+def open_for_scoring(path: Path, teacher: HFTeacher, spec: ScoreSpec) -> TargetStore:
+    """The store of this run, new or as an earlier start left it; refused where it is another teacher's."""
+    identity = teacher.identity.as_json()
+    if not path.exists():
+        return TargetStore.create(path, identity, spec.k, spec.temperatures, vocab_size=teacher.vocab_size)
+    return TargetStore.open(
+        path,
+        readonly=False,
+        identity=identity,
+        k=spec.k,
+        temperatures=spec.temperatures,
+        vocab_size=teacher.vocab_size,
+    )
