@@ -54,7 +54,9 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
                 "id": run.id,
                 "state": state["state"],
                 "outcome": state["outcome"],
-                "code": identity.get("code"),
+                "code": state["code"],
+                "exit": state["exit"],
+                "code_sha256": identity.get("code"),
                 "attempt": identity.get("attempt"),
                 "ended": state["ended"],
             }
