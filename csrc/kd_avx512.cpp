@@ -1,0 +1,8 @@
+// The row kernels, compiled for the instruction set that this file is named after.
+#include "simd_avx512.h"
+//
+#include "kd_rows.h"
+
+namespace latentforge {
+RowKernel avx512_row_kernel(const KdCall& call) { return select_row_kernel(call); }
+}  // namespace latentforge

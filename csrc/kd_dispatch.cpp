@@ -1,0 +1,141 @@
+// Which variant runs, on how many threads, and what is refused before anything is written.
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <stdexcept>
+#include <thread>
+
+#include "kd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace latentforge {
+
+namespace {
+
+// Denormal results become zero while a row is computed: they are 1e-38 of nothing and cost a hundred cycles each.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000u); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
+};
+
+RowKernel find_kernel(const KdCall& call, const std::string& variant) {
+  const auto available = cpu_variants();
+  if (std::find(available.begin(), available.end(), variant) == available.end())
+    throw std::invalid_argument("this machine has no '" + variant + "' variant");
+#if defined(__x86_64__)
+  if (variant == "avx512") return avx512_row_kernel(call);
+  if (variant == "avx2") return avx2_row_kernel(call);
+#endif
+  return baseline_row_kernel(call);
+}
+
+void one_row(const KdCall& call, RowKernel kernel, int64_t row, Scratch& scratch) {
+  if (call.labels != nullptr && call.labels[row] == call.ignore_index) {
+    call.ce_rows[row] = call.kd_rows[row] = 0.0;
+    if (!call.write_gradient) return;
+    // All bits zero is +0 in both formats.
+    const int64_t width = call.student.dtype == Dtype::bf16 ? 2 : 4;
+    auto* bytes = static_cast<unsigned char*>(call.student.data) + row * call.student.row_stride * width;
+    std::fill(bytes, bytes + call.vocab * width, static_cast<unsigned char>(0));
+    return;
+  }
+  kernel(call, row, scratch);
+}
+
+// Threads live for one call: nothing is left behind for a fork to trip over, and a start costs microseconds where a
+// call takes milliseconds.
+template <class Body>
+void on_threads(int threads, Body body) {
+  std::vector<std::exception_ptr> failures(static_cast<size_t>(threads));
+  const auto guarded = [&](int index) {
+    try {
+      body(index);
+    } catch (...) {
+      failures[static_cast<size_t>(index)] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> pool;
+  pool.reserve(static_cast<size_t>(threads - 1));
+  int started = 1;
+  try {
+    for (; started < threads; ++started) pool.emplace_back(guarded, started);
+  } catch (const std::system_error&) {
+    // A machine out of threads: those that started, and this one, share the work.
+  }
+  guarded(0);
+  for (auto& thread : pool) thread.join();
+  for (const auto& failure : failures)
+    if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace
+
+std::vector<std::string> cpu_variants() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.emplace_back("avx512");
+  if (avx2) found.emplace_back("avx2");
+#endif
+  found.emplace_back("baseline");
+  return found;
+}
+
+BadIndex check_indices(const KdCall& call) {
+  if (call.labels != nullptr)
+    for (int64_t row = 0; row < call.rows; ++row) {
+      const int64_t label = call.labels[row];
+      if (label != call.ignore_index && (label < 0 || label >= call.vocab)) return {"label", row, label};
+    }
+  if (call.topk_ids == nullptr) return {};
+  std::vector<bool> seen(static_cast<size_t>(call.vocab), false);
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const int64_t* ids = call.topk_ids + row * call.k;
+    for (int64_t j = 0; j < call.k; ++j) {
+      if (ids[j] < 0 || ids[j] >= call.vocab) return {"id", row, ids[j]};
+      if (seen[static_cast<size_t>(ids[j])]) return {"duplicate", row, ids[j]};
+      seen[static_cast<size_t>(ids[j])] = true;
+    }
+    for (int64_t j = 0; j < call.k; ++j) seen[static_cast<size_t>(ids[j])] = false;
+  }
+  return {};
+}
+
+void run_rows(const KdCall& call, const std::string& variant, int threads) {
+  const RowKernel kernel = find_kernel(call, variant);
+  // A thread is worth its start from about a quarter of a million logits.
+  const int64_t useful = std::max<int64_t>(1, call.rows * call.vocab / (1 << 18));
+  const int count =
+      static_cast<int>(std::min<int64_t>({std::max(threads, 1), useful, std::max<int64_t>(call.rows, 1)}));
+  std::atomic<int64_t> next{0};
+  on_threads(count, [&](int) {
+    const FlushDenormals flush;
+    Scratch scratch;
+    for (int64_t row = next.fetch_add(1); row < call.rows; row = next.fetch_add(1)) one_row(call, kernel, row, scratch);
+  });
+}
+
+void stream_add(float* a, const float* b, int64_t count, int threads) {
+  threads = std::max(threads, 1);
+  const int64_t share = (count + threads - 1) / threads;
+  on_threads(threads, [&](int index) {
+    const int64_t start = std::min(count, index * share), end = std::min(count, start + share);
+    for (int64_t i = start; i < end; ++i) a[i] += b[i];
+  });
+}
+
+}  // namespace latentforge

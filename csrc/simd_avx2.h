@@ -1,0 +1,94 @@
+// 256-bit vectors with fused multiply-add for the row kernels.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace latentforge {
+namespace {
+
+struct Simd {
+  using V = __m256;
+  static constexpr int width = 8;
+  static constexpr bool fused = true;
+
+  static V set(float x) { return _mm256_set1_ps(x); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
+  // Returns the second operand where either is NaN.
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static V floor(V a) { return _mm256_floor_ps(a); }
+  // Minus infinity has no fraction: 0, so that scale() turns it into 0.
+  static V fraction(V a) {
+    const V bounded = max(set(-200.0f), a);
+    return sub(bounded, floor(bounded));
+  }
+  // p * 2^floor(z) for z < 128; everything below 2^-126 gives 0, NaN in p stays NaN.
+  static V scale(V p, V z) {
+    const V n = max(set(-127.0f), floor(z));
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return mul(p, _mm256_castsi256_ps(bits));
+  }
+  // value where gate > 0, else 0.
+  static V where_positive(V gate, V value) {
+    return _mm256_and_ps(_mm256_cmp_ps(gate, _mm256_setzero_ps(), _CMP_GT_OQ), value);
+  }
+  static float sum(V a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static float highest(V a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+
+  // Two vectors at once: for bf16 the even and the odd columns, which costs a shift and a mask instead of a shuffle.
+  static void load2(const float* p, V& a, V& b) {
+    a = _mm256_loadu_ps(p);
+    b = _mm256_loadu_ps(p + width);
+  }
+  static void load2(const uint16_t* p, V& a, V& b) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  // The same in the columns' own order, for rows whose partner is fp32.
+  static void load2_ordered(const float* p, V& a, V& b) { load2(p, a, b); }
+  static void load2_ordered(const uint16_t* p, V& a, V& b) {
+    const auto widened = [](const uint16_t* q) {
+      const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    };
+    a = widened(p);
+    b = widened(p + width);
+  }
+  static void store2(float* p, V a, V b) {
+    _mm256_storeu_ps(p, a);
+    _mm256_storeu_ps(p + width, b);
+  }
+  static __m256i rounded(V a) {  // to nearest, ties to even; the bf16 is in the upper half
+    const __m256i x = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd);
+  }
+  static void store2(uint16_t* p, V a, V b) {
+    const __m256i even = _mm256_srli_epi32(rounded(a), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, rounded(b), 0xaa));
+  }
+  static void store2_ordered(float* p, V a, V b) { store2(p, a, b); }
+  static void store2_ordered(uint16_t* p, V a, V b) {
+    const __m256i low = _mm256_srli_epi32(rounded(a), 16), high = _mm256_srli_epi32(rounded(b), 16);
+    // The pack works within halves; the permutation puts the quarters back in order.
+    const __m256i x = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+  }
+};
+
+}  // namespace
+}  // namespace latentforge

@@ -1,0 +1,34 @@
+"""What a teacher says about a batch of positions, as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """A teacher's logits at every position: ``logits`` [N, V], bf16 or fp32 (fp64 for the reference backend).
+
+    Columns must be contiguous, rows may be further apart than V, so a truncated vocabulary can be passed as a view.
+    """
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """The k most likely tokens of a teacher at every position, and exactly how much lies outside them.
+
+    ``ids`` [N, k] int32 or int64, no id twice in a row; ``logprobs`` [N, k] float32, natural logarithms at temperature
+    1; ``tail`` [N] float32, log of the sum over the tokens outside the top-k of exp(logprob / T) **at the temperature
+    of the teacher in the loss**, minus infinity where k is the whole vocabulary.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+
+
+Targets = DenseTargets | TopKTargets
