@@ -1,0 +1,160 @@
+"""The ledger: one line a run, each holding the digest of the line before; appended, never changed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from latentforge.errors import FailedError, RefusedError
+from latentforge.evidence.numbers import parse_json
+from latentforge.spec.canonical import canonical_bytes
+from latentforge.spec.identity import check_run_id
+
+LEDGER = "ledger.jsonl"
+FIRST = "0" * 64
+"""``prev`` of the first line."""
+
+_FIELDS = {"entry", "prev", "run", "manifest", "wall", "sha256"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line: ``entry`` counts from 1, ``manifest`` is the sha256 of the run's manifest, ``wall`` UTC (ISO 8601)."""
+
+    entry: int
+    prev: str
+    run: str
+    manifest: str
+    wall: str
+
+    @property
+    def line(self) -> bytes:
+        """The line's bytes with its end; it also holds its own digest, so that the last line is covered too."""
+        content: dict[str, Any] = dict(self.__dict__)
+        digest = hashlib.sha256(canonical_bytes(content)).hexdigest()
+        return canonical_bytes({**content, "sha256": digest}) + b"\n"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A ledger that was read and found whole: its entries, and the digest that the next line must hold."""
+
+    entries: tuple[Entry, ...]
+    head: str
+
+    def of_run(self, run: str) -> Entry | None:
+        """The entry of a run, or None."""
+        return next((entry for entry in self.entries if entry.run == run), None)
+
+
+def read_chain(path: Path) -> Chain:
+    """Read a ledger and check every line and link; FailedError names the first line that is wrong."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RefusedError(f"there is no ledger at {path}") from None
+    return check_chain(content, path.name)
+
+
+def check_chain(content: bytes, name: str = LEDGER) -> Chain:
+    """The chain that a ledger's bytes hold; FailedError names the first line that is wrong, and how."""
+    entries: list[Entry] = []
+    runs: set[str] = set()
+    head = FIRST
+    lines = content.split(b"\n")
+    if lines.pop() != b"":
+        raise FailedError(f"{name} line {len(lines) + 1} has no line end: it is torn or was altered")
+    for number, bare in enumerate(lines, 1):
+        entry = _entry(bare, f"{name} line {number}")
+        line = bare + b"\n"
+        if entry.line != line:
+            raise FailedError(f"{name} line {number} does not hash to its own digest: it was altered")
+        if entry.prev != head:
+            raise FailedError(
+                f"{name} line {number} links to {entry.prev[:12]}…, the line before is {head[:12]}…: "
+                "a line was altered, removed or moved"
+            )
+        if entry.entry != number:
+            raise FailedError(f"{name} line {number} is numbered {entry.entry}")
+        if entry.run in runs:
+            raise FailedError(f"{name} line {number} enters {entry.run} a second time")
+        runs.add(entry.run)
+        entries.append(entry)
+        head = hashlib.sha256(line).hexdigest()
+    return Chain(tuple(entries), head)
+
+
+def append(path: Path, run: str, manifest: str, *, wall: str | None = None) -> Entry:
+    """Append a run's line under a lock, durably; RefusedError where the run is entered already.
+
+    The whole chain is checked first: nothing is built on a ledger that was altered.
+    """
+    check_run_id(run)
+    with _locked(path) as file:
+        content = _all(file)
+        chain = check_chain(content, path.name)
+        if (earlier := chain.of_run(run)) is not None:
+            raise RefusedError(f"{run} is already in {path} (entry {earlier.entry}): evidence is written once")
+        wall = wall or datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        entry = Entry(len(chain.entries) + 1, chain.head, run, manifest, wall)
+        try:
+            written = os.write(file, entry.line)
+            if written != len(entry.line):
+                raise OSError(f"only {written} of {len(entry.line)} bytes were written")
+            os.fsync(file)
+        except OSError as error:
+            # A line that is not whole was never acknowledged; leave the ledger as it was found.
+            os.ftruncate(file, len(content))
+            raise FailedError(f"{path} could not be appended to: {error}", next="free disk space") from error
+    return entry
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if new:
+            sync_folder(path.parent)
+        yield file
+    finally:
+        os.close(file)  # releases the lock
+
+
+def _all(file: int) -> bytes:
+    os.lseek(file, 0, os.SEEK_SET)
+    blocks = []
+    while block := os.read(file, 1 << 20):
+        blocks.append(block)
+    return b"".join(blocks)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(line: bytes, where: str) -> Entry:
+    try:
+        value = parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise FailedError(f"{where} is not JSON: it was altered ({error})") from None
+    if not isinstance(value, Mapping) or set(value) != _FIELDS:
+        raise FailedError(f"{where} does not have the fields of a ledger line: it was altered")
+    entry, texts = value["entry"], {name: value[name] for name in ("prev", "run", "manifest", "wall")}
+    if not isinstance(entry, int) or isinstance(entry, bool) or not all(isinstance(t, str) for t in texts.values()):
+        raise FailedError(f"{where} holds values of the wrong kind: it was altered")
+    return Entry(entry, **texts)

@@ -1,0 +1,190 @@
+"""The shape of the evidence statement (in-toto Statement v1 with our predicate) and of a ledger line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from latentforge.spec.identity import RUN_ID
+from latentforge.verdicts import FALSIFIER_ID
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:latentforge:evidence:run:v1"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RunId = Annotated[str, Field(pattern=rf"^{RUN_ID.pattern}$")]
+OutcomeName = Literal["pass", "unknown", "fail"]
+
+
+class Shape(BaseModel):
+    """A JSON object of the statement; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Digest(Shape):
+    """A digest set of in-toto, of which this project uses SHA-256."""
+
+    sha256: Sha256
+
+
+class Subject(Shape):
+    """One file of the run folder, by its relative path."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/]")]
+    digest: Digest
+
+
+class RunPart(Shape):
+    """Which run this is; ``identity_sha256`` is that of ``identity.json``, and begins with the id's digits."""
+
+    id: RunId
+    kind: str
+    attempt: Annotated[int, Field(ge=1)]
+    identity_sha256: Sha256
+
+
+class Difference(Shape):
+    """A field whose value in force is not the one that was asked for."""
+
+    field: str
+    requested: JsonValue
+    effective: JsonValue
+
+
+class Configuration(Shape):
+    """What was asked (from the identity) and what the trainer really held (``effective.json``; null: not recorded).
+
+    ``unreported`` names requested fields for which the trainer stated no value in force.
+    """
+
+    requested: dict[str, JsonValue]
+    effective: dict[str, JsonValue] | None
+    differences: list[Difference]
+    unreported: list[str]
+
+
+class VerdictPart(Shape):
+    """What a falsifier said, as the trainer's events state it."""
+
+    falsifier: Annotated[str, Field(pattern=rf"^{FALSIFIER_ID.pattern}$")]
+    outcome: OutcomeName
+    text: str
+    measured: dict[str, JsonValue]
+
+
+class Observation(Shape):
+    """Something that was seen, and where it is written."""
+
+    what: str
+    value: JsonValue
+    source: str
+
+
+class Conclusion(Shape):
+    """What is read out of the observations: ``checked`` by the falsifier named, otherwise a ``claim``."""
+
+    text: str
+    check: str | None
+    status: Literal["checked", "claim"]
+
+
+class Identities(Shape):
+    """By digest, what took part: code, lock file, extension, inputs, tokenizer; products; driver and kernel by version.
+
+    ``code`` is what the run asked for, ``code_effective`` what the trainer found itself running.
+    """
+
+    code: Sha256
+    code_effective: str | None
+    lock: Sha256
+    extension: JsonValue
+    inputs: dict[str, JsonValue]
+    tokenizer: str | None
+    products: dict[str, Sha256]
+    driver: str | None
+    kernel: str | None
+
+
+class End(Shape):
+    """How the run ended: the outcome over its verdicts, the exit code that its events state, the host's own record."""
+
+    outcome: OutcomeName
+    code: int | None
+    record: dict[str, JsonValue] | None
+
+
+class NotCollected(Shape):
+    """A product that stayed on the host, with the digest that the host recorded."""
+
+    path: str
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Predicate(Shape):
+    """What LatentForge states about a run."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    run: RunPart
+    configuration: Configuration
+    verdicts: list[VerdictPart]
+    observations: list[Observation]
+    conclusions: list[Conclusion]
+    identities: Identities
+    environment: dict[str, JsonValue]
+    seeds: dict[str, JsonValue]
+    timings: dict[str, JsonValue]
+    peak_memory_bytes: int | None
+    flops: JsonValue
+    end: End
+    not_collected: list[NotCollected]
+    secret_names: list[str]
+    plan: JsonValue
+    host: dict[str, JsonValue]
+    dispatched: dict[str, JsonValue]
+
+
+class Statement(Shape):
+    """The content of ``manifest.json``."""
+
+    type_: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
+    subject: Annotated[list[Subject], Field(min_length=1)]
+    predicateType: Literal["urn:latentforge:evidence:run:v1"]
+    predicate: Predicate
+
+
+class LedgerLine(Shape):
+    """One line of ``ledger.jsonl``: ``prev`` is the sha256 of the line before (with its line end), ``sha256`` that of
+    this line's canonical bytes without the field itself."""
+
+    entry: Annotated[int, Field(ge=1)]
+    prev: Sha256
+    run: RunId
+    manifest: Sha256
+    wall: str
+    sha256: Sha256
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schemas of ``evidence/schema``, by file name."""
+    schemas: dict[str, dict[str, Any]] = {}
+    for name, model in (("statement", Statement), ("ledger", LedgerLine)):
+        schema = model.model_json_schema(by_alias=True)
+        schemas[f"{name}.schema.json"] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return schemas
+
+
+def write_json_schemas(folder: Path) -> None:
+    """Write the schemas into a folder (``python -m latentforge.evidence.schema evidence/schema``)."""
+    for name, schema in json_schemas().items():
+        (folder / name).write_text(json.dumps(schema, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_json_schemas(Path(sys.argv[1]))
