@@ -32,10 +32,13 @@ def topk_rows(logits: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Te
     for at in range(0, n, rows):
         part = torch.log_softmax(logits[at : at + rows].float(), dim=-1)
         values, chosen = torch.topk(part, k, dim=-1)
-        # topk leaves the order of equal values open; sort by id first, then stably by value, to make it one order.
-        chosen, by_id = torch.sort(chosen, dim=-1)
-        values, by_value = torch.sort(values.gather(-1, by_id), dim=-1, descending=True, stable=True)
-        ids[at : at + rows] = chosen.gather(-1, by_value).to(torch.int32)
+        # topk leaves the order of equal values open: by id first, then stably by value, makes it one order.
+        tied = (values[:, 1:] == values[:, :-1]).any(dim=-1).nonzero().squeeze(-1)
+        if tied.numel():
+            some, by_id = torch.sort(chosen[tied], dim=-1)
+            _, by_value = torch.sort(values[tied].gather(-1, by_id), dim=-1, descending=True, stable=True)
+            chosen[tied] = some.gather(-1, by_value)
+        ids[at : at + rows] = chosen.to(torch.int32)
         logprobs[at : at + rows] = values
         part.scatter_(-1, chosen, float("-inf"))
         for temperature, tail in tails.items():

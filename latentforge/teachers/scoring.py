@@ -78,10 +78,7 @@ def check_agreement(teacher: HFTeacher, store: TargetStore, data: ShardSet, *, s
     rows were shifted against the tokens disagrees. Compared are all stored ids of the row, not the top one alone.
     """
     worst, positions = 0.0, 0
-    shard = data.heldout
-    chosen = np.unique(np.linspace(0, len(shard) - 1, num=min(sample, len(shard))).astype(np.int64))
-    length = data.sequence_length
-    for tokens in shard.rows(chosen):
+    for tokens in _sampled(data, sample):
         stored = store.get(tokens)
         for position in sorted({0, length // 2 - 1, length - 2}):
             # targets() wants a token after the last predicted one and does not look at it.
@@ -97,6 +94,13 @@ def check_agreement(teacher: HFTeacher, store: TargetStore, data: ShardSet, *, s
             next="the store is misaligned or damaged: score again from the start",
         )
     return Agreement(worst, positions)
+
+
+def _sampled(data: ShardSet, sample: int) -> Iterator[npt.NDArray[np.int64]]:
+    """About ``sample`` rows, spread evenly over the training and over the held-out rows."""
+    for shard in (data.train, data.heldout):
+        chosen = np.linspace(0, len(shard) - 1, num=min(max(1, sample // 2), len(shard)))
+        yield from shard.rows(np.unique(chosen.astype(np.int64)))
 
 
 def check_scorable(teacher: HFTeacher, data: ShardSet, *, k: int) -> None:
