@@ -1,0 +1,190 @@
+"""Applying a plan: build, reserve, launch, follow. Each step is idempotent, so the same plan twice is one run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dispatch.ask import Ask
+from dispatch.build import BuildChoice, build_program
+from dispatch.choice import ChosenRun, told_end
+from dispatch.facts import HostFacts, RunState
+from dispatch.follow import Follower
+from dispatch.places import Places
+from dispatch.plan import Plan
+from dispatch.records import remember
+from dispatch.survey import survey
+from dispatch.transport.call import Transport
+from dispatch.transport.retry import call
+from latentforge.errors import BusyError, CrashedError, FailedError, LatentForgeError, RefusedError
+
+# A change of judgement that takes nothing away from what was shown: somebody else did the step meanwhile.
+_HARMLESS = {("run", "follow"), ("run", "keep"), ("send", "keep"), ("follow", "keep"), ("write", "keep")}
+_PASSED_ON = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of a plan: the run that decides, its last state, and the state of each run that was followed."""
+
+    final: str
+    state: RunState
+    followed: dict[str, RunState]
+
+
+def refuse(plan: Plan) -> None:
+    """Raise what stands against a plan, if anything does."""
+    if plan.refusals:
+        first = plan.refusals[0]
+        raise LatentForgeError(first.why, next=first.next, code=first.code)
+
+
+def apply(
+    plan: Plan, ask: Ask, transport: Transport, places: Places, follower: Follower, *, say: Callable[[str], None]
+) -> Applied:
+    """Carry a plan out and follow it to its end."""
+    _facts, plan = launch(plan, ask, transport, places, follower, say=say)
+    followed: dict[str, RunState] = {}
+    chain = plan.chain
+    for position, one in enumerate(chain, start=1):
+        state = follower.follow(one.run, position=position, of=len(chain))
+        followed[one.run] = state
+        if not state.passed:
+            return Applied(one.run, state, followed)
+    if chain:
+        return Applied(chain[-1].run, followed[chain[-1].run], followed)
+    final = plan.final
+    assert final.state is not None
+    return Applied(final.run, final.state, followed)
+
+
+def launch(
+    plan: Plan, ask: Ask, transport: Transport, places: Places, follower: Follower, *, say: Callable[[str], None]
+) -> tuple[HostFacts, Plan]:
+    """Do everything up to the moment at which the runs go on by themselves; returns the facts and plan acted upon."""
+    refuse(plan)
+    shown = plan
+    plan, facts = survey(transport, ask, places)
+    _same_judgements(shown, plan, ask)
+    refuse(plan)
+    if not plan.chain:
+        return facts, plan
+    transport.install()
+    if plan.build is not None:
+        build(plan.build, ask, facts, transport, follower, plan, say=say)
+    if any(one.will == "run" for one in plan.chain):
+        # Noted before the launch: if the reply is lost, the run can still be found by its name.
+        remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
+        for one in plan.chain:
+            if one.will == "run":
+                reserve(one, ask, facts, plan, transport)
+        _launch([one.run for one in plan.chain], ask, transport, follower, plan)
+    remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
+    return facts, plan
+
+
+def build(
+    choice: BuildChoice,
+    ask: Ask,
+    facts: HostFacts,
+    transport: Transport,
+    follower: Follower,
+    plan: Plan,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Send the code and build it on the host, as a run of its own, unless that has been done."""
+    if choice.will == "keep":
+        return
+    if choice.will == "run":
+        assert ask.bundle is not None
+        program, sha256 = build_program()
+        if not choice.bundle_there:
+            say(f"sending {ask.code_label}, {ask.bundle.size / 1e6:.1f} MB")
+            call(transport, "put", {"sha256": ask.bundle.sha256}, ask.bundle.content, timeout=600.0)
+        call(transport, "put", {"sha256": sha256}, program)
+        launch_json = {
+            "run": choice.run,
+            "kin": choice.names.kin,
+            "resolved": {},
+            "predecessor": None,
+            "argv": choice.argv(ask, facts),
+            "env": {"PYTHONUNBUFFERED": "1"},
+            "lease": [],
+            "plan": plan.digest,
+            "host": host_record(ask, facts),
+        }
+        call(transport, "reserve", {"run": choice.run, "identity": choice.identity, "launch": launch_json})
+        call(transport, "launch", {"chain": [choice.run]}, timeout=60.0)
+    state = follower.follow(choice.run)
+    if not state.passed:
+        raise FailedError(
+            f"the build {choice.run} on {ask.host.name} did not succeed: {told_end(state)}",
+            next=f"read its log:  latentforge dispatch watch {choice.run} --host {ask.host.name}\n"
+            f"then:  {ask.command} --attempt next",
+            code=None if state.outcome == "fail" else CrashedError.default_code,
+        )
+
+
+def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: Transport) -> None:
+    """Reserve a run with everything that starting it takes; nothing of it is looked up again later."""
+    folder = f"{facts.root}/runs/{one.run}"
+    env = {"PYTHONUNBUFFERED": "1"}
+    if plan.build is None:
+        python = sys.executable
+        env |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    else:
+        python = plan.build.python(facts.root)
+        env["PYTHONPATH"] = plan.build.site(facts.root)
+    record: dict[str, Any] = {
+        "run": one.run,
+        "kin": one.kin,
+        "resolved": one.resolved,
+        "predecessor": one.predecessor,
+        # -P: a folder that happens to be current must not shadow the package.
+        "argv": [python, "-P", "-m", "latentforge", "run", folder],
+        "env": env,
+        "lease": [] if one.kind == "data" else ["device"],
+        "plan": plan.digest,
+        "host": host_record(ask, facts),
+    }
+    call(transport, "reserve", {"run": one.run, "identity": one.identity, "launch": record})
+
+
+def host_record(ask: Ask, facts: HostFacts) -> dict[str, Any]:
+    """What is kept of the host beside a run: who it is, not how busy it was."""
+    host = facts.host
+    record = {"name": ask.host.name, "hostname": host.hostname, "arch": host.arch, "os": host.os, "cpu": host.cpu}
+    return record | {"cores": host.cores, "kernel": host.kernel, "driver": host.driver, "boot_id": host.boot_id}
+
+
+def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower, plan: Plan) -> None:
+    args = {"chain": chain, "wait_lease": ask.wait}
+    try:
+        call(transport, "launch", args, timeout=90.0)
+    except BusyError:
+        leading = [one.run for one in plan.chain if one.will == "follow"]
+        if not (ask.wait and leading):
+            raise
+        # The first runs belong to another chain, which shares them with ours: wait for those, then go on from there.
+        for run in leading:
+            if not follower.follow(run).passed:
+                raise
+        call(transport, "launch", args, timeout=90.0)
+
+
+def _same_judgements(shown: Plan, now: Plan, ask: Ask) -> None:
+    before = {step.name: step for step in shown.steps}
+    for step in now.steps:
+        was = before[step.name]
+        same_run = was.run == step.run or step.name not in {one.kind for one in now.runs}
+        if (was.will == step.will and same_run) or (was.will, step.will) in _HARMLESS:
+            continue
+        raise RefusedError(
+            f"{ask.host.name} changed since the plan was shown: {step.name} was {was.will!r}, is now {step.will!r} "
+            f"({step.because})",
+            next=ask.command,
+        )

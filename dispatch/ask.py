@@ -1,0 +1,110 @@
+"""What one `go` asks for: a pipeline, a host, the code to run it with. Everything that a plan needs beside facts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatch.bundle import Bundle, code_label, pack
+from dispatch.inventory import Host
+from latentforge.errors import RefusedError
+from latentforge.spec.code import CodeSource, code_around, running_code
+from latentforge.spec.pipeline import BUILTIN_CORPUS, effective_pipeline
+from latentforge.spec.resolve import resolve_pipeline
+from latentforge.spec.sections import PipelineSpec
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The laptop's half of a plan's input. ``unfit`` says why the running interpreter cannot serve host ``local``."""
+
+    recipe: str
+    spec: PipelineSpec
+    notes: tuple[str, ...]
+    host: Host
+    code: str
+    code_label: str
+    lock_name: str
+    lock: str
+    bundle: Bundle | None = None
+    attempt_next: bool = False
+    wait: bool = False
+    unfit: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that does what this preview shows."""
+        return f"latentforge dispatch go {self.recipe} --host {self.host.name}"
+
+
+def asked(
+    recipe: str,
+    host: Host,
+    *,
+    env: Mapping[str, str],
+    overrides: Sequence[str] = (),
+    attempt_next: bool = False,
+    wait: bool = False,
+    folder: Path | None = None,
+) -> Ask:
+    """Resolve the pipeline and the code around ``folder`` (the current one); RefusedError for what cannot be meant."""
+    resolved = resolve_pipeline(recipe, env=env, overrides=overrides)
+    spec, notes = effective_pipeline(_with_absolute_paths(resolved.spec, host))
+    source = code_around(folder)
+    return Ask(
+        recipe=recipe,
+        spec=spec,
+        notes=tuple(notes),
+        host=host,
+        code=source.digest,
+        code_label=code_label(source),
+        lock_name=host.lock,
+        lock=source.lock_sha256(host.lock),
+        bundle=None if host.is_local else pack(source),
+        attempt_next=attempt_next,
+        wait=wait,
+        unfit=_unfit(source) if host.is_local else None,
+    )
+
+
+def _unfit(source: CodeSource) -> str | None:
+    """Why the interpreter that runs this command cannot run the pipeline; None where it can."""
+    from importlib.util import find_spec
+
+    running = running_code()
+    if running.digest != source.digest:
+        where = running.root or "an installed package"
+        return f"the running latentforge is {where}, which is not the code of this checkout ({source.root})"
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    return f"this interpreter lacks {', '.join(missing)}: it is an operator's install" if missing else None
+
+
+def _with_absolute_paths(spec: PipelineSpec, host: Host) -> PipelineSpec:
+    """The pipeline with the user's paths as the host will see them.
+
+    On ``local`` a relative path starts at the current folder. On another host the laptop's current folder means
+    nothing, so a relative path is refused.
+    """
+
+    def absolute(field: str, path: str) -> str:
+        if os.path.isabs(path) or path.startswith("~"):
+            return os.path.expanduser(path) if host.is_local else path
+        if host.is_local:
+            return os.path.abspath(path)
+        raise RefusedError(
+            f"{field} = {path!r} is relative, and names nothing on {host.name}",
+            next=f"give the path on {host.name}, beginning with / or ~/",
+        )
+
+    if spec.data.corpus != BUILTIN_CORPUS:
+        data = spec.data.model_copy(update={"corpus": absolute("data.corpus", spec.data.corpus)})
+        spec = spec.model_copy(update={"data": data})
+    if spec.teacher.model is not None:
+        teacher = spec.teacher.model_copy(update={"model": absolute("teacher.model", spec.teacher.model)})
+        spec = spec.model_copy(update={"teacher": teacher})
+    if (init := spec.distill.student.init) is not None:
+        student = spec.distill.student.model_copy(update={"init": absolute("distill.student.init", init)})
+        spec = spec.model_copy(update={"distill": spec.distill.model_copy(update={"student": student})})
+    return spec

@@ -1,0 +1,66 @@
+"""The code that a host builds from: a tar whose bytes depend on the files' names and contents alone."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import subprocess
+import tarfile
+from dataclasses import dataclass, field
+
+from latentforge.errors import RefusedError
+from latentforge.spec.code import CodeSource
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A packed source tree, addressed by the sha256 of its bytes."""
+
+    sha256: str
+    content: bytes = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes to send."""
+        return len(self.content)
+
+
+def pack(source: CodeSource) -> Bundle:
+    """Pack the files that a build needs: sorted, owned by nobody, without times, so equal sources give equal bytes."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in sorted(source.files):
+            content = source.files[name].read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            entry.mode = 0o644
+            try:
+                archive.addfile(entry, io.BytesIO(content))
+            except ValueError as error:
+                raise RefusedError(f"{name} cannot be packed for a host: {error}") from error
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=6, mtime=0, filename="") as stream:
+        stream.write(tar.getvalue())
+    content = packed.getvalue()
+    return Bundle(hashlib.sha256(content).hexdigest(), content)
+
+
+def code_label(source: CodeSource) -> str:
+    """The code in a user's words: the commit and how far the files are from it, or the digest of an installed wheel."""
+    digest = f"code {source.digest[:12]}"
+    if source.root is None:
+        return f"{digest} of the installed package"
+    git = ["git", "-C", str(source.root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, check=True, text=True)
+        diff = subprocess.run(
+            [*git, "diff", "HEAD", "--numstat", "--no-renames", "--", *sorted({n.split("/")[0] for n in source.files})],
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return digest
+    changed = sum(int(part) for line in diff.stdout.splitlines() for part in line.split("\t")[:2] if part.isdigit())
+    return head.stdout.strip() + (f" + {changed} changed lines" if changed else "")

@@ -1,0 +1,176 @@
+"""Which run of each kind a plan stands on: one that is there, one that goes on, or a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dispatch.facts import HostFacts, KinRun, RunState, moment
+from latentforge.errors import RefusedError
+from latentforge.spec.identity import Kind
+from latentforge.spec.pipeline import PlannedRun
+from latentforge.spec.run import InputRef
+
+RunWill = Literal["keep", "run", "follow", "ended", "skip"]
+"""keep: it passed · run: it is to be started · follow: it goes on · ended: it ended without passing, and is reported ·
+skip: it cannot be run because one before it ended."""
+
+MAX_ATTEMPTS = 64
+
+
+@dataclass(frozen=True)
+class ChosenRun:
+    """One run of a plan, with what will be done about it and why."""
+
+    kind: str
+    run: str
+    identity: str
+    kin: str
+    resolved: dict[str, InputRef]
+    will: RunWill
+    because: str
+    state: RunState | None = None
+    predecessor: str | None = None
+
+
+def attempt_ids(planned: PlannedRun, kin_runs: Sequence[KinRun]) -> list[str]:
+    """The ids of a run's attempts that are on the host (beside the first, which is always asked for)."""
+    highest = max((kin.attempt for kin in kin_runs), default=1)
+    present = {kin.id for kin in kin_runs}
+    ids = [planned.identity.at_attempt(n).run_id for n in range(2, min(highest, MAX_ATTEMPTS) + 1)]
+    return [run for run in ids if run in present]
+
+
+def choose(planned: Sequence[PlannedRun], facts: HostFacts, *, attempt_next: bool) -> list[ChosenRun]:
+    """Choose a run for each kind of a pipeline, in its order.
+
+    A bare ``go`` never starts an ended run again. ``attempt_next`` gives a next attempt to the first run that ended
+    without passing, or to the last run of the pipeline where all passed.
+    """
+    found: dict[Kind, _Found] = {run.kind: _Found(run, facts) for run in planned}
+    last = planned[-1]
+    needed = _needed(planned, found, attempt_next)
+    again = _again(planned, found, needed) if attempt_next else None
+    chosen: list[ChosenRun] = []
+    stopped: ChosenRun | None = None
+    for run in planned:
+        replaced = {one.run_id: other.run for one, other in zip(planned, chosen, strict=False)}
+        resolved = {
+            name: {"run": replaced[ref["run"]]} if "run" in ref else dict(ref) for name, ref in run.resolved.items()
+        }
+        one = _chosen(run, found[run.kind], resolved, again=run.kind == again, needed=run.kind in needed)
+        if stopped is not None and one.will == "run":
+            one = _as(one, "skip", f"{stopped.run} ended before it")
+        if one.will == "ended":
+            stopped = one
+        chosen.append(one)
+    assert chosen[-1].kind == last.kind
+    return chosen
+
+
+class _Found:
+    """What of one planned run is on the host: its latest attempt, and a kin that passed."""
+
+    def __init__(self, planned: PlannedRun, facts: HostFacts) -> None:
+        kin_runs = facts.kin_runs.get(planned.kin, ())
+        self.attempt = 1
+        self.run = planned.run_id
+        ids = [planned.identity.at_attempt(n).run_id for n in range(1, MAX_ATTEMPTS + 1)]
+        for number, run in enumerate(ids, start=1):
+            if run in facts.runs and facts.runs[run].state != "absent":
+                self.attempt, self.run = number, run
+        self.state = facts.runs.get(self.run, RunState(state="absent"))
+        self.identity = planned.identity.at_attempt(self.attempt)
+        passed = sorted(kin.id for kin in kin_runs if kin.state == "finished" and kin.outcome == "pass")
+        # Runs that train the final student are never taken over from other code.
+        self.kin = next((run for run in passed if run not in ids), None) if planned.kind != "distill" else None
+
+    @property
+    def is_absent(self) -> bool:
+        return self.state.state in ("absent", "reserved")
+
+
+def _needed(planned: Sequence[PlannedRun], found: Mapping[Kind, _Found], attempt_next: bool) -> set[str]:
+    """The kinds whose products something still wants: the last run, and the inputs of each run that will be started."""
+    needed: set[str] = {planned[-1].kind}
+    by_id = {run.run_id: run.kind for run in planned}
+    for run in reversed(planned):
+        one = found[run.kind]
+        expands = (one.is_absent and one.kin is None) or one.state.state in ("queued", "starting")
+        if run.kind in needed and (attempt_next or expands):
+            needed |= {by_id[ref["run"]] for ref in run.resolved.values() if "run" in ref}
+    return needed
+
+
+def _again(planned: Sequence[PlannedRun], found: Mapping[Kind, _Found], needed: set[str]) -> str:
+    for run in planned:
+        one = found[run.kind]
+        if run.kind in needed and one.state.going_on:
+            raise RefusedError(
+                f"{one.run} goes on; another attempt would race with it",
+                next=f"latentforge dispatch watch {one.run}   or   latentforge dispatch cancel {one.run}",
+            )
+        if run.kind in needed and one.state.has_ended and not one.state.passed:
+            return run.kind
+    last = planned[-1]
+    if found[last.kind].is_absent:
+        raise RefusedError(
+            f"there is no attempt of {last.run_id} to follow", next="the same command without --attempt next"
+        )
+    return last.kind
+
+
+def _chosen(
+    planned: PlannedRun, found: _Found, resolved: dict[str, InputRef], *, again: bool, needed: bool
+) -> ChosenRun:
+    def chosen(will: RunWill, because: str, *, run: str = found.run, predecessor: str | None = None) -> ChosenRun:
+        identity = found.identity if predecessor is None else planned.identity.at_attempt(found.attempt + 1)
+        return ChosenRun(
+            kind=planned.kind,
+            run=run,
+            identity=identity.canonical.decode(),
+            kin=planned.kin,
+            resolved=resolved,
+            will=will,
+            because=because,
+            state=found.state,
+            predecessor=predecessor,
+        )
+
+    state = found.state
+    if again:
+        run = planned.identity.at_attempt(found.attempt + 1).run_id
+        return chosen("run", f"attempt {found.attempt + 1}, after {found.run}", run=run, predecessor=found.run)
+    if state.passed:
+        return chosen("keep", f"passed {moment(state.ended)}")
+    if state.going_on:
+        return chosen("follow", "it goes on" if state.state != "unsupervised" else "it goes on without a supervisor")
+    if state.has_ended and needed:
+        return chosen("ended", told_end(state))
+    if found.kin is not None:
+        return chosen("keep", "already there; made by other code from the same spec", run=found.kin)
+    if not needed:
+        return chosen("keep", "not needed")
+    predecessor = planned.identity.at_attempt(found.attempt - 1).run_id if found.attempt > 1 else None
+    one = chosen("run", "reserved, never started" if state.state == "reserved" else "not there yet")
+    return one if predecessor is None else _as(one, one.will, one.because, predecessor=predecessor)
+
+
+def _as(one: ChosenRun, will: RunWill, because: str, *, predecessor: str | None = None) -> ChosenRun:
+    return replace(one, will=will, because=because, predecessor=predecessor or one.predecessor)
+
+
+def told_end(state: RunState) -> str:
+    """How a run ended, in words."""
+    when = f" {moment(state.ended)}" if state.ended else ""
+    if state.state == "lost":
+        return f"lost: {state.reason or 'its process is gone and left no exit record'}"
+    if state.state == "interrupted":
+        return f"interrupted: {state.reason or 'the host was restarted'}"
+    if state.outcome == "killed":
+        oom = ", out of memory" if state.oom else ""
+        return f"killed by signal {state.signal}{oom}{when}"
+    if state.outcome == "crashed":
+        return f"crashed with status {state.code}{when}"
+    return f"{state.outcome or state.state}{when}"

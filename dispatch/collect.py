@@ -1,0 +1,108 @@
+"""Bringing a finished run home: each file by its digest, in pieces, resumable, named only when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dispatch.places import Places, write_atomic
+from dispatch.transport.call import Transport
+from dispatch.transport.retry import call
+from latentforge.errors import BusyError, FailedError
+from latentforge.evidence.digests import file_sha256
+
+CHUNK = 4 << 20
+_LOCK_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A run's copy: where it lies, what came, and what was there already."""
+
+    folder: Path
+    files: int
+    bytes: int
+    fetched: int
+
+
+def collect(
+    transport: Transport, run: str, places: Places, *, tell: Callable[[str, int, int], None] = lambda *_: None
+) -> Collected:
+    """Copy what a finished run left into ``<evidence>/<run>``; each file is verified against the host's inventory.
+
+    ``tell(path, done, total)`` hears of progress in bytes. FailedError where a file does not have the digest that the
+    exit record vouches for. Two commands that collect the same run take turns.
+    """
+    inventory = call(transport, "collect", {"run": run}, timeout=300.0).result
+    folder = places.run(run)
+    with locked(places, run):
+        fetched = sum(_file(transport, run, folder, file, tell) for file in inventory["files"])
+        fetched += _file(transport, run, folder, {"path": "artifacts.json", "sha256": inventory["sha256"]}, tell)
+        ended = json.dumps(inventory["exit"], indent=1, sort_keys=True).encode() + b"\n"
+        if not (folder / "exit.json").is_file() or (folder / "exit.json").read_bytes() != ended:
+            write_atomic(folder / "exit.json", ended)
+        for leftover in folder.rglob(".*.part"):  # of a file that the host had with other bytes at another time
+            leftover.unlink()
+    total = sum(int(file["bytes"]) for file in inventory["files"])
+    return Collected(folder, len(inventory["files"]), total, fetched)
+
+
+@contextmanager
+def locked(places: Places, run: str) -> Iterator[None]:
+    """Hold the lock of a run's copy on this laptop; BusyError where another command holds it for minutes."""
+    path = places.lock(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=_LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise BusyError(f"another command has been collecting {run} for {_LOCK_SECONDS:.0f} s ({path})") from None
+
+
+def _file(
+    transport: Transport, run: str, folder: Path, file: dict[str, Any], tell: Callable[[str, int, int], None]
+) -> int:
+    """Fetch one file unless it is here already; returns the bytes that came."""
+    name, sha256 = _inside(file["path"]), str(file["sha256"])
+    path = folder / name
+    if path.is_file() and not path.is_symlink() and file_sha256(path) == sha256:
+        return 0
+    partial = path.with_name(f".{path.name}.{sha256[:16]}.part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    came = 0
+    with open(partial, "ab") as stream:
+        while True:
+            args = {"run": run, "path": str(name), "offset": stream.tell(), "max": CHUNK}
+            reply = call(transport, "fetch", args, timeout=120.0)
+            stream.write(reply.payload)
+            came += len(reply.payload)
+            tell(str(name), stream.tell(), int(reply.result["total"]))
+            if reply.result["eof"]:
+                break
+        stream.flush()
+        os.fsync(stream.fileno())
+    found = file_sha256(partial)
+    if found != sha256:
+        partial.unlink()
+        raise FailedError(
+            f"{name} of {run} has sha256 {found[:16]}… here, {sha256[:16]}… when the run ended: it was changed on "
+            f"{transport.host.name}, or broken on the way",
+            next=f"latentforge dispatch collect {run}",
+        )
+    os.replace(partial, path)
+    return came
+
+
+def _inside(path: str) -> PurePosixPath:
+    """A relative path that stays inside the run's folder, whatever the host says."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or not pure.parts or any(part in ("..", ".") for part in pure.parts) or "\0" in path:
+        raise FailedError(f"the host names a file {path!r}, which would lie outside the run's folder")
+    return pure

@@ -1,0 +1,104 @@
+"""The end of a dispatch: the copy, the manifest and its ledger entry, the verification, the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dispatch.collect import Collected, collect, locked
+from dispatch.facts import RunState
+from dispatch.places import Places
+from dispatch.transport.call import Transport
+from dispatch.view import verdict_of
+from latentforge.errors import FailedError
+from latentforge.events import read_events
+from latentforge.evidence.ledger import LEDGER, read_chain
+from latentforge.evidence.manifest import record
+from latentforge.evidence.statement import MANIFEST, build_statement
+from latentforge.evidence.verify import verify_evidence
+from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What there is to say of an ended run: verdicts, evidence, and the exit code that follows from both."""
+
+    run: str
+    verdicts: list[Verdict]
+    collected: Collected | None
+    manifest: str | None
+    problems: list[str]
+    code: ExitCode
+
+    def lines(self) -> list[str]:
+        """The last lines of a dispatch."""
+        lines = [verdict.line() for verdict in self.verdicts]
+        lines += [f"FAILED  {problem}" for problem in self.problems]
+        if self.manifest is not None:
+            lines.append(
+                f"evidence: {self.manifest}  " + ("verified, unsigned" if not self.problems else "NOT verified")
+            )
+        return lines
+
+
+def conclude(
+    transport: Transport,
+    run: str,
+    state: RunState,
+    places: Places,
+    *,
+    plan: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> Conclusion:
+    """Collect an ended run, write its evidence unless that was done, verify it, and say which exit code it earned."""
+    earned = earned_code(state)
+    if state.state != "finished":
+        # Lost or interrupted: the host itself cannot say what the run left, so there is nothing to vouch for.
+        return Conclusion(run, [], None, None, [], earned)
+    copied = collect(transport, run, places)
+    with locked(places, run):
+        folder = copied.folder
+        if not _is_recorded(places, run):
+            dispatched = {"carrier": "local" if transport.host.is_local else "ssh", "agent": transport.agent}
+            record(folder, build_statement(folder, plan=dict(plan), host=dict(facts), dispatched=dispatched))
+        verification = verify_evidence(folder)
+    problems = [f"{problem.what}  {problem.text}" for problem in verification.problems]
+    events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
+    verdicts = [verdict for verdict in map(verdict_of, events) if verdict is not None]
+    codes = [earned]
+    if verification.outcome is not Outcome.PASS:
+        codes.append(exit_code(verification.outcome))
+    if verdicts and earned is ExitCode.PASS:
+        # A trainer that ends with 0 beside a failed falsifier of its own is not believed.
+        codes.append(exit_code(meet(verdict.outcome for verdict in verdicts)))
+    return Conclusion(run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes))
+
+
+def earned_code(state: RunState) -> ExitCode:
+    """The exit code that an ended run earned; whatever is not known to have passed is unknown, never green."""
+    if state.exit is None:
+        return ExitCode.UNKNOWN
+    try:
+        return ExitCode(state.exit)
+    except ValueError:
+        return ExitCode.UNKNOWN
+
+
+def worst(codes: list[ExitCode]) -> ExitCode:
+    """The code that outranks the others: stalled, crashed and transport before fail, fail before unknown, pass last."""
+    order = (ExitCode.TRANSPORT, ExitCode.CRASHED, ExitCode.STALLED, ExitCode.FAIL, ExitCode.REFUSED, ExitCode.UNKNOWN)
+    return next((code for code in order if code in codes), ExitCode.PASS)
+
+
+def _is_recorded(places: Places, run: str) -> bool:
+    """Whether the run's evidence stands in the ledger; a ledger that is broken is reported, never added to."""
+    if not places.ledger.exists():
+        return False
+    entry = read_chain(places.ledger).of_run(run)
+    if entry is not None and not (places.run(run) / MANIFEST).is_file():
+        raise FailedError(
+            f"{places.run(run) / MANIFEST} is gone, but {LEDGER} has its entry {entry.entry}: evidence is written once",
+            next="restore it, or keep new copies apart with EVIDENCE_DIR",
+        )
+    return entry is not None

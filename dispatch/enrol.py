@@ -1,0 +1,103 @@
+"""Enrolling a host: the only moment at which a key is accepted, and the user is the one who accepts it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from dispatch.address import resolve
+from dispatch.inventory import Host, Inventory, check_name
+from dispatch.places import Places
+from dispatch.transport.open import open_transport
+from dispatch.transport.retry import call
+from dispatch.trust import check_fingerprint, fingerprint, offered_keys, pin, short_type
+from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.verdicts import ExitCode
+
+
+def enrol(
+    name: str,
+    wanted: Mapping[str, Any],
+    places: Places,
+    inventory: Inventory,
+    *,
+    replace: bool,
+    yes: bool,
+    expected: str | None,
+) -> ExitCode:
+    """Fetch the host's keys, have them accepted, pin them, write the inventory, and try the connection.
+
+    Exit code 6 where the host cannot be reached, or can be but does not let us in; the pin stays in the latter case.
+    """
+    check_name(name)
+    earlier = inventory.hosts.get(name)
+    host = _described(name, wanted, earlier)
+    keys = offered_keys(host, resolve(host))
+    if expected is not None:
+        keys = check_fingerprint(keys, expected)
+    known = {key.sha256 for key in earlier.keys} if earlier is not None else set()
+    offered = {fingerprint(key) for key in keys}
+    _show(host, keys, known)
+    if known and not offered <= known and not replace:
+        raise LatentForgeError(
+            f"{name} is pinned to other keys ({', '.join(sorted(known))}); nothing was changed",
+            next=f"if the machine was reinstalled:  latentforge dispatch enrol {name} --replace",
+            code=ExitCode.TRANSPORT,
+        )
+    if offered != known and not (yes or expected is not None):
+        _confirm(name)
+    if offered != known or not places.known_hosts(name).is_file():
+        host = pin(host, keys, places)
+    inventory.put(host)
+    print(f"pinned in {places.known_hosts(name)}")
+    return _tried(host, places)
+
+
+def _described(name: str, wanted: Mapping[str, Any], earlier: Host | None) -> Host:
+    base = earlier.model_dump(exclude={"name"}) if earlier is not None else {"address": name}
+    try:
+        return Host.model_validate({"name": name, **base, **wanted})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise RefusedError(f"--{problem['loc'][-1]} {problem['input']!r}: {problem['msg']}") from None
+
+
+def _show(host: Host, keys: Any, known: set[str]) -> None:
+    print(f"{host.name} is {resolve(host)} and offers")
+    for key in keys:
+        mark = "  (pinned)" if fingerprint(key) in known else ""
+        print(f"  {short_type(key.get_name()):<8} {fingerprint(key)}{mark}")
+
+
+def _confirm(name: str) -> None:
+    if not sys.stdin.isatty():
+        raise RefusedError(
+            f"the keys of {name} were not confirmed, and there is no terminal to ask on",
+            next=f"latentforge dispatch enrol {name} --fingerprint SHA256:…   (or --yes)",
+        )
+    print("Compare with the host's own:  ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
+    try:
+        answer = input("Are these the keys of your machine? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise RefusedError(f"the keys of {name} were not confirmed; nothing was changed")
+
+
+def _tried(host: Host, places: Places) -> ExitCode:
+    transport = open_transport(host, places, readonly=True)
+    try:
+        reply = call(transport, "probe", {})
+    finally:
+        transport.close()
+    facts = reply.result
+    print(
+        f"logged in: {facts['host'].get('hostname')}, Python {facts['python']['version']}, state root {facts['root']}"
+    )
+    if reply.noise.strip():
+        print("note: the login shell prints text before commands; it is skipped, but quiet is safer")
+    print(f"next: latentforge dispatch go smoke --host {host.name}")
+    return ExitCode.PASS

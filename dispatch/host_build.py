@@ -1,0 +1,122 @@
+"""Builds the package on a host: run there as one file by the host's own Python, under the agent's supervisor.
+
+Standard library only, nothing of the project imported. What it makes appears under its final name whole, with its marker
+``.complete.json`` written last; a build that fails leaves nothing that could be taken for one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    """Unpack, make or reuse the environment, build into a site folder, try it, and put it in place."""
+    asked = json.loads(sys.argv[1])
+    builds, venv = Path(asked["builds"]), Path(asked["venv"])
+    final = builds / asked["build"]
+    work = builds / f".building-{asked['build']}"
+    builds.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(builds / f".lock-{asked['build']}", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if (final / ".complete.json").is_file():
+            say(f"build {asked['build']} is there already")
+            return 0
+        shutil.rmtree(work, ignore_errors=True)
+        source = work / "source"
+        source.mkdir(parents=True)
+        say("step 1/4 unpack the code")
+        with tarfile.open(asked["bundle"]) as archive:
+            archive.extractall(source, filter="data")
+        environment(venv, source / "constraints" / f"{asked['lock_name']}.txt", asked["lock"])
+        say("step 3/4 build the package")
+        python = venv / "bin" / "python"
+        site = work / "site"
+        # The environment's own tools first: cmake and the build backend are pinned by the lock file.
+        path = os.pathsep.join([str(venv / "bin"), os.environ.get("PATH", os.defpath)])
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-input", "--quiet"]
+        run([*pip, "--no-build-isolation", "--no-deps", "--target", str(site), str(source)], PATH=path)
+        say("step 4/4 try what was built")
+        tried = "from latentforge.spec.code import running_code as r; print(r().digest)"
+        found = run([str(python), "-P", "-c", tried], PYTHONPATH=str(site), shown=False).strip()
+        if found != asked["code"]:
+            raise SystemExit(f"error: the built package has the code digest {found[:16]}…, asked {asked['code'][:16]}…")
+        run([str(python), "-P", "-m", "latentforge", "--version"], PYTHONPATH=str(site))
+        shutil.rmtree(source)
+        mark(work, {"build": asked["build"], "code": asked["code"], "lock": asked["lock"], "venv": str(venv)})
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(work, final)
+        sync(builds)
+    say(f"build {asked['build']} is in place")
+    return 0
+
+
+def environment(venv: Path, lock_file: Path, lock: str) -> None:
+    """A virtual environment that holds exactly what the lock file pins, made once for each lock file."""
+    venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(venv.parent / f".lock-{venv.name}", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if (venv / ".complete.json").is_file():
+            say("step 2/4 the environment for this lock file is there")
+            return
+        say(f"step 2/4 install what {lock_file.name} pins (torch is the large one)")
+        # An environment cannot be moved, so it is made under its final name; it counts only with its marker.
+        run([sys.executable, "-m", "venv", "--clear", str(venv)])
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
+        run([*pip, "--quiet", "--requirement", str(lock_file)])
+        mark(venv, {"lock": lock, "python": sys.version.split()[0]})
+
+
+def run(argv: list[str], *, shown: bool = True, **changed: str) -> str:
+    """Run a program to its end; its failure ends the build with its status."""
+    begin = time.monotonic()
+    ended = subprocess.run(
+        argv,
+        env={**os.environ, **changed},
+        stdin=subprocess.DEVNULL,
+        stdout=None if shown else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    words = " ".join(word for word in argv[:4] if not word.startswith("/")) or argv[0]
+    if ended.returncode:
+        raise SystemExit(
+            f"error: {words} … ended with status {ended.returncode} after {time.monotonic() - begin:.0f} s"
+        )
+    return ended.stdout or ""
+
+
+def mark(folder: Path, content: dict[str, object]) -> None:
+    """Write the marker that makes a folder count."""
+    temporary = folder / ".complete.json.new"
+    with open(temporary, "w") as stream:
+        json.dump({**content, "made": time.time()}, stream, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, folder / ".complete.json")
+    sync(folder)
+
+
+def sync(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def say(line: str) -> None:
+    """One line for the log."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Where the laptop keeps things: hosts, pinned host keys, what was followed, and the copies of finished runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Places:
+    """Every path of the laptop's side. Nothing here is the truth about a run: losing it loses nothing."""
+
+    config: Path
+    state: Path
+    evidence: Path
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Places:
+        """``$XDG_CONFIG_HOME/latentforge``, ``$XDG_STATE_HOME/latentforge/laptop``, and ``$EVIDENCE_DIR`` or ``./runs``."""
+        home = Path(env.get("HOME") or Path.home())
+        config = Path(env.get("XDG_CONFIG_HOME") or home / ".config")
+        state = Path(env.get("XDG_STATE_HOME") or home / ".local" / "state")
+        return cls(config / "latentforge", state / "latentforge" / "laptop", Path(env.get("EVIDENCE_DIR") or "runs"))
+
+    @property
+    def hosts_file(self) -> Path:
+        """The inventory."""
+        return self.config / "hosts.toml"
+
+    @property
+    def ledger(self) -> Path:
+        """The hash-chained ledger beside the runs."""
+        return self.evidence / "ledger.jsonl"
+
+    def known_hosts(self, host: str) -> Path:
+        """The pinned keys of one host, in OpenSSH's known_hosts format."""
+        return self.state / "known_hosts" / host
+
+    def followed(self, host: str, run: str) -> Path:
+        """What was read of a run's streams so far, with its cursor."""
+        return self.state / "followed" / host / run
+
+    def record(self, run: str) -> Path:
+        """Which host a run was given to, and with which chain."""
+        return self.state / "runs" / f"{run}.json"
+
+    @property
+    def records(self) -> Path:
+        """The folder of the records."""
+        return self.state / "runs"
+
+    def lock(self, name: str) -> Path:
+        """A lock file that keeps two commands of this laptop from writing the same copy at once."""
+        return self.state / "locks" / f"{name}.lock"
+
+    def run(self, run: str) -> Path:
+        """The copy of a finished run."""
+        return self.evidence / run
+
+
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Write a whole file by temporary, fsync and rename: a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

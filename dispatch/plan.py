@@ -1,0 +1,202 @@
+"""The plan: a pure function from what is asked and what was seen to the ordered steps that lead from one to the other.
+
+A plan holds judgements ("memory: enough"), not readings, so two previews of an unchanged host are byte-identical, and
+``apply`` has something definite to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from dispatch.ask import Ask
+from dispatch.build import BuildChoice
+from dispatch.choice import ChosenRun
+from dispatch.facts import HostFacts
+from dispatch.preflight import Judgement, judge
+from dispatch.trust import short_type
+from latentforge.spec.canonical import canonical_sha256
+from latentforge.verdicts import ExitCode
+
+Will = Literal["keep", "check", "send", "run", "follow", "ended", "skip", "write", "refuse"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One idempotent action of a plan, and the reason to do it or to leave it."""
+
+    name: str
+    will: Will
+    because: str
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a plan cannot be applied, what to do about it, and the exit code."""
+
+    why: str
+    next: str | None
+    code: ExitCode = ExitCode.REFUSED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps, the runs that they are about, and what a reader should know beside them."""
+
+    host: str
+    machine: str
+    steps: tuple[Step, ...]
+    runs: tuple[ChosenRun, ...]
+    build: BuildChoice | None
+    memory: Judgement
+    notes: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def final(self) -> ChosenRun:
+        """The run that the plan is for: the last, or the first that ended without passing."""
+        return next((run for run in self.runs if run.will == "ended"), self.runs[-1])
+
+    @property
+    def chain(self) -> tuple[ChosenRun, ...]:
+        """The runs that are to be started or followed, in order."""
+        return tuple(run for run in self.runs if run.will in ("run", "follow"))
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether each step keeps what is there."""
+        return all(step.will in ("keep", "check", "ended", "skip") for step in self.steps)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of the judgements: what ``apply`` compares."""
+        steps = [[step.name, step.will, step.run or ""] for step in self.steps]
+        return canonical_sha256({"schema": 1, "host": self.host, "steps": steps, "memory": self.memory.ok is not False})
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            "plan": self.digest,
+            "host": self.host,
+            "machine": self.machine,
+            "steps": [{"name": s.name, "will": s.will, "because": s.because, "run": s.run} for s in self.steps],
+            "runs": [
+                {"kind": r.kind, "run": r.run, "will": r.will, "inputs": r.resolved, "predecessor": r.predecessor}
+                for r in self.runs
+            ],
+            "memory": self.memory.text,
+            "notes": list(self.notes),
+            "refusals": [{"why": r.why, "next": r.next, "code": int(r.code)} for r in self.refusals],
+        }
+
+
+def make_plan(
+    ask: Ask,
+    facts: HostFacts,
+    runs: Sequence[ChosenRun],
+    *,
+    build: BuildChoice | None,
+    memory: Judgement,
+    copied: frozenset[str] = frozenset(),
+) -> Plan:
+    """The plan that a request, the facts of its host and the copies on the laptop (``copied``: run ids) lead to."""
+    judgements = judge(ask, facts, memory)
+    refusals: list[Refusal] = []
+    steps = [_trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
+    chain = [run for run in runs if run.will in ("run", "follow")]
+    busy = _lease_held(facts, chain)
+    for run in runs:
+        because = run.because
+        if run.will == "run" and run is chain[-1]:
+            because += "; detached runner, " + (f"device lease held by {busy}" if busy else "device lease free")
+        shown = run.run if run.will != "skip" else "-"
+        steps.append(Step(run.kind, run.will, f"{shown}  {because}", run.run))
+    if busy and any(run.will == "run" for run in chain) and not ask.wait:
+        refusals.append(
+            Refusal(f"the device lease of {ask.host.name} is held by {busy}", f"{ask.command} --wait", ExitCode.BUSY)
+        )
+    final = next((run for run in runs if run.will == "ended"), runs[-1])
+    steps += _aftermath(final, bool(chain), final.run in copied)
+    return Plan(
+        host=ask.host.name,
+        machine=_machine(ask, facts),
+        steps=tuple(steps),
+        runs=tuple(runs),
+        build=build,
+        memory=memory,
+        notes=ask.notes,
+        refusals=tuple(refusals),
+    )
+
+
+def _machine(ask: Ask, facts: HostFacts) -> str:
+    host = facts.host
+    words = ["GB10"] if ask.host.gb10 else []
+    words += [host.cpu or host.arch, f"{host.cores} cores"] if host.cores else [host.arch]
+    if host.driver:
+        words.append(f"driver {host.driver}")
+    return ", ".join(words)
+
+
+def _trust(ask: Ask) -> Step:
+    if ask.host.is_local:
+        return Step("trust", "keep", "this machine")
+    key = ask.host.keys[0]
+    return Step("trust", "keep", f"host key {short_type(key.type)} {key.sha256[:18]}… pinned {key.date}")
+
+
+def _preflight(judgements: Sequence[Judgement], refusals: list[Refusal]) -> Step:
+    failed = [one for one in judgements if one.ok is False]
+    unknown = [one for one in judgements if one.ok is None]
+    passed = [one for one in judgements if one.ok]
+    for one in failed:
+        refusals.append(Refusal(f"preflight: {one.text}", one.next, ExitCode.FAIL))
+    if failed:
+        return Step("preflight", "refuse", "; ".join(one.text for one in failed))
+    counts = [f"{len(passed)} pass"] + ([f"{len(unknown)} unknown"] if unknown else [])
+    names = ", ".join(one.name for one in passed)
+    told = "".join(f"; {one.text}" for one in unknown)
+    return Step("preflight", "check", f"{', '.join(counts)} ({names}){told}")
+
+
+def _code_and_build(ask: Ask, build: BuildChoice | None, refusals: list[Refusal]) -> list[Step]:
+    if build is None:
+        code = Step("code", "keep", f"{ask.code_label}, in place")
+        if ask.unfit is None:
+            return [code, Step("build", "keep", "the running interpreter has this code")]
+        refusals.append(Refusal(ask.unfit, "make setup   and then   .venv/bin/" + ask.command))
+        return [code, Step("build", "refuse", ask.unfit)]
+    size = f"{ask.bundle.size / 1e6:.1f} MB" if ask.bundle else ""
+    sent = build.will == "keep" or build.bundle_there
+    code = Step("code", "keep" if sent else "send", f"{ask.code_label}" + (f", {size}" if not sent else ", there"))
+    return [code, Step("build", build.will, build.because, build.run)]
+
+
+def _lease_held(facts: HostFacts, chain: Sequence[ChosenRun]) -> str | None:
+    holder = facts.lease_holder
+    if holder is None or holder.run in {run.run for run in chain}:
+        return None
+    return holder.run or "a process that is not ours"
+
+
+def _aftermath(final: ChosenRun, goes_on: bool, copied: bool) -> list[Step]:
+    if goes_on:
+        return [
+            Step("follow", "follow", "to the end; Ctrl-C detaches, the run goes on"),
+            Step("collect", "run", "what the run leaves, each file by its digest"),
+            Step("evidence", "write", f"{final.run}/manifest.json"),
+        ]
+    if copied:
+        return [
+            Step("follow", "keep", "nothing goes on"),
+            Step("collect", "keep", "already here"),
+            Step("evidence", "keep", f"{final.run}/manifest.json"),
+        ]
+    return [
+        Step("follow", "keep", "nothing goes on"),
+        Step("collect", "run", "finished there, not yet here"),
+        Step("evidence", "write", f"{final.run}/manifest.json"),
+    ]

@@ -1,0 +1,28 @@
+"""A plan as a reader sees it; the same plan gives the same bytes."""
+
+from __future__ import annotations
+
+from dispatch.ask import Ask
+from dispatch.plan import Plan
+
+
+def render(plan: Plan, ask: Ask) -> str:
+    """The plan as text, without the sentence that ends a preview."""
+    machine = f" ({plan.machine})" if plan.machine else ""
+    lines = [f"plan {plan.digest[:8]}  {ask.recipe} on {plan.host}{machine}", ""]
+    width = max(len(step.name) for step in plan.steps)
+    lines.append(f"  {'step':<{width}}  {'will':<6}  because")
+    lines += [f"  {step.name:<{width}}  {step.will:<6}  {step.because}" for step in plan.steps]
+    lines += ["", f"  {plan.memory.text}"]
+    lines += [f"  note: {note}" for note in plan.notes]
+    return "\n".join(lines) + "\n"
+
+
+def ending(plan: Plan, ask: Ask) -> str:
+    """The sentence that ends a dry run."""
+    if plan.refusals:
+        first = plan.refusals[0]
+        return f"nothing was changed (dry run). It would be refused: {first.why}"
+    if plan.changes_nothing:
+        return "nothing was changed (dry run), and nothing is to be done."
+    return f"nothing was changed (dry run). To do it:  {ask.command}"

@@ -1,0 +1,80 @@
+"""The laptop's memory of what it gave to which host: enough to find a run again by the beginning of its name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from dispatch.inventory import Host
+from dispatch.places import Places, write_atomic
+from latentforge.errors import RefusedError
+from latentforge.spec.identity import RUN_ID
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run that this laptop has launched, followed or collected, and where it is."""
+
+    run: str
+    host: str
+    root: str | None
+    user: str | None
+    chain: tuple[str, ...]
+    recipe: str
+    plan: str
+    at: str
+
+    def at_host(self, host: Host) -> Host:
+        """The host as it was named when the run was given to it."""
+        user = self.user if not host.is_local else None
+        return host.model_copy(update={"root": self.root, **({"user": user} if user else {})})
+
+
+def remember(places: Places, host: Host, chain: Sequence[str], *, recipe: str, plan: str) -> None:
+    """Note the runs of a chain; a note that says the same already stays as it is."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    for run in chain:
+        record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at)
+        earlier = _read(places, run)
+        if earlier is None or {**asdict(earlier), "at": "", "plan": ""} != {**asdict(record), "at": "", "plan": ""}:
+            write_atomic(places.record(run), json.dumps(asdict(record), indent=1).encode())
+
+
+def recorded(places: Places) -> list[Record]:
+    """Every record, the newest first."""
+    found = [_read(places, path.stem) for path in places.records.glob("*.json")]
+    return sorted((one for one in found if one is not None), key=lambda one: (one.at, one.run), reverse=True)
+
+
+def find(places: Places, prefix: str) -> Record:
+    """The record of the run that begins so; refused where none does, or several do."""
+    known = recorded(places)
+    matching = [one for one in known if one.run == prefix] or [one for one in known if one.run.startswith(prefix)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise RefusedError(
+            f"{prefix!r} is the beginning of {len(matching)} runs",
+            next="\n".join(sorted(one.run for one in matching)[:8]),
+        )
+    if RUN_ID.fullmatch(prefix):
+        raise RefusedError(
+            f"{prefix} was not dispatched from this laptop", next=f"say where it is:  … {prefix} --host HOST"
+        )
+    close = difflib.get_close_matches(prefix, [one.run for one in known], n=1, cutoff=0.5)
+    raise RefusedError(
+        f"no run that this laptop knows begins with {prefix!r}",
+        next=f"did you mean {close[0]}?" if close else "latentforge dispatch status   lists what it knows",
+    )
+
+
+def _read(places: Places, run: str) -> Record | None:
+    try:
+        value: dict[str, Any] = json.loads(places.record(run).read_text())
+        return Record(**{**value, "chain": tuple(value["chain"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,177 @@
+"""One dispatch from the command line: plan, preview, apply, follow, conclude, and leave at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dispatch.apply import Applied, apply, host_record, launch, refuse
+from dispatch.ask import Ask
+from dispatch.choice import told_end
+from dispatch.conclude import Conclusion, conclude
+from dispatch.facts import HostFacts, RunState, moment
+from dispatch.follow import Follower
+from dispatch.live import LiveObserver
+from dispatch.places import Places
+from dispatch.plan import Plan
+from dispatch.preview import ending, render
+from dispatch.records import remember
+from dispatch.survey import survey
+from dispatch.transport.call import Transport
+from dispatch.transport.open import open_transport
+from dispatch.watching import PlainObserver, phase_lines
+from latentforge.errors import RefusedError
+from latentforge.verdicts import ExitCode
+
+
+@dataclass
+class Session:
+    """A command that may follow a run; Ctrl-C at any moment leaves the run alone and says how to come back."""
+
+    transport: Transport
+    places: Places
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        name = self.transport.host.name
+        plain = self.json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb"
+        # With --json standard output is for programs; the run's lines go to people on the other stream.
+        self.observer: PlainObserver | LiveObserver = (
+            PlainObserver(name, sys.stderr if self.json else None) if plain else LiveObserver(name)
+        )
+        self.follower = Follower(self.transport, self.places, self.observer)
+        self.launched: str | None = None
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
+
+    def go(self, ask: Ask, *, detach: bool = False) -> ExitCode:
+        """Plan, show, apply, and follow to the verdict."""
+        plan, facts = survey(self.transport, ask, self.places)
+        self.say(render(plan, ask))
+        refuse(plan)
+        try:
+            if detach and plan.chain:
+                _facts, plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
+                return self._left(plan.chain[-1].run, "launched; it goes on by itself.", ExitCode.PASS)
+            self.launched = plan.chain[-1].run if plan.chain else None
+            applied = apply(plan, ask, self.transport, self.places, self.follower, say=self.say)
+            self.observer.close()
+            return self._concluded(plan, ask, facts, applied)
+        except KeyboardInterrupt:
+            return self._detached(ask.command)
+        finally:
+            self.observer.close()
+
+    def watch(self, run: str, chain: list[str], context: Mapping[str, object]) -> ExitCode:
+        """Follow a run, and those of its chain that come before it, to the end; the exit code is the run's."""
+        self.launched = run
+        upto = chain[: chain.index(run) + 1] if run in chain else [run]
+        try:
+            state, last = RunState(state="absent"), run
+            for position, one in enumerate(upto, start=1):
+                state, last = self.follower.follow(one, position=position, of=len(upto)), one
+                if not state.passed:
+                    break
+            self.observer.close()
+            if state.state in ("absent", "reserved"):
+                raise RefusedError(
+                    f"{last} is {state.state} on {self.transport.host.name}: it was never started there",
+                    next="latentforge dispatch go RECIPE",
+                )
+            if last.startswith("build-"):
+                return self._told(last, state, None)
+            done = conclude(
+                self.transport, last, state, self.places, plan=context, facts={"name": self.transport.host.name}
+            )
+            return self._told(last, state, done)
+        except KeyboardInterrupt:
+            return self._detached(f"latentforge dispatch watch {run}")
+        finally:
+            self.observer.close()
+
+    def _concluded(self, plan: Plan, ask: Ask, facts: HostFacts, applied: Applied) -> ExitCode:
+        # A run that this laptop finds finished was somebody else's work: another clone, another laptop, another day.
+        adopted = not plan.chain and not self.places.record(applied.final).is_file()
+        done = conclude(
+            self.transport,
+            applied.final,
+            applied.state,
+            self.places,
+            plan={"digest": plan.digest, "recipe": ask.recipe},
+            facts=host_record(ask, facts),
+        )
+        for line in phase_lines(self.observer.views):
+            self.say(line)
+        if not plan.chain:
+            when = f"(finished {moment(applied.state.ended)})"
+            self.say(f"no changes. {applied.final} {applied.state.outcome or applied.state.state}  {when}")
+            remember(self.places, ask.host, [applied.final], recipe=ask.recipe, plan=plan.digest)
+        if adopted:
+            self.say(
+                f"adopted: {applied.final} was run by another dispatch to {ask.host.name}; nothing was trained now"
+            )
+        code = self._told(applied.final, applied.state, done, again=f"{ask.command} --attempt next")
+        if self.json:
+            print(json.dumps(_as_json(plan, done, applied.state, code), indent=2))
+        return code
+
+    def _told(self, run: str, state: RunState, done: Conclusion | None, *, again: str | None = None) -> ExitCode:
+        from dispatch.conclude import earned_code
+
+        if not state.passed:
+            step = self.observer.views[run].last.get("step") if run in self.observer.views else None
+            where = f" at step {step}" if step is not None else ""
+            self.say(
+                f"error: {run} {told_end(state)}{where}" if state.outcome != "fail" else f"{run} {told_end(state)}"
+            )
+            if again:
+                self.say(f"  next: read its log:  latentforge dispatch watch {run}\n        run it again:  {again}")
+        for line in done.lines() if done else []:
+            self.say(line)
+        return done.code if done else earned_code(state)
+
+    def _detached(self, again: str) -> ExitCode:
+        self.observer.close()
+        run = self.observer.run or self.launched
+        if run is None or not self.places.record(run).is_file():
+            self.say(f"\nstopped before anything was launched; what was done is kept.   again:  {again}")
+            return ExitCode.DETACHED
+        return self._left(run, "\ndetached; the run goes on.", ExitCode.DETACHED)
+
+    def _left(self, run: str, how: str, code: ExitCode) -> ExitCode:
+        self.say(f"{how}   back:  latentforge dispatch watch {run}     stop:  latentforge dispatch cancel {run}")
+        return code
+
+
+def preview(ask: Ask, places: Places, *, as_json: bool) -> ExitCode:
+    """Show the plan over a transport that only reads; nothing is created or changed anywhere."""
+    transport = open_transport(ask.host, places, readonly=True)
+    try:
+        plan, _facts = survey(transport, ask, places)
+    finally:
+        transport.close()
+    if as_json:
+        print(json.dumps(plan.as_json(), indent=2))
+    else:
+        print(render(plan, ask))
+        print(ending(plan, ask))
+    return plan.refusals[0].code if plan.refusals else ExitCode.PASS
+
+
+def _as_json(plan: Plan, done: Conclusion, state: RunState, code: ExitCode) -> dict[str, object]:
+    return {
+        **plan.as_json(),
+        "run": done.run,
+        "state": state.model_dump(mode="json"),
+        "verdicts": [
+            {"line": one.line(), "outcome": one.outcome.name.lower(), "measured": one.measured} for one in done.verdicts
+        ],
+        "manifest": done.manifest,
+        "problems": done.problems,
+        "code": int(code),
+    }

@@ -1,0 +1,1 @@
+"""Carriers of the agent's protocol: this machine's own processes, or an SSH connection."""

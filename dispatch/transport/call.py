@@ -1,0 +1,134 @@
+"""The agent's protocol from the laptop's side: verbs, replies, and errors raised with the agent's own exit code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from dispatch import agent_package
+from dispatch.agent.protocol import encode_request, find_frame
+from dispatch.inventory import Host
+from dispatch.transport.link import LinkError, LinkLostError
+from latentforge.errors import BusyError, LatentForgeError, RefusedError
+from latentforge.verdicts import ExitCode
+
+READING = frozenset({"probe", "status", "read", "collect", "fetch"})
+"""The verbs that create nothing on a host: all that a preview may use."""
+
+CALL_SECONDS = 30.0
+_SHOWN = 400
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the agent answered; ``noise`` is what a login shell printed before it."""
+
+    result: dict[str, Any]
+    payload: bytes
+    agent: str
+    noise: bytes
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One remote process: what it wrote, and its exit status (None where the link broke before it was known)."""
+
+    stdout: bytes
+    stderr: bytes
+    status: int | None
+
+
+class _AgentGoneError(Exception):
+    """The installed agent is not there any more."""
+
+
+class Transport(ABC):
+    """A host's agent, called verb by verb.
+
+    A read-only transport permits the reading verbs alone and pipes the agent through stdin, so that a preview leaves no
+    trace. Otherwise the agent is piped until ``install`` has put it on the host, and run from there afterwards.
+    """
+
+    def __init__(self, host: Host, *, readonly: bool = False) -> None:
+        self.host = host
+        self.readonly = readonly
+        self._installed = False
+
+    @property
+    def agent(self) -> str:
+        """sha256 of the agent that this laptop ships."""
+        return agent_package.agent_sha256()
+
+    @abstractmethod
+    def exchange(self, argv: list[str], stdin: bytes, *, timeout: float) -> Exchange:
+        """Run a program on the host with these bytes on stdin; LinkLostError where the link breaks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the connection holds; the next call opens it again."""
+
+    def call(self, verb: str, args: dict[str, Any], payload: bytes = b"", *, timeout: float = CALL_SECONDS) -> Reply:
+        """One request and its reply; errors of the agent are raised with their own message, remedy and exit code."""
+        if self.readonly and verb not in READING:
+            raise RefusedError(f"verb {verb!r} was asked of {self.host.name} in a preview, which only reads")
+        request = encode_request(verb, root=self.host.root, args=args, payload=payload)
+        argv = agent_package.bootstrap_argv(self.host.python)
+        if self._installed:
+            try:
+                return self._reply(
+                    self.exchange(argv, agent_package.installed(self.host.root) + request, timeout=timeout)
+                )
+            except _AgentGoneError:
+                self._installed = False
+        return self._reply(self.exchange(argv, agent_package.carried() + request, timeout=timeout))
+
+    def install(self) -> None:
+        """Put the agent on the host under its own digest; later calls run it from there."""
+        if not self._installed:
+            self.call("install", {})
+            self._installed = True
+
+    def _reply(self, ended: Exchange) -> Reply:
+        frame = find_frame(ended.stdout)
+        if frame is None:
+            raise self._no_reply(ended)
+        if not frame.document["ok"]:
+            if (frame.document.get("error") or {}).get("kind") in ("agent-missing", "agent-corrupt"):
+                raise _AgentGoneError
+            raise _agent_error(frame.document.get("error") or {}, self.host)
+        return Reply(frame.document["result"], frame.payload, str(frame.document.get("agent", "")), frame.noise)
+
+    def _no_reply(self, ended: Exchange) -> LatentForgeError:
+        name, said = self.host.name, _shown(ended.stderr or ended.stdout)
+        if ended.status is None or b"=LF-BEGIN" in ended.stdout:
+            return LinkLostError(f"{name}: the connection ended within a reply")
+        if ended.status == 127 or b"not found" in ended.stderr[:_SHOWN]:
+            return LinkError(
+                "no python",
+                f"{name}: {self.host.python!r} cannot be run there ({said})",
+                next=f"latentforge dispatch enrol {name} --python PATH --replace",
+            )
+        return LinkError(
+            "shell noise",
+            f"{name}: the login shell ended (status {ended.status}) without running the agent; it said: {said}",
+            next=f"ssh {name} true   must succeed and print nothing",
+        )
+
+
+def _agent_error(error: dict[str, Any], host: Host) -> LatentForgeError:
+    try:
+        code = ExitCode(int(error.get("code", ExitCode.UNKNOWN)))
+    except ValueError:
+        code = ExitCode.UNKNOWN
+    message = str(error.get("message", "the agent failed without a message"))
+    if not host.is_local:
+        message = f"{host.name}: {message}"
+    kind = BusyError if code is ExitCode.BUSY else LatentForgeError
+    return kind(message, next=error.get("next"), code=code)
+
+
+def _shown(output: bytes) -> str:
+    text = output.decode("utf-8", "replace").strip()
+    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…") if text else "nothing"

@@ -1,0 +1,45 @@
+"""Repeating a call whose connection broke: every verb is idempotent, so that is safe; nothing else is repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from dispatch.transport.call import CALL_SECONDS, Reply, Transport
+from dispatch.transport.link import LinkLostError
+from latentforge.errors import UnknownOutcomeError
+
+ATTEMPTS = 4
+
+
+def call(
+    transport: Transport, verb: str, args: dict[str, Any], payload: bytes = b"", *, timeout: float = CALL_SECONDS
+) -> Reply:
+    """One call, repeated with growing waits while the connection breaks.
+
+    A failure to connect is not repeated: nothing was sent, and its cause (a name, a key, a port) does not pass by
+    itself. Once something may have been sent, a connection that stays lost leaves an unknown outcome (exit code 3).
+    """
+    lost: list[LinkLostError] = []
+
+    def remember(state: Any) -> None:
+        error = state.outcome.exception()
+        if isinstance(error, LinkLostError):
+            lost.append(error)
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(LinkLostError),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential_jitter(initial=0.3, max=5.0, jitter=0.5),
+        after=remember,
+        reraise=True,
+    )
+    try:
+        reply: Reply = retrying(transport.call, verb, args, payload, timeout=timeout)
+    except LinkLostError as error:
+        raise UnknownOutcomeError(
+            f"{error} ({ATTEMPTS} times); whether {verb!r} was done there is not known",
+            next="the same command again: what was done is found and kept",
+        ) from error
+    return reply

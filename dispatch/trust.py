@@ -1,0 +1,122 @@
+"""Host keys: fetched without authenticating, shown, pinned by the user, and compared ever after."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import paramiko
+
+from dispatch.address import Address
+from dispatch.inventory import Host, PinnedKey
+from dispatch.places import Places, write_atomic
+from dispatch.transport.link import CONNECT_SECONDS, classified, open_link
+from latentforge.errors import RefusedError, TransportError
+
+# Asked for one by one, so that every key the server has is shown and pinned.
+_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "rsa-sha2-512")
+
+
+def fingerprint(key: paramiko.PKey) -> str:
+    """The fingerprint as OpenSSH writes it: ``SHA256:`` and 43 characters."""
+    digest = hashlib.sha256(key.asbytes()).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def short_type(key_type: str) -> str:
+    """A key type in a user's words: ED25519, ECDSA or RSA."""
+    for word in ("ed25519", "ecdsa", "rsa"):
+        if word in key_type:
+            return word.upper()
+    return key_type
+
+
+class HostKeyError(TransportError):
+    """A host key that is unknown or not the pinned one; raised before anything is authenticated or sent."""
+
+
+def unknown_key(host: Host, offered: paramiko.PKey) -> HostKeyError:
+    """The refusal of a host that was never enrolled."""
+    return HostKeyError(
+        f"host key of {host.name} is not pinned\n"
+        f"  offered  {short_type(offered.get_name())} {fingerprint(offered)}\n"
+        f"  nothing was sent",
+        next=f"compare it with the host's own (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub there), then\n"
+        f"latentforge dispatch enrol {host.name}",
+    )
+
+
+def changed_key(host: Host, offered: paramiko.PKey) -> HostKeyError:
+    """The refusal of a host whose key is not the pinned one, with both fingerprints."""
+    lines = [f"host key of {host.name} changed"]
+    for key in host.keys:
+        lines.append(f"  pinned   {short_type(key.type)} {key.sha256}  ({key.date}, enrolled by you)")
+    lines.append(f"  offered  {short_type(offered.get_name())} {fingerprint(offered)}")
+    lines.append("  nothing was sent")
+    return HostKeyError(
+        "\n".join(lines), next=f"if the machine was reinstalled:  latentforge dispatch enrol {host.name} --replace"
+    )
+
+
+def pinned(host: Host, places: Places) -> list[paramiko.PKey]:
+    """The keys pinned for a host. Both records, the inventory's fingerprints and our known_hosts, must agree."""
+    path = places.known_hosts(host.name)
+    fingerprints = {key.sha256 for key in host.keys}
+    keys: list[paramiko.PKey] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
+        entry = paramiko.hostkeys.HostKeyEntry.from_line(line) if line.strip() else None
+        if entry is not None and entry.key is not None and fingerprint(entry.key) in fingerprints:
+            keys.append(entry.key)
+    return keys
+
+
+def pin(host: Host, keys: Sequence[paramiko.PKey], places: Places) -> Host:
+    """The host with these keys pinned; our known_hosts file for it is written."""
+    today = datetime.now(UTC).date().isoformat()
+    records = tuple(PinnedKey(type=key.get_name(), sha256=fingerprint(key), date=today) for key in keys)
+    lines = [f"{host.name} {key.get_name()} {key.get_base64()}\n" for key in keys]
+    write_atomic(places.known_hosts(host.name), "".join(lines).encode(), mode=0o600)
+    return host.model_copy(update={"keys": records})
+
+
+def offered_keys(host: Host, address: Address) -> list[paramiko.PKey]:
+    """Every key that the server offers, fetched by key exchanges that end before authentication."""
+    found = (_offered(host, address, key_type) for key_type in _KEY_TYPES)
+    keys = {fingerprint(key): key for key in found if key is not None}
+    if not keys:
+        raise TransportError(f"{host.name} offered no host key of a type that is accepted ({', '.join(_KEY_TYPES)})")
+    return list(keys.values())
+
+
+def _offered(host: Host, address: Address, key_type: str) -> paramiko.PKey | None:
+    link = open_link(host, address)
+    try:
+        transport = paramiko.Transport(link)
+        try:
+            transport.banner_timeout = CONNECT_SECONDS
+            transport.get_security_options().key_types = [key_type]
+            transport.start_client(timeout=CONNECT_SECONDS)
+            return transport.get_remote_server_key()
+        finally:
+            transport.close()
+    except paramiko.ssh_exception.IncompatiblePeer:
+        return None
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise classified(host, address, error) from error
+    finally:
+        link.close()
+
+
+def check_fingerprint(keys: Sequence[paramiko.PKey], expected: str) -> list[paramiko.PKey]:
+    """The offered key that has the expected fingerprint, as a list of one; refused where none has it."""
+    matching = [key for key in keys if fingerprint(key) == expected]
+    if not matching:
+        offered = ", ".join(f"{short_type(key.get_name())} {fingerprint(key)}" for key in keys)
+        raise RefusedError(f"no offered host key has the fingerprint {expected} (offered: {offered})")
+    return matching

@@ -1,0 +1,85 @@
+"""Watching in plain lines, for pipes and files, and the choice between that and a live display."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+from dispatch.facts import RunState
+from dispatch.lines import LineReader
+from dispatch.view import RunView, duration
+from latentforge.events import Event
+
+
+class PlainObserver:
+    """The run's own log lines, as they come, each as it is: ``grep`` works on them."""
+
+    def __init__(self, host: str, out: TextIO | None = None) -> None:
+        self._host = host
+        self._out = out if out is not None else sys.stdout
+        self._reader = LineReader()
+        self.views: dict[str, RunView] = {}
+        self.run = ""
+
+    def begin(self, run: str, position: int, of: int) -> None:
+        """Say whose turn it is."""
+        self.run = run
+        self.views[run] = RunView(run)
+        self._reader = LineReader()
+        self._say(f"run {run} on {self._host}" + (f" ({position} of {of})" if of > 1 else ""))
+
+    def state(self, state: RunState) -> None:
+        """Nothing: the log tells."""
+
+    def events(self, events: list[Event]) -> None:
+        """Keep what the summary needs."""
+        for event in events:
+            self.views[self.run].feed(event)
+
+    def log(self, data: bytes, *, anew: bool) -> None:
+        """Print whole lines."""
+        if anew:
+            self._reader = LineReader()
+            self._say("(the log was replaced on the host; from its start)")
+        for line in self._reader.feed(data):
+            self._say(line)
+
+    def unreachable(self, seconds: float, error: BaseException, retry_in: float) -> None:
+        """Say so, as often as it is tried."""
+        self._say(unreachable(self.run, self._host, self.views[self.run], seconds, retry_in))
+
+    def end(self, state: RunState) -> None:
+        """Print the last line, though it has no line end."""
+        for line in self._reader.feed(b"", final=True):
+            self._say(line)
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+    def _say(self, line: str) -> None:
+        try:
+            print(line, file=self._out, flush=True)
+        except BrokenPipeError:
+            # The reader has what it wanted (`| grep -m1`); the run is still followed to its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+
+
+def unreachable(run: str, host: str, view: RunView, seconds: float, retry_in: float) -> str:
+    """The line that stands for a run whose host does not answer."""
+    step = view.last.get("step")
+    seen = f"last seen: step {step}" if step is not None else f"last seen: {view.phase or 'not started'}"
+    return (
+        f"UNKNOWN  {run}  {host} unreachable for {duration(seconds)} ({seen}). "
+        f"Retrying in {retry_in:.1f} s; the run is not affected."
+    )
+
+
+def phase_lines(views: dict[str, RunView]) -> list[str]:
+    """The time of each phase of each run that was followed."""
+    lines = []
+    for run, view in views.items():
+        if view.phases:
+            parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in view.phases.items())
+            lines.append(f"  {run.partition('-')[0]:<8} {duration(view.seconds):>9}   {parts}")
+    return ["time of each phase:", *lines] if lines else []

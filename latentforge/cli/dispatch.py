@@ -1,0 +1,226 @@
+"""``latentforge dispatch``: plan, launch, follow and collect runs on hosts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentforge.verdicts.exitcode import ExitCode
+
+if TYPE_CHECKING:
+    from dispatch.ask import Ask
+    from dispatch.inventory import Host, Inventory
+    from dispatch.places import Places
+    from dispatch.records import Record
+
+app = typer.Typer(
+    help="Plan, launch, follow and collect runs on hosts.\n\n"
+    "The host is the authority: a lost laptop, link or terminal loses nothing, and Ctrl-C only detaches.",
+    no_args_is_help=True,
+)
+
+HostOption = Annotated[
+    str | None, typer.Option("--host", metavar="HOST", help="Which host; else GX10_HOST, else the default, else local.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the pipeline; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, lines for people on the other.")]
+AttemptOption = Annotated[
+    str | None, typer.Option("--attempt", metavar="next", help="Run again what ended: a new attempt, resumed from it.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run id, or the beginning of one.")]
+PipelineArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe by name, or a .toml file.")]
+
+
+@app.command()
+def go(
+    pipeline: PipelineArgument,
+    host: HostOption = None,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, change nothing (also DRY_RUN=1).")] = False,
+    attempt: AttemptOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the device lease instead of ending with 7.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Launch, and leave at once.")] = False,
+    json: JsonOption = False,
+) -> ExitCode:
+    """Do a pipeline: plan, build, launch, follow, collect, verify; ends with the verdict and its exit code.
+
+    Repeating it changes nothing: what runs is followed, what finished is reported with the code that it earned.
+    """
+    from dispatch.session import Session, preview
+    from dispatch.transport.open import open_transport
+
+    places, ask = _asked(pipeline, host, set_, attempt, wait)
+    if dry_run or _dry_run():
+        return preview(ask, places, as_json=json)
+    transport = open_transport(ask.host, places)
+    try:
+        return Session(transport, places, json=json).go(ask, detach=detach)
+    finally:
+        transport.close()
+
+
+@app.command()
+def plan(
+    pipeline: PipelineArgument,
+    host: HostOption = None,
+    set_: SetOption = None,
+    attempt: AttemptOption = None,
+    json: JsonOption = False,
+) -> ExitCode:
+    """Show what `go` would do, and why; nothing is created or changed anywhere."""
+    from dispatch.session import preview
+
+    places, ask = _asked(pipeline, host, set_, attempt, False)
+    return preview(ask, places, as_json=json)
+
+
+@app.command()
+def watch(run: RunArgument, host: HostOption = None) -> ExitCode:
+    """Follow a run from wherever it was left to its end; exits with the run's code."""
+    from dispatch.session import Session
+    from dispatch.transport.open import open_transport
+
+    places, record, where = _located(run, host)
+    transport = open_transport(where, places)
+    try:
+        context = {"digest": record.plan, "recipe": record.recipe}
+        return Session(transport, places).watch(record.run, list(record.chain), context)
+    finally:
+        transport.close()
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run id, or the beginning of one.")] = None,
+    host: HostOption = None,
+    json: JsonOption = False,
+) -> ExitCode:
+    """Say how a run is, or all that this laptop knows of; asks the hosts, follows nothing."""
+    from dispatch.records import recorded
+    from dispatch.standing import print_standing
+
+    if run is None:
+        places, _inventory = _places()
+        records = [one for one in recorded(places) if host is None or one.host == host]
+        return print_standing(places, records, as_json=json)
+    places, record, _where = _located(run, host)
+    return print_standing(places, [record], as_json=json, single=True)
+
+
+@app.command()
+def cancel(
+    run: RunArgument,
+    host: HostOption = None,
+    grace: Annotated[float, typer.Option(metavar="SECONDS", min=0, max=600, help="Between TERM and KILL.")] = 10.0,
+) -> ExitCode:
+    """End a run: TERM, a grace, KILL for all of its processes, and a look whether they are gone."""
+    from dispatch.standing import cancel_run
+    from dispatch.transport.open import open_transport
+
+    places, record, where = _located(run, host)
+    transport = open_transport(where, places)
+    try:
+        return cancel_run(transport, record.run, grace=grace)
+    finally:
+        transport.close()
+
+
+@app.command()
+def collect(run: RunArgument, host: HostOption = None) -> ExitCode:
+    """Copy what a finished run left into ./runs (or $EVIDENCE_DIR), each file verified; resumes where it was cut."""
+    from dispatch.collect import collect as fetch
+    from dispatch.transport.open import open_transport
+
+    places, record, where = _located(run, host)
+    transport = open_transport(where, places)
+    try:
+        copied = fetch(transport, record.run, places)
+    finally:
+        transport.close()
+    came = f"{copied.fetched / 1e6:.1f} MB came" if copied.fetched else "all was here"
+    print(f"{copied.folder}  {copied.files} files, {copied.bytes / 1e6:.1f} MB verified; {came}")
+    return ExitCode.PASS
+
+
+@app.command()
+def enrol(
+    name: Annotated[str, typer.Argument(metavar="HOST", help="What you call the host.")],
+    address: Annotated[str | None, typer.Option(help="Host name, address or ssh alias; HOST itself if absent.")] = None,
+    user: Annotated[str | None, typer.Option(help="Login name; what ~/.ssh/config says if absent.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of sshd.")] = None,
+    identity: Annotated[str | None, typer.Option(metavar="FILE", help="Private key to use, and no other.")] = None,
+    root: Annotated[str | None, typer.Option(metavar="PATH", help="State root on the host.")] = None,
+    python: Annotated[str | None, typer.Option(metavar="PATH", help="Python 3.11 or newer on the host.")] = None,
+    lock: Annotated[str | None, typer.Option(help="Lock file in constraints/ to build from (cpu).")] = None,
+    gb10: Annotated[bool | None, typer.Option("--gb10/--no-gb10", help="Declare it a GB10.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Accept other keys than those that are pinned.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Pin the keys that are offered now, without asking.")] = False,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="SHA256:…", help="Pin the key with this fingerprint, and no other.")
+    ] = None,
+) -> ExitCode:
+    """Trust a host: fetch its keys, show their fingerprints, pin them, and try to log in."""
+    from dispatch.enrol import enrol as do_enrol
+
+    places, inventory = _places()
+    given = {"address": address, "user": user, "port": port, "identity": identity, "root": root, "python": python}
+    given |= {"lock": lock, "gb10": gb10}
+    wanted = {field: value for field, value in given.items() if value is not None}
+    return do_enrol(name, wanted, places, inventory, replace=replace, yes=yes, expected=fingerprint)
+
+
+@app.command()
+def hosts(json: JsonOption = False) -> ExitCode:
+    """List the hosts that can be named, and the keys that are pinned."""
+    from dispatch.standing import print_hosts
+
+    _places_, inventory = _places()
+    return print_hosts(inventory, as_json=json)
+
+
+def _places() -> tuple[Places, Inventory]:
+    from dispatch.inventory import Inventory
+    from dispatch.places import Places
+
+    places = Places.from_environment(os.environ)
+    return places, Inventory.load(places)
+
+
+def _asked(
+    pipeline: str, host: str | None, overrides: list[str] | None, attempt: str | None, wait: bool
+) -> tuple[Places, Ask]:
+    from dispatch.ask import asked
+    from latentforge.errors import RefusedError
+
+    if attempt not in (None, "next"):
+        raise RefusedError(f"--attempt {attempt!r} is not known", next="--attempt next")
+    places, inventory = _places()
+    where = inventory.choose(host, os.environ)
+    ask = asked(pipeline, where, env=os.environ, overrides=overrides or [], attempt_next=attempt == "next", wait=wait)
+    return places, ask
+
+
+def _located(run: str, host: str | None) -> tuple[Places, Record, Host]:
+    """The record of a run and the host that holds it; with ``--host`` a full id needs no record."""
+    from dispatch.records import Record, find
+    from latentforge.spec.identity import RUN_ID
+
+    places, inventory = _places()
+    if host is not None and RUN_ID.fullmatch(run) and not places.record(run).is_file():
+        where = inventory.choose(host, os.environ)
+        return places, Record(run, where.name, where.root, where.user, (run,), "", "", ""), where
+    record = find(places, run)
+    return places, record, record.at_host(inventory.get(host or record.host))
+
+
+def _dry_run() -> bool:
+    from latentforge.errors import RefusedError
+
+    value = os.environ.get("DRY_RUN", "")
+    if value not in ("", "0", "1"):
+        raise RefusedError(f"DRY_RUN={value!r} is neither 0 nor 1 (environment variable)")
+    return value == "1"
