@@ -78,6 +78,7 @@ def check_agreement(teacher: HFTeacher, store: TargetStore, data: ShardSet, *, s
     rows were shifted against the tokens disagrees. Compared are all stored ids of the row, not the top one alone.
     """
     worst, positions = 0.0, 0
+    length = data.sequence_length
     for tokens in _sampled(data, sample):
         stored = store.get(tokens)
         for position in sorted({0, length // 2 - 1, length - 2}):
