@@ -131,7 +131,23 @@ def build(
 
 def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: Transport) -> None:
     """Reserve a run with everything that starting it takes; nothing of it is looked up again later."""
-    folder = f"{facts.root}/runs/{one.run}"
+    argv, env = job(one, facts, plan)
+    record: dict[str, Any] = {
+        "run": one.run,
+        "kin": one.kin,
+        "resolved": one.resolved,
+        "predecessor": one.predecessor,
+        "argv": argv,
+        "env": env,
+        "lease": [] if one.kind == "data" else ["device"],
+        "plan": plan.digest,
+        "host": host_record(ask, facts),
+    }
+    call(transport, "reserve", {"run": one.run, "identity": one.identity, "launch": record})
+
+
+def job(one: ChosenRun, facts: HostFacts, plan: Plan) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of a run's process."""
     env = {"PYTHONUNBUFFERED": "1"}
     if plan.build is None:
         python = sys.executable
@@ -139,19 +155,8 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
     else:
         python = plan.build.python(facts.root)
         env["PYTHONPATH"] = plan.build.site(facts.root)
-    record: dict[str, Any] = {
-        "run": one.run,
-        "kin": one.kin,
-        "resolved": one.resolved,
-        "predecessor": one.predecessor,
-        # -P: a folder that happens to be current must not shadow the package.
-        "argv": [python, "-P", "-m", "latentforge", "run", folder],
-        "env": env,
-        "lease": [] if one.kind == "data" else ["device"],
-        "plan": plan.digest,
-        "host": host_record(ask, facts),
-    }
-    call(transport, "reserve", {"run": one.run, "identity": one.identity, "launch": record})
+    # -P: a folder that happens to be current must not shadow the package.
+    return [python, "-P", "-m", "latentforge", "run", f"{facts.root}/runs/{one.run}"], env
 
 
 def host_record(ask: Ask, facts: HostFacts) -> dict[str, Any]:

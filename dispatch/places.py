@@ -19,7 +19,7 @@ class Places:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Places:
-        """``$XDG_CONFIG_HOME/latentforge``, ``$XDG_STATE_HOME/latentforge/laptop``, and ``$EVIDENCE_DIR`` or ``./runs``."""
+        """As the XDG variables say, and ``$EVIDENCE_DIR`` or ``./runs``."""
         home = Path(env.get("HOME") or Path.home())
         config = Path(env.get("XDG_CONFIG_HOME") or home / ".config")
         state = Path(env.get("XDG_STATE_HOME") or home / ".local" / "state")

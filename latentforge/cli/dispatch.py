@@ -178,7 +178,7 @@ def hosts(json: JsonOption = False) -> ExitCode:
     """List the hosts that can be named, and the keys that are pinned."""
     from dispatch.standing import print_hosts
 
-    _places_, inventory = _places()
+    _laptop, inventory = _places()
     return print_hosts(inventory, as_json=json)
 
 
