@@ -98,11 +98,15 @@ def kd_divergence(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     _check_settings(temperature, teacher_temperature, 0.0, 1.0, "forward", 1.0)
     _check_tensors(student_logits, targets, None)
-    settings = {"temperature": float(temperature), "teacher_temperature": float(teacher_temperature)}
     if choose_backend(student_logits, targets, backend) == "cpu":
-        return cpu.row_losses(student_logits, targets, None, **settings)[1].to(torch.float32)
+        _, kd = cpu.row_losses(
+            student_logits, targets, None, temperature=temperature, teacher_temperature=teacher_temperature
+        )
+        return kd.to(torch.float32)
     cpu.check_indices(targets, None, student_logits.shape[1], -100)
-    return reference.divergence(student_logits, targets, **settings)
+    return reference.divergence(
+        student_logits, targets, temperature=temperature, teacher_temperature=teacher_temperature
+    )
 
 
 class KDCriterion(nn.Module):

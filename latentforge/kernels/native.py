@@ -33,7 +33,8 @@ def require_fresh(built: str, sources: str | None) -> None:
     """Refuse an extension that was built from other sources than those of the checkout."""
     if sources is not None and built != sources:
         raise LatentForgeError(
-            f"the extension latentforge._native is stale: built from sources {built[:12]}, the checkout has {sources[:12]}",
+            f"the extension latentforge._native is stale: it was built from sources {built[:12]}, "
+            f"the checkout has {sources[:12]}",
             next="make setup",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +33,11 @@ class TopKTargets:
 
 
 Targets = DenseTargets | TopKTargets
+
+
+def topk_targets(logits: Tensor, k: int, temperature: float) -> TopKTargets:
+    """Top-k targets of dense teacher logits [N, V], with the exact tail at ``temperature``; computed in fp64."""
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    values, ids = logprobs.topk(k, dim=-1)
+    tail = torch.logsumexp(logprobs.scatter(-1, ids, -torch.inf) / temperature, dim=-1)
+    return TopKTargets(ids, values.float(), tail.float())
