@@ -1,0 +1,88 @@
+"""How much memory a run will need, term by term, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from latentforge.verdicts import Outcome
+
+GIB = 2**30
+
+
+def margin(total: int) -> int:
+    """Bytes to leave free on a host: min(16 GiB, 12 % of RAM). Below it the watchdog warns."""
+    return min(16 * GIB, total * 12 // 100)
+
+
+def kill_floor(total: int) -> int:
+    """Bytes below which the watchdog stops the run: min(8 GiB, 6 % of RAM)."""
+    return min(8 * GIB, total * 6 // 100)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A named part of the need, in bytes."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryVerdict:
+    """Whether a host's memory is enough. ``text`` is the plan's line; it holds no reading while the answer is enough,
+    so that two previews of an unchanged host are the same."""
+
+    outcome: Outcome
+    text: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The terms of one run. ``unknown`` names what could not be counted (then the verdict cannot be a pass)."""
+
+    run: str
+    terms: tuple[Term, ...]
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """The sum of the terms, without the host's margin."""
+        return sum(term.bytes for term in self.terms)
+
+    def line(self, total: int | None = None) -> str:
+        """``teacher 1.1 + student 0.4 + … + margin 16.0 = 20.3 GiB``, the margin of a host with ``total`` bytes."""
+        terms = list(self.terms) + ([Term("margin", margin(total))] if total is not None else [])
+        parts = " + ".join(f"{term.name} {_gib(term.bytes)}" for term in terms if term.bytes)
+        return f"{parts} = {_gib(sum(term.bytes for term in terms))} GiB"
+
+    def verdict(self, total: int | None, available: int | None) -> MemoryVerdict:
+        """Whether the terms and the margin fit into ``available`` bytes of a host with ``total``; None: not known."""
+        if self.unknown:
+            return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the size of {', '.join(self.unknown)} is not known")
+        if total is None or available is None:
+            return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the host does not say what is free; {self.line()}")
+        need = self.bytes + margin(total)
+        if need > total:
+            text = f"not enough: {self.line(total)}, the host has {_gib(total)}"
+            return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
+        if need > available:
+            text = f"not enough now: {self.line(total)}, {_gib(available)} of {_gib(total)} are free"
+            return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
+        return MemoryVerdict(Outcome.PASS, f"enough: {self.line(total)}")
+
+
+def largest(plans: Iterable[MemoryPlan]) -> MemoryPlan:
+    """The plan of runs made one after the other: the largest of them, and everything of which the size is unknown."""
+    plans = list(plans)
+    most = max(plans, key=lambda plan: plan.bytes)
+    unknown = tuple(dict.fromkeys(name for plan in plans for name in plan.unknown))
+    return MemoryPlan(most.run, most.terms, unknown)
+
+
+def _gib(count: int) -> str:
+    """GiB with one decimal, with two below 0.1 and never "0.0" for something that is there."""
+    value = count / GIB
+    if value >= 0.095:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.005 else "0.01" if count else "0"

@@ -1,0 +1,184 @@
+"""The memory estimate: exact where it can be, never below what is really held, and never a guess that passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentforge.errors import RefusedError
+from latentforge.memory import MemoryPlan, ModelShape, Term, kill_floor, margin, pipeline_memory, pipeline_peak
+from latentforge.memory.estimate import activation_bytes, attention_bytes, student_shape, teacher_shape
+from latentforge.memory.plan import GIB
+from latentforge.spec.resolve import recipe_names, resolve_pipeline
+from latentforge.verdicts import Outcome
+
+
+def config(shape: ModelShape, **more: Any) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        use_cache=False,
+        **more,
+    )
+
+
+def counted(configuration: Any) -> int:
+    """Parameters of the model that transformers makes of a configuration, without allocating them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(configuration)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_the_parameter_count_of_a_recipes_models_is_exact(recipe: str, who: str) -> None:
+    spec = resolve_pipeline(recipe).spec
+    vocab_size = spec.data.vocab_size
+    shape = (
+        teacher_shape(spec.teacher, vocab_size) if who == "teacher" else student_shape(spec.distill.student, vocab_size)
+    )
+    assert shape.parameters == counted(config(shape))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_count_holds_where_heads_do_not_divide_the_hidden_size(tied: bool) -> None:
+    shape = ModelShape(1000, 3, 96, 4, 2, 256, head_dim=40, tied=tied)
+    assert shape.parameters == counted(config(shape))
+    assert ModelShape.from_config(config(shape).to_dict()) == shape
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Config", "LlamaConfig", "MistralConfig"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_count_from_a_config_file_is_exact_for_each_type_that_is_counted(kind: str, tied: bool) -> None:
+    import transformers
+
+    configuration = getattr(transformers, kind)(
+        vocab_size=999, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, head_dim=16,
+    )  # fmt: skip
+    assert ModelShape.from_config(configuration.to_dict()).parameters == counted(configuration)
+
+
+def test_a_type_that_is_not_counted_is_refused_by_name() -> None:
+    with pytest.raises(RefusedError, match="mamba"):
+        ModelShape.from_config({"model_type": "mamba"})
+    with pytest.raises(RefusedError, match="lacks vocab_size"):
+        ModelShape.from_config({"model_type": "qwen3", "num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ModelShape.qwen3(320, layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128),
+        ModelShape.qwen3(512, layers=3, hidden=128, heads=4, kv_heads=2, intermediate=384),
+        ModelShape.qwen3(320, layers=1, hidden=96, heads=2, kv_heads=1, intermediate=512),
+        ModelShape.qwen3(320, layers=2, hidden=64, heads=4, kv_heads=4, intermediate=64),
+    ],
+)
+def test_activations_are_not_underestimated_nor_doubled(shape: ModelShape, precision: str) -> None:
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config(shape)).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    rows, length = 4, 32
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(torch.randint(0, shape.vocab_size, (rows, length)))
+    held = sum(storage.nbytes() for storage in kept.values())
+    assert held <= activation_bytes(shape, rows * length, precision) <= 1.3 * held
+
+
+def test_attention_is_sized_by_the_rows_that_run_not_by_the_longest_position() -> None:
+    # aprender's D13: 14 heads at 32768 positions asked 60 GB a block where the rows had 2048.
+    shape = ModelShape(151_936, 24, 896, 14, 2, 4864, 64)
+    assert attention_bytes(shape, 1, 32_768) // 2 == 60_129_542_144
+    assert attention_bytes(shape, 1, 2_048) < GIB
+
+
+def test_margins_are_those_of_the_design() -> None:
+    assert (margin(128 * GIB), kill_floor(128 * GIB)) == (128 * GIB * 12 // 100, 128 * GIB * 6 // 100)
+    assert (margin(256 * GIB), kill_floor(256 * GIB)) == (16 * GIB, 8 * GIB)
+
+
+PLAN = MemoryPlan("distill", (Term("teacher", 2 * GIB), Term("student", GIB)))
+
+
+def test_enough_says_every_term_and_no_reading() -> None:
+    verdict = PLAN.verdict(100 * GIB, 50 * GIB)
+    assert verdict.outcome is Outcome.PASS
+    assert verdict.text == "enough: teacher 2.0 + student 1.0 + margin 12.0 = 15.0 GiB"
+    assert PLAN.verdict(100 * GIB, 51 * GIB) == verdict
+
+
+@pytest.mark.parametrize(
+    ("total", "available", "said"),
+    [
+        (100 * GIB, 14 * GIB, "not enough now"),
+        (3 * GIB, 3 * GIB, "not enough: "),
+        (None, 1, "unknown"),
+        (1, None, "unknown"),
+    ],
+)
+def test_what_does_not_fit_or_is_not_known_does_not_pass(total: int | None, available: int | None, said: str) -> None:
+    verdict = PLAN.verdict(total, available)
+    assert verdict.outcome is not Outcome.PASS
+    assert verdict.text.startswith(said)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 2**40))
+def test_more_free_memory_never_makes_it_worse(need: int, total: int, available: int) -> None:
+    plan = MemoryPlan("x", (Term("a", need),))
+    assert plan.verdict(total, available).outcome <= plan.verdict(total, available + GIB).outcome
+    if plan.verdict(total, available).outcome is Outcome.PASS:
+        assert need + margin(total) <= min(total, available)
+
+
+def test_a_folder_of_unknown_size_is_unknown_not_enough() -> None:
+    spec = resolve_pipeline("tiny", overrides=["teacher.model=/somewhere"]).spec
+    assert pipeline_peak(spec).verdict(128 * GIB, 100 * GIB).outcome is Outcome.UNKNOWN
+    shape = ModelShape(151_936, 28, 1024, 16, 8, 3072, 128)
+    peak = pipeline_peak(spec, teacher=shape)
+    assert peak.verdict(128 * GIB, 100 * GIB).outcome is Outcome.PASS
+    assert any(term.bytes == shape.parameters * 4 for term in peak.terms if term.name == "teacher")
+
+
+def test_the_smoke_pipelines_plan_names_its_terms_and_fits_a_small_machine() -> None:
+    spec = resolve_pipeline("smoke").spec
+    plans = pipeline_memory(spec)
+    assert list(plans) == ["teacher", "score", "distill"]
+    names = [term.name for term in plans["distill"].terms]
+    assert names == ["teacher", "student", "twin", "states", "activations", "logits", "attention", "runtime"]
+    assert pipeline_peak(spec).verdict(4 * GIB, 3 * GIB).outcome is Outcome.PASS
+
+
+def test_live_targets_need_no_score_run_and_more_logits() -> None:
+    stored, live = (
+        pipeline_memory(resolve_pipeline("smoke", overrides=[f"distill.targets={kind}"]).spec)
+        for kind in ("store", "live")
+    )
+    assert "score" not in live
+    assert live["distill"].bytes > stored["distill"].bytes
