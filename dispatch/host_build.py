@@ -1,6 +1,6 @@
 """Builds the package on a host: run there as one file by the host's own Python, under the agent's supervisor.
 
-Standard library only, nothing of the project imported. What it makes appears whole under its final name, with its marker
+Standard library only, nothing of the project imported. What it makes appears whole under its final name, the marker
 ``.complete.json`` written last; a build that fails leaves nothing that could be taken for one.
 """
 

@@ -40,8 +40,14 @@ def remember(places: Places, host: Host, chain: Sequence[str], *, recipe: str, p
     for run in chain:
         record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at)
         earlier = _read(places, run)
-        if earlier is None or {**asdict(earlier), "at": "", "plan": ""} != {**asdict(record), "at": "", "plan": ""}:
+        if earlier is None or not _says(earlier, record):
             write_atomic(places.record(run), json.dumps(asdict(record), indent=1).encode())
+
+
+def _says(earlier: Record, record: Record) -> bool:
+    """Whether the earlier note tells where the run is, and knows at least the same chain."""
+    same_place = (earlier.host, earlier.root, earlier.user) == (record.host, record.root, record.user)
+    return same_place and set(record.chain) <= set(earlier.chain)
 
 
 def recorded(places: Places) -> list[Record]:

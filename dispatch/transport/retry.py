@@ -31,7 +31,7 @@ def call(
     retrying = Retrying(
         retry=retry_if_exception_type(LinkLostError),
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_exponential_jitter(initial=0.3, max=5.0, jitter=0.5),
+        wait=wait_exponential_jitter(multiplier=0.3, max=5.0, jitter=0.5),
         after=remember,
         reraise=True,
     )

@@ -1,0 +1,315 @@
+"""A laptop of its own for every test, fake jobs under the real agent, and real OpenSSH servers on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dispatch.ask import Ask, asked
+from dispatch.build import BuildNames
+from dispatch.inventory import Host, Inventory
+from dispatch.places import Places
+from dispatch.session import Session
+from dispatch.transport.call import Transport
+from dispatch.transport.open import open_transport
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TRAINER = Path(__file__).with_name("fake_trainer.py")
+SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if os.path.exists("/usr/sbin/sshd") else None)
+
+
+def eventually(check: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    """The first true value of a check, waited for with a deadline."""
+    deadline = time.monotonic() + seconds
+    while not (value := check()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(0.02)
+    return value
+
+
+def snapshot(*folders: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file below some folders with its time of change and its bytes; folders too."""
+    seen: dict[str, tuple[int, int, bytes]] = {}
+    for folder in folders:
+        for path in [folder, *sorted(folder.rglob("*"))] if folder.exists() else []:
+            found = path.lstat()
+            content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+            seen[str(path)] = (found.st_mode, found.st_mtime_ns, content)
+    return seen
+
+
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., Any]:
+    return eventually
+
+
+@pytest.fixture(name="snapshot")
+def _snapshot() -> Callable[..., dict[str, Any]]:
+    return snapshot
+
+
+@dataclass
+class Laptop:
+    """Where one test's laptop keeps things, and how a user starts commands on it."""
+
+    home: Path
+    env: dict[str, str]
+    places: Places
+
+    @property
+    def cwd(self) -> Path:
+        return self.home / "work"
+
+    def cli(self, *words: str, timeout: float = 120.0, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end."""
+        argv = [sys.executable, "-m", "latentforge", "dispatch", *words]
+        return subprocess.run(
+            argv, cwd=self.cwd, env={**self.env, **env}, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+
+@pytest.fixture(autouse=True)
+def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laptop:
+    """An isolated laptop: its own home, state, configuration and current folder."""
+    home = tmp_path / "laptop"
+    (home / "work").mkdir(parents=True)
+    changes = {
+        "HOME": str(home),
+        "XDG_STATE_HOME": str(home / "state"),
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in [*os.environ]:
+        if name.startswith("GX10_") or name in ("DRY_RUN", "EVIDENCE_DIR", "STEPS", "BATCH_SIZE", "LR", "T", "ALPHA"):
+            monkeypatch.delenv(name)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    monkeypatch.chdir(home / "work")
+    return Laptop(home, dict(os.environ), Places.from_environment(os.environ))
+
+
+@dataclass
+class Jobs:
+    """What the next jobs do instead of training, and a list of every start of one."""
+
+    folder: Path
+    how: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gate(self) -> Path:
+        return self.folder / "gate"
+
+    def hold_at(self, step: int) -> None:
+        """Make jobs wait at a step until the gate is opened."""
+        self.how |= {"wait_at": step, "gate": str(self.gate)}
+
+    def open(self) -> None:
+        self.gate.touch()
+
+    def starts(self) -> list[str]:
+        """The runs that were started, once for each start."""
+        file = self.folder / "starts"
+        return file.read_text().split() if file.exists() else []
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """Fake jobs, started by the real agent."""
+    made = Jobs(tmp_path)
+
+    def job(one: Any, facts: Any, plan: Any) -> tuple[list[str], dict[str, str]]:
+        how = {**made.how, "starts": str(tmp_path / "starts")}
+        how = how if one.kind == "distill" else {"steps": 3, "starts": how["starts"]}
+        argv = [sys.executable, "-B", str(TRAINER), f"{facts.root}/runs/{one.run}", json.dumps(how)]
+        return argv, {"PYTHONPATH": str(CHECKOUT)}
+
+    monkeypatch.setattr("dispatch.apply.job", job)
+    return made
+
+
+@pytest.fixture
+def ask() -> Callable[..., Ask]:
+    """What `go tiny` asks of a host, from the checkout under test."""
+
+    def make(host: Host | None = None, *overrides: str, **more: Any) -> Ask:
+        env = more.pop("env", {})
+        return asked("tiny", host or Host(name="local"), env=env, overrides=overrides, folder=CHECKOUT, **more)
+
+    return make
+
+
+@pytest.fixture
+def session(laptop: Laptop) -> Iterator[Callable[..., Session]]:
+    """Sessions with a host, closed at the end of the test."""
+    opened: list[Transport] = []
+
+    def make(host: Host | None = None, **more: Any) -> Session:
+        opened.append(open_transport(host or Host(name="local"), laptop.places))
+        return Session(opened[-1], laptop.places, **more)
+
+    yield make
+    for transport in opened:
+        transport.close()
+
+
+@dataclass
+class Sshd:
+    """A real OpenSSH server on loopback, with keys and a log of its own."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "user_key"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def make_host_key(self, kind: str = "ed25519") -> str:
+        """A new host key; returns its fingerprint."""
+        path = self.folder / f"host_{kind}"
+        for old in (path, path.with_suffix(".pub")):
+            old.unlink(missing_ok=True)
+        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(path)], check=True)
+        listed = subprocess.run(["ssh-keygen", "-lf", str(path)], check=True, capture_output=True, text=True)
+        return listed.stdout.split()[1]
+
+    def start(self) -> None:
+        """Start listening; returns when connections are accepted."""
+        config = self.folder / "sshd_config"
+        keys = "".join(f"HostKey {path}\n" for path in sorted(self.folder.glob("host_*")) if path.suffix != ".pub")
+        config.write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\n{keys}AuthorizedKeysFile {self.folder}/authorized_keys\n"
+            "UsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            f"PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\nMaxStartups 50\n"
+        )
+        assert SSHD is not None
+        self.process = subprocess.Popen(
+            [SSHD, "-D", "-f", str(config), "-E", str(self.log)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        eventually(self._listens, "sshd listens")
+
+    def _listens(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> None:
+        """Stop listening and cut every connection."""
+        if self.process is not None:
+            self.cut()
+            self.process.terminate()
+            self.process.wait(10)
+            self.process = None
+
+    def cut(self) -> int:
+        """Kill the processes that serve connections, with -9; returns how many there were."""
+        assert self.process is not None
+        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
+        children: dict[int, list[int]] = {}
+        for line in listed.splitlines():
+            pid, parent = (int(word) for word in line.split())
+            children.setdefault(parent, []).append(pid)
+        sessions = children.get(self.process.pid, [])
+        below = [pid for session in sessions for pid in children.get(session, [])]
+        for pid in [*sessions, *below]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(sessions)
+
+    def logins(self) -> int:
+        """How many times somebody was let in."""
+        return self.log.read_text().count("Accepted publickey") if self.log.exists() else 0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Sshd]]:
+    """Makes OpenSSH servers; skipped with the reason where there is none on this machine."""
+    if SSHD is None or shutil.which("ssh-keygen") is None:
+        pytest.skip("no OpenSSH server on this machine (apt-get install openssh-server)")
+    if os.geteuid() == 0:
+        os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # its privilege separation folder
+    made: list[Sshd] = []
+
+    def make() -> Sshd:
+        server = Sshd(tmp_path_factory.mktemp("sshd"), free_port())
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(server.key)], check=True)
+        shutil.copy(server.key.with_suffix(".pub"), server.folder / "authorized_keys")
+        server.make_host_key()
+        server.start()
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_sshd(sshd_at: Callable[[], Sshd]) -> Sshd:
+    """One server for the tests that do it no harm."""
+    return sshd_at()
+
+
+def enrol_words(server: Sshd, name: str, root: Path) -> list[str]:
+    """The command line that enrols a server."""
+    return [
+        *("enrol", name, "--address", "127.0.0.1", "--port", str(server.port), "--user", getpass.getuser()),
+        *("--identity", str(server.key), "--root", str(root), "--python", sys.executable, "--yes"),
+    ]
+
+
+@pytest.fixture
+def enrolled(laptop: Laptop, tmp_path: Path) -> Callable[..., Host]:
+    """Enrol a server as a user does, and give the host back."""
+
+    def enrol(server: Sshd, name: str = "box", root: Path | None = None) -> Host:
+        done = laptop.cli(*enrol_words(server, name, root or tmp_path / "remote"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Inventory.load(laptop.places).get(name)
+
+    return enrol
+
+
+@pytest.fixture
+def built() -> Callable[[Host, Ask], None]:
+    """Pretend that a host has the build that a request needs, for tests whose jobs are fake."""
+
+    def pretend(host: Host, request: Ask) -> None:
+        names = BuildNames.of(request)
+        assert host.root is not None
+        for marker in (f"builds/{names.build}", f"venvs/{names.venv}"):
+            folder = Path(host.root) / marker
+            folder.mkdir(parents=True)
+            os.chmod(host.root, 0o700)
+            (folder / ".complete.json").write_text("{}")
+
+    return pretend

@@ -1,0 +1,65 @@
+"""Stands in for a trainer: writes the events, files and lines of one, as slowly and as badly as it is told to.
+
+Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from latentforge.events import EventLog
+from latentforge.spec.run import RunDir
+from latentforge.verdicts import ExitCode, Outcome, Verdict
+
+
+def wait_for(path: str, seconds: float = 60.0) -> None:
+    """Go on when the test says so."""
+    deadline = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"nobody made {path}")
+        time.sleep(0.01)
+
+
+def main() -> int:
+    """Train nothing, convincingly."""
+    run, how = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
+    steps = how.get("steps", 20)
+    if "starts" in how:
+        with open(how["starts"], "a") as file:
+            file.write(f"{run.run}\n")
+    with EventLog(run.events_file, run.run) as log:
+        spec = run.load_identity().spec
+        run.effective_file.write_text(json.dumps({"requested": spec, "effective": spec, "seeds": {}, "timings": {}}))
+        with log.phase("load"):
+            (run.out / "student").mkdir(parents=True, exist_ok=True)
+            (run.out / "student" / "model.safetensors").write_bytes(b"weights " * 1000)
+        for step in range(1, steps + 1):
+            if how.get("wait_at") == step:
+                wait_for(how["gate"])
+            log.step(
+                step,
+                steps,
+                model="student",
+                loss=5.0 - step / steps,
+                learning_rate=1e-3,
+                rows=31,
+                tokens_per_second=1e4,
+            )
+            if how.get("noise"):
+                log.say("ünïcödé " * 40)
+        if "exit" in how:
+            log.end(ExitCode(how["exit"]))
+            return int(how["exit"])
+        outcome = Outcome.FAIL if how.get("fail") else Outcome.PASS
+        if run.kind == "distill":
+            log.verdict(Verdict("F-DISTILL-SMOKE-001", outcome, "val_loss 4.0 < 5.0 at step 20", {}, run.run))
+        code = ExitCode.FAIL if outcome is Outcome.FAIL else ExitCode.PASS
+        log.end(code)
+        return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
