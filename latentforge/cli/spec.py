@@ -1,0 +1,68 @@
+"""``latentforge spec``: what a pipeline asks for, and where each value came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from latentforge.spec.resolve import ResolvedPipeline
+
+app = typer.Typer(no_args_is_help=True, help="Show a pipeline's values and where each comes from.")
+
+
+@app.callback()
+def _group() -> None:
+    """Show a pipeline's values and where each comes from."""
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .toml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a value; may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show each value with its origin: default, file, environment NAME or flag (the later ones win)."""
+    import os
+
+    from latentforge.cli.terminal import print_json
+    from latentforge.spec.pipeline import check_profile, effective_pipeline
+    from latentforge.spec.resolve import resolve_pipeline
+
+    resolved = resolve_pipeline(recipe, env=os.environ, overrides=overrides or [])
+    check_profile(resolved.spec)
+    _, notes = effective_pipeline(resolved.spec)
+    if json:
+        values = {field: {"value": value, "origin": str(origin)} for field, value, origin in resolved.values()}
+        print_json({"name": resolved.name, "values": values, "notes": notes})
+    else:
+        print("\n".join(_told(resolved, notes)))
+
+
+def _told(resolved: ResolvedPipeline, notes: list[str]) -> list[str]:
+    from latentforge.cli.terminal import accent
+
+    rows = [(field, _toml(value), str(origin)) for field, value, origin in resolved.values()]
+    wide = max(len(field) for field, _, _ in rows)
+    broad = min(40, max(len(value) for _, value, _ in rows))
+    lines, section = [], ""
+    for field, value, origin in rows:
+        first = field.partition(".")[0] if "." in field else ""
+        if first != section:
+            lines.append("")
+            section = first
+        shown = origin if origin == "default" else accent(origin)
+        lines.append(f"{field:<{wide}}  {value:<{broad}}  {shown}")
+    return lines + ([""] if notes else []) + [f"note: {note}" for note in notes]
+
+
+def _toml(value: object) -> str:
+    """The value as it would be written in a pipeline file; ``–`` for one that is absent."""
+    import json
+
+    if value is None:
+        return "–"
+    return json.dumps(value, ensure_ascii=False)
