@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cas import Origin
     from .paths import Root
-    from .protocol import Arguments, Payload, Reply
+    from .protocol import AgentError, Arguments, Payload, Reply
 
 
 def main(pyz: bytes | None = None) -> None:
@@ -38,7 +38,7 @@ def main(pyz: bytes | None = None) -> None:
 def serve(stream: Any, origin: Origin) -> bytes:
     """The whole framed answer to the request on `stream`; every failure is an answer too."""
     from .paths import Root
-    from .protocol import UNKNOWN, AgentError, Arguments, encode_reply, read_request
+    from .protocol import AgentError, Arguments, encode_reply, read_request
 
     payload = b""
     document: dict[str, Any]
@@ -53,10 +53,7 @@ def serve(stream: Any, origin: Origin) -> bytes:
     except AgentError as error:
         document = {"ok": False, "error": error.as_json()}
     except Exception as error:
-        wrapped = AgentError(
-            "internal", f"{type(error).__name__}: {error}", code=UNKNOWN, detail={"traceback": _traceback(error)}
-        )
-        document = {"ok": False, "error": wrapped.as_json()}
+        document = {"ok": False, "error": _unforeseen(error).as_json()}
     try:
         document["agent"] = origin.sha256
     except (AgentError, OSError):
@@ -64,10 +61,20 @@ def serve(stream: Any, origin: Origin) -> bytes:
     return encode_reply(document, payload)
 
 
-def _traceback(error: BaseException) -> str:
+def _unforeseen(error: Exception) -> AgentError:
+    import errno
     import traceback
 
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__))[-4000:]
+    from .protocol import REFUSED, UNKNOWN, AgentError
+
+    story = "".join(traceback.format_exception(type(error), error, error.__traceback__))[-4000:]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = f"no space left on the host for {error.filename or 'this'}"
+        return AgentError("disk-full", message, next="free some space on the host", code=REFUSED)
+    if isinstance(error, PermissionError):
+        message = f"{error.filename or 'a file'} on the host: {error.strerror}"
+        return AgentError("refused", message, next="make it accessible to this user", code=REFUSED)
+    return AgentError("internal", f"{type(error).__name__}: {error}", code=UNKNOWN, detail={"traceback": story})
 
 
 def _answer_old_python() -> None:

@@ -17,7 +17,8 @@ CAPACITY = SIZE - _HEAD.size
 
 def encode(document: dict[str, Any]) -> bytes:
     """The 4096 bytes of a record: magic, length, sha256 of length and JSON, JSON, zeros; ValueError if too long."""
-    body = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    # Not escaped to ASCII: a reason in another script must not grow sixfold beyond what fits.
+    body = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     if len(body) > CAPACITY:
         raise ValueError(f"a record holds {CAPACITY} bytes, this one has {len(body)}")
     length = struct.pack("<I", len(body))

@@ -44,15 +44,30 @@ def hash_stream(file: BinaryIO, tick: Callable[[], None] | None = None) -> tuple
     return digest.hexdigest(), size
 
 
-def tree_files(folder: Path) -> list[str]:
-    """POSIX relative paths of all regular files below `folder` (links to files count, links to folders not), sorted."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if path.is_file():
-                found.append(path.relative_to(folder).as_posix())
-    return sorted(found)
+def tree_files(root: Path) -> list[str]:
+    """POSIX relative paths of the regular files below `root`, sorted by their bytes; Unfit for what cannot be shipped.
+
+    The same rule as the evidence's own: a link counts only when it leads to a regular file inside `root`.
+    """
+    real, found, folders = root.resolve(), [], [root]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+                continue
+            name = path.relative_to(root).as_posix()
+            target = path.resolve()
+            if target != real and real not in target.parents:
+                raise Unfit(
+                    f"{path} is a link that leads out of {root} (to {target})", f"copy it whole: cp -rL {root} …"
+                )
+            if not target.is_file():
+                raise Unfit(f"{path} is not a regular file", f"take it out of {root}")
+            if "\n" in name or name != name.encode("utf-8", "replace").decode():
+                raise Unfit(f"{name!r} in {root} has a line break or bytes that are not UTF-8 in its name", "rename it")
+            found.append(name)
+    return sorted(found, key=str.encode)
 
 
 def tree_digest(path: Path) -> tuple[str, int, int]:
@@ -66,7 +81,7 @@ def tree_digest(path: Path) -> tuple[str, int, int]:
     for name in names:
         with open(path / name, "rb") as file:
             sha256, size = hash_stream(file)
-        whole.update(f"{name}\0{sha256}\n".encode("utf-8", "surrogateescape"))
+        whole.update(f"{name}\0{sha256}\n".encode())
         total += size
     return whole.hexdigest(), len(names), total
 

@@ -21,6 +21,7 @@ from .state import outcome_of
 BEAT_SECONDS = 5.0
 _HOST_ENVIRONMENT = ("PATH", "HOME", "LANG", "USER", "LOGNAME")
 _SWEEP_SECONDS = 10.0
+_LOOK_MILLISECONDS = 200
 
 
 class Job:
@@ -138,8 +139,10 @@ class Job:
     def _become_job(self, argv: list[str], environment: dict[str, str], log: int, gate: int, word: int) -> None:
         try:
             os.setsid()
-            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE):
-                signal.signal(number, signal.SIG_DFL)
+            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                with contextlib.suppress(OSError):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.dup2(log, 1)
@@ -167,7 +170,7 @@ class Job:
             poll.register(fd, select.POLLIN)
         try:
             while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                poll.poll(1000 if fd is not None else 50)
+                poll.poll(_LOOK_MILLISECONDS if fd is not None else 50)
                 if boot_clock() - self._last_beat >= BEAT_SECONDS:
                     self._beat()
                     _reap_children(table(), but=pid)

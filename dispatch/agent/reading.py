@@ -10,7 +10,7 @@ from typing import Any
 
 from .paths import Root, RunPaths
 from .protocol import AgentError, Arguments, Reply
-from .state import TERMINAL, derive
+from .state import ENDED, RESTING, derive
 
 LARGEST_READ = 16 << 20
 LONGEST_WAIT = 20.0
@@ -38,7 +38,7 @@ def read(root: Root, args: Arguments) -> Reply:
     while True:
         news = any(stream.has_news() for stream in files.values())
         late = time.monotonic() >= deadline
-        if news or late or state["state"] != first or state["state"] in TERMINAL:
+        if news or late or state["state"] != first or state["state"] in RESTING:
             break
         time.sleep(_PAUSE)
         if time.monotonic() - sampled >= _STATE_EVERY:
@@ -47,7 +47,7 @@ def read(root: Root, args: Arguments) -> Reply:
     state = derive(run)
     left, payload, answers = most, b"", {}
     for name, stream in files.items():
-        data, answer = stream.take(left, state["state"] in TERMINAL)
+        data, answer = stream.take(left, state["state"] in ENDED)
         left -= len(data)
         payload += data
         answers[name] = answer
@@ -77,9 +77,9 @@ class _Stream:
             return False
         return found.st_size != self.offset or (self.inode is not None and found.st_ino != self.inode)
 
-    def take(self, most: int, terminal: bool) -> tuple[bytes, dict[str, Any]]:
+    def take(self, most: int, ended: bool) -> tuple[bytes, dict[str, Any]]:
         """The bytes from the cursor on, and the answer: their length, the new cursor, markers, whether that is all."""
-        answer: dict[str, Any] = {"bytes": 0, "truncated": False, "replaced": False, "missing": False, "eof": terminal}
+        answer: dict[str, Any] = {"bytes": 0, "truncated": False, "replaced": False, "missing": False, "eof": ended}
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -102,7 +102,7 @@ class _Stream:
             self.head = _head(fd, self.offset)
         finally:
             os.close(fd)
-        answer.update(bytes=len(data), cursor=self._cursor(), size=size, eof=terminal and self.offset >= size)
+        answer.update(bytes=len(data), cursor=self._cursor(), size=size, eof=ended and self.offset >= size)
         return data, answer
 
     def _cursor(self) -> dict[str, Any]:

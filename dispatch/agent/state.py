@@ -11,8 +11,10 @@ from .paths import RunPaths
 from .processes import boot_clock, boot_id, is_alive
 from .protocol import CRASHED, FAIL, PASS, REFUSED, UNKNOWN
 
+#: States of a run that ran, and whose story is over.
+ENDED = frozenset({"finished", "lost", "interrupted"})
 #: States in which nothing more will happen to a run by itself.
-TERMINAL = frozenset({"absent", "reserved", "finished", "lost", "interrupted"})
+RESTING = ENDED | {"absent", "reserved"}
 _EXIT_CODES = {
     "pass": PASS,
     "fail": FAIL,
@@ -98,6 +100,7 @@ def _report(
         for name in ("code", "signal", "oom", "outcome", "reason", "started", "ended", "seconds"):
             report[name] = ended.get(name)
         report["exit"] = exit_code(ended.get("outcome"))
+        report["supervisor_pid"] = None  # it has nothing more to do for this run
     elif state in ("lost", "interrupted"):
         report["outcome"], report["exit"] = "unknown", UNKNOWN
         report["reason"] = (

@@ -36,6 +36,7 @@ def supervise() -> None:
     root = Root(config["root"])
     chain = Chain(root, [(root.run(run), fd) for run, fd in config["chain"]], config["lease"], word)
     try:
+        chain.sign()
         chain.go()
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -58,7 +59,10 @@ class Chain:
             os.set_inheritable(fd, False)
         self._me = {"pid": os.getpid(), "ticks": _ticks(), "boot_id": boot_id(), "since": time.time()}
         self._me["subreaper"] = become_subreaper()
-        for run, _ in runs:
+
+    def sign(self) -> None:
+        """Leave in every run of the chain who takes care of it."""
+        for run, _ in self.left:
             write_json(run.supervisor, {**self._me, "chain": self._ids})
 
     def say(self, word: dict[str, Any]) -> None:

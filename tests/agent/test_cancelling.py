@@ -1,0 +1,182 @@
+"""Cancel ends the whole tree of a run and nobody else's, proves it, and may be repeated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dispatch.agent import journal, locks
+from dispatch.agent.processes import Process, look, send
+
+from .conftest import AgentHost, wait_for
+
+_WAIT = "import time; open('out/ready', 'w').close(); time.sleep(600)"
+_STUBBORN = """
+import os, signal, time
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+def note(name):
+    with open("out/" + name, "w") as file: file.write(str(os.getpid()))
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.closerange(3, 1024)
+        if os.fork() == 0: note("deep")
+        else: note("orphan")
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+if os.fork() == 0: note("child")
+else:
+    while len(os.listdir("out")) < 3: time.sleep(0.005)
+    note("ready")
+time.sleep(600)
+"""
+
+
+def _ready(host: AgentHost, run: str) -> None:
+    wait_for(lambda: (host.paths(run).out / "ready").exists())
+
+
+def test_a_cancelled_run_ends_by_its_own_will_within_its_grace(host: AgentHost) -> None:
+    program = (
+        "import signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nopen('out/ready', 'w').close()\nsignal.pause()"
+    )
+    run = host.python(program)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    answer = host.call("cancel", run=run, grace=20, by="a test")
+    assert (answer["did"], answer["forced"], answer["survivors"]) == ("ended", False, [])
+    state = answer["state"]
+    # It exited with 0, and is not green for that.
+    assert (state["state"], state["outcome"], state["code"], state["exit"]) == ("finished", "cancelled", 0, 5)
+    events = [event["event"] for event in journal.read(host.paths(run)).events]
+    assert events == ["launching", "started", "cancel-requested", "ended", "cancelled"]
+
+
+def test_a_tree_that_ignores_everything_is_gone_after_the_grace(host: AgentHost) -> None:
+    run = host.python(_STUBBORN, lease=["device"])
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    pids = [int(path.read_text()) for path in host.paths(run).out.iterdir()]
+    assert len(pids) == 4
+    begun = time.monotonic()
+    answer = host.call("cancel", run=run, grace=0.5)
+    assert 0.5 <= time.monotonic() - begun < 10
+    assert (answer["forced"], answer["survivors"]) == (True, [])
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not locks.held(host.root.device_lock)
+    assert (answer["state"]["outcome"], answer["state"]["signal"]) == ("cancelled", signal.SIGKILL)
+
+
+def test_a_stopped_process_is_woken_to_hear_its_end(host: AgentHost) -> None:
+    run = host.python(_WAIT)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    os.kill(host.state(run)["pid"], signal.SIGSTOP)
+    answer = host.call("cancel", run=run, grace=20)
+    assert (answer["forced"], answer["state"]["signal"]) == (False, signal.SIGTERM)
+
+
+def test_cancelling_again_is_harmless(host: AgentHost) -> None:
+    run = host.python(_WAIT)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    first = host.call("cancel", run=run, grace=5)
+    second = host.call("cancel", run=run, grace=5)
+    assert second["did"] == "nothing"
+    assert second["state"] == first["state"]
+    assert host.call("cancel", run="data-" + "0" * 20)["state"]["state"] == "absent"
+
+
+def test_two_cancels_at_once_agree(host: AgentHost) -> None:
+    run = host.python(_STUBBORN)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    both = [host.start("cancel", {"run": run, "grace": 0.2}) for _ in range(2)]
+    answers = [host.finish(process).document["result"] for process in both]
+    assert {answer["state"]["outcome"] for answer in answers} == {"cancelled"}
+
+
+@pytest.mark.parametrize("program", ["pass", "raise SystemExit(1)"])
+def test_a_finished_run_keeps_its_outcome(host: AgentHost, program: str) -> None:
+    before = host.ran(program)
+    assert host.call("cancel", run=before["run"])["state"] == before
+
+
+def test_a_reservation_that_is_cancelled_is_gone(host: AgentHost) -> None:
+    run = host.python("pass")
+    answer = host.call("cancel", run=run)
+    assert (answer["did"], answer["state"]["state"]) == ("removed", "absent")
+    assert os.listdir(host.root.runs) == []
+
+
+def test_cancelling_a_waiting_run_takes_it_and_what_follows_off_the_chain(host: AgentHost) -> None:
+    first, second, third = (
+        host.python("import os, time\nwhile not os.path.exists('out/end'): time.sleep(0.005)"),
+        host.python("pass"),
+        host.python("pass"),
+    )
+    host.call("launch", chain=[first, second, third])
+    host.wait(first, "running")
+    answer = host.call("cancel", run=second)
+    assert (answer["did"], answer["state"]["state"]) == ("removed", "absent")
+    assert host.state(third)["state"] == "absent"
+    (host.paths(first).out / "end").touch()
+    assert host.wait(first, "finished")["outcome"] == "pass"
+    assert os.listdir(host.root.runs) == [first]
+
+
+def test_cancelling_the_running_one_stops_its_chain(host: AgentHost) -> None:
+    first, second = host.python(_WAIT), host.python("pass")
+    host.call("launch", chain=[first, second])
+    _ready(host, first)
+    assert host.call("cancel", run=first, grace=5)["state"]["outcome"] == "cancelled"
+    assert os.listdir(host.root.runs) == [first]
+
+
+def test_a_run_queued_for_the_device_can_be_cancelled(host: AgentHost) -> None:
+    holder, waiting = host.python(_WAIT, lease=["device"]), host.python("pass", lease=["device"])
+    host.call("launch", chain=[holder])
+    host.call("launch", chain=[waiting], wait_lease=True)
+    assert host.call("cancel", run=waiting)["state"]["state"] == "absent"
+    assert host.state(holder)["state"] == "running"
+    host.call("cancel", run=holder, grace=0)
+
+
+def test_an_unsupervised_tree_is_ended_and_recorded_as_cancelled(host: AgentHost) -> None:
+    run = host.python(_WAIT)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    state = host.state(run)
+    os.kill(state["supervisor_pid"], signal.SIGKILL)
+    host.wait(run, "unsupervised")
+    answer = host.call("cancel", run=run, grace=5)
+    assert (answer["state"]["state"], answer["state"]["outcome"], answer["state"]["code"]) == (
+        "finished",
+        "cancelled",
+        None,
+    )
+    assert "nobody saw" in answer["state"]["reason"]
+
+
+def test_other_runs_of_the_same_host_are_left_alone(host: AgentHost) -> None:
+    mine, other = host.python(_WAIT), host.python(_WAIT)
+    host.call("launch", chain=[mine])
+    host.call("launch", chain=[other])
+    _ready(host, mine)
+    _ready(host, other)
+    host.call("cancel", run=mine, grace=0)
+    assert host.state(other)["state"] == "running"
+    host.call("cancel", run=other, grace=0)
+
+
+def test_a_reused_pid_is_never_signalled() -> None:
+    me = look(os.getpid())
+    assert me is not None
+    earlier = Process(me.pid, me.state, me.parent, me.group, me.session, me.ticks - 1)
+    assert send(earlier, signal.SIGKILL) is False
+    assert send(me, 0) is True

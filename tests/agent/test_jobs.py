@@ -1,0 +1,251 @@
+"""One job under its supervisor: how it starts, how its end is told, and what is cleaned up after it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dispatch.agent import exitrec, journal, memory_evidence
+from dispatch.agent.memory_evidence import Counters
+
+from .conftest import MARK, AgentHost, wait_for
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "number", "outcome", "status"),
+    [
+        ("raise SystemExit(0)", 0, None, "pass", 0),
+        ("raise SystemExit(1)", 1, None, "fail", 1),
+        ("raise SystemExit(2)", 2, None, "refused", 2),
+        ("raise SystemExit(3)", 3, None, "unknown", 3),
+        ("raise SystemExit(7)", 7, None, "crashed", 5),
+        ("raise SystemExit(137)", 137, None, "crashed", 5),
+        ("import os; os.kill(os.getpid(), 9)", None, signal.SIGKILL, "killed", 5),
+        ("import os; os.kill(os.getpid(), 11)", None, signal.SIGSEGV, "killed", 5),
+        ("import os; os.kill(os.getpid(), 15)", None, signal.SIGTERM, "killed", 5),
+    ],
+)
+def test_each_way_to_end_is_told_from_the_others(
+    host: AgentHost, program: str, code: int | None, number: int | None, outcome: str, status: int
+) -> None:
+    state = host.ran(program)
+    assert (state["code"], state["signal"], state["outcome"], state["exit"]) == (code, number, outcome, status)
+    record = exitrec.read(host.paths(state["run"]).exit)
+    assert record is not None
+    assert (record["code"], record["signal"], record["outcome"]) == (code, number, outcome)
+
+
+def test_a_kill_is_not_called_out_of_memory_without_evidence(host: AgentHost) -> None:
+    state = host.ran("import os; os.kill(os.getpid(), 9)")
+    assert state["oom"] is not True
+
+
+@pytest.mark.parametrize(
+    ("number", "before", "after", "oom"),
+    [
+        (9, Counters(3, 5), Counters(4, 6), True),
+        (9, Counters(None, 5), Counters(None, 6), None),
+        (9, Counters(3, 5), Counters(3, 5), False),
+        (9, Counters(None, None), Counters(None, None), None),
+        (15, Counters(3, 5), Counters(4, 6), None),
+        (None, Counters(3, 5), Counters(4, 6), None),
+    ],
+)
+def test_out_of_memory_is_what_the_kernel_counted(
+    number: int | None, before: Counters, after: Counters, oom: bool | None
+) -> None:
+    judged, evidence = memory_evidence.judge(number, before, after)
+    assert judged is oom
+    assert (evidence is not None) == (before != after)
+
+
+_GRANDCHILD = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+        for fd in range(3, 64):
+            try: os.close(fd)
+            except OSError: pass
+        os.closerange(3, 64)
+        with open("out/grandchild", "w") as file: file.write(str(os.getpid()))
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+while not os.path.exists("out/grandchild"): time.sleep(0.01)
+raise SystemExit(0)
+"""
+
+
+def test_a_grandchild_in_a_session_of_its_own_does_not_outlive_the_run(host: AgentHost) -> None:
+    state = host.ran(_GRANDCHILD)
+    pid = int((host.paths(state["run"]).out / "grandchild").read_text())
+    assert not Path(f"/proc/{pid}").exists()
+    record = exitrec.read(host.paths(state["run"]).exit)
+    assert record is not None
+    assert (state["outcome"], record["leftovers"], record["survivors"]) == ("pass", 1, [])
+
+
+_HOSTILE = [
+    "",
+    "-rf",
+    "--",
+    "a b",
+    "'",
+    '"',
+    "\\",
+    "$(touch canary)",
+    "`touch canary`",
+    "; touch canary #",
+    "${HOME}",
+    "$HOME",
+    "%n%s",
+    "*",
+    "~",
+    "!!",
+    "a\nb\r\tc",
+    "|&><",
+    "\x1b]0;title\x07",
+    "日本 \U0001f642 é",
+    "\x7f\x01",
+    "x" * 100_000,
+]
+
+
+def test_hostile_words_reach_the_job_as_they_are(host: AgentHost) -> None:
+    program = "import json, os, sys\njson.dump([sys.argv[1:], dict(os.environ)], open('out/seen.json', 'w'))\n"
+    environment = {f"HOSTILE_{number}": word for number, word in enumerate(_HOSTILE)}
+    environment["a-b.c d$(touch canary)"] = "odd name"
+    run = host.reserve([sys.executable, "-I", "-c", program, *_HOSTILE], env=environment)
+    host.call("launch", chain=[run])
+    assert host.wait(run, "finished")["outcome"] == "pass"
+    argv, seen = json.loads((host.paths(run).out / "seen.json").read_text())
+    assert argv == _HOSTILE
+    assert {name: seen.get(name) for name in environment} == environment
+    assert not list(host.dir.rglob("canary"))
+
+
+def test_a_job_sees_its_described_environment_and_little_of_the_hosts(host: AgentHost) -> None:
+    host.environment["SECRET_OF_THE_SESSION"] = "x"
+    program = "import json, os; json.dump(dict(os.environ), open('out/seen.json', 'w'))"
+    run = host.python(program, env={"PATH": "/nowhere", "STEPS": "5"})
+    host.call("launch", chain=[run])
+    host.wait(run, "finished")
+    seen = json.loads((host.paths(run).out / "seen.json").read_text())
+    assert (seen["PATH"], seen["STEPS"], seen[MARK]) == ("/nowhere", "5", host.mark)
+    assert set(seen) <= {"PATH", "STEPS", MARK, "HOME", "LANG", "USER", "LOGNAME", "LC_CTYPE"}
+
+
+def test_a_job_starts_in_its_run_directory_with_nothing_on_stdin_and_both_outputs_in_the_log(host: AgentHost) -> None:
+    program = (
+        "import os, sys, signal\n"
+        "print(os.getcwd(), sys.stdin.read() == '', os.getsid(0) == os.getpid(), oct(os.umask(0)), flush=True)\n"
+        "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, file=sys.stderr)\n"
+    )
+    state = host.ran(program)
+    assert host.paths(state["run"]).log.read_text() == f"{host.paths(state['run']).dir} True True 0o77\nTrue\n"
+
+
+def test_a_job_inherits_its_lock_and_lease_and_nothing_else(host: AgentHost) -> None:
+    program = (
+        "import os\n"
+        "names = [f'/proc/self/fd/{fd}' for fd in os.listdir('/proc/self/fd')]\n"
+        "print([os.readlink(name) for name in names if os.path.lexists(name)])\n"
+    )
+    first, second = host.python(program, lease=["device"]), host.python("pass")
+    host.call("launch", chain=[first, second])
+    host.wait(second, "finished")
+    paths = host.paths(first)
+    assert set(ast.literal_eval(paths.log.read_text())) == {
+        "/dev/null",
+        str(paths.log),
+        str(paths.lock),
+        str(host.root.device_lock),
+    }
+
+
+def test_a_program_that_does_not_exist_ends_the_run_with_its_name(host: AgentHost) -> None:
+    run = host.reserve(["/no/such/program", "x"])
+    answer = host.call("launch", chain=[run])
+    state = host.wait(run, "finished")
+    assert answer["started"] is True
+    assert (state["outcome"], state["code"], state["exit"]) == ("crashed", None, 5)
+    assert "/no/such/program" in state["reason"]
+
+
+def test_the_launching_session_is_not_held_open_by_the_job(host: AgentHost) -> None:
+    run = host.python("import time; time.sleep(600)")
+    begun = time.monotonic()
+    host.call("launch", chain=[run])  # returns only when stdout and stderr of the request are closed by everyone
+    assert time.monotonic() - begun < 5
+    state = host.wait(run, "running")
+    for pid in (state["pid"], state["supervisor_pid"]):
+        assert os.getsid(pid) not in (os.getsid(0), 0)
+    assert Path(f"/proc/{state['supervisor_pid']}/cwd").readlink() == Path("/")
+    host.call("cancel", run=run, grace=1)
+
+
+def test_the_inventory_names_every_file_that_counts_with_its_digest(host: AgentHost) -> None:
+    program = (
+        "import os\n"
+        "os.makedirs('out/student'); os.makedirs('out/checkpoints/step-1'); os.makedirs('out/deep/checkpoints')\n"
+        "open('out/student/model.safetensors', 'wb').write(b'weights' * 1000)\n"
+        "open('out/checkpoints/step-1/x', 'w').write('no')\n"
+        "open('out/deep/checkpoints/y', 'w').write('yes')\n"
+        "open('events.jsonl', 'w').write('{}\\n'); open('effective.json', 'w').write('{}')\n"
+        "os.symlink('/etc/hostname', 'out/link'); os.symlink('/etc', 'out/etc'); os.mkfifo('out/fifo')\n"
+        "print('done')\n"
+    )
+    state = host.ran(program)
+    paths = host.paths(state["run"])
+    collected = host.call("collect", run=state["run"])
+    assert [file["path"] for file in collected["files"]] == [
+        "effective.json",
+        "events.jsonl",
+        "identity.json",
+        "launch.json",
+        "launch.log",
+        "out/deep/checkpoints/y",
+        "out/student/model.safetensors",
+    ]
+    for file in collected["files"]:
+        data = (paths.dir / file["path"]).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert sorted(file["path"] for file in collected["skipped"]) == ["out/etc", "out/fifo", "out/link"]
+    assert collected["exit"]["artifacts"] == hashlib.sha256(paths.artifacts.read_bytes()).hexdigest()
+    paths.artifacts.write_text('{"files":[]}')
+    with pytest.raises(Exception, match="exit record says"):
+        host.call("collect", run=state["run"])
+
+
+def test_the_journal_tells_the_story_of_a_run_in_order(host: AgentHost) -> None:
+    state = host.ran("pass")
+    past = journal.read(host.paths(state["run"]))
+    assert [event["event"] for event in past.events] == ["launching", "started", "ended"]
+    assert past.started is not None
+    assert past.started["pid"] == state["pid"]
+
+
+def test_a_run_whose_inventory_cannot_be_written_is_not_green(host: AgentHost) -> None:
+    state = host.ran("import os; os.mkdir('artifacts.json')")
+    assert (state["code"], state["outcome"], state["exit"]) == (0, "unknown", 3)
+    assert "artifacts.json" in state["reason"]
+
+
+def test_a_beat_is_recorded_while_a_run_goes_on(host: AgentHost) -> None:
+    run = host.python("import time; time.sleep(600)")
+    host.call("launch", chain=[run])
+    state: dict[str, Any] = wait_for(lambda: (s := host.state(run))["beat_age"] is not None and s)
+    assert state["state"] == "running"
+    assert 0 <= state["beat_age"] < 10
+    host.call("cancel", run=run, grace=0)

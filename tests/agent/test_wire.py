@@ -1,0 +1,223 @@
+"""The wire: frames amid noise, requests, the constant bootstrap line."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dispatch import agent_package
+from dispatch.agent import protocol
+
+from .conftest import AgentHost, Refusal, snapshot
+
+_NOISE = st.lists(
+    st.sampled_from(
+        [b"\n=LF-BEGIN 12=\n", b"\n=LF-END=\n", b"Welcome\r\n", b"\x1b[1m", b"\xff\xfe", b"=LF-BEGIN", b"{}"]
+    )
+    | st.binary(max_size=20),
+    max_size=6,
+).map(b"".join)
+
+
+@given(before=_NOISE, after=_NOISE, payload=st.binary(max_size=40), value=st.text(max_size=20))
+def test_a_reply_is_found_amid_whatever_a_login_shell_prints(
+    before: bytes, after: bytes, payload: bytes, value: str
+) -> None:
+    reply = protocol.encode_reply({"ok": True, "result": {"value": value}}, payload)
+    frame = protocol.find_frame(before + reply + after)
+    assert frame is not None
+    assert frame.document["result"] == {"value": value}
+    assert (frame.noise, frame.payload, frame.rest) == (before, payload, after)
+
+
+def test_a_reply_that_is_not_whole_is_no_reply() -> None:
+    reply = protocol.encode_reply({"ok": True, "result": {}}, b"payload")
+    assert all(protocol.find_frame(reply[:end]) is None for end in range(len(reply)))
+
+
+def test_the_bootstrap_line_holds_nothing_that_any_shell_would_touch_inside_single_quotes() -> None:
+    line = agent_package.BOOTSTRAP
+    assert line.isascii()
+    assert line.isprintable()
+    assert not set(line) & set("'\"`$\\!\n")
+
+
+def test_equal_sources_give_equal_bytes() -> None:
+    first = agent_package.agent_bytes()
+    agent_package.agent_bytes.cache_clear()
+    assert agent_package.agent_bytes() == first
+    assert agent_package.agent_sha256() == hashlib.sha256(first).hexdigest()
+    with zipfile.ZipFile(io.BytesIO(first)) as archive:
+        assert archive.namelist() == sorted(archive.namelist())
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_the_agent_uses_the_standard_library_alone(host: AgentHost) -> None:
+    folder = Path(agent_package.__file__).parent / "agent"
+    for path in folder.glob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and "import" in words and not words[1].startswith("."):
+                module = words[1].split(".")[0].rstrip(",")
+                assert module in sys.stdlib_module_names, f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"", "incomplete"),
+        (b"{}", "incomplete"),
+        (b"hello\n", "not JSON"),
+        (b"[]\n", "not a JSON object"),
+        (b'{"verb": 1}\n', "verb=1"),
+        (b'{"verb": "fly"}\n', "verb='fly'"),
+        (b'{"verb": "probe", "root": 3}\n', "root=3"),
+        (b'{"verb": "probe", "args": []}\n', "args=[]"),
+        (b'{"verb": "probe", "rot": null}\n', "'rot'"),
+        (b'{"verb": "probe", "payload_bytes": -1}\n', "payload_bytes=-1"),
+        (b'{"verb": "probe", "args": {"runz": []}}\n', "'runz'"),
+        (b'{"verb": "status", "args": {"runs": ["../x"]}}\n', "run='../x'"),
+        (b'{"verb": "probe", "root": "here"}\n', "root='here'"),
+    ],
+)
+def test_a_bad_request_is_answered_with_what_is_wrong_with_it(line: bytes, told: str) -> None:
+    done = subprocess.run(
+        agent_package.bootstrap_argv(sys.executable),
+        input=agent_package.carried() + line,
+        capture_output=True,
+        check=True,
+    )
+    frame = protocol.find_frame(done.stdout)
+    assert frame is not None
+    assert not frame.document["ok"]
+    assert told in frame.document["error"]["message"]
+    assert frame.document["agent"] == agent_package.agent_sha256()
+
+
+def test_the_agent_carried_in_over_stdin_leaves_nothing_behind(host: AgentHost, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    probe = host.call("probe", runs=[], kins=["a"], paths=[{"path": "/nowhere", "purpose": "corpus"}], cas=["0" * 64])
+    host.call("status", runs=["data-" + "0" * 20])
+    host.frame("read", {"run": "data-" + "0" * 20, "streams": {"launch.log": None}, "max": 10, "wait": 0})
+    with pytest.raises(Refusal, match="absent"):
+        host.call("collect", run="data-" + "0" * 20)
+    with pytest.raises(Refusal, match="cannot be read"):
+        host.call("fetch", run="data-" + "0" * 20, path="launch.log")
+    assert snapshot(tmp_path) == before
+    assert probe["root_exists"] is False
+    assert not host.dir.exists()
+
+
+def test_the_agent_does_not_write_bytecode_anywhere(host: AgentHost) -> None:
+    host.call("install")
+    host.installed = True
+    before = snapshot(host.dir)
+    host.call("probe")
+    assert snapshot(host.dir) == before
+
+
+def test_a_missing_or_corrupt_installed_agent_is_named(host: AgentHost) -> None:
+    host.installed = True
+    with pytest.raises(Refusal) as missing:
+        host.call("probe")
+    assert missing.value.kind == "agent-missing"
+    host.installed = False
+    path = Path(host.call("install")["path"])
+    assert path.read_bytes() == agent_package.agent_bytes()
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(data)
+    host.installed = True
+    with pytest.raises(Refusal) as corrupt:
+        host.call("probe")
+    assert corrupt.value.kind == "agent-corrupt"
+    host.installed = False
+    host.call("install")
+    host.installed = True
+    host.call("probe")
+
+
+def test_the_installed_file_answers_when_it_is_run_directly(host: AgentHost) -> None:
+    path = host.call("install")["path"]
+    done = subprocess.run(
+        [sys.executable, "-I", path],
+        input=protocol.encode_request("probe", root=str(host.dir)),
+        capture_output=True,
+        check=True,
+    )
+    frame = protocol.find_frame(done.stdout)
+    assert frame is not None
+    assert frame.document["agent"] == agent_package.agent_sha256()
+
+
+def test_an_old_python_is_answered_not_crashed() -> None:
+    old = "import sys;sys.version_info=(3,8,2,chr(97),0);" + agent_package.BOOTSTRAP
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", old],
+        input=agent_package.carried() + protocol.encode_request("probe"),
+        capture_output=True,
+        check=True,
+    )
+    frame = protocol.find_frame(done.stdout)
+    assert frame is not None
+    assert frame.document["error"]["kind"] == "old-python"
+    assert "3.8.2" in frame.document["error"]["message"]
+
+
+def test_uploaded_content_is_kept_under_its_digest_or_not_at_all(host: AgentHost) -> None:
+    data = b"bundle" * 100_000
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert host.frame("put", {"sha256": sha256}, data).document["result"]["stored"] is True
+    assert host.frame("put", {"sha256": sha256}, data).document["result"]["stored"] is False
+    assert host.root.object(sha256).read_bytes() == data
+    with pytest.raises(Refusal, match="sha256"):
+        host.frame("put", {"sha256": "0" * 64}, data)
+    assert host.call("probe", cas=[sha256, "0" * 64])["cas"] == {sha256: True, "0" * 64: False}
+    assert [path.name for path in host.root.cas.iterdir()] == [sha256]
+
+
+def test_an_upload_that_was_cut_leaves_nothing(host: AgentHost) -> None:
+    data = b"bundle" * 100_000
+    sha256 = hashlib.sha256(data).hexdigest()
+    request = json.dumps({"verb": "put", "root": str(host.dir), "args": {"sha256": sha256}, "payload_bytes": len(data)})
+    done = subprocess.run(
+        agent_package.bootstrap_argv(sys.executable),
+        input=agent_package.carried() + request.encode() + b"\n" + data[:1000],
+        capture_output=True,
+        check=True,
+    )
+    frame = protocol.find_frame(done.stdout)
+    assert frame is not None
+    assert "1000 of 600000" in frame.document["error"]["message"]
+    assert list(host.root.cas.iterdir()) == []
+
+
+def test_the_agent_is_written_for_python_3_10() -> None:
+    for path in (Path(agent_package.__file__).parent / "agent").glob("*.py"):
+        ast.parse(path.read_text(), path.name, feature_version=(3, 10))
+    # The first lines that run on a host are kept to what Python 3.6 can parse, so that it can be told to be too old.
+    for name in ("bootstrap.py",):
+        ast.parse((Path(agent_package.__file__).parent / "agent" / name).read_text(), name, feature_version=(3, 6))
+
+
+def test_reading_verbs_change_nothing_on_a_host_with_runs(host: AgentHost) -> None:
+    run = host.ran("print('x')")["run"]
+    reserved = host.python("pass")
+    before = snapshot(host.dir)
+    host.call("status", runs=[run, reserved])
+    host.frame("read", {"run": run, "streams": {"launch.log": None, "events.jsonl": None}})
+    host.frame("read", {"run": reserved, "streams": {"launch.log": None}, "wait": 0.1})
+    host.call("collect", run=run)
+    host.frame("fetch", {"run": run, "path": "launch.log"})
+    assert snapshot(host.dir) == before
