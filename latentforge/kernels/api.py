@@ -79,7 +79,9 @@ def kd_loss(
     else:
         parts = autograd.kd_parts(student_logits, *tensors, *settings)
         loss = autograd.weighted(parts, float(ce_weight), float(kd_weight), dtype)
-    return KDLoss(loss, parts[0].to(dtype), parts[1].to(dtype))
+    ce, kd = parts[0].to(dtype), parts[1].to(dtype)
+    # What was not computed must not look like agreement.
+    return KDLoss(loss, ce, torch.full_like(kd, torch.nan) if targets is None else kd)
 
 
 @torch.no_grad()

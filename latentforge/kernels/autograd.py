@@ -64,7 +64,7 @@ def _compute(
             if found.gradient is not None:
                 logits[rows] = found.gradient.to(logits.dtype)
     sums /= denominator
-    sums[1] = sums[1] * squared if targets is not None else torch.nan
+    sums[1] *= squared
     return sums
 
 

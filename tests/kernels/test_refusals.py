@@ -1,0 +1,167 @@
+"""What is not accepted: each refusal names the value, before anything is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.kernels import DenseTargets, TopKTargets, kd_divergence, kd_loss, native
+from latentforge.kernels.targets import topk_targets
+
+N, V = 6, 40
+GOOD: dict[str, Any] = {"temperature": 1.0, "ce_weight": 0.3, "kd_weight": 0.7, "denominator": 6.0}
+
+
+def logits(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(N, V, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+LABELS = torch.arange(N)
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("temperature", 0.0, "temperature = 0.0"),
+        ("temperature", -2.0, "temperature = -2.0"),
+        ("temperature", NAN, "temperature = nan"),
+        ("temperature", INF, "temperature = inf"),
+        ("teacher_temperature", 0.0, "teacher_temperature = 0.0"),
+        ("ce_weight", -0.3, "ce_weight = -0.3"),
+        ("kd_weight", -1.0, "kd_weight = -1.0"),
+        ("kd_weight", NAN, "kd_weight = nan"),
+        ("ce_weight", INF, "ce_weight = inf"),
+        ("denominator", 0.0, "denominator = 0.0"),
+        ("denominator", -5.0, "denominator = -5.0"),
+        ("denominator", NAN, "denominator = nan"),
+        ("direction", "reverse", "'reverse'"),
+        ("backend", "cuda", "'cuda'"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(setting: str, value: Any, said: str) -> None:
+    with pytest.raises(RefusedError, match=said):
+        kd_loss(logits(), DenseTargets(logits()), LABELS, **(GOOD | {setting: value}))
+
+
+def test_two_weights_of_zero_are_refused() -> None:
+    with pytest.raises(RefusedError, match="nothing is left"):
+        kd_loss(logits(), DenseTargets(logits()), LABELS, **(GOOD | {"ce_weight": 0.0, "kd_weight": 0.0}))
+
+
+def test_a_kd_weight_without_targets_is_refused() -> None:
+    with pytest.raises(RefusedError, match=r"kd_weight = 0\.7"):
+        kd_loss(logits(), None, LABELS, **GOOD)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("label", [V, -1, 10**12, -(10**12)])
+def test_a_label_outside_the_vocabulary_is_named_and_nothing_is_written(backend: str, label: int) -> None:
+    labels = LABELS.clone()
+    labels[4] = label
+    student = logits().requires_grad_() * 1
+    kept = student.detach().clone()
+    with pytest.raises(RefusedError, match=f"label {label} at row 4"):
+        kd_loss(student, DenseTargets(logits()), labels, backend=backend, **GOOD)
+    assert torch.equal(student.detach(), kept)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("value", "said"), [(V, f"id {V} at row 2"), (-1, "id -1 at row 2"), (None, "twice at row 2")])
+def test_an_id_out_of_range_or_given_twice_is_named(backend: str, value: int | None, said: str) -> None:
+    targets = topk_targets(logits(), 4, 1.0)
+    targets.ids[2, 1] = targets.ids[2, 3] if value is None else value
+    student = logits().requires_grad_() * 1
+    kept = student.detach().clone()
+    with pytest.raises(RefusedError, match=said):
+        kd_loss(student, targets, LABELS, backend=backend, **GOOD)
+    with pytest.raises(RefusedError, match=said):
+        kd_divergence(student, targets, 1.0, backend=backend)
+    assert torch.equal(student.detach(), kept)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_tail_where_nothing_is_outside_is_refused(backend: str) -> None:
+    targets = topk_targets(logits(), V, 1.0)
+    targets.tail[3] = -4.0
+    with pytest.raises(RefusedError, match="tail -4 at row 3"):
+        kd_loss(logits(), targets, LABELS, backend=backend, **GOOD)
+
+
+def test_shapes_and_types_that_do_not_match_are_named() -> None:
+    topk = topk_targets(logits(), 4, 1.0)
+    wider = TopKTargets(torch.zeros(N, V + 1, dtype=torch.int64), torch.zeros(N, V + 1), torch.zeros(N))
+    for student, targets, labels, said in (
+        (logits()[0], DenseTargets(logits()), LABELS, r"\(40,\)"),
+        (logits(), DenseTargets(logits()[:, :-1]), LABELS, r"teacher logits have shape \(6, 39\)"),
+        (logits(), DenseTargets(logits()[:-1]), LABELS, r"teacher logits have shape \(5, 40\)"),
+        (logits(), DenseTargets(logits()), LABELS[:-1], r"labels have shape \(5,\)"),
+        (logits(), DenseTargets(logits()), LABELS.int(), "labels are torch.int32"),
+        (logits(torch.float16), DenseTargets(logits()), LABELS, "student logits are torch.float16"),
+        (logits(), DenseTargets(logits(torch.float16)), LABELS, "teacher logits are torch.float16"),
+        (logits(), wider, LABELS, "k = 41"),
+        (logits(), TopKTargets(topk.ids[:, :0], topk.logprobs[:, :0], topk.tail), LABELS, "k = 0"),
+        (logits(), TopKTargets(topk.ids, topk.logprobs[:, :3], topk.tail), LABELS, r"logprobs have shape \(6, 3\)"),
+        (logits(), TopKTargets(topk.ids, topk.logprobs, topk.tail[:-1]), LABELS, r"tail have shape \(5,\)"),
+        (logits(), TopKTargets(topk.ids, topk.logprobs.double(), topk.tail), LABELS, "logprobs are torch.float64"),
+        (logits(), TopKTargets(topk.ids.float(), topk.logprobs, topk.tail), LABELS, "ids are torch.float32"),
+        (logits(), logits(), LABELS, "targets are Tensor"),
+    ):
+        with pytest.raises(RefusedError, match=said):
+            kd_loss(student, targets, labels, **GOOD)  # type: ignore[arg-type]
+
+
+def test_tensors_on_another_device_are_told_what_to_do() -> None:
+    student = torch.empty(N, V, device="meta")
+    with pytest.raises(RefusedError, match="meta") as refusal:
+        kd_loss(student, DenseTargets(student), LABELS.to("meta"), **GOOD)
+    assert "reference" in str(refusal.value.next)
+    with pytest.raises(RefusedError, match="teacher logits are on meta"):
+        kd_loss(logits(), DenseTargets(student), LABELS, **GOOD)
+
+
+def test_the_cpu_backend_refuses_fp64_and_scattered_columns() -> None:
+    with pytest.raises(RefusedError, match="fp64"):
+        kd_loss(logits(torch.float64), DenseTargets(logits()), LABELS, backend="cpu", **GOOD)
+    with pytest.raises(RefusedError, match="column stride"):
+        kd_loss(logits(), DenseTargets(torch.randn(V, N).T), LABELS, backend="cpu", **GOOD)
+
+
+def test_an_extension_built_from_other_sources_is_refused() -> None:
+    built = native.native().source_digest()
+    native.require_fresh(built, built)
+    native.require_fresh(built, None)
+    with pytest.raises(LatentForgeError, match="stale") as refusal:
+        native.require_fresh(built, "0" * 64)
+    assert refusal.value.next == "make setup"
+
+
+def test_a_changed_source_file_changes_the_digest(tmp_path: Any) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "CMakeLists.txt").write_text("one")
+    assert native.source_digest(tmp_path) is None
+    (tmp_path / "csrc" / "kd.h").write_text("two")
+    before = native.source_digest(tmp_path)
+    (tmp_path / "csrc" / "kd.h").write_text("three")
+    assert before is not None
+    assert native.source_digest(tmp_path) != before
+    (tmp_path / "csrc" / "kd.h").write_text("two")
+    (tmp_path / "csrc" / "notes.swp").write_text("an editor's leavings do not count")
+    assert native.source_digest(tmp_path) == before
+
+
+def test_a_missing_extension_is_an_error_with_a_remedy_and_not_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "latentforge._native", None)
+    native.native.cache_clear()
+    try:
+        with pytest.raises(LatentForgeError, match="not built") as refusal:
+            kd_loss(logits(), DenseTargets(logits()), LABELS, **GOOD)
+        assert "make setup" in str(refusal.value.next)
+        kd_loss(logits(), DenseTargets(logits()), LABELS, backend="reference", **GOOD)
+    finally:
+        native.native.cache_clear()
