@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -188,3 +192,24 @@ def test_no_text_makes_the_parser_fail_other_than_by_a_refusal_with_a_line(text:
     except RefusedError as error:
         refused = str(error)
     assert refused is None or re.match(r"any\.yaml:[0-9]+: ", refused)
+
+
+def test_an_install_without_a_checkout_reads_the_contracts_that_the_wheel_carries(tmp_path: Path) -> None:
+    import latentforge
+
+    package = Path(latentforge.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(package, tmp_path / "latentforge", ignore=ignored)
+    shutil.copytree(package.parent / "contracts", tmp_path / "latentforge" / "_data" / "contracts")
+    # -S: without site-packages' .pth files, which would lead back to the checkout.
+    found = subprocess.run(
+        [
+            sys.executable, "-I", "-S", "-c",
+            f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {sysconfig.get_path('purelib')!r}]\n"
+            "from latentforge.contracts import contracts_folder, load_contracts\n"
+            "print(contracts_folder(), sum(1 for _ in load_contracts()))",
+        ],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert found[0] == str(tmp_path / "latentforge" / "_data" / "contracts")
+    assert int(found[1]) == sum(1 for _ in load_contracts())
