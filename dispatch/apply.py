@@ -49,6 +49,7 @@ def apply(
     _facts, plan = launch(plan, ask, transport, places, follower, say=say)
     followed: dict[str, RunState] = {}
     chain = plan.chain
+    follower.goal = chain[-1].run if chain else None
     for position, one in enumerate(chain, start=1):
         state = follower.follow(one.run, position=position, of=len(chain))
         followed[one.run] = state

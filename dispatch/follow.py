@@ -58,6 +58,8 @@ class Follower:
     observer: Observer
     patience: float = PATIENCE_SECONDS
     poll: float = LONG_POLL_SECONDS
+    goal: str | None = None
+    """The run that a command is about, where it follows others on the way there."""
 
     def follow(self, run: str, *, position: int = 1, of: int = 1) -> RunState:
         """Follow to the end; returns the last state, after which no byte comes.
@@ -120,7 +122,7 @@ class Follower:
             raise UnknownOutcomeError(
                 f"{self.transport.host.name} stayed unreachable for {time.monotonic() - since:.0f} s ({error}); "
                 f"the run is not affected",
-                next=f"latentforge dispatch watch {run}",
+                next=f"latentforge dispatch watch {self.goal or run}",
             ) from error
         return reply
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 from dispatch.ask import Ask
 from dispatch.facts import HostFacts
 from dispatch.preflight import Judgement
+from latentforge.memory import pipeline_peak
+from latentforge.verdicts import Outcome
+
+_OK = {Outcome.PASS: True, Outcome.FAIL: False, Outcome.UNKNOWN: None}
 
 
 def judge_memory(ask: Ask, facts: HostFacts) -> Judgement:
     """Whether the host's memory holds what the pipeline needs at its largest moment."""
-    return Judgement("memory", None, "memory: not estimated")
+    device = "cuda" if facts.host.gpus else "cpu"
+    verdict = pipeline_peak(ask.spec, device=device).verdict(facts.host.mem_total, facts.host.mem_available)
+    return Judgement(
+        "memory",
+        _OK[verdict.outcome],
+        f"memory: {verdict.text}",
+        "free memory there, or make it smaller: --set distill.micro_batch_size=…, --set teacher.batch_size=…",
+    )

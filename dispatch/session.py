@@ -43,7 +43,6 @@ class Session:
             PlainObserver(name, sys.stderr if self.json else None) if plain else LiveObserver(name)
         )
         self.follower = Follower(self.transport, self.places, self.observer)
-        self.launched: str | None = None
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -58,7 +57,6 @@ class Session:
             if detach and plan.chain:
                 _facts, plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
                 return self._left(plan.chain[-1].run, "launched; it goes on by itself.", ExitCode.PASS)
-            self.launched = plan.chain[-1].run if plan.chain else None
             applied = apply(plan, ask, self.transport, self.places, self.follower, say=self.say)
             self.observer.close()
             return self._concluded(plan, ask, facts, applied)
@@ -69,7 +67,7 @@ class Session:
 
     def watch(self, run: str, chain: list[str], context: Mapping[str, object]) -> ExitCode:
         """Follow a run, and those of its chain that come before it, to the end; the exit code is the run's."""
-        self.launched = run
+        self.follower.goal = run
         upto = chain[: chain.index(run) + 1] if run in chain else [run]
         try:
             state, last = RunState(state="absent"), run
@@ -137,7 +135,7 @@ class Session:
 
     def _detached(self, again: str) -> ExitCode:
         self.observer.close()
-        run = self.observer.run or self.launched
+        run = self.follower.goal or self.observer.run
         if run is None or not self.places.record(run).is_file():
             self.say(f"\nstopped before anything was launched; what was done is kept.   again:  {again}")
             return ExitCode.DETACHED

@@ -12,7 +12,7 @@ import paramiko
 from dispatch.address import Address
 from dispatch.inventory import Host, PinnedKey
 from dispatch.places import Places, write_atomic
-from dispatch.transport.link import CONNECT_SECONDS, classified, open_link
+from dispatch.transport.link import BANNER_SECONDS, CONNECT_SECONDS, classified, open_link
 from latentforge.errors import RefusedError, TransportError
 
 # Asked for one by one, so that every key the server has is shown and pinned.
@@ -99,7 +99,7 @@ def _offered(host: Host, address: Address, key_type: str) -> paramiko.PKey | Non
     try:
         transport = paramiko.Transport(link)
         try:
-            transport.banner_timeout = CONNECT_SECONDS
+            transport.banner_timeout = BANNER_SECONDS
             transport.get_security_options().key_types = [key_type]
             transport.start_client(timeout=CONNECT_SECONDS)
             return transport.get_remote_server_key()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import socket
 from typing import Literal
 
@@ -17,7 +18,12 @@ Failure = Literal[
     "name", "route", "refused", "host key", "authentication", "shell noise", "silent", "no python", "lost"
 ]
 
+# What goes wrong is raised and told once; Paramiko's thread would print its own traceback beside it.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
 CONNECT_SECONDS = 6.0
+# Shorter than the whole, or Paramiko gives up on the connection before it can say that there was no banner.
+BANNER_SECONDS = 5.0
 # A cut network is noticed within about this long: keepalive speaks up when nothing is in flight, and the user
 # timeout bounds what is. Either of the two alone leaves a link that hangs for good.
 DEAD_LINK_SECONDS = 15
@@ -109,4 +115,8 @@ def classified(host: Host, address: Address, error: BaseException) -> LinkError:
         return LinkError(
             "authentication", f"{where}: the key file is encrypted", next="load it into ssh-agent:  ssh-add"
         )
-    return LinkError("silent", f"{where}: SSH was not established ({type(error).__name__}: {error})")
+    return LinkError(
+        "silent",
+        f"{where}: SSH was not established ({type(error).__name__}: {error})",
+        next=f"ssh -v -p {address.port} {address.user}@{address.hostname}   shows where it stops",
+    )

@@ -14,7 +14,7 @@ from dispatch.address import Address, resolve
 from dispatch.inventory import Host
 from dispatch.places import Places
 from dispatch.transport.call import Exchange, Transport
-from dispatch.transport.link import CONNECT_SECONDS, LinkLostError, classified, open_link
+from dispatch.transport.link import BANNER_SECONDS, CONNECT_SECONDS, LinkLostError, classified, open_link
 from dispatch.trust import HostKeyError, changed_key, pinned, unknown_key
 from latentforge.errors import RefusedError
 
@@ -103,7 +103,7 @@ def _connected(host: Host, address: Address, places: Places) -> fabric.Connectio
             "key_filename": list(address.identities),
             "look_for_keys": False,
             "allow_agent": host.identity is None,
-            "banner_timeout": CONNECT_SECONDS,
+            "banner_timeout": BANNER_SECONDS,
             "auth_timeout": CONNECT_SECONDS,
             "channel_timeout": CONNECT_SECONDS,
         },
