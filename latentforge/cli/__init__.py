@@ -39,6 +39,8 @@ ENTRIES = {
     "run": Entry("latentforge.cli.run", "Execute one run directory in this process.", single=True),
 }
 
+_CLOSED_PIPE = 141  # what a shell reports of a command that SIGPIPE ended
+
 # Which extra brings a module, for the message that an operator's install prints.
 _EXTRAS = {
     "torch": "train",
@@ -157,6 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _usage_error(error)
+    except SystemExit as ended:
+        # typer ends with 1 where the reader of a pipe went away; 1 would read as a falsifier's verdict.
+        closed = type(sys.stdout).__name__ == "PacifyFlushWrapper"
+        return _CLOSED_PIPE if closed else ended.code if isinstance(ended.code, int) else ExitCode.CRASHED
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return ExitCode.DETACHED

@@ -37,11 +37,15 @@ class Passing:
         self._shown = False
         self._active = active and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
+    @property
+    def columns(self) -> int:
+        """Width of the terminal; without one, as wide as it takes."""
+        return shutil.get_terminal_size().columns if self._active else 1 << 20
+
     def show(self, text: str) -> None:
         """Replace the line."""
         if self._active:
-            width = shutil.get_terminal_size().columns - 1
-            sys.stdout.write("\r\x1b[2K" + text[:width])
+            sys.stdout.write("\r\x1b[2K" + text[: self.columns - 1])
             sys.stdout.flush()
             self._shown = True
 
