@@ -1,0 +1,1 @@
+"""What is trained: token-level causal language models."""

@@ -1,0 +1,22 @@
+"""``latentforge run``: what a host's supervisor starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentforge.verdicts.exitcode import ExitCode
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    run_dir: Annotated[Path, typer.Argument(help="The run's folder: identity.json and launch.json inside.")],
+) -> ExitCode:
+    """Execute one run directory in this process."""
+    from latentforge.train.run import execute
+
+    return execute(run_dir, signals=True)

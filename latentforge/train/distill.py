@@ -1,0 +1,392 @@
+"""Recipe of the run kind ``distill``: a student from a teacher's targets, and its twin that sees none of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import ShardSet
+from latentforge.errors import FailedError, RefusedError
+from latentforge.events import EventLog, read_events
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import DistillSpec, StudentSpec
+from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.folder import check_model_folder
+from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.likeness import check_unlike
+from latentforge.teachers.store import StoreTeacher
+from latentforge.train import effective
+from latentforge.train.checkpoint import Checkpoint, save_checkpoint
+from latentforge.train.data import checked_path
+from latentforge.train.falsifiers import REQUIRABLE, judge
+from latentforge.train.flops import training_flops
+from latentforge.train.loop import Evaluation, Objective, TargetsOf, Trainer, evaluate
+from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.products import save_model, start_digests
+from latentforge.train.resume import Earlier, carry_events, open_predecessor
+from latentforge.train.samples import samples
+from latentforge.train.score import teacher_folder
+from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, training_batch
+from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+
+TWIN = "F-DISTILL-SMOKE-002"
+CHECKPOINTS = {"student": "", "twin": "twin"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAME_KL = 1e-6
+"""Below this many nats a token, student and teacher give the same answers (two fp32 passes differ by less)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What student and twin share: the run, the data in its order, the teacher's targets, where it is computed."""
+
+    run: RunDir
+    log: EventLog
+    spec: DistillSpec
+    data: ShardSet
+    order: BatchOrder
+    targets_of: TargetsOf
+    device: torch.device
+    kernel: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One model after its steps: who trained it, its tensors' digests before step 1, held-out values at both ends."""
+
+    trainer: Trainer
+    start: dict[str, str]
+    before: Evaluation
+    after: Evaluation
+
+
+def run(run: RunDir, log: EventLog) -> None:
+    """Load, compare asked with effective, train the student, train its twin where asked, save, judge."""
+    identity = run.load_identity()
+    spec = DistillSpec.model_validate_json(json.dumps(identity.spec["distill"]))
+    seed, profile = int(identity.spec["seed"]), identity.spec["profile"]
+    refuse_unknown_falsifiers(spec.require)
+
+    with log.phase("load"):
+        data = ShardSet.open(run.input_path("data"))
+        data.verify()
+        device = choose_device(spec.device)
+        kernel, slow = choose_kernel(device)
+        teacher = teacher_folder(run)
+        notes = list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
+        source = open_targets(run, spec, teacher, device)
+        notes += source.notes
+        start = start_model(run, spec.student, data, seed)
+        if run.has_input("student_init"):
+            same = check_unlike(teacher, run.input_path("student_init"), profile=profile)
+            if same:
+                log.warning(same)
+        order = BatchOrder(len(data.train), spec.batch_size, seed)
+        job = Job(run, log, spec, data, order, targets_function(source, spec, data), device, kernel)
+        trainer = make_trainer(job, start, kd_weight=spec.kd_weight, ce_weight=spec.ce_weight)
+        earlier = open_predecessor(run, log, CHECKPOINTS)
+    for note in dict.fromkeys(notes):
+        log.say(note)
+    if slow:
+        log.warning(slow)
+
+    in_force = values_in_force(job, trainer, source, profile)
+    predictions = data.sequence_length - 1
+    a_model = training_flops(trainer.student.model, predictions, spec.steps * spec.batch_size * predictions)
+    wants_twin = TWIN in spec.require
+    flops = {"student": a_model, **({"twin": a_model} if wants_twin else {})}
+    effective.record(
+        run,
+        effective=in_force,
+        device=effective.device_record(device),
+        kernel_backend=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops=flops,
+    )
+    effective.require_same("distill", identity.spec, in_force)
+    log.ready(requested=identity.spec, effective=in_force)
+
+    student = train(job, trainer, "student", earlier, profile)
+    trained = {"student": student}
+    if wants_twin:
+        # The same start, data and steps; cross-entropy alone, with all the weight where the student has none of it.
+        rival = make_trainer(job, start, kd_weight=0.0, ce_weight=spec.ce_weight or 1.0)
+        trained["twin"] = train(job, rival, "twin", earlier, profile)
+
+    with log.phase("save"):
+        save_model(
+            student.trainer.student,
+            student.trainer.optimiser,
+            run.out / "student",
+            tokenizer=data.tokenizer_dir,
+            start=student.start,
+            log=log,
+            step=spec.steps,
+            model="student",
+        )
+        models = {name: one.trainer.student for name, one in trained.items()}
+        if isinstance(source, HFTeacher):
+            models = {"teacher": Student(source.model, data.vocab_size), **models}
+        elif profile == "smoke":
+            # The teacher of a full run is not loaded beside the student only to show a sample.
+            models = {"teacher": Student(HFTeacher.open(teacher, device=str(device)).model, data.vocab_size), **models}
+        write_json(run.out / "samples.json", samples(models, data, device))
+        write_json(run.out / "metrics.json", metrics(trained, spec, flops))
+    spent = {**flops_of_inputs(run), **flops}
+    parts = " + ".join(f"{name} {value / 1e12:.2f}" for name, value in spent.items())
+    log.say(f"flops {parts} = {sum(spent.values()) / 1e12:.2f} TFLOP")
+    for verdict in judge(read_events(run.events_file), spec.require):
+        log.verdict(verdict)
+
+
+def refuse_unknown_falsifiers(require: tuple[str, ...]) -> None:
+    """A run cannot promise what nothing checks."""
+    for name in require:
+        if name not in REQUIRABLE:
+            near = get_close_matches(name, REQUIRABLE, n=1) or [", ".join(REQUIRABLE)]
+            raise RefusedError(f"distill.require names {name}, which no run can check", next=f"known: {near[0]}")
+
+
+def open_targets(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device) -> StoreTeacher | HFTeacher:
+    """The store of the score run, refused where another teacher filled it; or the teacher itself, in this process."""
+    if spec.targets == "live":
+        return HFTeacher.open(teacher, device=str(device))
+    source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite")
+    wanted = check_model_folder(teacher).sha256
+    if source.identity.sha256 != wanted:
+        raise RefusedError(
+            f"the store was filled by teacher {source.identity.sha256[:12]}…, this run's is {wanted[:12]}…",
+            next="score again with this teacher",
+        )
+    return source
+
+
+def targets_function(source: StoreTeacher | HFTeacher, spec: DistillSpec, data: ShardSet) -> TargetsOf:
+    """The targets of a batch at the training temperature: top-k rows with their tail, or dense logits."""
+    if isinstance(source, HFTeacher):
+        return lambda tokens: source.targets(tokens, temperature=spec.temperature, width=data.vocab_size)
+    return lambda tokens: source.targets(tokens, temperature=spec.temperature)
+
+
+def start_model(run: RunDir, spec: StudentSpec, data: ShardSet, seed: int) -> Any:
+    """The model before its first step: the named folder's, or a new one."""
+    if run.has_input("student_init"):
+        folder = checked_path(run, "student_init") or run.input_path("student_init")
+        compare_vocabularies(folder, data.tokenizer_dir)
+        check_model_folder(folder)
+        return model_from_folder(folder)
+    shape = ModelShape(spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.intermediate)
+    return new_model(shape, vocab_size=data.vocab_size, positions=data.sequence_length, eos_id=data.eos_id, seed=seed)
+
+
+def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) -> Trainer:
+    """A fresh copy of the start with its optimiser: student and twin differ in the weights of the loss alone."""
+    spec = job.spec
+    model = copy.deepcopy(start).to(device=job.device, dtype=PRECISIONS[spec.precision])
+    model.requires_grad_(not spec.student.frozen)
+    optimiser = MasterOptimiser(
+        model,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=spec.warmup_steps,
+        steps=spec.steps,
+        clip_norm=spec.clip_norm,
+    )
+    objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
+    return Trainer(Student(model, job.data.vocab_size), optimiser, objective, micro_batch_size=spec.micro_batch_size)
+
+
+def values_in_force(job: Job, trainer: Trainer, source: Any, profile: str) -> dict[str, Any]:
+    """Every value of the spec as the objects that will run hold it."""
+    spec, optimiser, objective = job.spec, trainer.optimiser, trainer.objective
+    model = trainer.student.model
+    batch = training_batch(job.data.train, job.order, 0, job.device)
+    parts = batch.split(trainer.micro_batch_size or len(batch))
+    config = model.config
+    student: dict[str, Any] = {"frozen": not any(p.requires_grad for p in model.parameters())}
+    if job.run.has_input("student_init"):
+        student["init"] = f"sha256:{job.run.input_ref('student_init')['sha256']}"
+    else:
+        student |= {"layers": config.num_hidden_layers, "hidden": config.hidden_size}
+        student |= {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+        student |= {"intermediate": config.intermediate_size}
+    return {
+        "profile": profile,
+        "seed": job.order.seed,
+        "distill": {
+            "student": student,
+            "targets": "store" if isinstance(source, StoreTeacher) else "live",
+            "steps": spec.steps,
+            "batch_size": len(batch),
+            "micro_batch_size": len(parts[0]),
+            "learning_rate": optimiser.peak_learning_rate,
+            "warmup_steps": spec.warmup_steps,
+            "weight_decay": optimiser.weight_decay,
+            "clip_norm": optimiser.clip_norm,
+            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype],
+            "temperature": objective.temperature,
+            "ce_weight": objective.ce_weight,
+            "kd_weight": objective.kd_weight,
+            "direction": "forward",
+            "device": next(model.parameters()).device.type,
+            "checkpoint_every": spec.checkpoint_every,
+            "require": list(spec.require),
+        },
+        "predictions_per_sequence": batch.shape[1] - 1,
+        "micro_batches": len(parts),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profile: str) -> Trained:
+    """All steps of one model, from its start or its predecessor's last checkpoint, held-out values at both ends."""
+    spec, log = job.spec, job.log
+    start = start_digests(trainer.optimiser, trainer.student)
+    first = 0
+    before = known_evaluation(earlier, model)
+    if before is None:
+        before = held_out(job, trainer.student)
+        report(job, model, before, step=0)
+    checkpoint = earlier.checkpoints.get(model) if earlier is not None else None
+    if earlier is not None and checkpoint is not None:
+        carry_events(earlier, model, until=checkpoint.step, before=spec.steps, log=log)
+        restore(trainer, checkpoint, log)
+        first = checkpoint.step
+        log.emit("phase", name="resume", state="end", model=model, step=first, predecessor=earlier.run)
+        log.say(f"{model} resumes from step {first} of {earlier.run}")
+        keep(job, trainer, model, first, start)
+    elif earlier is not None and model == "student":
+        log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+    if before.kl is not None and before.kl < SAME_KL and model == "student":
+        message = f"val_kl is {before.kl:.2e} at step 0: the student already answers as its teacher does"
+        if profile == "full":
+            raise FailedError(message, next="name another teacher or student")
+        log.warning(message)
+
+    with log.phase("train" if model == "student" else model), deferred_stop():
+        for step in range(first, spec.steps):
+            result = trainer.step(step, training_batch(job.data.train, job.order, step, job.device), job.targets_of)
+            log.step(
+                step + 1,
+                spec.steps,
+                model=model,
+                loss=result.loss,
+                kd=result.kd,
+                ce=result.ce,
+                learning_rate=result.learning_rate,
+                rows=result.rows,
+                tokens_per_second=result.tokens_per_second,
+                grad_norm=result.grad_norm,
+                memory_bytes=effective.memory_in_use(),
+                denominator=result.denominator,
+                sequences=result.sequences,
+                micro_batches=len(result.micro_batches),
+            )
+            signal = stop_requested()
+            if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
+                keep(job, trainer, model, step + 1, start)
+            if signal is not None:
+                raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {model}; checkpoint written")
+
+    after = held_out(job, trainer.student)
+    report(job, model, after, step=spec.steps)
+    return Trained(trainer, start, before, after)
+
+
+def held_out(job: Job, student: Student) -> Evaluation:
+    """Cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order."""
+    batches = evaluation_batches(job.data.heldout, job.device)
+    with job.log.phase("evaluate"):
+        return evaluate(student, batches, job.targets_of, temperature=job.spec.temperature, backend=job.kernel)
+
+
+def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
+    """Say held-out values as events, and the student's loss on the line that people look for."""
+    job.log.metric("val_loss", value.loss, step=step, split="heldout", model=model)
+    if value.kl is not None:
+        job.log.metric("val_kl", value.kl, step=step, split="heldout", model=model)
+    if model == "student":
+        name = "initial_loss" if step == 0 else "final_loss"
+        job.log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
+
+
+def keep(job: Job, trainer: Trainer, model: str, step: int, start: dict[str, str]) -> None:
+    """Write a checkpoint, and say what it weighs and what has moved."""
+    weights = {**dict(trainer.student.model.named_parameters()), **trainer.optimiser.masters}
+    checkpoint = Checkpoint(
+        model, step, weights, trainer.optimiser.moments(), torch.get_rng_state(), torch.get_num_threads()
+    )
+    written = save_checkpoint(job.run.checkpoints / CHECKPOINTS[model], checkpoint, start=start)
+    job.log.checkpoint(
+        step,
+        path=written.path.relative_to(job.run.path).as_posix(),
+        bytes=written.bytes,
+        expected_bytes=written.expected_bytes,
+        model=model,
+        moved=written.moved,
+        tensors=written.trained,
+        unmoved=list(written.unmoved),
+    )
+    if written.unmoved and step > 0:
+        job.log.warning(f"{len(written.unmoved)} of {written.trained} tensors of the {model} have not moved")
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, log: EventLog) -> None:
+    """Put a checkpoint's weights, moments and generator state back."""
+    trainer.optimiser.load(checkpoint.weights, checkpoint.moments)
+    torch.set_rng_state(checkpoint.rng)
+    if checkpoint.threads != torch.get_num_threads():
+        log.warning(
+            f"the checkpoint was computed with {checkpoint.threads} threads, this run has {torch.get_num_threads()}: "
+            "its steps may not repeat bit for bit"
+        )
+
+
+def known_evaluation(earlier: Earlier | None, model: str) -> Evaluation | None:
+    """The held-out values that the predecessor measured at step 0, where it has a checkpoint that follows from them."""
+    if earlier is None or model not in earlier.checkpoints:
+        return None
+    found = {
+        event.fields["name"]: float(event.fields["value"])
+        for event in earlier.events
+        if event.kind == "metric" and (event.fields.get("model"), event.fields.get("step")) == (model, 0)
+    }
+    return Evaluation(found["val_loss"], found.get("val_kl"), 0) if "val_loss" in found else None
+
+
+def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, float]) -> dict[str, Any]:
+    """``metrics.json``: held-out values of each model at both ends, nats a token."""
+    values = {
+        name: {
+            "initial": {"val_loss": one.before.loss, "val_kl": one.before.kl},
+            "final": {"val_loss": one.after.loss, "val_kl": one.after.kl},
+        }
+        for name, one in trained.items()
+    }
+    return {"steps": spec.steps, "kl_temperature": spec.temperature, "flops": flops, "models": values}
+
+
+def flops_of_inputs(run: RunDir) -> dict[str, float]:
+    """What the runs that this one builds on spent, by phase."""
+    found: dict[str, float] = {}
+    for name in run.load_launch().resolved:
+        source = run.input_run(name)
+        if source is not None:
+            found |= effective.read(source).get("flops", {})
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a product whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

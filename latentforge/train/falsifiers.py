@@ -1,0 +1,202 @@
+"""What would show that a run did not do what it says: pure functions over the run's events."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from latentforge.events import Event
+from latentforge.train.effective import differences
+from latentforge.train.optimiser import warmup_cosine
+from latentforge.verdicts import Outcome, Verdict
+
+Events = Sequence[Event]
+
+
+def smoke_001(events: Events) -> Verdict:
+    """F-DISTILL-SMOKE-001: held-out cross-entropy is lower at the end than before the first step, on the same rows."""
+    return _fell(events, "F-DISTILL-SMOKE-001")
+
+
+def pipeline_001(events: Events) -> Verdict:
+    """F-DISTILL-PIPELINE-001: the whole line ran; the student trained all its steps and its held-out loss fell."""
+    asked = _ready(events).get("requested", {}).get("distill", {}).get("steps")
+    done = len(_steps(events, "student"))
+    if asked is None or done != asked:
+        return _verdict(events, "F-DISTILL-PIPELINE-001", None, f"{done} of {asked} steps are in the events")
+    return _fell(events, "F-DISTILL-PIPELINE-001")
+
+
+def smoke_002(events: Events) -> Verdict:
+    """F-DISTILL-SMOKE-002: held-out KL to the teacher ends below that of the twin trained without it."""
+    name = "F-DISTILL-SMOKE-002"
+    student, twin = _metric(events, "val_kl", "student"), _metric(events, "val_kl", "twin")
+    if len(student) < 2 or len(twin) < 1:
+        return _verdict(events, name, None, "val_kl of the student at both ends, and of its twin, is not in the events")
+    (first, _), (step, ours), (twin_step, theirs) = student[0], student[-1], twin[-1]
+    measured = {"val_kl": ours, "twin_val_kl": theirs, "step": step, "twin_step": twin_step}
+    if first == step or step != twin_step:
+        return _verdict(events, name, None, f"student ended at step {step}, twin at step {twin_step}", measured)
+    if not (math.isfinite(ours) and math.isfinite(theirs)):
+        return _verdict(events, name, False, f"val_kl {ours}, twin {theirs}: not finite", measured)
+    relation = "<" if ours < theirs else ">="
+    text = f"val_kl {ours:.4f} {relation} {theirs:.4f} of its twin without KD"
+    return _verdict(events, name, ours < theirs, text, measured)
+
+
+def artefact_size_001(events: Events) -> Verdict:
+    """F-ARTEFACT-SIZE-001: every checkpoint and product weighs at least its tensors."""
+    found = [e.fields for e in events if e.kind == "checkpoint"]
+    return size_verdict(found, run=_run(events))
+
+
+def size_verdict(found: Sequence[dict[str, Any]], *, run: str | None = None) -> Verdict:
+    """The same over (bytes, expected_bytes) records, as the contract check calls it."""
+    name = "F-ARTEFACT-SIZE-001"
+    if not found:
+        return Verdict(name, Outcome.UNKNOWN, "no artefact is in the events", run=run)
+    worst = min(found, key=lambda item: item["bytes"] - item["expected_bytes"])
+    text = f"{worst['path']} {worst['bytes']} bytes, its tensors need {worst['expected_bytes']}"
+    measured = {name: worst[name] for name in ("path", "bytes", "expected_bytes")} | {"artefacts": len(found)}
+    return Verdict(name, _outcome(worst["bytes"] >= worst["expected_bytes"] > 0), text, measured, run)
+
+
+def artefact_moved_001(events: Events) -> Verdict:
+    """F-ARTEFACT-MOVED-001: every trained tensor of the saved model differs from the start."""
+    name = "F-ARTEFACT-MOVED-001"
+    products = [e.fields for e in events if e.kind == "checkpoint" and e.fields.get("product")]
+    if not products:
+        return _verdict(events, name, None, "no product is in the events")
+    last = products[-1]
+    moved, trained, unmoved = last["moved"], last["tensors"], last.get("unmoved", [])
+    text = f"{moved} of {trained} tensors moved" + (f"; unmoved: {', '.join(unmoved[:3])}" if unmoved else "")
+    return _verdict(events, name, moved == trained and trained > 0, text, {"moved": moved, "tensors": trained})
+
+
+def effective_config_001(events: Events) -> Verdict:
+    """F-EFFECTIVE-CONFIG-001: what was in force when set-up ended is what was asked."""
+    name = "F-EFFECTIVE-CONFIG-001"
+    ready = _ready(events)
+    if not ready:
+        return _verdict(events, name, None, "the run never became ready")
+    kind = (_run(events) or "").partition("-")[0]
+    found = differences(kind, ready["requested"], ready["effective"])
+    compared = len(ready["effective"].get(kind, {}))
+    text = "; ".join(found) if found else f"{compared} values in force are those asked for"
+    return _verdict(events, name, not found, text, {"differences": found, "values": compared})
+
+
+def effective_lr_001(events: Events) -> Verdict:
+    """F-EFFECTIVE-LR-001: the optimiser's learning rate at every step is the requested schedule's."""
+    name = "F-EFFECTIVE-LR-001"
+    run = _run(events) or ""
+    kind = run.partition("-")[0]
+    asked = _ready(events).get("requested", {}).get(kind)
+    steps = _steps(events, "student" if kind == "distill" else kind)
+    if not asked or not steps:
+        return _verdict(events, name, None, "no steps are in the events")
+    schedule = warmup_cosine(asked["warmup_steps"], asked["steps"])
+    worst, at = 0.0, 0
+    for step, fields in steps.items():
+        wanted = asked["learning_rate"] * schedule(step - 1)
+        off = abs(fields["learning_rate"] - wanted) / wanted
+        worst, at = (off, step) if not off <= worst else (worst, at)
+    measured = {"worst_relative": worst, "steps": len(steps), "peak": asked["learning_rate"]}
+    if worst <= 1e-9:
+        return _verdict(events, name, True, f"learning rate as asked at {len(steps)} steps", measured)
+    text = f"learning rate off by {worst:.2%} at step {at} (peak asked {asked['learning_rate']:g})"
+    return _verdict(events, name, False, text, measured)
+
+
+def batch_rows_001(events: Events) -> Verdict:
+    """F-BATCH-ROWS-001: every step trained all predictions of all sequences that were asked, and divided by them."""
+    name = "F-BATCH-ROWS-001"
+    kind = (_run(events) or "").partition("-")[0]
+    ready = _ready(events)
+    asked = ready.get("requested", {}).get(kind)
+    steps = [e.fields for e in events if e.kind == "step"]
+    if not asked or not steps:
+        return _verdict(events, name, None, "no steps are in the events")
+    per_sequence = ready["effective"]["predictions_per_sequence"]
+    wanted = asked["batch_size"] * per_sequence
+    wrong = [s for s in steps if not s["rows"] == s["denominator"] == wanted or s["sequences"] != asked["batch_size"]]
+    measured = {"steps": len(steps), "rows": wanted, "wrong_steps": len(wrong)}
+    if wrong:
+        s = wrong[0]
+        text = f"step {s['step']}: {s['rows']} rows over {s['denominator']}, {wanted} were asked"
+        return _verdict(events, name, False, text, measured)
+    return _verdict(events, name, True, f"{wanted} of {wanted} rows trained at each of {len(steps)} steps", measured)
+
+
+ALWAYS: tuple[Callable[[Events], Verdict], ...] = (
+    effective_config_001,
+    effective_lr_001,
+    batch_rows_001,
+    artefact_size_001,
+    artefact_moved_001,
+)
+"""Judged at the end of every training run, asked for or not."""
+
+REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
+    "F-DISTILL-SMOKE-001": smoke_001,
+    "F-DISTILL-SMOKE-002": smoke_002,
+    "F-DISTILL-PIPELINE-001": pipeline_001,
+    "F-EFFECTIVE-CONFIG-001": effective_config_001,
+    "F-EFFECTIVE-LR-001": effective_lr_001,
+    "F-BATCH-ROWS-001": batch_rows_001,
+    "F-ARTEFACT-SIZE-001": artefact_size_001,
+    "F-ARTEFACT-MOVED-001": artefact_moved_001,
+}
+"""What ``distill.require`` may name."""
+
+
+def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:
+    """The verdicts of a run, those that are always due first, the required ones last (a log's last lines)."""
+    chosen = [check for check in ALWAYS if all(REQUIRABLE[name] is not check for name in require)]
+    return [check(events) for check in (*chosen, *(REQUIRABLE[name] for name in require))]
+
+
+def _fell(events: Events, name: str) -> Verdict:
+    found = _metric(events, "val_loss", "student")
+    if len(found) < 2 or found[0][0] != 0 or found[-1][0] == 0:
+        return _verdict(events, name, None, "val_loss at step 0 and at the end is not in the events")
+    (_, first), (step, last) = found[0], found[-1]
+    relation = "<" if last < first else ">="
+    text = f"val_loss {last:.4f} {relation} {first:.4f} at step {step}"
+    measured = {"val_loss": last, "initial_val_loss": first, "step": step}
+    return _verdict(events, name, bool(last < first), text, measured)
+
+
+def _metric(events: Events, name: str, model: str) -> list[tuple[int, float]]:
+    """(step, value) of a held-out metric, ordered by step; a value that JSON cannot hold is written as text."""
+    found = [
+        (int(e.fields["step"]), float(e.fields["value"]))
+        for e in events
+        if e.kind == "metric"
+        and (e.fields.get("name"), e.fields.get("split"), e.fields.get("model")) == (name, "heldout", model)
+    ]
+    return sorted(found, key=lambda item: item[0])
+
+
+def _steps(events: Events, model: str) -> dict[int, dict[str, Any]]:
+    return {e.fields["step"]: e.fields for e in events if e.kind == "step" and e.fields.get("model") == model}
+
+
+def _ready(events: Events) -> dict[str, Any]:
+    found = [e.fields for e in events if e.kind == "phase" and e.fields.get("name") == "ready"]
+    return found[-1] if found else {}
+
+
+def _run(events: Events) -> str | None:
+    return events[-1].run if events else None
+
+
+def _outcome(passed: bool | None) -> Outcome:
+    return Outcome.UNKNOWN if passed is None else Outcome.PASS if passed else Outcome.FAIL
+
+
+def _verdict(
+    events: Events, name: str, passed: bool | None, text: str, measured: dict[str, Any] | None = None
+) -> Verdict:
+    return Verdict(name, _outcome(passed), text, measured or {}, _run(events))

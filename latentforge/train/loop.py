@@ -1,0 +1,164 @@
+"""One optimiser step over a whole batch, whatever the number of micro-batches, and held-out evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentforge.errors import FailedError
+from latentforge.kernels.api import kd_loss
+from latentforge.kernels.targets import Targets
+from latentforge.students.causal import IGNORE, Student
+from latentforge.train.optimiser import MasterOptimiser
+
+TargetsOf = Callable[[Tensor], Targets]
+"""The teacher's targets for tokens int64 [B, L]: N = B·(L-1) rows."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weights of the loss, and which kernel computes it."""
+
+    temperature: float
+    ce_weight: float
+    kd_weight: float
+    kernel_backend: str
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did: losses in nats a token over all ``rows`` predictions of ``sequences`` sequences.
+
+    ``micro_batches`` holds the sequences of each forward pass; ``kd`` is None where no targets were used.
+    """
+
+    loss: float
+    ce: float
+    kd: float | None
+    learning_rate: float
+    rows: int
+    sequences: int
+    micro_batches: tuple[int, ...]
+    denominator: int
+    grad_norm: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predictions trained a second."""
+        return self.rows / self.seconds if self.seconds > 0 else 0.0
+
+
+class Trainer:
+    """A student, its optimiser and its objective."""
+
+    def __init__(
+        self,
+        student: Student,
+        optimiser: MasterOptimiser,
+        objective: Objective,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        self.student = student
+        self.optimiser = optimiser
+        self.objective = objective
+        self.micro_batch_size = micro_batch_size
+
+    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | None) -> StepResult:
+        """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0.
+
+        The denominator counts the valid predictions of the whole batch before its first micro-batch. FailedError, with
+        nothing updated, where a row was not trained or a number is not finite.
+        """
+        began = time.perf_counter()
+        wanted = self.objective
+        denominator = int((tokens[:, 1:] != IGNORE).sum())
+        learning_rate = self.optimiser.set_learning_rate(step)
+        self.student.train()
+        rows, loss, ce, kd = 0, 0.0, 0.0, 0.0
+        sizes: list[int] = []
+        for part in tokens.split(self.micro_batch_size or len(tokens)):
+            parts = self.student(
+                part,
+                targets_of(part) if targets_of is not None and wanted.kd_weight > 0 else None,
+                denominator,
+                temperature=wanted.temperature,
+                ce_weight=wanted.ce_weight,
+                kd_weight=wanted.kd_weight,
+                kernel_backend=wanted.kernel_backend,
+            )
+            if parts.loss.requires_grad:
+                parts.loss.backward()
+                self.optimiser.collect()
+            sizes.append(len(part))
+            rows += parts.rows
+            loss, ce, kd = loss + float(parts.loss), ce + float(parts.ce), kd + float(parts.kd)
+        if rows != denominator or sum(sizes) != len(tokens):
+            raise FailedError(f"step {step + 1}: {rows} of {denominator} rows were trained; the step is refused")
+        _refuse_not_finite("loss", loss, step)
+        grad_norm = self.optimiser.step()
+        _refuse_not_finite("gradient norm", grad_norm, step)
+        return StepResult(
+            loss=loss,
+            ce=ce,
+            kd=kd if wanted.kd_weight > 0 else None,
+            learning_rate=learning_rate,
+            rows=rows,
+            sequences=sum(sizes),
+            micro_batches=tuple(sizes),
+            denominator=denominator,
+            grad_norm=grad_norm,
+            seconds=time.perf_counter() - began,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out means in nats a token: ``loss`` = cross-entropy, ``kl`` = KL(teacher || student) or None."""
+
+    loss: float
+    kl: float | None
+    rows: int
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student, batches: Iterable[Tensor], targets_of: TargetsOf | None, *, temperature: float, backend: str
+) -> Evaluation:
+    """Cross-entropy and KL to the teacher (at ``temperature``) over batches of tokens int64 [B, L]."""
+    student.eval()
+    loss, kl, rows = 0.0, 0.0, 0
+    for tokens in batches:
+        labels = tokens[:, 1:].reshape(-1)
+        parts = kd_loss(
+            student.logits(tokens),
+            None if targets_of is None else targets_of(tokens),
+            labels,
+            temperature=temperature,
+            ce_weight=1.0,
+            kd_weight=0.0 if targets_of is None else 1.0,
+            denominator=1.0,
+            ignore_index=IGNORE,
+            backend=backend,
+        )
+        loss += float(parts.ce)
+        kl += float(parts.kd)
+        rows += int((labels != IGNORE).sum())
+    if rows == 0:
+        raise FailedError("the held-out split has no row to evaluate on")
+    # kd carries T squared, which belongs to the gradient's scale, not to a divergence.
+    return Evaluation(loss / rows, None if targets_of is None else kl / rows / temperature**2, rows)
+
+
+def _refuse_not_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise FailedError(
+            f"{what} is {value} at step {step + 1}; nothing was updated",
+            next="lower the learning rate, give more warm-up steps, or look at the data and targets of this step",
+        )

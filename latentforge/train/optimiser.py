@@ -1,0 +1,132 @@
+"""AdamW over fp32 master weights, with warm-up and cosine decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DECAY_TO = 0.1
+"""The learning rate ends at this fraction of its peak."""
+
+Schedule = Callable[[int], float]
+
+
+def warmup_cosine(warmup_steps: int, steps: int) -> Schedule:
+    """The learning rate of step ``i`` (from 0) as a fraction of its peak: linear up, then a cosine down to a tenth."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        along = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+        return DECAY_TO + (1.0 - DECAY_TO) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, along)))
+
+    return factor
+
+
+class MasterOptimiser:
+    """AdamW that updates fp32 master weights and writes them to the working weights of the model.
+
+    Where the model is fp32 both are the same tensors. Gradients of several micro-batches add up in fp32. Matrices
+    decay, vectors (norms, biases) do not. Frozen parameters have no master and never change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        steps: int,
+        clip_norm: float | None,
+    ) -> None:
+        self.working: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.masters: dict[str, Tensor] = {
+            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
+            for name, p in self.working.items()
+        }
+        self.clip_norm = clip_norm
+        self.schedule = warmup_cosine(warmup_steps, steps)
+        self.adamw: torch.optim.AdamW | None = None
+        if self.masters:
+            matrices = [p for p in self.masters.values() if p.dim() >= 2]
+            vectors = [p for p in self.masters.values() if p.dim() < 2]
+            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            groups = [group for group in groups if group["params"]]
+            # One pass over the weights; elementwise, so the same bits on every run with the same threads.
+            self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+            for group in self.adamw.param_groups:
+                group["initial_lr"] = group["lr"]
+        self._asked = (learning_rate, weight_decay)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's own groups; empty where everything is frozen."""
+        return [] if self.adamw is None else self.adamw.param_groups
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate that the schedule scales, read from the optimiser."""
+        return float(self.groups[0]["initial_lr"]) if self.groups else self._asked[0]
+
+    @property
+    def weight_decay(self) -> float:
+        """The weight decay of matrices, read from the optimiser."""
+        return float(self.groups[0]["weight_decay"]) if self.groups else self._asked[1]
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set every group to the schedule's value of ``step`` (from 0) and return what the optimiser now holds."""
+        for group in self.groups:
+            group["lr"] = group["initial_lr"] * self.schedule(step)
+        return float(self.groups[0]["lr"]) if self.groups else self._asked[0] * self.schedule(step)
+
+    def collect(self) -> None:
+        """Add the working weights' gradients to the masters' and clear them (a no-op where both are the same)."""
+        for name, master in self.masters.items():
+            working = self.working[name]
+            if master is working or working.grad is None:
+                continue
+            grad = working.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            working.grad = None
+
+    def step(self) -> float:
+        """Clip, update, write the working weights, clear the gradients; returns the gradient norm before clipping."""
+        if self.adamw is None:
+            return 0.0
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        norm = float(nn.utils.clip_grad_norm_(list(self.masters.values()), limit))
+        if math.isfinite(norm):
+            self.adamw.step()
+            self.write_working()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def write_working(self) -> None:
+        """Round the masters into the working weights (a no-op where both are the same)."""
+        for name, master in self.masters.items():
+            if master is not self.working[name]:
+                self.working[name].copy_(master)
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state as flat tensors: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``."""
+        if self.adamw is None:
+            return {}
+        state = self.adamw.state
+        return {f"{name}/{key}": value for name, p in self.masters.items() for key, value in state.get(p, {}).items()}
+
+    @torch.no_grad()
+    def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Put back what :attr:`masters` and :meth:`moments` held, bit for bit."""
+        for name, master in self.masters.items():
+            master.copy_(masters[name])
+            if self.adamw is not None:
+                found = {key: moments[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                where = {key: value.to(master.device) for key, value in found.items()}
+                self.adamw.state[master] = where
+        self.write_working()

@@ -1,0 +1,63 @@
+"""The model that a run leaves behind: saved as a Hugging Face folder, read back, and told apart from its start."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from latentforge.data.tokenizer import copy_tokenizer
+from latentforge.errors import FailedError
+from latentforge.events import EventLog
+from latentforge.students.causal import Student
+from latentforge.train.checkpoint import tensor_sha256
+from latentforge.train.optimiser import MasterOptimiser
+
+
+def start_digests(optimiser: MasterOptimiser, student: Student) -> dict[str, str]:
+    """The digest of every tensor before the first step: of the masters where it is trained, else of the model."""
+    tensors = {**dict(student.model.named_parameters()), **optimiser.masters}
+    return {name: tensor_sha256(value) for name, value in tensors.items()}
+
+
+def save_model(
+    student: Student,
+    optimiser: MasterOptimiser,
+    folder: Path,
+    *,
+    tokenizer: Path,
+    start: dict[str, str],
+    log: EventLog,
+    step: int,
+    model: str,
+) -> dict[str, Any]:
+    """Save ``folder`` whole, compare every tensor on disk with memory, and say in an event what moved since ``start``.
+
+    FailedError where what is on disk is not what was trained.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    student.model.save_pretrained(partial)
+    copy_tokenizer(tokenizer, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+    files = sorted(folder.glob("*.safetensors"))
+    saved = {name: value for file in files for name, value in load_file(file).items()}
+    parameters = dict(student.model.named_parameters())
+    wrong = [n for n, p in parameters.items() if n not in saved or tensor_sha256(saved[n]) != tensor_sha256(p)]
+    if wrong:
+        raise FailedError(f"{folder}: {len(wrong)} tensor(s) on disk are not what was trained: {', '.join(wrong[:3])}")
+    current = {**parameters, **optimiser.masters}
+    unmoved = [name for name, digest in start.items() if tensor_sha256(current[name]) == digest]
+    weight = {
+        "bytes": sum(file.stat().st_size for file in files),
+        "expected_bytes": sum(p.numel() * p.element_size() for p in parameters.values()),
+        "moved": len(start) - len(unmoved),
+        "tensors": len(start),
+        "unmoved": unmoved,
+    }
+    log.checkpoint(step, path=f"{folder.parent.name}/{folder.name}", product=True, model=model, **weight)
+    return weight

@@ -1,0 +1,177 @@
+"""Executing one run folder in this process: checks before, the recipe of its kind, an ``end`` event always."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.events import EventLog, read_events
+from latentforge.evidence.digests import file_sha256, tree_sha256
+from latentforge.spec.code import running_code
+from latentforge.spec.identity import RunIdentity
+from latentforge.spec.run import RunDir
+from latentforge.train import effective
+from latentforge.train.stopping import Interrupted, handled_signals
+from latentforge.verdicts import ExitCode, Outcome, exit_code, meet
+
+THREADS = "LATENTFORGE_THREADS"
+
+
+def execute(path: Path, *, signals: bool = False, text: TextIO | None = None) -> ExitCode:
+    """Run the folder ``path`` and return the exit code that it earned, which its ``end`` event also says.
+
+    With ``signals`` SIGTERM and SIGINT end the run in order (exit code 3). RefusedError, with nothing written, where
+    the folder is no run or has ended already; every later error ends the run with a message in its log.
+    """
+    run = RunDir(path)
+    run.load_identity()
+    _refuse_second_start(run)
+    with EventLog(run.events_file, run.run, text=text) as log:
+        try:
+            with handled_signals() if signals else nullcontext():
+                _run(run, log)
+            code, reason = _earned(run), ""
+        except Interrupted as error:
+            code, reason = ExitCode.UNKNOWN, str(error)
+            log.say(f"error: {reason}")
+        except LatentForgeError as error:
+            code, reason = error.code, str(error)
+            log.say(f"error: {error}")
+            if error.next:
+                log.say(f"  next: {error.next}")
+        except Exception as error:
+            code, reason = ExitCode.CRASHED, f"{type(error).__name__}: {error}"
+            log.say(traceback.format_exc().rstrip())
+            log.say(f"error: {reason}")
+        effective.record(run, timings=log.timings, peak_memory_bytes=effective.peak_memory_bytes())
+        log.end(code, reason=reason)
+    return code
+
+
+def _run(run: RunDir, log: EventLog) -> None:
+    identity = run.load_identity()
+    check_code(identity)
+    with log.phase("inputs"):
+        inputs = verify_inputs(run)
+    threads, seed = set_up(int(identity.spec.get("seed", 0)))
+    effective.record(
+        run,
+        requested=identity.spec,
+        code=identity.code,
+        inputs=inputs,
+        seeds={"run": seed},
+        threads=threads,
+        versions=effective.versions(),
+        extension=effective.extension(),
+        device=effective.device_record(torch.device("cpu")),
+    )
+    if identity.kind == "data":
+        from latentforge.train.data import run as recipe
+    elif identity.kind == "teacher":
+        from latentforge.train.teacher import run as recipe
+    elif identity.kind == "score":
+        from latentforge.train.score import run as recipe
+    else:
+        from latentforge.train.distill import run as recipe
+    recipe(run, log)
+    if identity.kind in ("data", "score"):
+        effective.record(run, effective=_product_values(run, identity))
+
+
+def check_code(identity: RunIdentity) -> None:
+    """Refuse to run a plan of other code: its result would carry the wrong name."""
+    found = running_code().digest
+    if found != identity.code:
+        raise RefusedError(
+            f"{identity.run_id} was planned for code {identity.code[:12]}…, this process runs {found[:12]}…",
+            next="plan again with this code:  latentforge dispatch go",
+        )
+
+
+def set_up(seed: int) -> tuple[int, int]:
+    """Fix threads and generators; returns (threads, seed) as torch now holds them."""
+    asked = os.environ.get(THREADS)
+    if asked is not None and (not asked.isdigit() or int(asked) < 1):
+        raise RefusedError(f"{THREADS}={asked!r} is not a number of threads", next=f"unset {THREADS}")
+    torch.set_num_threads(int(asked) if asked else len(os.sched_getaffinity(0)))
+    # Read by cuBLAS when its first handle is made; without it, its results differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # On a GPU some operators have no deterministic form: torch says which, and the run goes on.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return torch.get_num_threads(), torch.initial_seed()
+
+
+def verify_inputs(run: RunDir) -> dict[str, dict[str, Any]]:
+    """The inputs by name with their content digests; refused where a run that is an input did not pass or changed."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, ref in run.load_launch().resolved.items():
+        source = run.input_run(name)
+        if source is not None:
+            _require_passed(source, name)
+            found[name] = {"run": source.run, "sha256": _verified_tree(source)}
+        elif "path" in ref:
+            found[name] = {"sha256": ref["sha256"]}  # hashed again by whoever reads it
+        else:
+            found[name] = dict(ref)
+    return found
+
+
+def _require_passed(source: RunDir, name: str) -> None:
+    events = read_events(source.events_file) if source.events_file.is_file() else []
+    code = events[-1].fields.get("code") if events and events[-1].kind == "end" else None
+    if code != 0:
+        said = "has not ended" if code is None else f"ended with exit code {code}"
+        raise RefusedError(f"input {name!r}: run {source.run} {said}", next="run it again:  latentforge dispatch go")
+
+
+def _verified_tree(source: RunDir) -> str:
+    """The digest of a run's products; refused where one differs from what was recorded when that run ended."""
+    if source.artifacts_file.is_file():
+        for file in json.loads(source.artifacts_file.read_bytes())["files"]:
+            path = source.path / file["path"]
+            if not file["path"].startswith("out/"):
+                continue
+            if not path.is_file() or file_sha256(path) != file["sha256"]:
+                raise RefusedError(
+                    f"{source.run}: {file['path']} is not what that run wrote",
+                    next=f"make {source.run} again with another attempt",
+                )
+    return tree_sha256(source.out)
+
+
+def _refuse_second_start(run: RunDir) -> None:
+    if run.events_file.is_file() and run.events_file.stat().st_size:
+        raise RefusedError(
+            f"{run.run} was started before",
+            next="a new attempt resumes from its last checkpoint:  latentforge dispatch go --attempt next",
+        )
+
+
+def _earned(run: RunDir) -> ExitCode:
+    """The code that follows from the verdicts in the event log; a run that has none passes by ending."""
+    outcomes = [Outcome[e.fields["outcome"].upper()] for e in read_events(run.events_file) if e.kind == "verdict"]
+    return exit_code(meet(outcomes)) if outcomes else ExitCode.PASS
+
+
+def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
+    """What a data or score run really made, read back from its product."""
+    if identity.kind == "data":
+        made = json.loads((run.out / "data.json").read_bytes())
+        kept = ("sequence_length", "train_sequences", "heldout_sequences")
+        # A teacher's own tokenizer has the size it has; then the asked one does not apply.
+        kept = kept if run.has_input("tokenizer") else (*kept, "vocab_size")
+        return {"data": {name: made[name] for name in kept}}
+    made = json.loads((run.out / "score.json").read_bytes())
+    return {"score": {"k": made["k"], "temperatures": made["temperatures"]}}

@@ -1,0 +1,48 @@
+"""Where a recipe computes: device, kernel backend, and batches of packed rows as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import PackedShard
+from latentforge.errors import LatentForgeError, RefusedError
+
+EVALUATION_ROWS = 32
+"""Sequences of a forward pass when nothing is trained."""
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device that runs: ``auto`` is the GPU where torch sees one. Refused where the asked one is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise RefusedError("device = 'cuda', but torch sees no GPU", next="set distill.device = 'auto' or 'cpu'")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_kernel(device: torch.device) -> tuple[str, str | None]:
+    """The kernel backend for a device, and the sentence to say where it is not the fast one."""
+    if device.type != "cpu":
+        return "reference", f"there is no kernel for {device.type} in this version: the loss runs on 'reference' (torch)"
+    try:
+        from latentforge.kernels.native import native
+
+        native()
+        return "cpu", None
+    except LatentForgeError as error:
+        return "reference", f"the loss runs on 'reference' (torch), which is slower: {error}"
+
+
+def training_batch(shard: PackedShard, order: BatchOrder, step: int, device: torch.device) -> Tensor:
+    """The tokens int64 [B, L] of ``step`` (from 0)."""
+    return torch.from_numpy(shard.rows(order.indices(step))).to(device)
+
+
+def evaluation_batches(shard: PackedShard, device: torch.device) -> Iterator[Tensor]:
+    """All rows of a shard in order, tokens int64 [b, L]."""
+    for start in range(0, len(shard), EVALUATION_ROWS):
+        rows = np.arange(start, min(start + EVALUATION_ROWS, len(shard)))
+        yield torch.from_numpy(shard.rows(rows)).to(device)

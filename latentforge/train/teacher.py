@@ -1,0 +1,136 @@
+"""Recipe of the run kind ``teacher``: a small Qwen3 model trained on the corpus, saved as any teacher is."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import ShardSet
+from latentforge.events import EventLog, read_events
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import TeacherSpec
+from latentforge.students.causal import ModelShape, Student, new_model
+from latentforge.teachers.folder import check_model_folder
+from latentforge.train import effective
+from latentforge.train.falsifiers import judge
+from latentforge.train.flops import training_flops
+from latentforge.train.loop import Objective, Trainer, evaluate
+from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.products import save_model, start_digests
+from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, training_batch
+from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+
+
+def run(run: RunDir, log: EventLog) -> None:
+    """Train by cross-entropy with warm-up and cosine decay; evaluate on held-out rows at both ends; save; judge."""
+    identity = run.load_identity()
+    spec = TeacherSpec.model_validate_json(json.dumps(identity.spec["teacher"]))
+    seed = int(identity.spec["seed"])
+
+    with log.phase("load"):
+        data = ShardSet.open(run.input_path("data"))
+        data.verify()
+        device = choose_device("auto")
+        kernel, slow = choose_kernel(device)
+        shape = ModelShape(spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.intermediate)
+        model = new_model(
+            shape, vocab_size=data.vocab_size, positions=data.sequence_length, eos_id=data.eos_id, seed=seed
+        )
+        teacher = Student(model, data.vocab_size).to(device)
+        optimiser = MasterOptimiser(
+            model,
+            learning_rate=spec.learning_rate,
+            weight_decay=WEIGHT_DECAY,
+            warmup_steps=spec.warmup_steps,
+            steps=spec.steps,
+            clip_norm=CLIP_NORM,
+        )
+        trainer = Trainer(teacher, optimiser, Objective(1.0, 1.0, 0.0, kernel))
+        order = BatchOrder(len(data.train), spec.batch_size, seed)
+        start = start_digests(optimiser, teacher)
+    if slow:
+        log.warning(slow)
+
+    in_force = {
+        "seed": order.seed,
+        "teacher": {
+            "layers": model.config.num_hidden_layers,
+            "hidden": model.config.hidden_size,
+            "heads": model.config.num_attention_heads,
+            "kv_heads": model.config.num_key_value_heads,
+            "intermediate": model.config.intermediate_size,
+            "steps": spec.steps,
+            "batch_size": len(training_batch(data.train, order, 0, device)),
+            "learning_rate": optimiser.peak_learning_rate,
+            "warmup_steps": spec.warmup_steps,
+            "weight_decay": optimiser.weight_decay,
+            "clip_norm": optimiser.clip_norm,
+        },
+        "predictions_per_sequence": data.sequence_length - 1,
+    }
+    predictions = data.sequence_length - 1
+    flops = training_flops(model, predictions, spec.steps * spec.batch_size * predictions)
+    effective.record(
+        run,
+        effective=in_force,
+        device=effective.device_record(device),
+        kernel_backend=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops={"teacher": flops},
+    )
+    effective.require_same("teacher", identity.spec, in_force)
+    log.ready(requested=identity.spec, effective=in_force)
+
+    with log.phase("evaluate"):
+        before = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+    log.metric("val_loss", before.loss, step=0, split="heldout", model="teacher")
+
+    with log.phase("train"), deferred_stop():
+        for step in range(spec.steps):
+            result = trainer.step(step, training_batch(data.train, order, step, device), None)
+            log.step(
+                step + 1,
+                spec.steps,
+                model="teacher",
+                loss=result.loss,
+                ce=result.ce,
+                learning_rate=result.learning_rate,
+                rows=result.rows,
+                tokens_per_second=result.tokens_per_second,
+                grad_norm=result.grad_norm,
+                memory_bytes=effective.memory_in_use(),
+                denominator=result.denominator,
+                sequences=result.sequences,
+            )
+            if (signal := stop_requested()) is not None:
+                raise Interrupted(f"interrupted by {signal} at step {step + 1}; a teacher keeps no checkpoints")
+
+    with log.phase("evaluate"):
+        after = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+    log.metric("val_loss", after.loss, step=spec.steps, split="heldout", model="teacher")
+
+    with log.phase("save"):
+        run.out.mkdir(exist_ok=True)
+        save_model(
+            teacher,
+            optimiser,
+            run.out / "model",
+            tokenizer=data.tokenizer_dir,
+            start=start,
+            log=log,
+            step=spec.steps,
+            model="teacher",
+        )
+        folder = check_model_folder(run.out / "model")
+        record = {"sha256": folder.sha256, "parameters": folder.parameters, "heldout_loss": after.loss}
+        temporary = run.out / "teacher.json.partial"
+        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, run.out / "teacher.json")
+    log.say(f"teacher of {folder.parameters} parameters: held-out loss {before.loss:.4f} to {after.loss:.4f}")
+    log.say(f"flops {flops / 1e12:.2f} TFLOP")
+    for verdict in judge(read_events(run.events_file)):
+        log.verdict(verdict)
