@@ -104,6 +104,9 @@ class TargetStore:
             connection.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, value BLOB NOT NULL, mass BLOB NOT NULL)")
             connection.execute("INSERT INTO meta VALUES (?)", (_canonical(meta).decode(),))
         connection.close()
+        for journal in _journals(path):
+            # Left by a store of this name that is gone: SQLite could take it for this one's.
+            journal.unlink(missing_ok=True)
         os.replace(fresh, path)
         return cls.open(path, readonly=False)
 
@@ -124,8 +127,8 @@ class TargetStore:
         if not path.is_file():
             raise RefusedError(f"store of targets {path} does not exist", next="run the score run")
         if readonly:
-            for journal in (path.with_name(path.name + "-wal"), path.with_name(path.name + "-journal")):
-                if journal.exists() and journal.stat().st_size:
+            for journal in _journals(path):
+                if not journal.name.endswith("-shm") and journal.exists() and journal.stat().st_size:
                     raise RefusedError(
                         f"{path} was not closed: {journal.name} holds rows that are not in it",
                         next="run the score run again; it resumes",
@@ -235,6 +238,21 @@ class TargetStore:
         wanted = set(keys)
         return Coverage(len(self.present(wanted)), len(wanted))
 
+    def drop_damaged(self) -> int:
+        """Read every row and delete those whose checksum is wrong, to be scored again; returns how many."""
+        with self._lock:
+            damaged = []
+            for (number,) in self._query("SELECT rowid FROM rows ORDER BY rowid", ()):
+                key, value = self._query("SELECT key, value FROM rows WHERE rowid = ?", (number,))[0]
+                try:
+                    unpack_row(key, value, temperatures=self.temperatures)
+                except RefusedError:
+                    damaged.append((number,))
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany("DELETE FROM rows WHERE rowid = ?", damaged)
+            self._connection.execute("COMMIT")
+        return len(damaged)
+
     def stats(self) -> dict[str, Any]:
         """Rows, bytes of the file and of packed rows, k, temperatures, and the mean tail mass by temperature."""
         with self._lock:
@@ -299,6 +317,10 @@ class TargetStore:
             raise RefusedError(
                 f"{self.path} was made for {name} {have!r}, not for {wanted!r}", next="score again with this teacher"
             )
+
+
+def _journals(path: Path) -> list[Path]:
+    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal", "-shm")]
 
 
 def _canonical(meta: dict[str, Any]) -> bytes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
 from latentforge.data.shards import ShardSet
-from latentforge.errors import FailedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import ScoreSpec
@@ -33,6 +34,7 @@ def run(run: RunDir, log: EventLog) -> None:
     for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
         log.say(note)
     run.out.mkdir(parents=True, exist_ok=True)
+    take_over(run, teacher, spec, log)
     with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
         before = coverage(store, data)
         if before.present:
@@ -74,6 +76,34 @@ def teacher_folder(run: RunDir) -> Path:
     if run.input_run("teacher") is not None:
         return run.input_path("teacher") / "model"
     return checked_path(run, "teacher") or run.input_path("teacher")
+
+
+def take_over(run: RunDir, teacher: HFTeacher, spec: ScoreSpec, log: EventLog) -> None:
+    """Copy what an earlier attempt stored, so that its rows need not be scored again; its own folder is not touched.
+
+    Rows that were damaged are dropped, and a store that cannot be read at all is left behind: both are said.
+    """
+    store = run.out / "targets.sqlite"
+    earlier = run.predecessor()
+    while earlier is not None and earlier.path.is_dir() and not (earlier.out / store.name).is_file():
+        earlier = earlier.predecessor()
+    if store.exists() or earlier is None or not earlier.path.is_dir():
+        return
+    # The journal comes along: it holds the rows that were committed last, and opening the copy takes them in.
+    for name in (f"{store.name}-wal", store.name):
+        if (earlier.out / name).is_file():
+            shutil.copyfile(earlier.out / name, run.out / name)
+    try:
+        with open_for_scoring(store, teacher, spec) as copied:
+            damaged = copied.drop_damaged()
+    except RefusedError as error:
+        log.warning(f"the store of {earlier.run} is not taken over: {error}")
+        for path in run.out.glob(f"{store.name}*"):
+            path.unlink()
+        return
+    log.say(f"takes over the store of {earlier.run}")
+    if damaged:
+        log.warning(f"{damaged} rows of {earlier.run} were damaged and are scored again")
 
 
 def open_for_scoring(path: Path, teacher: HFTeacher, spec: ScoreSpec) -> TargetStore:

@@ -283,15 +283,21 @@ def test_a_store_that_was_cut_short_gives_right_rows_or_a_refusal(filled: Path, 
     assert refused
 
 
-@settings(max_examples=80, deadline=None)
-@given(data=st.data())
-def test_a_store_with_changed_bytes_gives_right_rows_or_a_refusal(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("s") / "targets.sqlite"
     with create(path) as store:
         store.put_many((tokens, targets_of(tokens)) for tokens in sequences(6))
-    content = bytearray(path.read_bytes())
+    return path.read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_store_with_changed_bytes_gives_right_rows_or_a_refusal(
+    tmp_path_factory: pytest.TempPathFactory, small_store: bytes, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("s") / "targets.sqlite"
+    content = bytearray(small_store)
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
