@@ -60,6 +60,7 @@ class ModelFolder:
     weights_sha256: str
     config: dict[str, Any]
     vocab_size: int
+    tokens: int | None
     parameters: int
     tensors: tuple[TensorInfo, ...]
 
@@ -90,11 +91,17 @@ def check_model_folder(path: Path, *, digest: bool = True) -> ModelFolder:
     config = _read_config(path / "config.json")
     tensors = tuple(sorted(_all_tensors(path), key=lambda tensor: tensor.name))
     vocab_size = _embedding_rows(path, config, tensors)
+    tokens = _token_count(path)
+    if tokens is not None and tokens > vocab_size:
+        raise RefusedError(
+            f"model folder {path} has {vocab_size} embedding rows for the {tokens} tokens of its tokenizer.json",
+            next="use the tokenizer that the model was trained with, or resize its embedding",
+        )
     weights = _weights_sha256(tensors) if digest else ""
     functional = {name: value for name, value in config.items() if name not in _NOT_FUNCTIONAL}
     canonical = json.dumps(functional, sort_keys=True, separators=(",", ":"))
     whole = hashlib.sha256(f"{weights}\n{canonical}".encode()).hexdigest() if digest else ""
-    return ModelFolder(path, whole, weights, config, vocab_size, sum(t.elements for t in tensors), tensors)
+    return ModelFolder(path, whole, weights, config, vocab_size, tokens, sum(t.elements for t in tensors), tensors)
 
 
 def read_safetensors_header(file: Path) -> list[TensorInfo]:
@@ -210,6 +217,20 @@ def _embedding_rows(folder: Path, config: dict[str, Any], tensors: tuple[TensorI
                 )
             break
     return declared
+
+
+def _token_count(folder: Path) -> int | None:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_bytes())
+        model = value["model"]["vocab"]
+        # A unigram model lists its tokens in order, the others map them to ids.
+        last = [len(model) - 1] if isinstance(model, list) else list(model.values())
+        return int(max([*last, *(token["id"] for token in value.get("added_tokens", []))], default=-1)) + 1
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RefusedError(f"{file} cannot be read: {error!r}", next=_COPY_AGAIN) from None
 
 
 def _weights_sha256(tensors: tuple[TensorInfo, ...]) -> str:

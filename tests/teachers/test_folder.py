@@ -34,7 +34,7 @@ def refused(path: Path) -> str:
 def test_a_whole_folder_is_described_by_its_content(folder: Path) -> None:
     found = check_model_folder(folder)
     tensors = load_file(folder / "model.safetensors")
-    assert found.vocab_size == 270
+    assert (found.vocab_size, found.tokens) == (270, 270)
     assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert (found.architecture, found.max_positions) == ("Qwen3ForCausalLM", 64)
     assert len(found.sha256) == len(found.weights_sha256) == 64
@@ -65,6 +65,17 @@ def test_a_folder_without_config_is_refused(folder: Path) -> None:
 def test_a_config_that_cannot_be_right_is_refused(folder: Path, content: str, said: str) -> None:
     (folder / "config.json").write_text(content)
     assert said in refused(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_embedding_rows_is_refused(folder: Path) -> None:
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["added_tokens"].append({**value["added_tokens"][0], "id": 270, "content": "<extra>"})
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    assert "has 270 embedding rows for the 271 tokens of its tokenizer.json" in refused(folder)
+    (folder / "tokenizer.json").write_text("{")
+    assert "tokenizer.json cannot be read" in refused(folder)
+    (folder / "tokenizer.json").unlink()
+    assert check_model_folder(folder, digest=False).tokens is None
 
 
 def test_a_folder_without_weights_is_refused_and_other_formats_are_named(folder: Path) -> None:
