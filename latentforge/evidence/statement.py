@@ -157,7 +157,7 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
             "lock": identity.lock,
             "extension": effective.get("extension"),
             "inputs": _inputs(identity.inputs, _mapping(effective.get("inputs"))),
-            "tokenizer": _tokenizer(effective),
+            "tokenizer": _tokenizer(effective) or _products(digests).get("tokenizer"),
             "products": _products(digests),
         },
         "driver": device.get("driver") if isinstance(device, dict) else None,

@@ -51,6 +51,11 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert imported_by(*arguments) & heavy == set()
 
 
+@pytest.mark.parametrize("arguments", [("spec", "show", "smoke"), ("contracts", "list")])
+def test_what_an_operator_reads_needs_no_torch(arguments: tuple[str, ...]) -> None:
+    assert imported_by(*arguments) & {"torch", "transformers", "numpy", "fabric", "paramiko"} == set()
+
+
 def test_the_import_check_sees_a_heavy_import() -> None:
     report = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", "import yaml"], capture_output=True, text=True, check=True
