@@ -178,7 +178,7 @@ _FIELDS: dict[str, type] = {
 
 def _load_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_bytes())
+        record: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise RefusedError(f"{path} is missing: {path.parent} is not the product of a data run") from None
     except ValueError as error:

@@ -120,8 +120,9 @@ def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     for name in ("config.json", "generation_config.json"):
-        # Only where the end-of-text token is said nowhere else does the model's own configuration travel along.
-        if _eos_text(folder) is None and (source / name).is_file():
+        # Only where the end-of-text token is said nowhere else does the model's own configuration travel along, and
+        # never over that of a model which is in the folder already.
+        if _eos_text(folder) is None and (source / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source / name, folder / name)
     return Tokenizer.open(folder)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from latentforge.data import BatchOrder, ShardSet, build_shards
 from latentforge.data.shards import pack
-from latentforge.data.tokenizer import EOS, Tokenizer, train_bpe
+from latentforge.data.tokenizer import EOS, Tokenizer, copy_tokenizer, train_bpe
 from latentforge.errors import RefusedError
 
 WORDS = ["grüße", "the", "other", "return", "def", "import", "日本", "\n", "  ", EOS, "x=1"]
@@ -245,3 +245,16 @@ def test_a_folder_without_tokenizer_or_end_token_is_refused(tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(RefusedError, match="cannot be read"):
         Tokenizer.open(tmp_path)
+
+
+def test_copying_a_tokenizer_never_replaces_a_models_configuration(tmp_path: Path) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    train_bpe(["the other the other"], 260, teacher)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (teacher / name).unlink()
+    (teacher / "config.json").write_text('{"eos_token_id": 5, "hidden_size": 4096}')
+    assert copy_tokenizer(teacher, tmp_path / "data").eos_id == 5
+    student.mkdir()
+    (student / "config.json").write_text('{"eos_token_id": 5, "hidden_size": 64}')
+    assert copy_tokenizer(teacher, student).eos_id == 5
+    assert "64" in (student / "config.json").read_text()
