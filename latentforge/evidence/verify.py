@@ -133,12 +133,16 @@ def _verify_run(run_dir: Path, chain: Chain | None, hasher: Hash) -> Verificatio
     except OSError as error:
         result.problems.append(Problem(MANIFEST, f"cannot be read: {error.strerror}"))
         return result
-    statement = _statement(content, result)
     _check_ledger(run_dir, content, chain, result)
+    statement = _statement(content, result)
     if statement is None:
         return result
+    result.configuration, result.end = statement["predicate"]["configuration"], statement["predicate"]["end"]
+    before = len(result.problems)
     digests = _check_files(run_dir, statement, result, hasher)
-    _check_statement(run_dir, statement, digests, result)
+    if len(result.problems) == before:
+        # Only over whole files: what follows from an altered file differs too, and would bury its name.
+        _check_statement(run_dir, statement, digests, result)
     return result
 
 
@@ -221,15 +225,13 @@ def _check_statement(
 ) -> None:
     """What the predicate says must be what follows from the files."""
     predicate = statement["predicate"]
-    result.configuration = predicate["configuration"]
-    result.end = predicate["end"]
     try:
         derived = derive(run_dir, digests)
     except LatentForgeError as error:
         result.problems.append(Problem("statement", f"cannot be derived again: {error}"))
         return
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        # Files that no longer have their shape: each is named above by its digest.
+        # Files whose digests agree and whose content has not the shape that their names promise.
         result.problems.append(Problem("statement", f"cannot be derived again: {type(error).__name__}: {error}"))
         return
     for name in DERIVED:
