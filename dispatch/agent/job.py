@@ -21,6 +21,7 @@ from .state import outcome_of
 BEAT_SECONDS = 5.0
 _HOST_ENVIRONMENT = ("PATH", "HOME", "LANG", "USER", "LOGNAME")
 _SWEEP_SECONDS = 10.0
+_LEFTOVER_GRACE = 0.25
 _LOOK_MILLISECONDS = 200
 
 
@@ -195,14 +196,16 @@ class Job:
     def _clean_up(self, leader: int) -> dict[str, Any]:
         """Kill and reap whatever the leader left behind, then the leader; a subreaper is parent to all of it."""
         killed: set[tuple[int, int]] = set()
-        deadline = boot_clock() + _SWEEP_SECONDS
+        begun = boot_clock()
         while True:
             left = _leftovers(leader)
-            for process in left:
-                if send(process, signal.SIGKILL):
-                    killed.add((process.pid, process.ticks))
-            if not left or boot_clock() > deadline:
+            if not left or boot_clock() - begun > _SWEEP_SECONDS:
                 break
+            # A moment of their own first: Python's resource tracker, for one, ends after its parent, tidying up.
+            if boot_clock() - begun > _LEFTOVER_GRACE:
+                for process in left:
+                    if send(process, signal.SIGKILL):
+                        killed.add((process.pid, process.ticks))
             time.sleep(0.01)
         _, status, usage = os.wait4(leader, 0)
         signalled = os.WIFSIGNALED(status)

@@ -129,7 +129,7 @@ def _refuse_foreign(todo: list[RunPaths], owner: dict[str, Any] | None) -> None:
 
 def _remove_after(runs: list[RunPaths], blocker: RunPaths) -> list[str]:
     removed = []
-    for run in runs[runs.index(blocker) + 1 :]:
+    for run in reversed(runs[runs.index(blocker) + 1 :]):
         try:
             fd = locks.take(run.lock)
         except FileNotFoundError:

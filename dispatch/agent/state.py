@@ -39,7 +39,7 @@ def outcome_of(code: int | None, signal: int | None) -> str:
 
 
 def derive(run: RunPaths, *, boot: str | None = None) -> dict[str, Any]:
-    """The RunState of `run` (see the table in the protocol); `boot` stands in for this boot's id in tests.
+    """The RunState of `run` (see the table in this package's docstring); `boot` stands in for this boot's id in tests.
 
     The order of the looks is what makes it right: journal, lock, supervisor, exit record. A supervisor takes the lock,
     journals, writes the record, lets go; so "no record" seen after "lock free" seen after "started" is really lost.

@@ -130,7 +130,7 @@ class Chain:
 
     def _drop(self, position: int, reason: str, cancel: dict[str, Any] | None) -> None:
         dropped, self.left = self.left[position:], self.left[:position]
-        for run, lock in dropped:
+        for run, lock in reversed(dropped):  # whoever sees the first gone must not find the ones behind it
             if never_started(run):
                 if run is not self.current:
                     with contextlib.suppress(OSError):

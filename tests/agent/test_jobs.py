@@ -96,6 +96,20 @@ def test_a_grandchild_in_a_session_of_its_own_does_not_outlive_the_run(host: Age
     assert (state["outcome"], record["leftovers"], record["survivors"]) == ("pass", 1, [])
 
 
+def test_what_ends_by_itself_just_after_the_job_is_not_killed(host: AgentHost) -> None:
+    tracker = "import os, sys; os.read(int(sys.argv[1]), 1); open('out/tidied', 'w').close()"
+    program = (
+        "import os, subprocess, sys\n"
+        "read, write = os.pipe()\n"
+        f"subprocess.Popen([sys.executable, '-S', '-c', {tracker!r}, str(read)], pass_fds=[read])\n"
+    )
+    state = host.ran(program)
+    record = exitrec.read(host.paths(state["run"]).exit)
+    assert record is not None
+    assert record["leftovers"] == 0
+    assert (host.paths(state["run"]).out / "tidied").exists()
+
+
 _HOSTILE = [
     "",
     "-rf",

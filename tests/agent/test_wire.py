@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from dispatch import agent_package
 from dispatch.agent import protocol
+from dispatch.agent.__main__ import serve
+from dispatch.agent.cas import Origin
 
 from .conftest import AgentHost, Refusal, snapshot
 
@@ -91,13 +93,7 @@ def test_the_agent_uses_the_standard_library_alone(host: AgentHost) -> None:
     ],
 )
 def test_a_bad_request_is_answered_with_what_is_wrong_with_it(line: bytes, told: str) -> None:
-    done = subprocess.run(
-        agent_package.bootstrap_argv(sys.executable),
-        input=agent_package.carried() + line,
-        capture_output=True,
-        check=True,
-    )
-    frame = protocol.find_frame(done.stdout)
+    frame = protocol.find_frame(serve(io.BytesIO(line), Origin(agent_package.agent_bytes(), None)))
     assert frame is not None
     assert not frame.document["ok"]
     assert told in frame.document["error"]["message"]
@@ -106,15 +102,21 @@ def test_a_bad_request_is_answered_with_what_is_wrong_with_it(line: bytes, told:
 
 def test_the_agent_carried_in_over_stdin_leaves_nothing_behind(host: AgentHost, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
-    probe = host.call("probe", runs=[], kins=["a"], paths=[{"path": "/nowhere", "purpose": "corpus"}], cas=["0" * 64])
-    host.call("status", runs=["data-" + "0" * 20])
-    host.frame("read", {"run": "data-" + "0" * 20, "streams": {"launch.log": None}, "max": 10, "wait": 0})
+    none = "data-" + "0" * 20
+    asked = {
+        "runs": [{"id": none}],
+        "kins": ["a"],
+        "paths": [{"path": "/nowhere", "purpose": "corpus"}],
+        "cas": ["0" * 64],
+    }
+    assert host.frame("probe", asked).document["result"]["root_exists"] is False
+    host.frame("status", {"runs": [none]})
+    host.frame("read", {"run": none, "streams": {"launch.log": None}, "max": 10, "wait": 0})
     with pytest.raises(Refusal, match="absent"):
-        host.call("collect", run="data-" + "0" * 20)
+        host.frame("collect", {"run": none})
     with pytest.raises(Refusal, match="cannot be read"):
-        host.call("fetch", run="data-" + "0" * 20, path="launch.log")
+        host.frame("fetch", {"run": none, "path": "launch.log"})
     assert snapshot(tmp_path) == before
-    assert probe["root_exists"] is False
     assert not host.dir.exists()
 
 
@@ -122,14 +124,14 @@ def test_the_agent_does_not_write_bytecode_anywhere(host: AgentHost) -> None:
     host.call("install")
     host.installed = True
     before = snapshot(host.dir)
-    host.call("probe")
+    host.frame("probe", {})
     assert snapshot(host.dir) == before
 
 
 def test_a_missing_or_corrupt_installed_agent_is_named(host: AgentHost) -> None:
     host.installed = True
     with pytest.raises(Refusal) as missing:
-        host.call("probe")
+        host.frame("probe", {})
     assert missing.value.kind == "agent-missing"
     host.installed = False
     path = Path(host.call("install")["path"])
@@ -140,12 +142,12 @@ def test_a_missing_or_corrupt_installed_agent_is_named(host: AgentHost) -> None:
     path.write_bytes(data)
     host.installed = True
     with pytest.raises(Refusal) as corrupt:
-        host.call("probe")
+        host.frame("probe", {})
     assert corrupt.value.kind == "agent-corrupt"
     host.installed = False
     host.call("install")
     host.installed = True
-    host.call("probe")
+    host.frame("probe", {})
 
 
 def test_the_installed_file_answers_when_it_is_run_directly(host: AgentHost) -> None:
@@ -215,9 +217,24 @@ def test_reading_verbs_change_nothing_on_a_host_with_runs(host: AgentHost) -> No
     run = host.ran("print('x')")["run"]
     reserved = host.python("pass")
     before = snapshot(host.dir)
-    host.call("status", runs=[run, reserved])
+    host.frame("status", {"runs": [run, reserved]})
+    host.frame("probe", {"runs": [{"id": run}], "kins": ["kin"]})
     host.frame("read", {"run": run, "streams": {"launch.log": None, "events.jsonl": None}})
     host.frame("read", {"run": reserved, "streams": {"launch.log": None}, "wait": 0.1})
-    host.call("collect", run=run)
+    host.frame("collect", {"run": run})
     host.frame("fetch", {"run": run, "path": "launch.log"})
     assert snapshot(host.dir) == before
+
+
+def test_a_noisy_login_shell_does_not_hide_the_reply(host: AgentHost) -> None:
+    noise = "printf 'Welcome\\n=LF-BEGIN 5=\\n\\377\\n'; exec \"$@\""
+    done = subprocess.run(
+        ["/bin/sh", "-c", noise, "sh", *agent_package.bootstrap_argv(sys.executable)],
+        input=agent_package.carried() + protocol.encode_request("probe", root=str(host.dir)),
+        capture_output=True,
+        check=True,
+    )
+    frame = protocol.find_frame(done.stdout)
+    assert frame is not None
+    assert frame.document["ok"]
+    assert frame.noise == b"Welcome\n=LF-BEGIN 5=\n\xff\n"
