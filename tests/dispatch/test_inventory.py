@@ -42,7 +42,7 @@ def test_putting_a_host_keeps_comments_order_and_other_hosts(laptop: Any) -> Non
     assert again.default == "a"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     address=TEXT,
     user=st.none() | TEXT,
