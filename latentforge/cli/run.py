@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,9 @@ def run(
     run_dir: Annotated[Path, typer.Argument(help="The run's folder: identity.json and launch.json inside.")],
 ) -> ExitCode:
     """Execute one run directory in this process."""
+    # Read when torch is imported. Threads that spin for work make every step many times slower where the machine is
+    # shared with another process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from latentforge.train.run import execute
 
     return execute(run_dir, signals=True)

@@ -35,7 +35,7 @@ from latentforge.train.products import save_model, start_digests
 from latentforge.train.resume import Earlier, carry_events, open_predecessor
 from latentforge.train.samples import samples
 from latentforge.train.score import teacher_folder
-from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, training_batch
+from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
 
 TWIN = "F-DISTILL-SMOKE-002"
@@ -86,6 +86,9 @@ def run(run: RunDir, log: EventLog) -> None:
         source = open_targets(run, spec, teacher, device)
         notes += source.notes
         start = start_model(run, spec.student, data, seed)
+        predictions = data.sequence_length - 1
+        step_flops = training_flops(start, predictions, spec.batch_size * predictions)
+        fit_threads(step_flops)
         if run.has_input("student_init"):
             same = check_unlike(teacher, run.input_path("student_init"), profile=profile)
             if same:
@@ -100,10 +103,8 @@ def run(run: RunDir, log: EventLog) -> None:
         log.warning(slow)
 
     in_force = values_in_force(job, trainer, source, profile)
-    predictions = data.sequence_length - 1
-    a_model = training_flops(trainer.student.model, predictions, spec.steps * spec.batch_size * predictions)
     wants_twin = TWIN in spec.require
-    flops = {"student": a_model, **({"twin": a_model} if wants_twin else {})}
+    flops = dict.fromkeys(("student", "twin") if wants_twin else ("student",), spec.steps * step_flops)
     effective.record(
         run,
         effective=in_force,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+import torch
 
 from latentforge.errors import FailedError
 from latentforge.evidence.digests import file_sha256, tree_files, tree_sha256
@@ -48,12 +51,25 @@ def execute_pipeline(
         folder = RunDir(runs / planned.run_id)
         if not folder.artifacts_file.is_file():
             folder = RunDir.create(runs, planned.identity, LaunchRecord(planned.run_id, planned.kin, planned.resolved))
-            code = execute(folder.path, text=text)
+            with _torch_settings_kept():
+                code = execute(folder.path, text=text)
             if not accept(planned.kind, code):
                 raise FailedError(f"{planned.run_id} ended with {code.name.lower()}: {_reason(folder)}", code=code)
             record_artifacts(folder)
         folders[planned.kind] = folder
     return folders
+
+
+@contextmanager
+def _torch_settings_kept() -> Iterator[None]:
+    """A run fixes threads, determinism and seeds for its process; here the process is somebody else's."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def record_artifacts(run: RunDir) -> None:

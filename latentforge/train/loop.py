@@ -98,7 +98,7 @@ class Trainer:
                 self.optimiser.collect()
             sizes.append(len(part))
             rows += parts.rows
-            loss, ce, kd = loss + float(parts.loss), ce + float(parts.ce), kd + float(parts.kd)
+            loss, ce, kd = loss + float(parts.loss.detach()), ce + float(parts.ce), kd + float(parts.kd)
         if rows != denominator or sum(sizes) != len(tokens):
             raise FailedError(f"step {step + 1}: {rows} of {denominator} rows were trained; the step is refused")
         _refuse_not_finite("loss", loss, step)

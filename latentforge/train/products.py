@@ -37,8 +37,11 @@ def save_model(
 
     FailedError where what is on disk is not what was trained.
     """
+    from transformers.utils import logging as transformers_logging
+
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    transformers_logging.disable_progress_bar()
     student.model.save_pretrained(partial)
     copy_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)

@@ -20,20 +20,29 @@ class Earlier:
 
 
 def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> Earlier | None:
-    """What the attempt named in ``launch.json`` left, or None where there is none.
+    """What the last attempt before this one that wrote a whole checkpoint left, or None where there is no attempt.
 
     ``models`` maps each model's name to its folder below ``checkpoints`` ("" for the folder itself). Torn checkpoints
     are said and skipped. Refused where the predecessor was asked for something else.
     """
-    before = run.predecessor()
-    if before is None:
-        return None
-    ours, theirs = run.load_identity(), before.load_identity()
-    for what in ("kind", "spec", "inputs"):
-        if getattr(ours, what) != getattr(theirs, what):
-            raise RefusedError(f"{run.run} cannot resume {before.run}: its {what} is another")
-    if ours.code != theirs.code:
-        log.warning(f"{before.run} ran other code ({theirs.code[:12]}…): its steps may not repeat bit for bit")
+    ours = run.load_identity()
+    before, newest = run.predecessor(), None
+    while before is not None and before.path.is_dir():
+        theirs = before.load_identity()
+        for what in ("kind", "spec", "inputs"):
+            if getattr(ours, what) != getattr(theirs, what):
+                raise RefusedError(f"{run.run} cannot resume {before.run}: its {what} is another")
+        earlier = _left_by(before, models, log)
+        if earlier.checkpoints:
+            if ours.code != theirs.code:
+                log.warning(f"{before.run} ran other code ({theirs.code[:12]}…): its steps may not repeat bit for bit")
+            return earlier
+        # An attempt that ended before its first checkpoint hands on nothing: the one before it may have one.
+        newest, before = newest or earlier, before.predecessor()
+    return newest
+
+
+def _left_by(before: RunDir, models: dict[str, str], log: EventLog) -> Earlier:
     found: dict[str, Checkpoint] = {}
     for model, below in models.items():
         checkpoint, said = newest_checkpoint(before.checkpoints / below)

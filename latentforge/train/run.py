@@ -20,10 +20,9 @@ from latentforge.spec.code import running_code
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
 from latentforge.train import effective
+from latentforge.train.setting import fit_threads
 from latentforge.train.stopping import Interrupted, handled_signals
 from latentforge.verdicts import ExitCode, Outcome, exit_code, meet
-
-THREADS = "LATENTFORGE_THREADS"
 
 
 def execute(path: Path, *, signals: bool = False, text: TextIO | None = None) -> ExitCode:
@@ -62,14 +61,15 @@ def _run(run: RunDir, log: EventLog) -> None:
     check_code(identity)
     with log.phase("inputs"):
         inputs = verify_inputs(run)
-    threads, seed = set_up(int(identity.spec.get("seed", 0)))
+    seed = set_up(int(identity.spec.get("seed", 0)))
+    if identity.kind == "score":
+        fit_threads(_scoring_flops(run, identity))
     effective.record(
         run,
         requested=identity.spec,
         code=identity.code,
         inputs=inputs,
         seeds={"run": seed},
-        threads=threads,
         versions=effective.versions(),
         extension=effective.extension(),
         device=effective.device_record(torch.device("cpu")),
@@ -85,6 +85,10 @@ def _run(run: RunDir, log: EventLog) -> None:
     recipe(run, log)
     if identity.kind in ("data", "score"):
         effective.record(run, effective=_product_values(run, identity))
+    if identity.kind == "score":
+        made = json.loads((run.out / "score.json").read_bytes())
+        batches = made["sequences"] / identity.spec["score"]["batch_size"]
+        effective.record(run, flops={"score": _scoring_flops(run, identity) * batches})
 
 
 def check_code(identity: RunIdentity) -> None:
@@ -97,12 +101,8 @@ def check_code(identity: RunIdentity) -> None:
         )
 
 
-def set_up(seed: int) -> tuple[int, int]:
-    """Fix threads and generators; returns (threads, seed) as torch now holds them."""
-    asked = os.environ.get(THREADS)
-    if asked is not None and (not asked.isdigit() or int(asked) < 1):
-        raise RefusedError(f"{THREADS}={asked!r} is not a number of threads", next=f"unset {THREADS}")
-    torch.set_num_threads(int(asked) if asked else len(os.sched_getaffinity(0)))
+def set_up(seed: int) -> int:
+    """Make torch deterministic and seed every generator; returns the seed as torch now holds it."""
     # Read by cuBLAS when its first handle is made; without it, its results differ from run to run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # On a GPU some operators have no deterministic form: torch says which, and the run goes on.
@@ -110,7 +110,7 @@ def set_up(seed: int) -> tuple[int, int]:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return torch.get_num_threads(), torch.initial_seed()
+    return torch.initial_seed()
 
 
 def verify_inputs(run: RunDir) -> dict[str, dict[str, Any]]:
@@ -163,6 +163,13 @@ def _earned(run: RunDir) -> ExitCode:
     """The code that follows from the verdicts in the event log; a run that has none passes by ending."""
     outcomes = [Outcome[e.fields["outcome"].upper()] for e in read_events(run.events_file) if e.kind == "verdict"]
     return exit_code(meet(outcomes)) if outcomes else ExitCode.PASS
+
+
+def _scoring_flops(run: RunDir, identity: RunIdentity) -> float:
+    """Operations of one scored batch, by the size of the teacher's files."""
+    data = json.loads((run.input_path("data") / "data.json").read_bytes())
+    weights = sum(file.stat().st_size / 4 for file in run.input_path("teacher").rglob("*.safetensors"))
+    return float(2.0 * weights * identity.spec["score"]["batch_size"] * data["sequence_length"])
 
 
 def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:

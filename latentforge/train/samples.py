@@ -21,13 +21,17 @@ def samples(models: dict[str, Student], data: ShardSet, device: torch.device) ->
     given = min(data.sequence_length - new, 2 * new)
     rows = data.heldout.rows(np.arange(min(PROMPTS, len(data.heldout))))
     prompts = torch.from_numpy(rows[:, :given]).to(device)
-    decode = data.tokenizer().backend.decode
+    backend = data.tokenizer().backend
+
+    def decode(ids: Any) -> str:
+        return str(backend.decode(ids.tolist(), skip_special_tokens=False))
+
     continued = {name: model.eval().continue_greedily(prompts, new).cpu().numpy() for name, model in models.items()}
     return [
         {
-            "prompt": decode(row[:given].tolist(), skip_special_tokens=False),
-            "text": decode(row[given : given + new].tolist(), skip_special_tokens=False),
-            **{name: decode(ids[number][given:].tolist(), skip_special_tokens=False) for name, ids in continued.items()},
+            "prompt": decode(row[:given]),
+            "text": decode(row[given : given + new]),
+            **{name: decode(ids[number][given:]) for name, ids in continued.items()},
         }
         for number, row in enumerate(rows)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,24 @@ EVALUATION_ROWS = 32
 """Sequences of a forward pass when nothing is trained."""
 
 
+THREADS = "LATENTFORGE_THREADS"
+SMALL_STEP_FLOPS = 20e9
+
+
+def fit_threads(step_flops: float) -> int:
+    """Set and return torch's threads for steps of ``step_flops``: all cores, but one where a step is small.
+
+    The environment's LATENTFORGE_THREADS wins. Small operators gain little from a second thread and lose a hundred
+    times as much where another process wants its core: every operator then waits for a descheduled thread.
+    """
+    asked = os.environ.get(THREADS)
+    if asked is not None and (not asked.isdigit() or int(asked) < 1):
+        raise RefusedError(f"{THREADS}={asked!r} is not a number of threads", next=f"unset {THREADS}")
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(int(asked) if asked else 1 if step_flops < SMALL_STEP_FLOPS else cores)
+    return torch.get_num_threads()
+
+
 def choose_device(asked: str) -> torch.device:
     """The device that runs: ``auto`` is the GPU where torch sees one. Refused where the asked one is not there."""
     if asked == "cuda" and not torch.cuda.is_available():
@@ -26,7 +45,10 @@ def choose_device(asked: str) -> torch.device:
 def choose_kernel(device: torch.device) -> tuple[str, str | None]:
     """The kernel backend for a device, and the sentence to say where it is not the fast one."""
     if device.type != "cpu":
-        return "reference", f"there is no kernel for {device.type} in this version: the loss runs on 'reference' (torch)"
+        return (
+            "reference",
+            f"there is no kernel for {device.type} yet: the loss runs on 'reference' (torch)",
+        )
     try:
         from latentforge.kernels.native import native
 

@@ -18,7 +18,7 @@ from latentforge.train.flops import training_flops
 from latentforge.train.loop import Objective, Trainer, evaluate
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import save_model, start_digests
-from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, training_batch
+from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
 
 WEIGHT_DECAY = 0.01
@@ -40,6 +40,9 @@ def run(run: RunDir, log: EventLog) -> None:
         model = new_model(
             shape, vocab_size=data.vocab_size, positions=data.sequence_length, eos_id=data.eos_id, seed=seed
         )
+        predictions = data.sequence_length - 1
+        flops = spec.steps * training_flops(model, predictions, spec.batch_size * predictions)
+        fit_threads(flops / spec.steps)
         teacher = Student(model, data.vocab_size).to(device)
         optimiser = MasterOptimiser(
             model,
@@ -70,10 +73,8 @@ def run(run: RunDir, log: EventLog) -> None:
             "weight_decay": optimiser.weight_decay,
             "clip_norm": optimiser.clip_norm,
         },
-        "predictions_per_sequence": data.sequence_length - 1,
+        "predictions_per_sequence": predictions,
     }
-    predictions = data.sequence_length - 1
-    flops = training_flops(model, predictions, spec.steps * spec.batch_size * predictions)
     effective.record(
         run,
         effective=in_force,

@@ -1,0 +1,95 @@
+"""Small settings in which a claim about training is checked quickly: one tiny pipeline a process, one tiny student."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentforge.events import Event, read_events
+from latentforge.spec.resolve import resolve_pipeline
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import PipelineSpec
+from latentforge.students.causal import ModelShape, Student, new_model
+from latentforge.teachers.fixture import FixtureTeacher
+from latentforge.train.inprocess import execute_pipeline
+from latentforge.train.loop import Objective, TargetsOf, Trainer
+from latentforge.train.optimiser import MasterOptimiser
+
+VOCABULARY = 64
+LENGTH = 12
+SEQUENCES = 16
+
+
+@cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    # Kept for the life of the process, so that all checks share one teacher; removed with it.
+    return tempfile.TemporaryDirectory(prefix="latentforge-tiny-")
+
+
+def tiny_spec(**distill: Any) -> PipelineSpec:
+    """The recipe ``tiny`` with some values of its distill section replaced (``frozen`` is the student's)."""
+    spec = resolve_pipeline("tiny", env={}, overrides={}).spec
+    frozen = distill.pop("frozen", False)
+    student = spec.distill.student.model_copy(update={"frozen": frozen})
+    section = type(spec.distill).model_validate({**spec.distill.model_dump(), **distill, "student": student})
+    return spec.model_copy(update={"distill": section})
+
+
+@cache
+def _tiny_run(frozen: bool, kd_weight: float | None) -> RunDir:
+    weights = {} if kd_weight is None else {"kd_weight": kd_weight}
+    spec = tiny_spec(frozen=frozen, **weights)
+    return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["distill"]
+
+
+def tiny_run(*, frozen: bool = False, kd_weight: float | None = None) -> RunDir:
+    """The distill run of ``tiny``, trained once a process for each setting; data, teacher and targets are shared."""
+    return _tiny_run(frozen, kd_weight)
+
+
+def tiny_events(*, frozen: bool = False, kd_weight: float | None = None) -> list[Event]:
+    """The events of :func:`tiny_run`."""
+    return read_events(tiny_run(frozen=frozen, kd_weight=kd_weight).events_file)
+
+
+def small_trainer(
+    *,
+    learning_rate: float = 3e-3,
+    warmup_steps: int = 0,
+    steps: int = 100,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    micro_batch_size: int | None = None,
+    precision: torch.dtype = torch.float32,
+    clip_norm: float | None = None,
+) -> Trainer:
+    """A one-layer student of 64 tokens with its optimiser; always the same start."""
+    shape = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=64)
+    model = new_model(shape, vocab_size=VOCABULARY, positions=LENGTH, eos_id=0, seed=3).to(precision)
+    optimiser = MasterOptimiser(
+        model,
+        learning_rate=learning_rate,
+        weight_decay=0.0,
+        warmup_steps=warmup_steps,
+        steps=steps,
+        clip_norm=clip_norm,
+    )
+    objective = Objective(1.0, ce_weight, kd_weight, "auto")
+    return Trainer(Student(model, VOCABULARY), optimiser, objective, micro_batch_size=micro_batch_size)
+
+
+def small_batch(seed: int = 5) -> Tensor:
+    """Tokens int64 [16, 12] below 64."""
+    return torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def fixture_targets() -> TargetsOf:
+    """Dense targets whose preferred token is the last one given."""
+    teacher = FixtureTeacher(VOCABULARY)
+    return lambda tokens: teacher.targets(tokens, temperature=1.0)
