@@ -17,8 +17,9 @@ from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
 
 EOS = "<|endoftext|>"
-BPE_SAMPLE_BYTES = 2_000_000
-"""How much text the merges are learnt from; more hardly changes a small vocabulary."""
+BPE_SAMPLE_BYTES_A_TOKEN = 1000
+BPE_SAMPLE_BOUNDS = (256_000, 8_000_000)
+"""Merges are learnt from so much text for each token of the vocabulary, within bounds: more hardly changes them."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,7 +30,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_BATCH_CHARACTERS = 1 << 18
+# The first batch is small, each later one twice as large: a small run reads little more than it needs.
+_BATCH_CHARACTERS = (1 << 14, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_sample(texts, BPE_SAMPLE_BYTES), trainer)
+    low, high = BPE_SAMPLE_BOUNDS
+    sample = min(max(low, vocab_size * BPE_SAMPLE_BYTES_A_TOKEN), high)
+    backend.train_from_iterator(_sample(texts, sample), trainer)
     learnt = backend.get_vocab_size()
     if learnt != vocab_size:
         raise RefusedError(
@@ -178,13 +182,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
-    size = 0
+    size, (limit, largest) = 0, _BATCH_CHARACTERS
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARACTERS:
+        if size >= limit:
             yield batch
-            batch, size = [], 0
+            batch, size, limit = [], 0, min(2 * limit, largest)
     if batch:
         yield batch
 
