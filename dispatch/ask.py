@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +48,12 @@ def asked(
     attempt_next: bool = False,
     wait: bool = False,
     folder: Path | None = None,
+    stale: Callable[[], str | None] = lambda: None,
 ) -> Ask:
-    """Resolve the pipeline and the code around ``folder`` (the current one); RefusedError for what cannot be meant."""
+    """Resolve the pipeline and the code around ``folder`` (the current one); RefusedError for what cannot be meant.
+
+    ``stale`` says why the built extension of the running interpreter is not that of its sources, or None.
+    """
     resolved = resolve_pipeline(recipe, env=env, overrides=overrides)
     spec, notes = effective_pipeline(_with_absolute_paths(resolved.spec, host))
     source = code_around(folder)
@@ -65,7 +69,7 @@ def asked(
         bundle=None if host.is_local else pack(source),
         attempt_next=attempt_next,
         wait=wait,
-        unfit=_unfit(source) if host.is_local else None,
+        unfit=(_unfit(source) or stale()) if host.is_local else None,
     )
 
 

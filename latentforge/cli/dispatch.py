@@ -200,7 +200,15 @@ def _asked(
         raise RefusedError(f"--attempt {attempt!r} is not known", next="--attempt next")
     places, inventory = _places()
     where = inventory.choose(host, os.environ)
-    ask = asked(pipeline, where, env=os.environ, overrides=overrides or [], attempt_next=attempt == "next", wait=wait)
+    ask = asked(
+        pipeline,
+        where,
+        env=os.environ,
+        overrides=overrides or [],
+        attempt_next=attempt == "next",
+        wait=wait,
+        stale=_stale_extension,
+    )
     return places, ask
 
 
@@ -215,6 +223,18 @@ def _located(run: str, host: str | None) -> tuple[Places, Record, Host]:
         return places, Record(run, where.name, where.root, where.user, (run,), "", "", ""), where
     record = find(places, run)
     return places, record, record.at_host(inventory.get(host or record.host))
+
+
+def _stale_extension() -> str | None:
+    """Why the extension that is installed here must be built again; None where it fits, or where there is none."""
+    from latentforge.errors import LatentForgeError
+    from latentforge.kernels.native import native
+
+    try:
+        native()
+    except LatentForgeError as error:
+        return None if isinstance(error.__cause__, ImportError) else str(error)
+    return None
 
 
 def _dry_run() -> bool:
