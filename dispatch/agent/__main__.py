@@ -21,6 +21,9 @@ def main(pyz: bytes | None = None) -> None:
         return
     sys.dont_write_bytecode = True
     os.umask(0o077)
+    from .processes import AGENT, call_myself
+
+    call_myself(AGENT)
     if sys.argv[1:2] == ["supervise"]:
         from .supervisor import supervise
 

@@ -11,7 +11,18 @@ from typing import Any
 from . import exitrec, journal, locks
 from .durable import read_json, write_json
 from .paths import RunPaths
-from .processes import Process, boot_clock, boot_id, descendants, look, send, table
+from .processes import (
+    AGENT,
+    SUPERVISOR,
+    Process,
+    boot_clock,
+    boot_id,
+    descendants,
+    look,
+    name_of,
+    send,
+    table,
+)
 from .protocol import AgentError
 from .reserving import never_started, remove
 from .state import derive
@@ -154,7 +165,7 @@ def _members(run: RunPaths) -> list[Process]:
 
 
 def _lock_holders(run: RunPaths) -> set[int]:
-    """Processes that inherited the run's lock; the kernel lists them as having that file open."""
+    """Processes that inherited the run's lock; not those that only look at it, nor agents that take it briefly."""
     try:
         lock = os.stat(run.lock)
     except OSError as error:
@@ -166,12 +177,18 @@ def _lock_holders(run: RunPaths) -> set[int]:
         try:
             for fd in os.listdir(f"/proc/{name}/fd"):
                 opened = os.stat(f"/proc/{name}/fd/{fd}")
-                if (opened.st_dev, opened.st_ino) == (lock.st_dev, lock.st_ino):
+                if (opened.st_dev, opened.st_ino) == (lock.st_dev, lock.st_ino) and _holds(name, fd):
                     found.add(int(name))
                     break
         except OSError:
             continue
-    return found
+    return {pid for pid in found if name_of(pid) not in (AGENT, SUPERVISOR)}
+
+
+def _holds(pid: str, fd: str) -> bool:
+    """Whether this descriptor is of the very open file that owns an exclusive flock; the kernel says so beside it."""
+    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
+        return any(line.startswith("lock:") and "FLOCK" in line and "WRITE" in line for line in file)
 
 
 def _answer(

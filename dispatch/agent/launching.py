@@ -147,10 +147,15 @@ def _remove_after(runs: list[RunPaths], blocker: RunPaths) -> list[str]:
 
 
 def _answer(
-    runs: list[RunPaths], *, pid: int | None = None, blocked: str | None = None, removed: list[str] | None = None
+    runs: list[RunPaths],
+    *,
+    started: bool = False,
+    pid: int | None = None,
+    blocked: str | None = None,
+    removed: list[str] | None = None,
 ) -> dict[str, Any]:
     return {
-        "started": pid is not None,
+        "started": started,
         "supervisor_pid": pid,
         "blocked": blocked,
         "removed": removed or [],
@@ -181,7 +186,7 @@ def _start(
             locks.release(lease)
     if "error" in ready:
         raise AgentError("internal", f"the supervisor did not start: {ready['error']}", code=UNKNOWN)
-    return _answer(runs, pid=ready.get("pid", -1))
+    return _answer(runs, started=True, pid=ready.get("pid"))
 
 
 def _refuse_device(root: Root) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .paths import Root, RunPaths
 from .protocol import AgentError, Arguments, Reply
-from .state import ENDED, RESTING, derive
+from .state import RESTING, derive
 
 LARGEST_READ = 16 << 20
 LONGEST_WAIT = 20.0
@@ -22,7 +22,8 @@ _HEAD = 256
 def read(root: Root, args: Arguments) -> Reply:
     """Up to `max` bytes over all streams; with nothing new, wait up to `wait` seconds for bytes or another state.
 
-    A cursor is {inode, offset, head}; `head` (digest of the first bytes) tells a file replaced under a reused inode.
+    `eof` says that no byte will come any more by itself (of a run that is absent or only reserved, too). A cursor is
+    {inode, offset, head}; `head` (digest of the first bytes) tells a file replaced under a reused inode.
     """
     run = root.run(args.text("run"))
     streams = args.table("streams")
@@ -47,7 +48,7 @@ def read(root: Root, args: Arguments) -> Reply:
     state = derive(run)
     left, payload, answers = most, b"", {}
     for name, stream in files.items():
-        data, answer = stream.take(left, state["state"] in ENDED)
+        data, answer = stream.take(left, state["state"] in RESTING)
         left -= len(data)
         payload += data
         answers[name] = answer
@@ -77,9 +78,9 @@ class _Stream:
             return False
         return found.st_size != self.offset or (self.inode is not None and found.st_ino != self.inode)
 
-    def take(self, most: int, ended: bool) -> tuple[bytes, dict[str, Any]]:
+    def take(self, most: int, resting: bool) -> tuple[bytes, dict[str, Any]]:
         """The bytes from the cursor on, and the answer: their length, the new cursor, markers, whether that is all."""
-        answer: dict[str, Any] = {"bytes": 0, "truncated": False, "replaced": False, "missing": False, "eof": ended}
+        answer: dict[str, Any] = {"bytes": 0, "truncated": False, "replaced": False, "missing": False, "eof": resting}
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -102,7 +103,7 @@ class _Stream:
             self.head = _head(fd, self.offset)
         finally:
             os.close(fd)
-        answer.update(bytes=len(data), cursor=self._cursor(), size=size, eof=ended and self.offset >= size)
+        answer.update(bytes=len(data), cursor=self._cursor(), size=size, eof=resting and self.offset >= size)
         return data, answer
 
     def _cursor(self) -> dict[str, Any]:

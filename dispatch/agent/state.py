@@ -11,10 +11,8 @@ from .paths import RunPaths
 from .processes import boot_clock, boot_id, is_alive
 from .protocol import CRASHED, FAIL, PASS, REFUSED, UNKNOWN
 
-#: States of a run that ran, and whose story is over.
-ENDED = frozenset({"finished", "lost", "interrupted"})
 #: States in which nothing more will happen to a run by itself.
-RESTING = ENDED | {"absent", "reserved"}
+RESTING = frozenset({"absent", "reserved", "finished", "lost", "interrupted"})
 _EXIT_CODES = {
     "pass": PASS,
     "fail": FAIL,

@@ -15,7 +15,7 @@ from .durable import read_json, write_json
 from .job import Job
 from .launching import wants_device
 from .paths import Root, RunPaths
-from .processes import become_subreaper, boot_id, look
+from .processes import SUPERVISOR, become_subreaper, boot_id, call_myself, look
 from .reserving import never_started, remove
 
 _LEASE_PAUSE = 0.1
@@ -23,6 +23,7 @@ _LEASE_PAUSE = 0.1
 
 def supervise() -> None:
     """Entry of the supervisor process: its orders are on stdin, its first word goes to stderr, then it is alone."""
+    call_myself(SUPERVISOR)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE):
         # At a shutdown the job gets its TERM too; whoever records how it ended must outlive it.
         signal.signal(number, signal.SIG_IGN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -161,6 +162,44 @@ def test_an_unsupervised_tree_is_ended_and_recorded_as_cancelled(host: AgentHost
         None,
     )
     assert "nobody saw" in answer["state"]["reason"]
+
+
+_ORPHANING = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        with open("out/orphan", "w") as file: file.write(str(os.getpid()))
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+while not os.path.exists("out/orphan"): time.sleep(0.005)
+open("out/ready", "w").close()
+"""
+
+
+@pytest.mark.parametrize("leader_lives", [True, False])
+def test_an_orphan_of_an_unsupervised_run_is_found_by_the_lock_that_it_inherited(
+    host: AgentHost, leader_lives: bool
+) -> None:
+    run = host.python(_ORPHANING + ("time.sleep(600)" if leader_lives else "time.sleep(0.3)"))
+    host.call("launch", chain=[run])
+    os.kill(host.wait(run, "running")["supervisor_pid"], signal.SIGKILL)
+    _ready(host, run)
+    host.wait(run, "unsupervised")
+    orphan = int((host.paths(run).out / "orphan").read_text())
+    if not leader_lives:
+        wait_for(lambda: not Path(f"/proc/{host.state(run)['pid']}").exists())
+        assert host.state(run)["state"] == "unsupervised"
+    # Somebody who only looks at the lock is nobody's business.
+    onlooker = subprocess.Popen(["/bin/sleep", "600"], stdin=host.paths(run).lock.open("rb"))
+    answer = host.call("cancel", run=run, grace=5)
+    assert answer["survivors"] == []
+    assert not Path(f"/proc/{orphan}").exists() or look(orphan).state == "Z"  # type: ignore[union-attr]
+    assert answer["state"]["outcome"] == "cancelled"
+    assert onlooker.poll() is None
+    onlooker.kill()
+    onlooker.wait()
 
 
 def test_other_runs_of_the_same_host_are_left_alone(host: AgentHost) -> None:

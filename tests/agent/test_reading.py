@@ -138,6 +138,15 @@ def test_the_end_is_told_only_by_a_state_sampled_before_the_last_byte(host: Agen
     assert (result["state"]["state"], result["streams"]["launch.log"]["eof"]) == ("finished", True)
 
 
+def test_a_run_that_was_taken_away_or_waits_for_a_launch_does_not_keep_its_follower(host: AgentHost) -> None:
+    for run, state in ((host.python("pass"), "reserved"), ("data-" + "0" * 20, "absent")):
+        begun = time.monotonic()
+        result, _ = read(host, run, {"launch.log": None, "events.jsonl": None}, wait=20)
+        assert result["state"]["state"] == state
+        assert all(stream["eof"] for stream in result["streams"].values())
+        assert time.monotonic() - begun < 5
+
+
 def test_a_truncated_log_is_marked_and_read_from_its_start(host: AgentHost) -> None:
     state = host.ran("print('a long line of the log')")
     cursors: dict[str, Any] = {"launch.log": None}
