@@ -71,6 +71,12 @@ class ModelFolder:
         return str(names[0] if isinstance(names, list) and names else self.config.get("model_type"))
 
     @property
+    def quantization(self) -> str | None:
+        """The method by which the weights are quantized (``gptq``, ``fp8``), None where they are plain numbers."""
+        method = self.config.get("quantization_config")
+        return None if method is None else str(method.get("quant_method", "unknown"))
+
+    @property
     def max_positions(self) -> int | None:
         """The longest sequence that the configuration allows, where it says one."""
         value = self.config.get("max_position_embeddings")

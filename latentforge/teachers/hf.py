@@ -25,7 +25,7 @@ class HFTeacher:
         self.model = model
         self.folder = folder
         self.tokenizer = tokenizer
-        self._dtype = dtype
+        self.dtype = dtype
         self.rows = int(model.get_output_embeddings().weight.shape[0])
         if self.rows < tokenizer.vocab_size:
             raise RefusedError(
@@ -71,8 +71,10 @@ class HFTeacher:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """Architecture, content digest, arithmetic and tokenizer."""
-        return TeacherIdentity(self.folder.architecture, self.folder.sha256, self._dtype, self.tokenizer.sha256)
+        """Architecture, content digest, how its numbers are kept and computed, and tokenizer."""
+        method = self.folder.quantization
+        numbers = self.dtype if method is None else f"{method}/{self.dtype}"
+        return TeacherIdentity(self.folder.architecture, self.folder.sha256, numbers, self.tokenizer.sha256)
 
     @property
     def vocab_size(self) -> int:

@@ -20,8 +20,8 @@ Capability = Literal["score", "sample", "logits", "chat"]
 class TeacherIdentity:
     """Who answers: the same identity gives the same targets.
 
-    ``model`` names the kind (its architecture; no path), ``sha256`` its content, ``quantization`` the numbers that it
-    computes in (``float32``), ``tokenizer_sha256`` its tokenizer.json.
+    ``model`` names the kind (its architecture; no path), ``sha256`` its content, ``quantization`` how its numbers are
+    kept and computed (``float32``, ``gptq/float32``), ``tokenizer_sha256`` its tokenizer.json.
     """
 
     model: str

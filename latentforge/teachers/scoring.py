@@ -87,7 +87,7 @@ def check_agreement(teacher: HFTeacher, store: TargetStore, data: ShardSet, *, s
             fresh = torch.log_softmax(teacher.logits(asked)[-1].double(), dim=-1).cpu().numpy()
             worst = max(worst, float(np.abs(fresh[stored.ids[position]] - stored.logprobs[position]).max()))
             positions += 1
-    tolerance = TOLERANCE[teacher.identity.quantization]
+    tolerance = TOLERANCE[teacher.dtype]
     if not worst <= tolerance:
         raise FailedError(
             f"stored targets differ from the teacher's own by {worst:.3g} nats at {positions} positions asked again "

@@ -177,6 +177,18 @@ def test_packing_loses_no_token_and_stops_at_the_limit(
     assert packed.tokens >= rows * length
 
 
+@given(texts=st.lists(st.text(st.characters(codec="utf-8")) | st.just(f"a{EOS}b"), max_size=15))
+def test_every_document_comes_back_whole_and_ends_in_the_end_token(
+    tmp_path_factory: pytest.TempPathFactory, built: ShardSet, texts: list[str]
+) -> None:
+    tokenizer, path = built.tokenizer(), tmp_path_factory.mktemp("p") / "train.bin"
+    pack(tokenizer.encode(texts), path, vocab_size=tokenizer.vocab_size, sequence_length=1, limit=None)
+    stream = np.fromfile(path, dtype="<u2")
+    parts = np.split(stream, np.flatnonzero(stream == tokenizer.eos_id) + 1)
+    assert parts.pop().size == 0, "nothing follows the last end token"
+    assert [tokenizer.backend.decode(part.tolist()) for part in parts] == texts
+
+
 @given(n=st.integers(1, 60), batch=st.integers(1, 70), seed=st.integers(0, 2**53 - 1), steps=st.integers(1, 8))
 def test_every_epoch_sees_every_row_once_and_a_step_needs_no_history(n: int, batch: int, seed: int, steps: int) -> None:
     order = BatchOrder(n, batch, seed)
