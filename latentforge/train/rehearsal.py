@@ -33,10 +33,10 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 
 def tiny_spec(**distill: Any) -> PipelineSpec:
-    """The recipe ``tiny`` with some values of its distill section replaced (``frozen`` is the student's)."""
+    """The recipe ``tiny`` with some values of its distill section replaced (``frozen`` and ``init`` the student's)."""
     spec = resolve_pipeline("tiny", env={}, overrides={}).spec
-    frozen = distill.pop("frozen", False)
-    student = spec.distill.student.model_copy(update={"frozen": frozen})
+    of_student = {name: distill.pop(name) for name in ("frozen", "init") if name in distill}
+    student = spec.distill.student.model_copy(update=of_student)
     section = type(spec.distill).model_validate({**spec.distill.model_dump(), **distill, "student": student})
     return spec.model_copy(update={"distill": section})
 

@@ -1,0 +1,87 @@
+"""A checkpoint is whole, or it is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import latentforge.train.checkpoint as module
+from latentforge.errors import FailedError, RefusedError
+from latentforge.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+
+
+def checkpoint(step: int, value: float = 1.0) -> Checkpoint:
+    weights = {"a": torch.full((4, 3), value), "b": torch.zeros(5)}
+    moments = {"a/exp_avg": torch.full((4, 3), value / 2), "a/step": torch.tensor(float(step))}
+    return Checkpoint("student", step, weights, moments, torch.get_rng_state(), 1)
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    written = save_checkpoint(tmp_path, checkpoint(3, 0.1), start={})
+    found = load_checkpoint(written.path)
+    assert (found.model, found.step, found.threads) == ("student", 3, 1)
+    assert torch.equal(found.weights["a"], checkpoint(3, 0.1).weights["a"])
+    assert torch.equal(found.moments["a/step"], torch.tensor(3.0))
+    assert torch.equal(found.rng, torch.get_rng_state())
+    assert written.bytes >= written.expected_bytes == (12 + 5 + 12 + 1) * 4
+
+
+def test_unmoved_tensors_are_counted_and_named(tmp_path: Path) -> None:
+    start = {name: module.tensor_sha256(value) for name, value in checkpoint(0, 0.0).weights.items()}
+    written = save_checkpoint(tmp_path, checkpoint(1), start=start)
+    assert (written.moved, written.trained, written.unmoved) == (1, 2, ("b",))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("fault", ["cut", "flipped", "gone"])
+def test_a_damaged_file_is_refused_and_the_older_checkpoint_is_taken(tmp_path: Path, name: str, fault: str) -> None:
+    save_checkpoint(tmp_path, checkpoint(1), start={})
+    save_checkpoint(tmp_path, checkpoint(2), start={})
+    file = tmp_path / "step-000002" / name
+    content = file.read_bytes()
+    if fault == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:200] if fault == "cut" and len(content) > 200 else b"~" + content[1:-1])
+    with pytest.raises(RefusedError, match="step-000002"):
+        load_checkpoint(tmp_path / "step-000002")
+    found, said = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+
+
+def test_a_checkpoint_left_half_written_is_said_and_is_none(tmp_path: Path) -> None:
+    (tmp_path / ".partial-step-000009").mkdir()
+    assert newest_checkpoint(tmp_path) == (
+        None,
+        ["checkpoint .partial-step-000009 was left unfinished and is skipped"],
+    )
+
+
+def test_a_save_that_writes_something_else_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.save_file
+
+    def wrong(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        real({name: value + 1 if value.is_floating_point() else value for name, value in tensors.items()}, path)
+
+    monkeypatch.setattr(module, "save_file", wrong)
+    with pytest.raises(FailedError, match="on disk is not what was in memory"):
+        save_checkpoint(tmp_path, checkpoint(1), start={})
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        save_checkpoint(tmp_path, checkpoint(step), start={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, checkpoint(1), start={}).path
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "schema": 2}))
+    with pytest.raises(RefusedError, match="schema 2; 1 is read here"):
+        load_checkpoint(path)

@@ -1,0 +1,261 @@
+"""The recipe ``distill``: what it refuses, what it says, and what its verdicts do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentforge.errors import RefusedError
+from latentforge.events import Event, read_events
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import PipelineSpec
+from latentforge.train import distill, effective
+from latentforge.train.inprocess import plan
+from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.rehearsal import tiny_events, tiny_run
+from latentforge.train.run import execute
+from latentforge.verdicts import ExitCode
+
+MakeRun = Callable[..., RunDir]
+RunHere = Callable[[RunDir], tuple[ExitCode, str]]
+
+
+def verdicts(events: list[Event]) -> dict[str, str]:
+    return {e.fields["falsifier"]: e.fields["outcome"] for e in events if e.kind == "verdict"}
+
+
+def test_tiny_passes_every_falsifier_and_says_what_it_did() -> None:
+    run, events = tiny_run(), tiny_events()
+    assert set(verdicts(events).values()) == {"pass"}
+    assert {"F-DISTILL-SMOKE-001", "F-DISTILL-SMOKE-002", "F-EFFECTIVE-CONFIG-001"} <= set(verdicts(events))
+    assert events[-1].kind == "end"
+    assert events[-1].fields["code"] == 0
+    said = effective.read(run)
+    assert said["kernel_backend"] in ("cpu", "reference")
+    assert said["requested"] == run.load_identity().spec
+    assert said["effective"]["distill"]["micro_batch_size"] == 16
+    assert said["device"]["threads"] == 1
+    assert {"student", "twin"} == set(said["flops"])
+    assert said["peak_memory_bytes"] > 0
+    assert {"train", "twin", "save"} <= set(said["timings"])
+    assert all(len(value["sha256"]) == 64 for value in said["inputs"].values())
+    metrics = json.loads((run.out / "metrics.json").read_text())
+    assert metrics["models"]["student"]["final"]["val_kl"] < metrics["models"]["twin"]["final"]["val_kl"]
+    sample = json.loads((run.out / "samples.json").read_text())[0]
+    assert {"prompt", "text", "teacher", "student", "twin"} == set(sample)
+
+
+def test_a_step_event_carries_what_was_in_force() -> None:
+    steps = [e.fields for e in tiny_events() if e.kind == "step"]
+    assert len(steps) == 120
+    assert {s["model"] for s in steps} == {"student", "twin"}
+    assert all(s["rows"] == s["denominator"] == 16 * 31 and s["sequences"] == 16 for s in steps)
+    assert all("kd" in s for s in steps if s["model"] == "student")
+    assert not any("kd" in s for s in steps if s["model"] == "twin")
+
+
+def test_student_and_twin_have_the_same_start_and_the_same_data() -> None:
+    first = {
+        (e.fields["model"], e.fields["name"]): e.fields["value"]
+        for e in tiny_events()
+        if e.kind == "metric" and e.fields["step"] == 0
+    }
+    assert first["student", "val_loss"] == first["twin", "val_loss"]
+    steps = [e.fields for e in tiny_events() if e.kind == "step" and e.fields["step"] == 1]
+    assert steps[0]["ce"] == steps[1]["ce"]
+
+
+def test_a_frozen_student_fails_001_and_the_run_ends_in_order() -> None:
+    run, events = tiny_run(frozen=True), tiny_events(frozen=True)
+    found = verdicts(events)
+    assert found["F-DISTILL-SMOKE-001"] == "fail"
+    assert found["F-ARTEFACT-MOVED-001"] == "fail"
+    assert found["F-EFFECTIVE-CONFIG-001"] == "pass"
+    assert events[-1].fields["code"] == 1
+    assert len([e for e in events if e.kind == "step"]) == 120
+    assert (run.out / "student" / "model.safetensors").is_file()
+
+
+def test_without_kd_the_student_is_its_own_twin_and_002_fails() -> None:
+    events = tiny_events(kd_weight=0.0)
+    final = [e.fields["value"] for e in events if e.kind == "metric" and e.fields["name"] == "val_kl"]
+    assert final[1] == final[3]
+    assert verdicts(events)["F-DISTILL-SMOKE-002"] == "fail"
+    assert events[-1].fields["code"] == 1
+
+
+def test_the_saved_student_is_a_normal_folder(make_run: MakeRun, run_here: RunHere) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = make_run()
+    run_here(run)
+    folder = run.out / "student"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("import os", return_tensors="pt").input_ids
+    assert model(ids).logits.shape[-1] == 320
+    assert tokenizer.decode(ids[0]) == "import os"
+
+
+def test_ce_weight_0_gives_the_twin_cross_entropy_to_train_on(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run(ce_weight=0.0, kd_weight=1.0, require=("F-DISTILL-SMOKE-002",))
+    run_here(run)
+    final = [e.fields for e in read_events(run.events_file) if e.kind == "step" and e.fields["model"] == "twin"][-1]
+    assert final["loss"] == pytest.approx(final["ce"])
+
+
+def test_bf16_keeps_fp32_masters_in_its_checkpoints_and_saves_bf16(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run(precision="bf16", micro_batch_size=5)
+    code, text = run_here(run)
+    assert code == 0, text
+    checkpoint = load_file(run.checkpoints / "step-000024" / "model.safetensors")
+    saved = load_file(run.out / "student" / "model.safetensors")
+    assert {t.dtype for t in checkpoint.values()} == {torch.float32}
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    assert effective.read(run)["effective"]["distill"]["precision"] == "bf16"
+    assert effective.read(run)["effective"]["micro_batches"] == 4
+
+
+def test_a_temperature_without_stored_tails_runs_on_live_dense_targets(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run(temperature=2.0)
+    assert "targets" not in run.load_launch().resolved
+    code, text = run_here(run)
+    assert code == 0, text
+    assert effective.read(run)["effective"]["distill"]["targets"] == "live"
+
+
+def test_a_falsifier_that_nothing_checks_is_refused(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run(require=("F-DISTILL-SMOKE-003",))
+    code, text = run_here(run)
+    assert code == 2
+    assert "error: distill.require names F-DISTILL-SMOKE-003, which no run can check" in text
+    assert "next: known: F-DISTILL-SMOKE-00" in text
+
+
+def test_a_trainer_that_drops_the_learning_rate_is_stopped_before_step_1(
+    make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(MasterOptimiser):
+        def __init__(self, model: Any, *, learning_rate: float, **rest: Any) -> None:
+            super().__init__(model, learning_rate=1e-3, **rest)
+
+    monkeypatch.setattr(distill, "MasterOptimiser", Deaf)
+    run = make_run()
+    code, text = run_here(run)
+    assert code == 1
+    assert "learning_rate = 0.003 asked, 0.001 in force" in text
+    assert not any(e.kind == "step" for e in read_events(run.events_file))
+
+
+def test_an_input_that_was_altered_is_refused(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run()
+    shard = run.input_path("data") / "heldout.bin"
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 1
+    shard.write_bytes(content)
+    code, text = run_here(run)
+    assert code == 2
+    assert "out/heldout.bin is not what that run wrote" in text
+
+
+def test_an_input_run_that_did_not_pass_is_refused(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run()
+    source = run.input_run("targets")
+    assert source is not None
+    lines = source.events_file.read_text().splitlines(keepends=True)
+    source.events_file.write_text("".join(lines[:-1]))
+    code, text = run_here(run)
+    assert code == 2
+    assert f"input 'targets': run {source.run} has not ended" in text
+
+
+def test_a_store_of_another_teacher_is_refused(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run()
+    teacher = run.input_run("teacher")
+    assert teacher is not None
+    file = teacher.out / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    teacher.artifacts_file.unlink()
+    code, text = run_here(run)
+    assert code == 2
+    assert "the store was filled by teacher" in text
+
+
+def test_code_other_than_planned_is_refused(
+    make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import latentforge.train.run as train_run
+
+    class Other:
+        digest = "0" * 64
+
+    run = make_run()
+    monkeypatch.setattr(train_run, "running_code", Other)
+    code, text = run_here(run)
+    assert code == 2
+    assert "this process runs 000000000000…" in text
+
+
+def test_a_run_that_was_started_is_not_started_again(make_run: MakeRun, run_here: RunHere) -> None:
+    run = make_run(steps=2)
+    run_here(run)
+    before = run.events_file.read_bytes()
+    with pytest.raises(RefusedError, match="was started before"):
+        execute(run.path)
+    assert run.events_file.read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused_without_a_trace(tmp_path: Path) -> None:
+    folder = tmp_path / ("distill-" + "0" * 20)
+    folder.mkdir()
+    with pytest.raises(RefusedError, match=r"identity\.json is missing"):
+        execute(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_bug_ends_the_run_as_crashed_with_its_traceback(
+    make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(distill, "evaluate", broken)
+    run = make_run()
+    code, text = run_here(run)
+    assert code == 5
+    assert "Traceback (most recent call last)" in text
+    end = read_events(run.events_file)[-1]
+    assert (end.kind, end.fields["code"], end.fields["reason"]) == ("end", 5, "ZeroDivisionError: planted")
+
+
+def from_teacher(run: RunDir) -> str:
+    return str(run.input_path("teacher") / "model")
+
+
+@pytest.mark.parametrize(("profile", "code"), [("smoke", 0), ("full", 2)])
+def test_a_student_that_starts_as_its_teacher_is_said_or_refused(
+    make_run: MakeRun, run_here: RunHere, profile: str, code: int
+) -> None:
+    init = from_teacher(make_run(steps=3))
+    run = make_run(init=init, profile=profile, steps=4)
+    found, text = run_here(run)
+    assert "teacher and student are the same model" in text
+    if code == 2:
+        assert found == 2
+    else:
+        assert any(e.kind == "warning" and "same model" in e.fields["message"] for e in read_events(run.events_file))
+        assert any("already answers as its teacher" in line for line in text.splitlines())
+        assert effective.read(run)["effective"]["distill"]["student"]["init"].startswith("sha256:")
+
+
+def test_the_plan_of_the_same_pipeline_is_the_same(make_run: MakeRun) -> None:
+    spec = PipelineSpec()
+    assert [p.run_id for p in plan(spec)] == [p.run_id for p in plan(spec)]

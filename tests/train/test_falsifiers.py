@@ -1,0 +1,144 @@
+"""Verdicts follow from the events alone: each can pass, each can fail, and none passes on nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from latentforge.contracts.load import load_contracts
+from latentforge.contracts.runner import check_falsifier
+from latentforge.events import Event
+from latentforge.train.falsifiers import REQUIRABLE, judge
+from latentforge.train.optimiser import warmup_cosine
+from latentforge.verdicts import Outcome, parse_line
+
+RUN = "distill-" + "a" * 20
+ASKED = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "steps": 6}
+OURS = ("pipeline", "smoke", "student", "effective-configuration", "artefacts", "batch-honesty")
+
+
+def good_events() -> list[Event]:
+    """The events of a run with which nothing is wrong."""
+    schedule = warmup_cosine(2, 6)
+    told: list[tuple[str, dict[str, Any]]] = [
+        (
+            "phase",
+            {
+                "name": "ready",
+                "state": "end",
+                "requested": {"distill": dict(ASKED)},
+                "effective": {"distill": dict(ASKED), "predictions_per_sequence": 7},
+            },
+        )
+    ]
+    for model, last in (("student", 0.5), ("twin", 0.8)):
+        told += [("metric", _metric(model, "val_loss", 0, 5.0)), ("metric", _metric(model, "val_kl", 0, 2.0))]
+        for step in range(1, 7):
+            rate = 1e-3 * schedule(step - 1)
+            rows = {"rows": 28, "denominator": 28, "sequences": 4}
+            told.append(("step", {"model": model, "step": step, "steps": 6, "learning_rate": rate, **rows}))
+        told += [("metric", _metric(model, "val_loss", 6, 3.0)), ("metric", _metric(model, "val_kl", 6, last))]
+    weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
+    told.append(("checkpoint", {"step": 6, "product": True, **weight}))
+    return [Event(seq, float(seq), "", RUN, kind, fields) for seq, (kind, fields) in enumerate(told)]
+
+
+def _metric(model: str, name: str, step: int, value: float) -> dict[str, Any]:
+    return {"model": model, "name": name, "step": step, "value": value, "split": "heldout"}
+
+
+def change(events: list[Event], kind: str, where: dict[str, Any], **values: Any) -> list[Event]:
+    """The events with ``values`` put into those of ``kind`` that match ``where``."""
+    changed = copy.deepcopy(events)
+    hit = [e for e in changed if e.kind == kind and where.items() <= e.fields.items()]
+    assert hit
+    for event in hit:
+        event.fields.update(values)
+    return changed
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRABLE))
+def test_a_good_run_passes_and_no_events_are_unknown(name: str) -> None:
+    found = REQUIRABLE[name](good_events())
+    assert (found.falsifier, found.outcome, found.run) == (name, Outcome.PASS, RUN)
+    assert REQUIRABLE[name]([]).outcome is Outcome.UNKNOWN
+    parsed = parse_line(found.line())
+    assert parsed is not None
+    assert parsed.text == found.text
+
+
+FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "F-DISTILL-SMOKE-001",
+        "metric",
+        {"name": "val_loss", "model": "student", "step": 6},
+        {"value": 5.0},
+        "val_loss 5.0000 >= 5.0000 at step 6",
+    ),
+    ("F-DISTILL-SMOKE-001", "metric", {"name": "val_loss", "model": "student", "step": 6}, {"value": "nan"}, "nan >="),
+    ("F-DISTILL-PIPELINE-001", "metric", {"name": "val_loss", "model": "student", "step": 6}, {"value": 5.1}, ">="),
+    (
+        "F-DISTILL-SMOKE-002",
+        "metric",
+        {"name": "val_kl", "model": "student", "step": 6},
+        {"value": 0.8},
+        "val_kl 0.8000 >= 0.8000 of its twin without KD",
+    ),
+    ("F-DISTILL-SMOKE-002", "metric", {"name": "val_kl", "model": "twin", "step": 6}, {"value": "inf"}, "not finite"),
+    ("F-BATCH-ROWS-001", "step", {"step": 3}, {"rows": 7}, "step 3: 7 rows over 28, 28 were asked"),
+    ("F-BATCH-ROWS-001", "step", {"step": 3}, {"denominator": 7}, "step 3"),
+    ("F-BATCH-ROWS-001", "step", {"step": 3}, {"sequences": 1}, "step 3"),
+    ("F-EFFECTIVE-LR-001", "step", {"step": 4, "model": "student"}, {"learning_rate": 1e-5}, "at step 4"),
+    ("F-ARTEFACT-SIZE-001", "checkpoint", {}, {"bytes": 200}, "200 bytes, its tensors need 800"),
+    (
+        "F-ARTEFACT-MOVED-001",
+        "checkpoint",
+        {},
+        {"moved": 8, "unmoved": ["embed"]},
+        "8 of 9 tensors moved; unmoved: embed",
+    ),
+    ("F-ARTEFACT-MOVED-001", "checkpoint", {}, {"moved": 0, "tensors": 0}, "0 of 0"),
+    (
+        "F-EFFECTIVE-CONFIG-001",
+        "phase",
+        {"name": "ready"},
+        {"effective": {"distill": {**ASKED, "batch_size": 1}, "predictions_per_sequence": 7}},
+        "batch_size = 4 asked, 1 in force",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "where", "values", "text"), FAULTS)
+def test_a_planted_fault_fails(name: str, kind: str, where: dict[str, Any], values: dict[str, Any], text: str) -> None:
+    found = REQUIRABLE[name](change(good_events(), kind, where, **values))
+    assert found.outcome is Outcome.FAIL
+    assert text in found.text
+
+
+def test_a_run_without_its_last_metric_is_unknown_not_pass() -> None:
+    events = [e for e in good_events() if not (e.kind == "metric" and e.fields["step"] == 6)]
+    assert REQUIRABLE["F-DISTILL-SMOKE-001"](events).outcome is Outcome.UNKNOWN
+    assert REQUIRABLE["F-DISTILL-SMOKE-002"](events).outcome is Outcome.UNKNOWN
+
+
+def test_a_run_that_lacks_a_step_is_unknown() -> None:
+    events = [e for e in good_events() if not (e.kind == "step" and e.fields["step"] == 5)]
+    assert REQUIRABLE["F-DISTILL-PIPELINE-001"](events).outcome is Outcome.UNKNOWN
+
+
+def test_required_verdicts_come_last_and_none_comes_twice() -> None:
+    names = [v.falsifier for v in judge(good_events(), ["F-DISTILL-SMOKE-002", "F-BATCH-ROWS-001"])]
+    assert names[-2:] == ["F-DISTILL-SMOKE-002", "F-BATCH-ROWS-001"]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_claim_holds_and_its_control_is_seen_failing(name: str) -> None:
+    contract = load_contracts().named(name)
+    for falsifier in contract.falsifiers:
+        found = check_falsifier(contract, falsifier)
+        assert found.verdict.outcome is Outcome.PASS, (falsifier.id, found.verdict.text)
+        assert found.control is not None
+        assert found.control.passed is False
