@@ -77,6 +77,7 @@ def launch(
     if plan.build is not None:
         build(plan.build, ask, facts, transport, follower, plan, say=say)
     if any(one.will == "run" for one in plan.chain):
+        follower.goal = plan.chain[-1].run
         # Noted before the launch: if the reply is lost, the run can still be found by its name.
         remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
         for one in plan.chain:

@@ -43,6 +43,7 @@ class Session:
             PlainObserver(name, sys.stderr if self.json else None) if plain else LiveObserver(name)
         )
         self.follower = Follower(self.transport, self.places, self.observer)
+        self.concluding = False
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -59,6 +60,7 @@ class Session:
                 return self._left(plan.chain[-1].run, "launched; it goes on by itself.", ExitCode.PASS)
             applied = apply(plan, ask, self.transport, self.places, self.follower, say=self.say)
             self.observer.close()
+            self.concluding = True
             return self._concluded(plan, ask, facts, applied)
         except KeyboardInterrupt:
             return self._detached(ask.command)
@@ -136,7 +138,13 @@ class Session:
     def _detached(self, again: str) -> ExitCode:
         self.observer.close()
         run = self.follower.goal or self.observer.run
-        if run is None or not self.places.record(run).is_file():
+        if self.concluding:
+            self.say(f"\nstopped while collecting {run}; nothing is lost.   again:  {again}")
+            return ExitCode.DETACHED
+        if run.startswith("build-"):
+            self.say(f"\ndetached; the build goes on, and nothing else was launched yet.   again:  {again}")
+            return ExitCode.DETACHED
+        if not run or not self.places.record(run).is_file():
             self.say(f"\nstopped before anything was launched; what was done is kept.   again:  {again}")
             return ExitCode.DETACHED
         return self._left(run, "\ndetached; the run goes on.", ExitCode.DETACHED)

@@ -26,6 +26,7 @@ from dispatch.places import Places
 from dispatch.session import Session
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
+from latentforge.spec.code import code_around
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TRAINER = Path(__file__).with_name("fake_trainer.py")
@@ -75,12 +76,13 @@ class Laptop:
     def cwd(self) -> Path:
         return self.home / "work"
 
-    def cli(self, *words: str, timeout: float = 120.0, **env: str) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *words: str, timeout: float = 120.0, cwd: Path | None = None, group: str = "dispatch", **env: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""
-        argv = [sys.executable, "-m", "latentforge", "dispatch", *words]
-        return subprocess.run(
-            argv, cwd=self.cwd, env={**self.env, **env}, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        argv = [sys.executable, "-P", "-m", "latentforge", group, *words]
+        where, env = cwd or self.cwd, {**self.env, **env}
+        return subprocess.run(argv, cwd=where, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(autouse=True)
@@ -144,13 +146,24 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     return made
 
 
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the code under test that nobody edits while the tests run: an edit would be other code, other runs."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name, path in code_around(CHECKOUT).files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy / name)
+    return copy
+
+
 @pytest.fixture
-def ask() -> Callable[..., Ask]:
-    """What `go tiny` asks of a host, from the checkout under test."""
+def ask(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ask]:
+    """What `go tiny` asks of a host, from a checkout that this interpreter is said to run."""
+    monkeypatch.setattr("dispatch.ask.running_code", lambda: code_around(checkout))
 
     def make(host: Host | None = None, *overrides: str, **more: Any) -> Ask:
         env = more.pop("env", {})
-        return asked("tiny", host or Host(name="local"), env=env, overrides=overrides, folder=CHECKOUT, **more)
+        return asked("tiny", host or Host(name="local"), env=env, overrides=overrides, folder=checkout, **more)
 
     return make
 

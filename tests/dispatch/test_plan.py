@@ -53,16 +53,15 @@ def wills(plan: Plan) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def asks(request: pytest.FixtureRequest) -> dict[str, Ask]:
+def asks(checkout: Any) -> dict[str, Ask]:
     """One request for an SSH host and one for local, made once: the planner must not change them."""
-    from pathlib import Path
+    from dataclasses import replace
 
     from dispatch.ask import asked
 
-    checkout = Path(__file__).resolve().parents[2]
     return {
         "box": asked("tiny", BOX, env={}, folder=checkout),
-        "local": asked("tiny", Host(name="local"), env={}, folder=checkout),
+        "local": replace(asked("tiny", Host(name="local"), env={}, folder=checkout), unfit=None),
     }
 
 
