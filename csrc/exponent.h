@@ -1,8 +1,11 @@
-// Exponentials of a row relative to a reference, 2^(c * (x - m)), for whichever Simd was included before this header.
+// Exponentials of a row relative to a reference, 2^(c * (x - m)), for whichever
+// Simd was included before this header.
 //
-// Two accuracies. `fast` (bf16 logits): one multiply-add and a quartic, relative error 2.6e-6, which is 1/1500 of what
-// the gradient loses when it is rounded to bf16. `accurate` (any fp32 logits): argument reduction in the units of the
-// logits and a polynomial of degree six, 2e-9 beside the rounding of fp32.
+// Two accuracies. `fast` (bf16 logits): one multiply-add and a quartic,
+// relative error 2.6e-6, which is 1/1500 of what the gradient loses when it is
+// rounded to bf16. `accurate` (any fp32 logits): argument reduction in the
+// units of the logits and a polynomial of degree six, 2e-9 beside the rounding
+// of fp32.
 #pragma once
 
 #include <cmath>
@@ -49,13 +52,14 @@ struct Exponent {
   // 2^(c * (x - m)), given z = power(x). Minus infinity gives 0, NaN gives NaN.
   V operator()(V x, V z) const {
     if constexpr (!accurate) {
-      const V f = Simd::fraction(z);
+      V n, f;
+      Simd::split(z, n, f);
       V p = Simd::set(0.013534168062f);
       p = Simd::fma(p, f, Simd::set(0.052011460299f));
       p = Simd::fma(p, f, Simd::set(0.2414427571f));
       p = Simd::fma(p, f, Simd::set(0.69300383443f));
       p = Simd::fma(p, f, Simd::set(1.0000025934f));
-      return Simd::scale(p, z);
+      return Simd::scale(p, n);
     } else {
       const V d = Simd::max(Simd::set(lowest), Simd::sub(x, Simd::set(m)));
       const V n = Simd::floor(Simd::mul(d, Simd::set(c)));
@@ -68,11 +72,12 @@ struct Exponent {
       p = Simd::fma(p, f, Simd::set(0.24022983628f));
       p = Simd::fma(p, f, Simd::set(0.69314698384f));
       p = Simd::fma(p, f, Simd::set(1.0000000019f));
-      return Simd::scale(p, n);
+      return Simd::scale_clamped(p, n);
     }
   }
 
-  // The same power of two for one logit, without the reference: origin is what to subtract.
+  // The same power of two for one logit, without the reference: origin is what
+  // to subtract.
   double log2_of(double x) const { return x * per_logit; }
 
   float c = 0.0f, m = 0.0f, mc = 0.0f, hi = 0.0f, lo = 0.0f, lowest = 0.0f;
@@ -93,7 +98,7 @@ inline void narrow(double x, uint16_t* out) {
   const float value = static_cast<float>(x);
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
-  *out = value != value ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  *out = value != value ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x8000u) >> 16);
 }
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

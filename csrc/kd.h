@@ -1,4 +1,5 @@
-// Knowledge-distillation loss and gradient over rows of logits: what a caller hands in, and the variants that do it.
+// Knowledge-distillation loss and gradient over rows of logits: what a caller
+// hands in, and the variants that do it.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +10,17 @@ namespace latentforge {
 
 enum class Dtype : int { f32 = 0, bf16 = 1 };
 
-// Row-major logits whose columns are contiguous; rows may be further apart than they are wide.
+// Row-major logits whose columns are contiguous; rows may be further apart than
+// they are wide.
 struct Logits {
   void* data = nullptr;
   int64_t row_stride = 0;
   Dtype dtype = Dtype::f32;
 };
 
-// One call. The teacher is given as dense logits, as top-k rows with an exact tail, or not at all (both null: only the
-// cross-entropy). Sums per row are neither weighted nor divided; the KL is without its factor of T squared.
+// One call. The teacher is given as dense logits, as top-k rows with an exact
+// tail, or not at all (both null: only the cross-entropy). Sums per row are
+// neither weighted nor divided; the KL is without its factor of T squared.
 struct KdCall {
   int64_t rows = 0;
   int64_t vocab = 0;
@@ -40,6 +43,7 @@ struct KdCall {
 
 // Per-thread working memory of the row kernels.
 struct Scratch {
+  int64_t upcoming = -1;  // the row that comes after this one on this thread, if any
   std::vector<int64_t> block_head;
   std::vector<int64_t> entry_next;
   std::vector<double> student_log2;
@@ -65,11 +69,13 @@ struct BadIndex {
 };
 BadIndex check_indices(const KdCall& call);
 
-// Runs every row on `threads` threads. Each row is computed by one thread from its own numbers only, so the bits do not
-// depend on how many there are. Throws std::invalid_argument for a variant that this machine lacks.
+// Runs every row on `threads` threads. Each row is computed by one thread from
+// its own numbers only, so the bits do not depend on how many there are. Throws
+// std::invalid_argument for a variant that this machine lacks.
 void run_rows(const KdCall& call, const std::string& variant, int threads);
 
-// a[i] += b[i] on `threads` threads: the stream that the kernels' speed is compared with.
+// a[i] += b[i] on `threads` threads: the stream that the kernels' speed is
+// compared with.
 void stream_add(float* a, const float* b, int64_t count, int threads);
 
 }  // namespace latentforge

@@ -1,4 +1,5 @@
-// The row kernels, compiled for the instruction set that this file is named after.
+// The row kernels, compiled for the instruction set that this file is named
+// after.
 #include "simd_avx2.h"
 //
 #include "kd_rows.h"

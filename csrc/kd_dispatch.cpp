@@ -1,4 +1,5 @@
-// Which variant runs, on how many threads, and what is refused before anything is written.
+// Which variant runs, on how many threads, and what is refused before anything
+// is written.
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -15,7 +16,8 @@ namespace latentforge {
 
 namespace {
 
-// Denormal results become zero while a row is computed: they are 1e-38 of nothing and cost a hundred cycles each.
+// Denormal results become zero while a row is computed: they are 1e-38 of
+// nothing and cost a hundred cycles each.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -53,8 +55,8 @@ void one_row(const KdCall& call, RowKernel kernel, int64_t row, Scratch& scratch
   kernel(call, row, scratch);
 }
 
-// Threads live for one call: nothing is left behind for a fork to trip over, and a start costs microseconds where a
-// call takes milliseconds.
+// Threads live for one call: nothing is left behind for a fork to trip over,
+// and a start costs microseconds where a call takes milliseconds.
 template <class Body>
 void on_threads(int threads, Body body) {
   std::vector<std::exception_ptr> failures(static_cast<size_t>(threads));
@@ -71,7 +73,8 @@ void on_threads(int threads, Body body) {
   try {
     for (; started < threads; ++started) pool.emplace_back(guarded, started);
   } catch (const std::system_error&) {
-    // A machine out of threads: those that started, and this one, share the work.
+    // A machine out of threads: those that started, and this one, share the
+    // work.
   }
   guarded(0);
   for (auto& thread : pool) thread.join();
@@ -125,7 +128,14 @@ void run_rows(const KdCall& call, const std::string& variant, int threads) {
   on_threads(count, [&](int) {
     const FlushDenormals flush;
     Scratch scratch;
-    for (int64_t row = next.fetch_add(1); row < call.rows; row = next.fetch_add(1)) one_row(call, kernel, row, scratch);
+    int64_t row = next.fetch_add(1);
+    while (row < call.rows) {
+      scratch.upcoming = next.fetch_add(1);
+      if (scratch.upcoming >= call.rows) scratch.upcoming = -1;
+      one_row(call, kernel, row, scratch);
+      if (scratch.upcoming < 0) break;
+      row = scratch.upcoming;
+    }
   });
 }
 

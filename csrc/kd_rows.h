@@ -1,9 +1,13 @@
-// Loss and gradient of one row, for whichever Simd was included before this header.
+// Loss and gradient of one row, for whichever Simd was included before this
+// header.
 //
-// A row is read twice: once for its sums, once (from cache) for its gradient, which overwrites the student's logits.
-// The sums are taken relative to a reference that is guessed from the first block instead of a maximum that would cost
-// a third sweep; a block whose maximum leaves the guess too far behind is done again with a new one. Sums of a block
-// are fp32 lanes, sums of a row are doubles. Single entries (the label, the top-k) are computed in double precision.
+// A row is read twice: once for its sums, once (from cache) for its gradient,
+// which overwrites the student's logits. The sums are taken relative to a
+// reference that is guessed from the first block instead of a maximum that
+// would cost a third sweep; a block whose sum shows that the guess lies far
+// below it is done again with its own maximum. Sums of a block are fp32 lanes,
+// sums of a row are doubles. Single entries (the label, the top-k) are computed
+// in double precision.
 #pragma once
 
 #include <algorithm>
@@ -20,16 +24,19 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kStep = 2 * Simd::width;
-constexpr float kHeadroom =
-    40.0f;  // powers of two that a logit may lie above the reference: 2^(2*40) still sums in fp32
+// A block's sum from which its reference is too low. Squared (for temperature 1
+// beside 2) it still is an fp32 number.
+constexpr double kTooLow = 0x1p60;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// How the exponential at temperature 1, which the cross-entropy needs, follows from the one at the KD temperature.
+// How the exponential at temperature 1, which the cross-entropy needs, follows
+// from the one at the KD temperature.
 enum class Ce { same, square, separate };
 
 inline bool usable(double sum) { return sum > 0.0 && sum < std::numeric_limits<double>::infinity(); }
 
-// Two rows that are walked together must come in one order of columns; the cheap bf16 order is only for equal types.
+// Two rows that are walked together must come in one order of columns; the
+// cheap bf16 order is only for equal types.
 template <bool ordered, class T>
 void load2(const T* p, Simd::V (&x)[2]) {
   if constexpr (ordered) {
@@ -37,6 +44,14 @@ void load2(const T* p, Simd::V (&x)[2]) {
   } else {
     Simd::load2(p, x[0], x[1]);
   }
+}
+
+// Asks for what the same step of another row needs, into the second-level
+// cache.
+template <class T>
+void fetch_step(const T* p) {
+  for (int64_t byte = 0; byte < kStep * static_cast<int64_t>(sizeof(T)); byte += 64)
+    Simd::prefetch(reinterpret_cast<const char*>(p) + byte);
 }
 
 template <class T>
@@ -54,14 +69,13 @@ float highest(const T* p, int64_t n) {
   return Simd::highest(best);
 }
 
-// The student's half of a row: sums at the KD temperature and at temperature 1 over one shared reference.
+// The student's half of a row: sums at the KD temperature and at temperature 1
+// over one shared reference.
 template <class S, Ce ce, bool accurate>
 struct Student {
   using V = Simd::V;
 
-  explicit Student(double temperature) : at_t(temperature), at_one(1.0) {
-    steepest = ce == Ce::separate ? std::max(at_t.c, at_one.c) : at_t.c;
-  }
+  explicit Student(double temperature) : at_t(temperature), at_one(1.0) {}
 
   V ce_exponential(V x, V e) const {
     if constexpr (ce == Ce::same) return e;
@@ -69,7 +83,8 @@ struct Student {
     return at_one(x, at_one.power(x));
   }
 
-  // Moves the reference; returns by how many powers of two the row's exponentials at temperature T change.
+  // Moves the reference; returns by how many powers of two the row's
+  // exponentials at temperature T change.
   double move_to(float reference) {
     const double before = at_t.origin, before_one = at_one.origin;
     at_t.move_to(reference);
@@ -84,9 +99,8 @@ struct Student {
     return shift;
   }
 
-  bool too_high(float maximum) const { return (maximum - at_t.m) * steepest > kHeadroom; }
-
-  // The temperature-1 quantities, in the units of the exponential that was used for them.
+  // The temperature-1 quantities, in the units of the exponential that was used
+  // for them.
   double ce_per_logit() const {
     if constexpr (ce == Ce::same) return at_t.per_logit;
     if constexpr (ce == Ce::square) return 2.0 * at_t.per_logit;
@@ -100,7 +114,6 @@ struct Student {
   double ce_sum() const { return ce == Ce::same ? sum : sum_one; }
 
   Exponent<accurate> at_t, at_one;
-  float steepest;
   bool placed = false;  // whether the reference was taken from a finite logit
   double sum = 0.0, sum_one = 0.0;
 };
@@ -112,14 +125,15 @@ void fill_row(S* s, int64_t n, double value) {
   std::fill(s, s + n, filler);
 }
 
-// ---------------------------------------------------------------------------------------------- dense teacher
+// ----------------------------------------------------------------------------------------------
+// dense teacher
 
 struct DenseSums {
   double student, student_one, teacher, cross;
-  float student_max, teacher_max;
 };
 
-// `careful` keeps logits of minus infinity out of the cross term, where 0 * infinity would be NaN.
+// `careful` keeps logits of minus infinity out of the cross term, where 0 *
+// infinity would be NaN.
 template <bool careful, class S, class T, Ce ce, bool accurate>
 DenseSums dense_sums(const S* s, const T* t, int64_t n, const Student<S, ce, accurate>& student,
                      const Exponent<accurate>& teacher) {
@@ -127,14 +141,11 @@ DenseSums dense_sums(const S* s, const T* t, int64_t n, const Student<S, ce, acc
   constexpr bool mixed = !std::is_same_v<S, T>;
   const V zero = Simd::set(0.0f);
   V student_sum[2] = {zero, zero}, one_sum[2] = {zero, zero}, teacher_sum[2] = {zero, zero}, cross[2] = {zero, zero};
-  V student_max = Simd::set(-kInfinity), teacher_max = student_max;
   for (int64_t i = 0; i < n; i += kStep) {
     V x[2], y[2];
     load2<mixed>(s + i, x);
     load2<mixed>(t + i, y);
     for (int j = 0; j < 2; ++j) {
-      student_max = Simd::max(student_max, x[j]);
-      teacher_max = Simd::max(teacher_max, y[j]);
       const V zs = student.at_t.power(x[j]), zt = teacher.power(y[j]);
       const V es = student.at_t(x[j], zs), et = teacher(y[j], zt);
       student_sum[j] = Simd::add(student_sum[j], es);
@@ -149,8 +160,7 @@ DenseSums dense_sums(const S* s, const T* t, int64_t n, const Student<S, ce, acc
     }
   }
   const auto total = [](const V(&v)[2]) { return static_cast<double>(Simd::sum(Simd::add(v[0], v[1]))); };
-  return {total(student_sum),        total(one_sum), total(teacher_sum), total(cross), Simd::highest(student_max),
-          Simd::highest(teacher_max)};
+  return {total(student_sum), total(one_sum), total(teacher_sum), total(cross)};
 }
 
 template <class S, class T, Ce ce, bool accurate>
@@ -190,11 +200,24 @@ struct DenseRow {
     for (;;) {
       const DenseSums sums =
           careful ? dense_sums<true>(s, t, n, student, teacher) : dense_sums<false>(s, t, n, student, teacher);
-      const bool student_high = student.too_high(sums.student_max);
-      const bool teacher_high = (sums.teacher_max - teacher.m) * teacher.c > kHeadroom;
-      if (student_high) move_student(sums.student_max);
-      if (teacher_high) move_teacher(sums.teacher_max);
-      if (student_high || teacher_high) continue;
+      // NaN fails these comparisons too; where no higher reference is to be
+      // had, it stays.
+      bool moved = false;
+      if (!(sums.student < kTooLow && sums.student_one < kTooLow * kTooLow)) {
+        const float best = highest(s, n);
+        if (best > student.at_t.m) {
+          move_student(best);
+          moved = true;
+        }
+      }
+      if (!(sums.teacher < kTooLow)) {
+        const float best = highest(t, n);
+        if (best > teacher.m) {
+          move_teacher(best);
+          moved = true;
+        }
+      }
+      if (moved) continue;
       if (!careful && sums.cross != sums.cross) {
         careful = true;
         continue;
@@ -210,7 +233,8 @@ struct DenseRow {
 
 template <class S, class T, Ce ce, bool accurate>
 void dense_gradient(S* s, const T* t, int64_t n, const Student<S, ce, accurate>& student,
-                    const Exponent<accurate>& teacher, float kd, float one, float minus_teacher) {
+                    const Exponent<accurate>& teacher, float kd, float one, float minus_teacher, const S* ahead,
+                    const T* teacher_ahead) {
   using V = Simd::V;
   constexpr bool mixed = !std::is_same_v<S, T>;
   const V kd_factor = Simd::set(kd), one_factor = Simd::set(one), teacher_factor = Simd::set(minus_teacher);
@@ -218,6 +242,10 @@ void dense_gradient(S* s, const T* t, int64_t n, const Student<S, ce, accurate>&
     V x[2], y[2], g[2];
     load2<mixed>(s + i, x);
     load2<mixed>(t + i, y);
+    if (ahead != nullptr) {
+      fetch_step(ahead + i);
+      fetch_step(teacher_ahead + i);
+    }
     for (int j = 0; j < 2; ++j) {
       const V es = student.at_t(x[j], student.at_t.power(x[j])), et = teacher(y[j], teacher.power(y[j]));
       g[j] = Simd::fma(et, teacher_factor, Simd::mul(es, kd_factor));
@@ -232,7 +260,7 @@ void dense_gradient(S* s, const T* t, int64_t n, const Student<S, ce, accurate>&
 }
 
 template <class S, class T, Ce ce, bool accurate>
-void dense_row(const KdCall& call, int64_t row, Scratch&) {
+void dense_row(const KdCall& call, int64_t row, Scratch& scratch) {
   S* s = row_of<S>(call.student, row);
   const T* t = row_of<T>(call.teacher, row);
   const int64_t vocab = call.vocab, whole = vocab - vocab % kStep, rest = vocab - whole;
@@ -272,11 +300,16 @@ void dense_row(const KdCall& call, int64_t row, Scratch&) {
               of_one * std::exp2(s_label * one_unit - student.ce_origin()) -
               of_teacher * std::exp2(z_teacher - sums.teacher.origin) - call.ce_scale;
   }
+  // The next row pair is fetched while this one is computed, so that its first
+  // sweep finds it in cache.
+  const S* ahead = scratch.upcoming >= 0 ? row_of<S>(call.student, scratch.upcoming) : nullptr;
+  const T* teacher_ahead = scratch.upcoming >= 0 ? row_of<T>(call.teacher, scratch.upcoming) : nullptr;
   const auto sweep = [&](const auto& form, float kd, float one) {
     const float minus_teacher = static_cast<float>(-of_teacher);
-    dense_gradient(s, t, whole, form, sums.teacher, kd, one, minus_teacher);
+    dense_gradient(s, t, whole, form, sums.teacher, kd, one, minus_teacher, ahead, teacher_ahead);
     if (rest == 0) return;
-    dense_gradient(s_rest, t_rest, kStep, form, sums.teacher, kd, one, minus_teacher);
+    dense_gradient(s_rest, t_rest, kStep, form, sums.teacher, kd, one, minus_teacher, static_cast<const S*>(nullptr),
+                   static_cast<const T*>(nullptr));
     std::copy(s_rest, s_rest + rest, s + whole);
   };
   if (ce == Ce::same || call.ce_scale == 0.0) {
@@ -290,7 +323,8 @@ void dense_row(const KdCall& call, int64_t row, Scratch&) {
   if (label >= 0) narrow(g_label, s + label);
 }
 
-// ------------------------------------------------------------------------- top-k teacher, or no teacher (k = 0)
+// -------------------------------------------------------------------------
+// top-k teacher, or no teacher (k = 0)
 
 template <class S, Ce ce, bool accurate>
 struct SparseRow {
@@ -307,36 +341,39 @@ struct SparseRow {
     }
     for (;;) {
       const V zero = Simd::set(0.0f);
-      V sum[2] = {zero, zero}, one[2] = {zero, zero}, best = Simd::set(-kInfinity);
+      V sum[2] = {zero, zero}, one[2] = {zero, zero};
       for (int64_t i = 0; i < n; i += kStep) {
         V x[2];
         Simd::load2(s + i, x[0], x[1]);
         for (int j = 0; j < 2; ++j) {
-          best = Simd::max(best, x[j]);
           const V e = student.at_t(x[j], student.at_t.power(x[j]));
           sum[j] = Simd::add(sum[j], e);
           if constexpr (ce != Ce::same) one[j] = Simd::add(one[j], student.ce_exponential(x[j], e));
         }
       }
-      const float maximum = Simd::highest(best);
-      if (student.too_high(maximum)) {
-        student.move_to(maximum);
-        continue;
+      const double block = Simd::sum(Simd::add(sum[0], sum[1])), block_one = Simd::sum(Simd::add(one[0], one[1]));
+      if (!(block < kTooLow && block_one < kTooLow * kTooLow)) {
+        const float best = highest(s, n);
+        if (best > student.at_t.m) {
+          student.move_to(best);
+          continue;
+        }
       }
-      student.sum += Simd::sum(Simd::add(sum[0], sum[1]));
-      student.sum_one += Simd::sum(Simd::add(one[0], one[1]));
+      student.sum += block;
+      student.sum_one += block_one;
       return;
     }
   }
 };
 
 template <class S, Ce ce, bool accurate>
-void sparse_gradient(S* s, int64_t n, const Student<S, ce, accurate>& student, float kd, float one) {
+void sparse_gradient(S* s, int64_t n, const Student<S, ce, accurate>& student, float kd, float one, const S* ahead) {
   using V = Simd::V;
   const V kd_factor = Simd::set(kd), one_factor = Simd::set(one);
   for (int64_t i = 0; i < n; i += kStep) {
     V x[2], g[2];
     Simd::load2(s + i, x[0], x[1]);
+    if (ahead != nullptr) fetch_step(ahead + i);
     for (int j = 0; j < 2; ++j) {
       const V e = student.at_t(x[j], student.at_t.power(x[j]));
       g[j] = Simd::mul(e, kd_factor);
@@ -367,8 +404,9 @@ void sparse_row(const KdCall& call, int64_t row, Scratch& scratch) {
   const int64_t* ids = call.topk_ids + row * k;
   const float* logprobs = call.topk_logprobs + row * k;
 
-  // The top-k entries are kept out of the sweep, so that the mass outside them is a sum and not a difference. A block
-  // that has some is swept from a copy in which they are minus infinity: the student's logits are only read here.
+  // The top-k entries are kept out of the sweep, so that the mass outside them
+  // is a sum and not a difference. A block that has some is swept from a copy
+  // in which they are minus infinity: the student's logits are only read here.
   const int64_t blocks = (vocab + kBlock - 1) / kBlock;
   auto& head = scratch.block_head;
   auto& next = scratch.entry_next;
@@ -456,12 +494,15 @@ void sparse_row(const KdCall& call, int64_t row, Scratch& scratch) {
     g_label = probability_term(s_label, p) - call.ce_scale;
   }
   const int64_t whole = vocab - vocab % kStep, rest = vocab - whole;
+  // The next row is fetched while this one is computed.
+  const S* ahead = scratch.upcoming >= 0 ? row_of<S>(call.student, scratch.upcoming) : nullptr;
   const auto sweep = [&](const auto& form, double factor, double one) {
-    sparse_gradient(s, whole, form, static_cast<float>(factor), static_cast<float>(one));
+    sparse_gradient(s, whole, form, static_cast<float>(factor), static_cast<float>(one), ahead);
     if (rest == 0) return;
     std::fill(copy, copy + kStep, minus_infinity(S{}));
     std::copy(s + whole, s + vocab, copy);
-    sparse_gradient(copy, kStep, form, static_cast<float>(factor), static_cast<float>(one));
+    sparse_gradient(copy, kStep, form, static_cast<float>(factor), static_cast<float>(one),
+                    static_cast<const S*>(nullptr));
     std::copy(copy, copy + rest, s + whole);
   };
   if (ce == Ce::same || call.ce_scale == 0.0) {
@@ -476,7 +517,8 @@ void sparse_row(const KdCall& call, int64_t row, Scratch& scratch) {
   if (label >= 0) narrow(g_label, s + label);
 }
 
-// ------------------------------------------------------------------------------------------------- selection
+// -------------------------------------------------------------------------------------------------
+// selection
 
 template <class S, class T, bool accurate>
 RowKernel select_dense(double temperature) {

@@ -1,4 +1,5 @@
-// latentforge._native: addresses, sizes and strides in, numbers out. Tensors stay on the Python side.
+// latentforge._native: addresses, sizes and strides in, numbers out. Tensors
+// stay on the Python side.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -62,7 +63,8 @@ PYBIND11_MODULE(_native, m) {
         const auto bad = latentforge::check_indices(call);
         return py::make_tuple(bad.kind, bad.row, bad.value);
       },
-      "(kind, row, value) of the first index that is out of range or given twice; kind is '' where all are right.");
+      "(kind, row, value) of the first index that is out of range or given "
+      "twice; kind is '' where all are right.");
   m.def(
       "run_rows",
       [](const KdCall& call, const std::string& variant, int threads) {

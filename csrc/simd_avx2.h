@@ -22,17 +22,19 @@ struct Simd {
   // Returns the second operand where either is NaN.
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V floor(V a) { return _mm256_floor_ps(a); }
-  // Minus infinity has no fraction: 0, so that scale() turns it into 0.
-  static V fraction(V a) {
-    const V bounded = max(set(-200.0f), a);
-    return sub(bounded, floor(bounded));
+  // z = n + f with f in [0, 1), for z kept within the exponents that scale()
+  // can make; minus infinity becomes -127.
+  static void split(V z, V& n, V& f) {
+    const V bounded = _mm256_min_ps(set(127.0f), max(set(-127.0f), z));
+    n = floor(bounded);
+    f = sub(bounded, n);
   }
-  // p * 2^floor(z) for z < 128; everything below 2^-126 gives 0, NaN in p stays NaN.
-  static V scale(V p, V z) {
-    const V n = max(set(-127.0f), floor(z));
+  // p * 2^n for whole n in [-127, 127]: -127 gives 0, NaN in p stays NaN.
+  static V scale(V p, V n) {
     const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return mul(p, _mm256_castsi256_ps(bits));
   }
+  static V scale_clamped(V p, V n) { return scale(p, _mm256_min_ps(set(127.0f), max(set(-127.0f), n))); }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) {
     return _mm256_and_ps(_mm256_cmp_ps(gate, _mm256_setzero_ps(), _CMP_GT_OQ), value);
@@ -48,7 +50,8 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
   }
 
-  // Two vectors at once: for bf16 the even and the odd columns, which costs a shift and a mask instead of a shuffle.
+  // Two vectors at once: for bf16 the even and the odd columns, which costs a
+  // shift and a mask instead of a shuffle.
   static void load2(const float* p, V& a, V& b) {
     a = _mm256_loadu_ps(p);
     b = _mm256_loadu_ps(p + width);
@@ -72,11 +75,9 @@ struct Simd {
     _mm256_storeu_ps(p, a);
     _mm256_storeu_ps(p + width, b);
   }
-  static __m256i rounded(V a) {  // to nearest, ties to even; the bf16 is in the upper half
-    const __m256i x = _mm256_castps_si256(a);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd);
-  }
+  // To nearest, ties away from zero; the bf16 is in the upper half.
+  static __m256i rounded(V a) { return _mm256_add_epi32(_mm256_castps_si256(a), _mm256_set1_epi32(0x8000)); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static void store2(uint16_t* p, V a, V b) {
     const __m256i even = _mm256_srli_epi32(rounded(a), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, rounded(b), 0xaa));
@@ -84,7 +85,8 @@ struct Simd {
   static void store2_ordered(float* p, V a, V b) { store2(p, a, b); }
   static void store2_ordered(uint16_t* p, V a, V b) {
     const __m256i low = _mm256_srli_epi32(rounded(a), 16), high = _mm256_srli_epi32(rounded(b), 16);
-    // The pack works within halves; the permutation puts the quarters back in order.
+    // The pack works within halves; the permutation puts the quarters back in
+    // order.
     const __m256i x = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
   }

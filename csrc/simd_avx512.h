@@ -22,9 +22,16 @@ struct Simd {
   // Returns the second operand where either is NaN.
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V floor(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  static V fraction(V a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  // p * 2^floor(z); minus infinity and anything below the range give 0, NaN stays NaN.
-  static V scale(V p, V z) { return _mm512_scalef_ps(p, z); }
+  // z = n + f with f in [0, 1) and n for scale(), which rounds down by itself;
+  // minus infinity has no fraction.
+  static void split(V z, V& n, V& f) {
+    n = z;
+    f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  // p * 2^floor(n); minus infinity and anything below the range give 0, NaN
+  // stays NaN.
+  static V scale(V p, V n) { return _mm512_scalef_ps(p, n); }
+  static V scale_clamped(V p, V n) { return scale(p, n); }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_GT_OQ), value);
@@ -32,7 +39,8 @@ struct Simd {
   static float sum(V a) { return _mm512_reduce_add_ps(a); }
   static float highest(V a) { return _mm512_reduce_max_ps(a); }
 
-  // Two vectors at once: for bf16 the even and the odd columns, which costs a shift and a mask instead of a shuffle.
+  // Two vectors at once: for bf16 the even and the odd columns, which costs a
+  // shift and a mask instead of a shuffle.
   static void load2(const float* p, V& a, V& b) {
     a = _mm512_loadu_ps(p);
     b = _mm512_loadu_ps(p + width);
@@ -56,11 +64,9 @@ struct Simd {
     _mm512_storeu_ps(p, a);
     _mm512_storeu_ps(p + width, b);
   }
-  static __m512i rounded(V a) {  // to nearest, ties to even; the bf16 is in the upper half
-    const __m512i x = _mm512_castps_si512(a);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
-  }
+  // To nearest, ties away from zero; the bf16 is in the upper half.
+  static __m512i rounded(V a) { return _mm512_add_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(0x8000)); }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
   static void store2(uint16_t* p, V a, V b) {
     const __m512i even = _mm512_srli_epi32(rounded(a), 16);
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded(b)));

@@ -1,4 +1,5 @@
-// 128-bit vectors in the compiler's own notation: SSE2 on x86-64, NEON on aarch64. No fused multiply-add is assumed.
+// 128-bit vectors in the compiler's own notation: SSE2 on x86-64, NEON on
+// aarch64. No fused multiply-add is assumed.
 #pragma once
 
 #include <cstdint>
@@ -23,22 +24,30 @@ struct Simd {
   static V select(I mask, V a, V b) { return (V)((mask & (I)a) | (~mask & (I)b)); }
   // Returns the second operand where either is NaN.
   static V max(V a, V b) { return select(a > b, a, b); }
-  // For values in (-2^22, 2^22): rounds with a magic addend, then steps down where that went up.
+  // For values in (-2^22, 2^22): rounds with a magic addend, then steps down
+  // where that went up.
   static V floor(V a) {
     const V magic = set(12582912.0f);
     const V n = (a + magic) - magic;
     return n - select(n > a, set(1.0f), set(0.0f));
   }
-  static V fraction(V a) {
-    const V bounded = max(set(-200.0f), a);
-    return bounded - floor(bounded);
+  static V clamped(V z) {
+    const V above = max(set(-127.0f), z);
+    return select(above > set(127.0f), set(127.0f), above);
   }
-  // p * 2^floor(z) for z < 128; everything below 2^-126 gives 0, NaN in p stays NaN.
-  static V scale(V p, V z) {
-    const V n = max(set(-127.0f), floor(max(set(-127.0f), z)));
+  // z = n + f with f in [0, 1), for z kept within the exponents that scale()
+  // can make; minus infinity becomes -127.
+  static void split(V z, V& n, V& f) {
+    const V bounded = clamped(z);
+    n = floor(bounded);
+    f = bounded - n;
+  }
+  // p * 2^n for whole n in [-127, 127]: -127 gives 0, NaN in p stays NaN.
+  static V scale(V p, V n) {
     const I exponent = __builtin_convertvector(select(n == n, n, set(0.0f)), I) + 127;
     return p * (V)(exponent << 23);
   }
+  static V scale_clamped(V p, V n) { return scale(p, clamped(n)); }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) { return select(gate > set(0.0f), value, set(0.0f)); }
   static float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
@@ -48,7 +57,8 @@ struct Simd {
     return x > y ? x : y;
   }
 
-  // Two vectors at once: for bf16 the even and the odd columns, which costs a shift and a mask instead of a shuffle.
+  // Two vectors at once: for bf16 the even and the odd columns, which costs a
+  // shift and a mask instead of a shuffle.
   static void load2(const float* p, V& a, V& b) {
     std::memcpy(&a, p, sizeof a);
     std::memcpy(&b, p + width, sizeof b);
@@ -69,10 +79,9 @@ struct Simd {
     std::memcpy(p, &a, sizeof a);
     std::memcpy(p + width, &b, sizeof b);
   }
-  static U rounded(V a) {  // to nearest, ties to even; the bf16 is in the upper half
-    const U x = (U)a;
-    return x + 0x7fffu + ((x >> 16) & 1u);
-  }
+  // To nearest, ties away from zero; the bf16 is in the upper half.
+  static U rounded(V a) { return (U)a + 0x8000u; }
+  static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
   static void store2(uint16_t* p, V a, V b) {
     const U x = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
     std::memcpy(p, &x, sizeof x);
