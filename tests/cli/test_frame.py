@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from types import ModuleType
 
@@ -68,11 +68,13 @@ def test_help_starts_in_under_a_quarter_of_a_second(arguments: tuple[str, ...]) 
     command = [sys.executable, "-m", "latentforge", *arguments]
     subprocess.run(command, capture_output=True, check=True)  # bytecode is written here
     seconds = []
-    for _ in range(7):
-        began = time.perf_counter()
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - began)
-    # The least of several: what the command costs, not what else the machine did.
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # Processor time: what the command costs, not what else the machine does. Start-up waits for nothing, so that this
+    # is its wall time on an idle machine.
     assert min(seconds) < 0.25, f"{seconds}"
 
 
