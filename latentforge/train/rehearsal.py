@@ -20,6 +20,7 @@ from latentforge.teachers.fixture import FixtureTeacher
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.loop import Objective, TargetsOf, Trainer
 from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.setting import choose_kernel
 
 VOCABULARY = 64
 LENGTH = 12
@@ -80,7 +81,8 @@ def small_trainer(
         steps=steps,
         clip_norm=clip_norm,
     )
-    objective = Objective(1.0, ce_weight, kd_weight, "auto")
+    kernel, _ = choose_kernel(torch.device("cpu"))
+    objective = Objective(1.0, ce_weight, kd_weight, kernel)
     return Trainer(Student(model, VOCABULARY), optimiser, objective, micro_batch_size=micro_batch_size)
 
 

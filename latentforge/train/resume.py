@@ -39,6 +39,8 @@ def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> Earl
             return earlier
         # An attempt that ended before its first checkpoint hands on nothing: the one before it may have one.
         newest, before = newest or earlier, before.predecessor()
+    if before is not None:
+        log.warning(f"attempt {before.run} is not on this host any more: nothing can be taken from it")
     return newest
 
 
