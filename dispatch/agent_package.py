@@ -49,8 +49,8 @@ def agent_sha256() -> str:
 
 
 def bootstrap_argv(python: str = "python3") -> list[str]:
-    """The constant command of every call: isolated, without bytecode, all values on stdin."""
-    return [python, "-I", "-B", "-c", BOOTSTRAP]
+    """The constant command of every call: isolated from the user's Python, no bytecode, all values on stdin."""
+    return [python, "-I", "-S", "-B", "-c", BOOTSTRAP]
 
 
 def carried() -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 def temporary_beside(path: Path) -> Path:
     """A fresh name in the folder of `path`, which readers ignore."""
-    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -248,7 +248,7 @@ def _become_supervisor(program: str, first: str, config_read: int, ready_write: 
             position = fd + 1
         os.closerange(position, os.sysconf("SC_OPEN_MAX"))
         os.chdir("/")
-        os.execv(sys.executable, [sys.executable, "-I", "-B", program, "supervise", first])
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", program, "supervise", first])
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}".encode())
     finally:

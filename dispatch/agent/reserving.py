@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def never_started(run: RunPaths) -> bool:
 
 def remove(run: RunPaths) -> None:
     """Take a reservation away in one step; the caller holds its lock and has seen that it never started."""
-    grave = run.dir.with_name(f"{_REMOVING}{run.id}-{secrets.token_hex(4)}")
+    grave = run.dir.with_name(f"{_REMOVING}{run.id}-{os.urandom(4).hex()}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(run.dir, grave)
         sync_folder(grave.parent)
@@ -103,7 +102,7 @@ def remove(run: RunPaths) -> None:
 
 
 def _make(runs: Path, run: RunPaths, identity: bytes, launch: dict[str, Any]) -> None:
-    cradle = runs / f"{_RESERVING}{run.id}-{secrets.token_hex(4)}"
+    cradle = runs / f"{_RESERVING}{run.id}-{os.urandom(4).hex()}"
     cradle.mkdir(mode=0o700)
     try:
         write_file(cradle / run.identity.name, identity, mode=0o400)

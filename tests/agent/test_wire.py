@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatch import agent_package
-from dispatch.agent import protocol
+from dispatch.agent import bootstrap, protocol
 from dispatch.agent.__main__ import serve
 from dispatch.agent.cas import Origin
 
@@ -61,6 +61,7 @@ def test_equal_sources_give_equal_bytes() -> None:
     assert agent_package.agent_sha256() == hashlib.sha256(first).hexdigest()
     with zipfile.ZipFile(io.BytesIO(first)) as archive:
         assert archive.namelist() == sorted(archive.namelist())
+        assert bootstrap.unpack(first) == {name: archive.read(name) for name in archive.namelist()}
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
