@@ -168,6 +168,8 @@ def told_end(state: RunState) -> str:
         return f"lost: {state.reason or 'its process is gone and left no exit record'}"
     if state.state == "interrupted":
         return f"interrupted: {state.reason or 'the host was restarted'}"
+    if state.state in ("absent", "reserved"):
+        return "was cancelled before it started"
     if state.outcome == "killed":
         oom = ", out of memory" if state.oom else ""
         return f"killed by signal {state.signal}{oom}{when}"

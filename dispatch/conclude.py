@@ -56,7 +56,11 @@ def conclude(
     if state.state != "finished":
         # Lost or interrupted: the host itself cannot say what the run left, so there is nothing to vouch for.
         return Conclusion(run, [], None, None, [], earned)
-    copied = collect(transport, run, places)
+    try:
+        copied = collect(transport, run, places)
+    except FailedError as error:
+        # What it left cannot be vouched for; how it ended is known all the same.
+        return Conclusion(run, [], None, None, [str(error)], worst([earned, ExitCode.FAIL]))
     with locked(places, run):
         folder = copied.folder
         if not _is_recorded(places, run):
@@ -77,6 +81,8 @@ def conclude(
 
 def earned_code(state: RunState) -> ExitCode:
     """The exit code that an ended run earned; whatever is not known to have passed is unknown, never green."""
+    if state.state in ("absent", "reserved"):
+        return ExitCode.CRASHED  # cancelled while it waited for its turn
     if state.exit is None:
         return ExitCode.UNKNOWN
     try:

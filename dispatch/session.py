@@ -22,8 +22,10 @@ from dispatch.records import remember
 from dispatch.survey import survey
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
+from dispatch.transport.retry import call
 from dispatch.watching import PlainObserver, phase_lines
 from latentforge.errors import RefusedError
+from latentforge.evidence.statement import MANIFEST
 from latentforge.verdicts import ExitCode
 
 
@@ -70,8 +72,8 @@ class Session:
     def watch(self, run: str, chain: list[str], context: Mapping[str, object]) -> ExitCode:
         """Follow a run, and those of its chain that come before it, to the end; the exit code is the run's."""
         self.follower.goal = run
-        upto = chain[: chain.index(run) + 1] if run in chain else [run]
         try:
+            upto = self._still_to_see(run, chain)
             state, last = RunState(state="absent"), run
             for position, one in enumerate(upto, start=1):
                 state, last = self.follower.follow(one, position=position, of=len(upto)), one
@@ -94,9 +96,17 @@ class Session:
         finally:
             self.observer.close()
 
+    def _still_to_see(self, run: str, chain: list[str]) -> list[str]:
+        """The run, and before it those of its chain that have not passed yet."""
+        before = chain[: chain.index(run)] if run in chain else []
+        states = call(self.transport, "status", {"runs": [*before, run]}).result
+        if RunState.model_validate(states[run]).has_ended:
+            return [run]
+        return [*(one for one in before if not RunState.model_validate(states[one]).passed), run]
+
     def _concluded(self, plan: Plan, ask: Ask, facts: HostFacts, applied: Applied) -> ExitCode:
-        # A run that this laptop finds finished was somebody else's work: another clone, another laptop, another day.
-        adopted = not plan.chain and not self.places.record(applied.final).is_file()
+        # Finished, and no copy here: another clone's work, another laptop's, or that of a command that detached.
+        adopted = not plan.chain and not (self.places.run(applied.final) / MANIFEST).is_file()
         done = conclude(
             self.transport,
             applied.final,
@@ -113,7 +123,7 @@ class Session:
             remember(self.places, ask.host, [applied.final], recipe=ask.recipe, plan=plan.digest)
         if adopted:
             self.say(
-                f"adopted: {applied.final} was run by another dispatch to {ask.host.name}; nothing was trained now"
+                f"adopted: an earlier dispatch to {ask.host.name} finished {applied.final}; nothing was trained now"
             )
         code = self._told(applied.final, applied.state, done, again=f"{ask.command} --attempt next")
         if self.json:

@@ -236,8 +236,8 @@ class Sshd:
             self.process.wait(10)
             self.process = None
 
-    def cut(self) -> int:
-        """Kill the processes that serve connections, with -9; returns how many there were."""
+    def sessions(self) -> list[int]:
+        """The processes that serve connections."""
         assert self.process is not None
         listed = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
         children: dict[int, list[int]] = {}
@@ -245,8 +245,12 @@ class Sshd:
             pid, parent = (int(word) for word in line.split())
             children.setdefault(parent, []).append(pid)
         sessions = children.get(self.process.pid, [])
-        below = [pid for session in sessions for pid in children.get(session, [])]
-        for pid in [*sessions, *below]:
+        return [*sessions, *(pid for session in sessions for pid in children.get(session, []))]
+
+    def cut(self) -> int:
+        """Kill the processes that serve connections, with -9; returns how many there were."""
+        sessions = self.sessions()
+        for pid in sessions:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return len(sessions)

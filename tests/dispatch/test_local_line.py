@@ -210,7 +210,7 @@ def test_a_finished_run_of_another_clone_is_adopted_and_that_is_said(
     capsys.readouterr()
     assert other.go(ask()) is ExitCode.PASS
     out = capsys.readouterr().out
-    assert f"adopted: {run} was run by another dispatch to local; nothing was trained now" in out
+    assert f"adopted: an earlier dispatch to local finished {run}; nothing was trained now" in out
     assert verify_evidence(tmp_path / "runs" / run).outcome is Outcome.PASS
     assert len(jobs.starts()) == 4
 
@@ -256,3 +256,50 @@ def test_one_flipped_byte_in_the_copy_is_not_verified_and_exits_1(
     manifest.write_bytes(content)
     assert session().go(ask()) is ExitCode.FAIL
     assert "NOT verified" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cancelled_says_so_ends_with_5_and_stays_ended(
+    jobs: Any, ask: Make, session: Make, eventually: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dispatch.standing import cancel_run
+
+    jobs.hold_at(5)
+    first = session()
+    first.go(ask(), detach=True)
+    run = eventually(lambda: next((one for one in jobs.starts() if one.startswith("distill-")), None), "it starts")
+    eventually(lambda: first.transport.call("status", {"runs": [run]}).result[run]["state"] == "running", "it runs")
+    assert cancel_run(first.transport, run, grace=2.0) is ExitCode.PASS
+    assert "ended (cancelled" in capsys.readouterr().out
+    assert session().go(ask()) is ExitCode.CRASHED
+    assert f"error: {run} cancelled" in capsys.readouterr().out
+    assert len(jobs.starts()) == 4
+
+
+def test_a_waiting_run_that_is_cancelled_is_told_as_such(
+    jobs: Any, ask: Make, session: Make, eventually: Make, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    import dispatch.apply
+    from dispatch.standing import cancel_run
+
+    real = dispatch.apply.job
+    gate = jobs.folder / "teacher-gate"
+
+    def slow_teacher(one: Any, facts: Any, plan: Any) -> Any:
+        argv, env = real(one, facts, plan)
+        if one.kind == "teacher":
+            argv[-1] = json.dumps({**json.loads(argv[-1]), "wait_at": 2, "gate": str(gate)})
+        return argv, env
+
+    monkeypatch.setattr("dispatch.apply.job", slow_teacher)
+    codes: list[ExitCode] = []
+    going = session()
+    thread = threading.Thread(target=lambda: codes.append(going.go(ask())))
+    thread.start()
+    eventually(lambda: any(one.startswith("teacher-") for one in jobs.starts()), "the teacher starts")
+    other = session()
+    waiting = next(path.stem for path in other.places.records.glob("distill-*.json"))
+    cancel_run(other.transport, waiting, grace=1.0)
+    gate.touch()
+    thread.join(60)
+    assert codes == [ExitCode.CRASHED]
+    assert f"error: {waiting} was cancelled before it started" in capsys.readouterr().out

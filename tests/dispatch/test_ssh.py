@@ -305,6 +305,44 @@ def test_a_host_that_stays_away_ends_as_unknown_and_the_run_goes_on(
     assert session(host).watch(run, [run], {"digest": "x"}) is ExitCode.PASS
 
 
+def test_a_server_that_stops_answering_is_noticed_within_the_call_s_deadline(
+    sshd_at: Make, laptop: Any, enrolled: Make, eventually: Make
+) -> None:
+    import os
+    import signal
+
+    from dispatch.transport.link import LinkLostError
+
+    server = sshd_at()
+    transport = open_transport(enrolled(server), laptop.places)
+    transport.call("probe", {})
+    sessions = server.sessions()
+    for pid in sessions:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        with pytest.raises(LinkLostError):
+            transport.call("probe", {}, timeout=2.0)
+        assert time.monotonic() - begin < 10
+    finally:
+        for pid in sessions:
+            os.kill(pid, signal.SIGCONT)
+    assert transport.call("probe", {}).result["root"]
+
+
+def test_the_socket_notices_a_network_that_goes_silent(shared_sshd: Any, laptop: Any, enrolled: Make) -> None:
+    from dispatch.address import resolve
+    from dispatch.transport.link import open_link
+
+    host = enrolled(shared_sshd)
+    link = open_link(host, resolve(host))
+    assert isinstance(link, socket.socket)
+    with link:
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
+        assert link.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+
+
 def test_ssh_s_own_configuration_is_honoured(shared_sshd: Any, laptop: Any, monkeypatch: Any, tmp_path: Path) -> None:
     from dispatch import address
 
