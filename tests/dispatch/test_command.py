@@ -14,7 +14,13 @@ COMMANDS = ("go", "plan", "watch", "status", "cancel", "collect", "enrol", "host
 
 
 def test_help_imports_neither_fabric_nor_torch_nor_pydantic(laptop: Any) -> None:
-    seen = "import sys\\nfrom latentforge.cli import main\\nmain(['dispatch', '--help'])\\nprint(sorted(sys.modules))"
+    words = (
+        "import sys",
+        "from latentforge.cli import main",
+        "main(['dispatch', '--help'])",
+        "print(sorted(sys.modules))",
+    )
+    seen = "; ".join(words)
     done = subprocess.run(
         [sys.executable, "-P", "-c", seen], env=laptop.env, capture_output=True, text=True, check=True
     )
