@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dispatch.cursor import STREAMS
 from dispatch.places import Places, write_atomic
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
@@ -43,6 +44,10 @@ def collect(
     inventory = call(transport, "collect", {"run": run}, timeout=300.0).result
     folder = places.run(run)
     with locked(places, run):
+        followed = places.followed(transport.host.name, run)
+        for file in inventory["files"]:
+            if file["path"] in STREAMS:
+                _take_over(followed / file["path"], folder / file["path"], str(file["sha256"]))
         fetched = sum(_file(transport, run, folder, file, tell) for file in inventory["files"])
         fetched += _file(transport, run, folder, {"path": "artifacts.json", "sha256": inventory["sha256"]}, tell)
         ended = json.dumps(inventory["exit"], indent=1, sort_keys=True).encode() + b"\n"
@@ -98,6 +103,14 @@ def _file(
         )
     os.replace(partial, path)
     return came
+
+
+def _take_over(followed: Path, path: Path, sha256: str) -> None:
+    """Copy a stream that was followed to its end, so that it need not come a second time."""
+    if path.exists() or not followed.is_file() or file_sha256(followed) != sha256:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, followed.read_bytes())
 
 
 def _inside(path: str) -> PurePosixPath:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.sshd, pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.sshd, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def line(shared_sshd: Any, checkout: Path, tmp_path_factory: pytest.TempPathFact
     def run(*words: str, group: str = "dispatch", **more: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-P", "-m", "latentforge", group, *words]
         return subprocess.run(
-            argv, cwd=checkout, env={**env, **more}, capture_output=True, text=True, timeout=400, check=False
+            argv, cwd=checkout, env={**env, **more}, capture_output=True, text=True, timeout=800, check=False
         )
 
     enrol = run(
