@@ -20,7 +20,7 @@ def forward_flops_per_token(model: Any, positions: int) -> float:
         matrices -= embedding.numel()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2.0 * matrices + 4.0 * config.num_hidden_layers * positions * width
+    return float(2.0 * matrices + 4.0 * config.num_hidden_layers * positions * width)
 
 
 def training_flops(model: Any, positions: int, tokens: int) -> float:

@@ -35,8 +35,8 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 def tiny_spec(**distill: Any) -> PipelineSpec:
     """The recipe ``tiny`` with some values of its distill section replaced (``frozen`` and ``init`` the student's)."""
-    spec = resolve_pipeline("tiny", env={}, overrides={}).spec
-    of_student = {name: distill.pop(name) for name in ("frozen", "init") if name in distill}
+    spec = resolve_pipeline("tiny", env={}, overrides=()).spec
+    of_student: dict[str, Any] = {name: distill.pop(name) for name in ("frozen", "init") if name in distill}
     student = spec.distill.student.model_copy(update=of_student)
     section = type(spec.distill).model_validate({**spec.distill.model_dump(), **distill, "student": student})
     return spec.model_copy(update={"distill": section})

@@ -178,7 +178,7 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
     """What a data or score run really made, read back from its product."""
     if identity.kind == "data":
         made = json.loads((run.out / "data.json").read_bytes())
-        kept = ("sequence_length", "train_sequences", "heldout_sequences")
+        kept: tuple[str, ...] = ("sequence_length", "train_sequences", "heldout_sequences")
         # A teacher's own tokenizer has the size it has; then the asked one does not apply.
         kept = kept if run.has_input("tokenizer") else (*kept, "vocab_size")
         return {"data": {name: made[name] for name in kept}}

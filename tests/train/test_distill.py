@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from latentforge.errors import RefusedError
 from latentforge.events import Event, read_events
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
-from latentforge.train import distill, effective
+from latentforge.train import assembly, distill, effective
 from latentforge.train.inprocess import plan
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.rehearsal import tiny_events, tiny_run
@@ -145,7 +146,7 @@ def test_a_trainer_that_drops_the_learning_rate_is_stopped_before_step_1(
         def __init__(self, model: Any, *, learning_rate: float, **rest: Any) -> None:
             super().__init__(model, learning_rate=1e-3, **rest)
 
-    monkeypatch.setattr(distill, "MasterOptimiser", Deaf)
+    monkeypatch.setattr(assembly, "MasterOptimiser", Deaf)
     run = make_run()
     code, text = run_here(run)
     assert code == 1
@@ -259,3 +260,28 @@ def test_a_student_that_starts_as_its_teacher_is_said_or_refused(
 def test_the_plan_of_the_same_pipeline_is_the_same(make_run: MakeRun) -> None:
     spec = PipelineSpec()
     assert [p.run_id for p in plan(spec)] == [p.run_id for p in plan(spec)]
+
+
+def test_a_student_folder_with_one_swapped_token_is_refused(
+    make_run: MakeRun, run_here: RunHere, tmp_path: Path
+) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(from_teacher(make_run(steps=3)), folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    a, b = sorted(vocab, key=vocab.get)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    code, text = run_here(make_run(init=str(folder), steps=4))
+    assert code == 2
+    assert "vocabularies differ first at id 300" in text
+
+
+def test_a_student_folder_of_too_few_positions_is_refused(make_run: MakeRun, run_here: RunHere, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(from_teacher(make_run(steps=3)), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    code, text = run_here(make_run(init=str(folder), steps=4))
+    assert code == 2
+    assert "data.sequence_length = 32 is longer than the student's 16 positions" in text

@@ -1,0 +1,148 @@
+"""What a distill run is put together from: targets, start, trainer, and the values that they hold in force."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import ShardSet
+from latentforge.errors import RefusedError
+from latentforge.events import EventLog
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import DistillSpec, StudentSpec
+from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.folder import check_model_folder
+from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.store import StoreTeacher
+from latentforge.train.data import checked_path
+from latentforge.train.falsifiers import REQUIRABLE
+from latentforge.train.loop import Objective, TargetsOf, Trainer
+from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.setting import training_batch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What student and twin share: the run, the data in its order, the teacher's targets, where it is computed."""
+
+    run: RunDir
+    log: EventLog
+    spec: DistillSpec
+    data: ShardSet
+    order: BatchOrder
+    targets_of: TargetsOf
+    device: torch.device
+    kernel: str
+
+
+def refuse_unknown_falsifiers(require: tuple[str, ...]) -> None:
+    """A run cannot promise what nothing checks."""
+    for name in require:
+        if name not in REQUIRABLE:
+            near = get_close_matches(name, REQUIRABLE, n=1) or [", ".join(REQUIRABLE)]
+            raise RefusedError(f"distill.require names {name}, which no run can check", next=f"known: {near[0]}")
+
+
+def open_targets(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device) -> StoreTeacher | HFTeacher:
+    """The store of the score run, refused where another teacher filled it; or the teacher itself, in this process."""
+    if spec.targets == "live":
+        return HFTeacher.open(teacher, device=str(device))
+    source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite")
+    wanted = check_model_folder(teacher).sha256
+    if source.identity.sha256 != wanted:
+        raise RefusedError(
+            f"the store was filled by teacher {source.identity.sha256[:12]}…, this run's is {wanted[:12]}…",
+            next="score again with this teacher",
+        )
+    return source
+
+
+def targets_function(source: StoreTeacher | HFTeacher, spec: DistillSpec, data: ShardSet) -> TargetsOf:
+    """The targets of a batch at the training temperature: top-k rows with their tail, or dense logits."""
+    if isinstance(source, HFTeacher):
+        return lambda tokens: source.targets(tokens, temperature=spec.temperature, width=data.vocab_size)
+    return lambda tokens: source.targets(tokens, temperature=spec.temperature)
+
+
+def start_model(run: RunDir, spec: StudentSpec, data: ShardSet, teacher: Path, seed: int) -> Any:
+    """The model before its first step: the named folder's, or a new one."""
+    if run.has_input("student_init"):
+        folder = checked_path(run, "student_init") or run.input_path("student_init")
+        limit = check_model_folder(folder).max_positions
+        if limit is not None and data.sequence_length - 1 > limit:
+            raise RefusedError(
+                f"data.sequence_length = {data.sequence_length} is longer than the student's {limit} positions",
+                next=f"set data.sequence_length = {limit + 1} or less",
+            )
+        compare_vocabularies(teacher, folder)
+        return model_from_folder(folder)
+    shape = ModelShape(spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.intermediate)
+    return new_model(shape, vocab_size=data.vocab_size, positions=data.sequence_length, eos_id=data.eos_id, seed=seed)
+
+
+def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) -> Trainer:
+    """A fresh copy of the start with its optimiser: student and twin differ in the weights of the loss alone."""
+    spec = job.spec
+    model = copy.deepcopy(start).to(device=job.device, dtype=PRECISIONS[spec.precision])
+    model.requires_grad_(not spec.student.frozen)
+    optimiser = MasterOptimiser(
+        model,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=spec.warmup_steps,
+        steps=spec.steps,
+        clip_norm=spec.clip_norm,
+    )
+    objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
+    return Trainer(Student(model, job.data.vocab_size), optimiser, objective, micro_batch_size=spec.micro_batch_size)
+
+
+def values_in_force(job: Job, trainer: Trainer, source: Any, profile: str) -> dict[str, Any]:
+    """Every value of the spec as the objects that will run hold it."""
+    spec, optimiser, objective = job.spec, trainer.optimiser, trainer.objective
+    model = trainer.student.model
+    batch = training_batch(job.data.train, job.order, 0, job.device)
+    parts = batch.split(trainer.micro_batch_size or len(batch))
+    config = model.config
+    student: dict[str, Any] = {"frozen": not any(p.requires_grad for p in model.parameters())}
+    if job.run.has_input("student_init"):
+        student["init"] = f"sha256:{job.run.input_ref('student_init')['sha256']}"
+    else:
+        student |= {"layers": config.num_hidden_layers, "hidden": config.hidden_size}
+        student |= {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+        student |= {"intermediate": config.intermediate_size}
+    return {
+        "profile": profile,
+        "seed": job.order.seed,
+        "distill": {
+            "student": student,
+            "targets": "store" if isinstance(source, StoreTeacher) else "live",
+            "steps": spec.steps,
+            "batch_size": len(batch),
+            "micro_batch_size": len(parts[0]),
+            "learning_rate": optimiser.peak_learning_rate,
+            "warmup_steps": spec.warmup_steps,
+            "weight_decay": optimiser.weight_decay,
+            "clip_norm": optimiser.clip_norm,
+            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype],
+            "temperature": objective.temperature,
+            "ce_weight": objective.ce_weight,
+            "kd_weight": objective.kd_weight,
+            "direction": "forward",
+            "device": next(model.parameters()).device.type,
+            "checkpoint_every": spec.checkpoint_every,
+            "require": list(spec.require),
+        },
+        "predictions_per_sequence": batch.shape[1] - 1,
+        "micro_batches": len(parts),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
