@@ -76,6 +76,12 @@ struct Exponent {
     }
   }
 
+  // Beyond 2^23 the fused form's reference is rounded by half a power of two or more: sums may leave the range.
+  bool coarse() const { return Simd::fused && !accurate && !(std::fabs(mc) < 8388608.0f); }
+
+  // The reference in logits, as this kernel's arithmetic has it.
+  double reference() const { return (Simd::fused && !accurate) ? origin / per_logit : static_cast<double>(m); }
+
   // The same power of two for one logit, without the reference: origin is what
   // to subtract.
   double log2_of(double x) const { return x * per_logit; }

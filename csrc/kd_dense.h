@@ -160,6 +160,9 @@ void dense_row(const KdCall& call, int64_t row, Scratch& scratch) {
   if (rest != 0) sums.take(s_rest, t_rest, kStep, true);
 
   const auto& student = sums.student;
+  if constexpr (!accurate) {
+    if (student.coarse() || sums.teacher.coarse()) return dense_row<S, T, ce, true>(call, row, scratch);
+  }
   const double student_sum = student.sum, one_sum = student.ce_sum(), teacher_sum = sums.teacher_sum;
   if (!usable(student_sum) || !usable(one_sum) || !usable(teacher_sum)) {
     call.ce_rows[row] = call.kd_rows[row] = kNaN;
@@ -170,7 +173,7 @@ void dense_row(const KdCall& call, int64_t row, Scratch& scratch) {
   const int64_t label = call.labels == nullptr ? -1 : call.labels[row];
   const double s_label = label < 0 ? 0.0 : widen(s[label]);
   const double one_unit = student.ce_per_logit();
-  call.ce_rows[row] = label < 0 ? 0.0 : std::log2(one_sum) / one_unit + (student.ce_origin() / one_unit - s_label);
+  call.ce_rows[row] = label < 0 ? 0.0 : std::log2(one_sum) / one_unit + (student.ce_reference() - s_label);
   if (!call.write_gradient) return;
 
   const double kd_scale = call.kd_scale / call.temperature;

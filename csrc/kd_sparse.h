@@ -120,6 +120,9 @@ void sparse_row(const KdCall& call, int64_t row, Scratch& scratch) {
   }
 
   const auto& student = sums.student;
+  if constexpr (!accurate) {
+    if (student.coarse()) return sparse_row<S, ce, true>(call, row, scratch);
+  }
   const double one_unit = student.ce_per_logit(), one_origin = student.ce_origin(), one_sum = student.ce_sum();
   const double minus_infinite = -std::numeric_limits<double>::infinity();
   // NaN in a sum survives: only an exact zero becomes minus infinity.

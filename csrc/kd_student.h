@@ -107,6 +107,8 @@ struct Student {
     if constexpr (ce == Ce::square) return 2.0 * at_t.origin;
     return at_one.origin;
   }
+  double ce_reference() const { return ce == Ce::separate ? at_one.reference() : at_t.reference(); }
+  bool coarse() const { return at_t.coarse() || (ce == Ce::separate && at_one.coarse()); }
   double ce_sum() const { return ce == Ce::same ? sum : sum_one; }
 
   Exponent<accurate> at_t, at_one;

@@ -235,6 +235,23 @@ def test_rows_whose_maximum_comes_late_and_high_are_right(dtype: torch.dtype, va
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("height", [1e3, 1e5, 1e8, 1e12, 1e30])
+def test_one_logit_far_above_all_others_is_the_whole_distribution(height: float, variant: str) -> None:
+    for dtype in (BF16, FP32):
+        student, teacher = torch.randn(2, 4100).to(dtype), torch.randn(2, 4100).to(dtype)
+        student[:, 3000], teacher[:, 3000] = height, height
+        labels = torch.tensor([3000, 4099])
+        for targets in (DenseTargets(teacher), topk_targets(teacher, 3, 2.0)):
+            ce, kd, gradient = kernel(student, targets, labels, isa=variant, **scales(2.0, 2))
+            assert abs(float(ce[0])) < 1e-5 + 1e-15 * height
+            assert ce[1] == pytest.approx(float(student[1, 3000].double() - student[1, 4099].double()), rel=1e-6)
+            assert kd.abs().max() < 1e-5
+            assert gradient[0].abs().max() < 1e-5
+            assert float(gradient[1, 3000]) == pytest.approx(0.15, rel=1e-2)
+            assert float(gradient[1, 4099]) == pytest.approx(-0.15, rel=1e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_masks_made_of_the_lowest_finite_number_behave_like_infinity(variant: str) -> None:
     for dtype in (BF16, FP32):
         student, targets, labels = Case(1100, dtype, dtype, 2.0, rows=4).tensors()
