@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from dispatch.inventory import Host
 from latentforge.errors import RefusedError
 from latentforge.spec.code import CodeSource, code_around, running_code
 from latentforge.spec.pipeline import BUILTIN_CORPUS, effective_pipeline
-from latentforge.spec.resolve import resolve_pipeline
+from latentforge.spec.resolve import ResolvedPipeline, resolve_pipeline
 from latentforge.spec.sections import PipelineSpec
 
 
@@ -32,11 +33,8 @@ class Ask:
     attempt_next: bool = False
     wait: bool = False
     unfit: str | None = None
-
-    @property
-    def command(self) -> str:
-        """The command that does what this preview shows."""
-        return f"latentforge dispatch go {self.recipe} --host {self.host.name}"
+    command: str = ""
+    """The command that does what is asked, to copy: with the flags and the environment that steered it."""
 
 
 def asked(
@@ -69,8 +67,19 @@ def asked(
         bundle=None if host.is_local else pack(source),
         attempt_next=attempt_next,
         wait=wait,
+        command=_command(recipe, host, resolved, env, overrides),
         unfit=(_unfit(source) or stale()) if host.is_local else None,
     )
+
+
+def _command(
+    recipe: str, host: Host, resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
+) -> str:
+    sources = {origin.source for origin in resolved.origins.values()}
+    names = sorted(source.partition(" ")[2] for source in sources if source.startswith("environment "))
+    before = [f"{name}={shlex.quote(env[name])} " for name in names if name in env]
+    flags = [f" --set {shlex.quote(override)}" for override in overrides]
+    return f"{''.join(before)}latentforge dispatch go {shlex.quote(recipe)}{''.join(flags)} --host {host.name}"
 
 
 def _unfit(source: CodeSource) -> str | None:

@@ -167,7 +167,7 @@ def _code_and_build(ask: Ask, build: BuildChoice | None, refusals: list[Refusal]
         code = Step("code", "keep", f"{ask.code_label}, in place")
         if ask.unfit is None:
             return [code, Step("build", "keep", "the running interpreter has this code")]
-        refusals.append(Refusal(ask.unfit, "make setup   and then   .venv/bin/" + ask.command))
+        refusals.append(Refusal(ask.unfit, f"make setup, and with .venv/bin on the PATH:  {ask.command}"))
         return [code, Step("build", "refuse", ask.unfit)]
     size = f"{ask.bundle.size / 1e6:.1f} MB" if ask.bundle else ""
     sent = build.will == "keep" or build.bundle_there

@@ -244,6 +244,11 @@ def test_a_temperature_without_tails_plans_live_targets_and_says_so(ask: Make) -
     assert "score " not in text.split("note:")[0].replace("score.temperatures", "")
 
 
+def test_the_command_to_copy_carries_the_flags_and_the_environment_that_steered_the_plan(ask: Make) -> None:
+    request = ask(None, "distill.steps=61", env={"ALPHA": "0.4", "LR": "1e-4", "UNUSED": "x"})
+    assert request.command == "ALPHA=0.4 LR=1e-4 latentforge dispatch go tiny --set distill.steps=61 --host local"
+
+
 def test_the_bundle_has_the_same_bytes_for_the_same_files_and_others_for_one_byte(tmp_path: Any) -> None:
     import os
 
