@@ -358,3 +358,29 @@ def test_ssh_s_own_configuration_is_honoured(shared_sshd: Any, laptop: Any, monk
     assert found.identities == (str(shared_sshd.key),)
     assert found.proxy is None
     assert address.resolve(Host(name="farbox", address="farbox", user="me", port=22)).port == 22
+
+
+def test_a_host_behind_a_jump_host_is_reached_with_its_own_pinned_key(
+    shared_sshd: Any, laptop: Any, enrolled: Make, monkeypatch: Any, tmp_path: Path
+) -> None:
+    import os
+
+    host = enrolled(shared_sshd)
+    config = tmp_path / "ssh_config"
+    config.write_text(
+        f"Host jump\n  HostName 127.0.0.1\n  Port {shared_sshd.port}\n  StrictHostKeyChecking no\n"
+        f"  UserKnownHostsFile /dev/null\nHost far\n  HostName 127.0.0.1\n  ProxyJump jump\n"
+        f"Host *\n  User {getpass.getuser()}\n  IdentityFile {shared_sshd.key}\n  LogLevel ERROR\n"
+    )
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {config} "$@"\n')
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    before = shared_sshd.logins()
+    transport = open_transport(host.model_copy(update={"address": "far"}), laptop.places)
+    try:
+        assert transport.call("probe", {}).result["root"] == host.root
+    finally:
+        transport.close()
+    assert shared_sshd.logins() == before + 2, "once at the jump host, once behind it"
