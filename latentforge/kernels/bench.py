@@ -20,10 +20,10 @@ from latentforge.kernels.native import native
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
 
 CE_WEIGHT, KD_WEIGHT = 0.3, 0.7
-ROUNDS = 5
+ROUNDS = 3
 CHECKED_ROWS = 6
-# Rows at a time in which torch is given the work; its best is what counts.
-EAGER_CHUNKS = (4, 64)
+# Rows at a time in which torch is given the work; the best counts.
+EAGER_CHUNKS = (16,)
 COMPILE_CHUNKS = (8, 64)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
