@@ -72,9 +72,12 @@ class Follower:
         for name in STREAMS:
             if stored := reading.stored(name):
                 self._show(name, stored, False, tail)
-        known = ""
+        known, pause = "", 0.0
         while True:
+            time.sleep(pause)
+            begin = time.monotonic()
             reply = self._read(run, reading, known)
+            pause = _pause(pause, time.monotonic() - begin, len(reply.payload))
             state = RunState.model_validate(reply.result["state"])
             known = state.state
             taken = reading.take(reply.result["streams"], reply.result["order"], reply.payload)
@@ -125,6 +128,15 @@ class Follower:
                 next=f"latentforge dispatch watch {self.goal or run}",
             ) from error
         return reply
+
+
+def _pause(pause: float, took: float, size: int) -> float:
+    """Seconds until the next question.
+
+    A run that tells something all the time would be asked without a break, and each question is a process on its host,
+    beside the training. So questions that find something thin out, to about a tenth of the time.
+    """
+    return min(2.0, 8.0 * took, max(0.1, 2.0 * pause)) if size else 0.0
 
 
 class _EventTail:

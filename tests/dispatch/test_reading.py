@@ -71,3 +71,15 @@ def test_a_cursor_beyond_the_stored_bytes_is_not_believed(tmp_path: Path) -> Non
     (tmp_path / "cursor.json").write_text(json.dumps({"launch.log": {"inode": 1, "offset": 50, "head": "x"}}))
     (tmp_path / "launch.log").write_bytes(b"short")
     assert Reading(tmp_path).cursors["launch.log"] == {}
+
+
+def test_a_talkative_run_is_asked_less_often_and_a_quiet_one_at_once() -> None:
+    from dispatch.follow import _pause
+
+    pause, asked = 0.0, 0.0
+    for _ in range(20):
+        pause = _pause(pause, 0.15, 1000)
+        asked = 0.15 / (0.15 + pause)
+    assert asked < 0.12
+    assert _pause(pause, 5.0, 0) == 0.0
+    assert _pause(0.0, 0.001, 10) <= 0.008, "a quick answer costs little, and is asked for soon again"
