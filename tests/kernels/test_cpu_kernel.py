@@ -360,6 +360,7 @@ def test_a_forked_child_can_use_the_kernel() -> None:
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # torch's own OpenMP pool does not outlive a fork; the kernel has no such pool
             kernel(student, targets, labels, threads=2, **scales(1.0, 16))
             status = 0
         finally:
