@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dispatch.ask import Ask
-from dispatch.build import BuildChoice, build_program
-from dispatch.choice import ChosenRun, told_end
-from dispatch.facts import HostFacts, RunState
-from dispatch.follow import Follower
+from dispatch.building.build import BuildChoice, build_program
+from dispatch.following.follow import Follower
+from dispatch.hosts.facts import HostFacts, RunState
 from dispatch.places import Places
-from dispatch.plan import Plan
+from dispatch.planning.ask import Ask
+from dispatch.planning.choice import ChosenRun, told_end
+from dispatch.planning.plan import Plan
+from dispatch.planning.survey import survey
 from dispatch.records import remember
-from dispatch.survey import survey
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import BusyError, CrashedError, FailedError, LatentForgeError, RefusedError

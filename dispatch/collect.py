@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dispatch.cursor import STREAMS
+from dispatch.following.cursor import STREAMS
 from dispatch.places import Places, write_atomic
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dispatch.collect import Collected, collect, locked
-from dispatch.facts import RunState
+from dispatch.following.view import verdict_of
+from dispatch.hosts.facts import RunState
 from dispatch.places import Places
 from dispatch.transport.call import Transport
-from dispatch.view import verdict_of
 from latentforge.errors import FailedError
 from latentforge.events import read_events
 from latentforge.evidence.ledger import LEDGER, read_chain

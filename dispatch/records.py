@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dispatch.inventory import Host
+from dispatch.hosts.inventory import Host
 from dispatch.places import Places, write_atomic
 from latentforge.errors import RefusedError
 from latentforge.spec.identity import RUN_ID

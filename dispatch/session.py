@@ -9,21 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
-from dispatch.ask import Ask
-from dispatch.choice import told_end
 from dispatch.conclude import Conclusion, conclude
-from dispatch.facts import HostFacts, RunState, moment
-from dispatch.follow import Follower
-from dispatch.live import LiveObserver
+from dispatch.following.follow import Follower
+from dispatch.following.live import LiveObserver
+from dispatch.following.watching import PlainObserver, phase_lines
+from dispatch.hosts.facts import HostFacts, RunState, moment
 from dispatch.places import Places
-from dispatch.plan import Plan
-from dispatch.preview import ending, render
+from dispatch.planning.ask import Ask
+from dispatch.planning.choice import told_end
+from dispatch.planning.plan import Plan
+from dispatch.planning.preview import ending, render
+from dispatch.planning.survey import survey
 from dispatch.records import remember
-from dispatch.survey import survey
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
-from dispatch.watching import PlainObserver, phase_lines
 from latentforge.errors import RefusedError
 from latentforge.evidence.statement import MANIFEST
 from latentforge.verdicts import ExitCode

@@ -6,17 +6,17 @@ import getpass
 import json
 from collections.abc import Sequence
 
-from dispatch.choice import told_end
 from dispatch.conclude import earned_code
-from dispatch.facts import RunState
-from dispatch.inventory import LOCAL, Inventory
+from dispatch.following.view import duration
+from dispatch.hosts.facts import RunState
+from dispatch.hosts.inventory import LOCAL, Inventory
+from dispatch.hosts.trust import short_type
 from dispatch.places import Places
+from dispatch.planning.choice import told_end
 from dispatch.records import Record
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
-from dispatch.trust import short_type
-from dispatch.view import duration
 from latentforge.errors import LatentForgeError, UnknownOutcomeError
 from latentforge.verdicts import ExitCode
 

@@ -19,7 +19,13 @@ from .processes import Process, boot_clock, boot_id, descendants, look, send, ta
 from .state import outcome_of
 
 BEAT_SECONDS = 5.0
-_HOST_ENVIRONMENT = ("PATH", "HOME", "LANG", "USER", "LOGNAME")
+_HOST_ENVIRONMENT = frozenset(
+    "PATH HOME LANG USER LOGNAME TMPDIR HF_HOME HF_HUB_CACHE CUDA_HOME CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH".split()
+    + "SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE".split()
+    + "http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY".split()
+)
+"""What a job takes over from its host: where things lie there, and how the host reaches its package index."""
+_HOST_PREFIXES = ("PIP_",)
 _SWEEP_SECONDS = 10.0
 _LEFTOVER_GRACE = 0.25
 _LOOK_MILLISECONDS = 200
@@ -105,7 +111,11 @@ class Job:
     def _spawn(self, launch: dict[str, Any]) -> int:
         """Fork the leader behind a gate that opens when `started` is on disk; its pid, or OSError if it cannot run."""
         run = self.run
-        environment = {name: os.environ[name] for name in _HOST_ENVIRONMENT if name in os.environ}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _HOST_ENVIRONMENT or name.startswith(_HOST_PREFIXES)
+        }
         environment.update(launch["env"])
         log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         gate_read, gate_write = os.pipe()

@@ -8,7 +8,7 @@ from typing import Any
 
 from dispatch import agent_package
 from dispatch.agent.protocol import encode_request, find_frame
-from dispatch.inventory import Host
+from dispatch.hosts.inventory import Host
 from dispatch.transport.link import LinkError, LinkLostError
 from latentforge.errors import BusyError, LatentForgeError, RefusedError
 from latentforge.verdicts import ExitCode

@@ -10,8 +10,8 @@ from typing import Literal
 
 import paramiko
 
-from dispatch.address import Address
-from dispatch.inventory import Host
+from dispatch.hosts.address import Address
+from dispatch.hosts.inventory import Host
 from latentforge.errors import TransportError
 
 Failure = Literal[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from dispatch.inventory import Host
+from dispatch.hosts.inventory import Host
 from dispatch.transport.call import Exchange, Transport
 from latentforge.errors import UnknownOutcomeError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dispatch.inventory import Host
+from dispatch.hosts.inventory import Host
 from dispatch.places import Places
 from dispatch.transport.call import Transport
 from dispatch.transport.local import LocalTransport

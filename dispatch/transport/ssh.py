@@ -10,12 +10,12 @@ import time
 import fabric  # type: ignore[import-untyped]
 import paramiko
 
-from dispatch.address import Address, resolve
-from dispatch.inventory import Host
+from dispatch.hosts.address import Address, resolve
+from dispatch.hosts.inventory import Host
+from dispatch.hosts.trust import HostKeyError, changed_key, pinned, unknown_key
 from dispatch.places import Places
 from dispatch.transport.call import Exchange, Transport
 from dispatch.transport.link import BANNER_SECONDS, CONNECT_SECONDS, LinkLostError, classified, open_link
-from dispatch.trust import HostKeyError, changed_key, pinned, unknown_key
 from latentforge.errors import RefusedError
 
 _CHUNK = 256 * 1024

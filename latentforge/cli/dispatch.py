@@ -10,9 +10,9 @@ import typer
 from latentforge.verdicts.exitcode import ExitCode
 
 if TYPE_CHECKING:
-    from dispatch.ask import Ask
-    from dispatch.inventory import Host, Inventory
+    from dispatch.hosts.inventory import Host, Inventory
     from dispatch.places import Places
+    from dispatch.planning.ask import Ask
     from dispatch.records import Record
 
 app = typer.Typer(
@@ -164,7 +164,7 @@ def enrol(
     ] = None,
 ) -> ExitCode:
     """Trust a host: fetch its keys, show their fingerprints, pin them, and try to log in."""
-    from dispatch.enrol import enrol as do_enrol
+    from dispatch.hosts.enrol import enrol as do_enrol
 
     places, inventory = _places()
     given = {"address": address, "user": user, "port": port, "identity": identity, "root": root, "python": python}
@@ -183,7 +183,7 @@ def hosts(json: JsonOption = False) -> ExitCode:
 
 
 def _places() -> tuple[Places, Inventory]:
-    from dispatch.inventory import Inventory
+    from dispatch.hosts.inventory import Inventory
     from dispatch.places import Places
 
     places = Places.from_environment(os.environ)
@@ -193,7 +193,7 @@ def _places() -> tuple[Places, Inventory]:
 def _asked(
     pipeline: str, host: str | None, overrides: list[str] | None, attempt: str | None, wait: bool
 ) -> tuple[Places, Ask]:
-    from dispatch.ask import asked
+    from dispatch.planning.ask import asked
     from latentforge.errors import RefusedError
 
     if attempt not in (None, "next"):

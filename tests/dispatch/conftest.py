@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from dispatch.ask import Ask, asked
-from dispatch.build import BuildNames
-from dispatch.inventory import Host, Inventory
+from dispatch.building.build import BuildNames
+from dispatch.hosts.inventory import Host, Inventory
 from dispatch.places import Places
+from dispatch.planning.ask import Ask, asked
 from dispatch.session import Session
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
@@ -159,7 +159,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ask(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ask]:
     """What `go tiny` asks of a host, from a checkout that this interpreter is said to run."""
-    monkeypatch.setattr("dispatch.ask.running_code", lambda: code_around(checkout))
+    monkeypatch.setattr("dispatch.planning.ask.running_code", lambda: code_around(checkout))
 
     def make(host: Host | None = None, *overrides: str, **more: Any) -> Ask:
         env = more.pop("env", {})

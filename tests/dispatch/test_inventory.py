@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatch.inventory import Host, Inventory, PinnedKey
+from dispatch.hosts.inventory import Host, Inventory, PinnedKey
 from dispatch.places import Places
 from latentforge.errors import RefusedError
 

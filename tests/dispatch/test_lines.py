@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatch.lines import LINE_CAP, LineReader, harmless
+from dispatch.following.lines import LINE_CAP, LineReader, harmless
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40)
 

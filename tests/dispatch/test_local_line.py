@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dispatch.planning.survey import survey
 from dispatch.session import preview
-from dispatch.survey import survey
 from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.evidence.verify import verify_evidence
 from latentforge.verdicts import ExitCode, Outcome

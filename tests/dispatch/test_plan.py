@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dispatch.ask import Ask
-from dispatch.build import BuildNames, choose_build
-from dispatch.choice import choose
-from dispatch.facts import HostFacts
-from dispatch.inventory import Host, PinnedKey
-from dispatch.memory import judge_memory
-from dispatch.plan import Plan, make_plan
-from dispatch.preview import render
+from dispatch.building.build import BuildNames, choose_build
+from dispatch.hosts.facts import HostFacts
+from dispatch.hosts.inventory import Host, PinnedKey
+from dispatch.planning.ask import Ask
+from dispatch.planning.choice import choose
+from dispatch.planning.memory import judge_memory
+from dispatch.planning.plan import Plan, make_plan
+from dispatch.planning.preview import render
 from latentforge.errors import RefusedError
 from latentforge.spec.pipeline import PlannedRun, pipeline_runs
 from latentforge.verdicts import ExitCode
@@ -57,7 +57,7 @@ def asks(checkout: Any) -> dict[str, Ask]:
     """One request for an SSH host and one for local, made once: the planner must not change them."""
     from dataclasses import replace
 
-    from dispatch.ask import asked
+    from dispatch.planning.ask import asked
 
     return {
         "box": asked("tiny", BOX, env={}, folder=checkout),
@@ -252,7 +252,7 @@ def test_the_command_to_copy_carries_the_flags_and_the_environment_that_steered_
 def test_the_bundle_has_the_same_bytes_for_the_same_files_and_others_for_one_byte(tmp_path: Any) -> None:
     import os
 
-    from dispatch.bundle import pack
+    from dispatch.building.bundle import pack
     from latentforge.spec.code import CodeSource
 
     for name in ("b", "a"):

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatch.cursor import Reading
+from dispatch.following.cursor import Reading
 
 
 def reply(name: str, content: bytes, start: int, length: int, **marks: bool) -> tuple[dict[str, Any], list[str], bytes]:
@@ -74,7 +74,7 @@ def test_a_cursor_beyond_the_stored_bytes_is_not_believed(tmp_path: Path) -> Non
 
 
 def test_a_talkative_run_is_asked_less_often_and_a_quiet_one_at_once() -> None:
-    from dispatch.follow import _pause
+    from dispatch.following.follow import _pause
 
     pause, asked = 0.0, 0.0
     for _ in range(20):

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from dispatch.inventory import Host, Inventory
+from dispatch.hosts.inventory import Host, Inventory
+from dispatch.hosts.trust import HostKeyError
 from dispatch.session import preview
 from dispatch.transport.link import LinkError
 from dispatch.transport.open import open_transport
-from dispatch.trust import HostKeyError
 from latentforge.errors import RefusedError
 from latentforge.verdicts import ExitCode
 
@@ -331,7 +331,7 @@ def test_a_server_that_stops_answering_is_noticed_within_the_call_s_deadline(
 
 
 def test_the_socket_notices_a_network_that_goes_silent(shared_sshd: Any, laptop: Any, enrolled: Make) -> None:
-    from dispatch.address import resolve
+    from dispatch.hosts.address import resolve
     from dispatch.transport.link import open_link
 
     host = enrolled(shared_sshd)
@@ -344,7 +344,7 @@ def test_the_socket_notices_a_network_that_goes_silent(shared_sshd: Any, laptop:
 
 
 def test_ssh_s_own_configuration_is_honoured(shared_sshd: Any, laptop: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    from dispatch import address
+    from dispatch.hosts import address
 
     config = tmp_path / "ssh_config"
     (tmp_path / "more").write_text(f"Host farbox\n  HostName 127.0.0.1\n  Port {shared_sshd.port}\n  User somebody\n")

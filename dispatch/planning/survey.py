@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dispatch.ask import Ask
-from dispatch.build import BuildNames, choose_build
-from dispatch.choice import attempt_ids, choose
-from dispatch.facts import HostFacts
-from dispatch.memory import judge_memory
+from dispatch.building.build import BuildNames, choose_build
+from dispatch.hosts.facts import HostFacts
 from dispatch.places import Places
-from dispatch.plan import Plan, make_plan
+from dispatch.planning.ask import Ask
+from dispatch.planning.choice import attempt_ids, choose
+from dispatch.planning.memory import judge_memory
+from dispatch.planning.plan import Plan, make_plan
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import RefusedError

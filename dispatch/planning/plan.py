@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from dispatch.ask import Ask
-from dispatch.build import BuildChoice
-from dispatch.choice import ChosenRun
-from dispatch.facts import HostFacts
-from dispatch.preflight import Judgement, judge
-from dispatch.trust import short_type
+from dispatch.building.build import BuildChoice
+from dispatch.hosts.facts import HostFacts
+from dispatch.hosts.preflight import Judgement, judge
+from dispatch.hosts.trust import short_type
+from dispatch.planning.ask import Ask
+from dispatch.planning.choice import ChosenRun
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.verdicts import ExitCode
 

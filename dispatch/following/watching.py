@@ -6,9 +6,9 @@ import os
 import sys
 from typing import TextIO
 
-from dispatch.facts import RunState
-from dispatch.lines import LineReader
-from dispatch.view import RunView, duration
+from dispatch.following.lines import LineReader
+from dispatch.following.view import RunView, duration
+from dispatch.hosts.facts import RunState
 from latentforge.events import Event
 
 

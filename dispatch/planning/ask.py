@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatch.bundle import Bundle, code_label, pack
-from dispatch.inventory import Host
+from dispatch.building.bundle import Bundle, code_label, pack
+from dispatch.hosts.inventory import Host
 from latentforge.errors import RefusedError
 from latentforge.spec.code import CodeSource, code_around, running_code
 from latentforge.spec.pipeline import BUILTIN_CORPUS, effective_pipeline

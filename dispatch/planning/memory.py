@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dispatch.ask import Ask
-from dispatch.facts import HostFacts
-from dispatch.preflight import Judgement
+from dispatch.hosts.facts import HostFacts
+from dispatch.hosts.preflight import Judgement
+from dispatch.planning.ask import Ask
 from latentforge.memory import pipeline_peak
 from latentforge.verdicts import Outcome
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dispatch.ask import Ask
-from dispatch.facts import HostFacts
+from dispatch.hosts.facts import HostFacts
+from dispatch.planning.ask import Ask
 
 _PYTHON = (3, 11)
 DISK_FLOOR = 2 * 2**30

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dispatch.ask import Ask
-from dispatch.plan import Plan
+from dispatch.planning.ask import Ask
+from dispatch.planning.plan import Plan
 
 
 def render(plan: Plan, ask: Ask) -> str:

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from dispatch.cursor import STREAMS, Reading
-from dispatch.facts import RunState
+from dispatch.following.cursor import STREAMS, Reading
+from dispatch.hosts.facts import RunState
+from dispatch.hosts.trust import HostKeyError
 from dispatch.places import Places
 from dispatch.transport.call import Reply, Transport
 from dispatch.transport.link import LinkError
-from dispatch.trust import HostKeyError
 from latentforge.errors import RefusedError, UnknownOutcomeError
 from latentforge.events import Event, parse_event
 from latentforge.verdicts import ExitCode

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dispatch.facts import HostFacts, KinRun, RunState, moment
+from dispatch.hosts.facts import HostFacts, KinRun, RunState, moment
 from latentforge.errors import RefusedError
 from latentforge.spec.identity import Kind
 from latentforge.spec.pipeline import PlannedRun

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 
 import paramiko
 
-from dispatch.address import Address
-from dispatch.inventory import Host, PinnedKey
+from dispatch.hosts.address import Address
+from dispatch.hosts.inventory import Host, PinnedKey
 from dispatch.places import Places, write_atomic
 from dispatch.transport.link import BANNER_SECONDS, CONNECT_SECONDS, classified, open_link
 from latentforge.errors import RefusedError, TransportError

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatch.inventory import Host
+from dispatch.hosts.inventory import Host
 from latentforge.errors import TransportError
 
 

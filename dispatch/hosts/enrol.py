@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dispatch.address import resolve
-from dispatch.inventory import Host, Inventory, check_name
+from dispatch.hosts.address import resolve
+from dispatch.hosts.inventory import Host, Inventory, check_name
+from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, short_type
 from dispatch.places import Places
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
-from dispatch.trust import check_fingerprint, fingerprint, offered_keys, pin, short_type
 from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.verdicts import ExitCode
 

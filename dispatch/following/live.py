@@ -9,10 +9,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dispatch.facts import RunState
-from dispatch.lines import LineReader
-from dispatch.view import RunView, duration, sparkline
-from dispatch.watching import unreachable
+from dispatch.following.lines import LineReader
+from dispatch.following.view import RunView, duration, sparkline
+from dispatch.following.watching import unreachable
+from dispatch.hosts.facts import RunState
 from latentforge.events import Event
 
 _BAR, _SPARK = 24, 14

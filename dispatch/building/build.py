@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from dispatch.ask import Ask
-from dispatch.choice import MAX_ATTEMPTS, told_end
-from dispatch.facts import HostFacts, RunState, moment
+from dispatch.hosts.facts import HostFacts, RunState, moment
+from dispatch.planning.ask import Ask
+from dispatch.planning.choice import MAX_ATTEMPTS, told_end
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.identity import RunIdentity
 

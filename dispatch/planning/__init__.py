@@ -1,0 +1,1 @@
+"""From what is asked and what is there to the plan that is shown and applied."""
