@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -16,8 +17,8 @@ _FORBIDDEN = ("torch", "transformers", "numpy", "latentforge.kernels", "latentfo
 _PROBE = """
 import json, sys
 from latentforge.spec.code import running_code
-from latentforge.contracts.load import contract_files
-import dispatch.plan
+from latentforge.contracts import load_contracts
+import dispatch.planning.plan; assert load_contracts()
 print(json.dumps({"digest": running_code().digest, "root": str(running_code().root), "modules": sorted(sys.modules)}))
 """
 
@@ -58,10 +59,17 @@ def test_the_operators_wheel_is_pure_python_and_carries_the_sources_that_a_host_
 
 def test_the_wheel_names_the_same_code_as_the_checkout_and_needs_no_torch(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONDONTWRITEBYTECODE": "1"}
+    # -S: the editable install's import hook of this environment stays out; its libraries are found by path alone.
+    paths = os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     blocked = f"import sys\nfor name in {_FORBIDDEN!r}: sys.modules[name] = None\n" + _PROBE
     answer = subprocess.run(
-        [sys.executable, "-P", "-c", blocked], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-S", "-P", "-c", blocked],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert f'"digest": "{code_around(Path(__file__).parent).digest}"' in answer.stdout
     assert '"root": "None"' in answer.stdout
