@@ -20,8 +20,8 @@ help:  ## what can be made
 setup: $(VENV)/.built  ## the environment in .venv: pinned packages, the built extension, the latentforge command
 
 smoke: setup  ## the main job on this machine: data, teacher, score, distill, verdict, evidence
+	@printf 'set-up took %s s (when it last ran)\n\n' "$$(cat $(VENV)/.seconds)"
 	@$(BIN)/latentforge dispatch go smoke --host local
-	@printf 'set-up took %s s (when it last ran)\n' "$$(cat $(VENV)/.seconds)"
 
 test: $(VENV)/.dev setup  ## all tests
 	@$(BIN)/python -m pytest

@@ -19,11 +19,15 @@ from .processes import Process, boot_clock, boot_id, descendants, look, send, ta
 from .state import outcome_of
 
 BEAT_SECONDS = 5.0
-_HOST_ENVIRONMENT = frozenset(
-    "PATH HOME LANG USER LOGNAME TMPDIR HF_HOME HF_HUB_CACHE CUDA_HOME CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH".split()
-    + "SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE".split()
-    + "http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY".split()
-)
+# fmt: off
+_HOST_ENVIRONMENT = frozenset({
+    "PATH", "HOME", "LANG", "USER", "LOGNAME",
+    "TMPDIR", "HF_HOME", "HF_HUB_CACHE", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+})
+# fmt: on
 """What a job takes over from its host: where things lie there, and how the host reaches its package index."""
 _HOST_PREFIXES = ("PIP_",)
 _SWEEP_SECONDS = 10.0
