@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from latentforge.verdicts import FALSIFIER_ID
 
 Profile = Literal["smoke", "full"]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+RUN_FALSIFIERS = (
+    "F-DISTILL-SMOKE-001",
+    "F-DISTILL-SMOKE-002",
+    "F-DISTILL-PIPELINE-001",
+    "F-EFFECTIVE-CONFIG-001",
+    "F-EFFECTIVE-LR-001",
+    "F-BATCH-ROWS-001",
+    "F-ARTEFACT-SIZE-001",
+    "F-ARTEFACT-MOVED-001",
+)
+"""What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``distill.require`` may name."""
 
 
 class Section(BaseModel):
@@ -123,8 +134,10 @@ class DistillSpec(Section):
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
         for falsifier in self.require:
-            if not FALSIFIER_ID.fullmatch(falsifier):
-                raise ValueError(f"require: {falsifier!r} is not a falsifier id (F-NAME-001)")
+            if falsifier not in RUN_FALSIFIERS:
+                near = get_close_matches(falsifier, RUN_FALSIFIERS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(RUN_FALSIFIERS)
+                raise ValueError(f"require names {falsifier!r}, a falsifier that no run can judge; {hint}")
         return self
 
 

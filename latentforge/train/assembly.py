@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from latentforge.teachers.folder import check_model_folder
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.data import checked_path
-from latentforge.train.falsifiers import REQUIRABLE
 from latentforge.train.loop import Objective, TargetsOf, Trainer
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import training_batch
@@ -42,14 +40,6 @@ class Job:
     targets_of: TargetsOf
     device: torch.device
     kernel: str
-
-
-def refuse_unknown_falsifiers(require: tuple[str, ...]) -> None:
-    """A run cannot promise what nothing checks."""
-    for name in require:
-        if name not in REQUIRABLE:
-            near = get_close_matches(name, REQUIRABLE, n=1) or [", ".join(REQUIRABLE)]
-            raise RefusedError(f"distill.require names {name}, which no run can check", next=f"known: {near[0]}")
 
 
 def open_targets(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device) -> StoreTeacher | HFTeacher:
@@ -117,7 +107,7 @@ def values_in_force(job: Job, trainer: Trainer, source: Any, profile: str) -> di
     if job.run.has_input("student_init"):
         student["init"] = f"sha256:{job.run.input_ref('student_init')['sha256']}"
     else:
-        student |= {"layers": config.num_hidden_layers, "hidden": config.hidden_size}
+        student |= {"init": None, "layers": config.num_hidden_layers, "hidden": config.hidden_size}
         student |= {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
         student |= {"intermediate": config.intermediate_size}
     return {

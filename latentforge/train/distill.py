@@ -25,7 +25,6 @@ from latentforge.train.assembly import (
     Job,
     make_trainer,
     open_targets,
-    refuse_unknown_falsifiers,
     start_model,
     targets_function,
     values_in_force,
@@ -62,7 +61,6 @@ def run(run: RunDir, log: EventLog) -> None:
     identity = run.load_identity()
     spec = DistillSpec.model_validate_json(json.dumps(identity.spec["distill"]))
     seed, profile = int(identity.spec["seed"]), identity.spec["profile"]
-    refuse_unknown_falsifiers(spec.require)
 
     with log.phase("load"):
         data = ShardSet.open(run.input_path("data"))
@@ -180,6 +178,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                 denominator=result.denominator,
                 sequences=result.sequences,
                 micro_batches=len(result.micro_batches),
+                batch_sha256=result.batch_sha256,
             )
             signal = stop_requested()
             if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
@@ -201,9 +200,10 @@ def held_out(job: Job, student: Student) -> Evaluation:
 
 def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
     """Say held-out values as events, and the student's loss on the line that people look for."""
-    job.log.metric("val_loss", value.loss, step=step, split="heldout", model=model)
+    of = {"split": "heldout", "model": model, "rows_sha256": value.rows_sha256}
+    job.log.metric("val_loss", value.loss, step=step, **of)
     if value.kl is not None:
-        job.log.metric("val_kl", value.kl, step=step, split="heldout", model=model)
+        job.log.metric("val_kl", value.kl, step=step, **of)
     if model == "student":
         name = "initial_loss" if step == 0 else "final_loss"
         job.log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
@@ -246,11 +246,16 @@ def known_evaluation(earlier: Earlier | None, model: str) -> Evaluation | None:
     if earlier is None or model not in earlier.checkpoints:
         return None
     found = {
-        event.fields["name"]: float(event.fields["value"])
+        event.fields["name"]: event.fields
         for event in earlier.events
         if event.kind == "metric" and (event.fields.get("model"), event.fields.get("step")) == (model, 0)
     }
-    return Evaluation(found["val_loss"], found.get("val_kl"), 0) if "val_loss" in found else None
+    if "val_loss" not in found:
+        return None
+    loss, kl = found["val_loss"], found.get("val_kl")
+    return Evaluation(
+        float(loss["value"]), None if kl is None else float(kl["value"]), 0, str(loss.get("rows_sha256", ""))
+    )
 
 
 def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, float]) -> dict[str, Any]:

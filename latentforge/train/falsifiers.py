@@ -29,7 +29,10 @@ def pipeline_001(events: Events) -> Verdict:
 
 
 def smoke_002(events: Events) -> Verdict:
-    """F-DISTILL-SMOKE-002: held-out KL to the teacher ends below that of the twin trained without it."""
+    """F-DISTILL-SMOKE-002: held-out KL to the teacher ends below that of the twin trained without it.
+
+    That student and twin had the same start, the same batches and the same held-out rows is read from the events too.
+    """
     name = "F-DISTILL-SMOKE-002"
     student, twin = _metric(events, "val_kl", "student"), _metric(events, "val_kl", "twin")
     if len(student) < 2 or len(twin) < 1:
@@ -38,6 +41,10 @@ def smoke_002(events: Events) -> Verdict:
     measured = {"val_kl": ours, "twin_val_kl": theirs, "step": step, "twin_step": twin_step}
     if first == step or step != twin_step:
         return _verdict(events, name, None, f"student ended at step {step}, twin at step {twin_step}", measured)
+    unlike = _unlike_twin(events)
+    if unlike is not None:
+        passed, reason = unlike
+        return _verdict(events, name, passed, reason, measured)
     if not (math.isfinite(ours) and math.isfinite(theirs)):
         return _verdict(events, name, False, f"val_kl {ours}, twin {theirs}: not finite", measured)
     relation = "<" if ours < theirs else ">="
@@ -148,7 +155,7 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-ARTEFACT-SIZE-001": artefact_size_001,
     "F-ARTEFACT-MOVED-001": artefact_moved_001,
 }
-"""What ``distill.require`` may name."""
+"""What ``distill.require`` may name: each of ``latentforge.spec.sections.RUN_FALSIFIERS``."""
 
 
 def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:
@@ -162,6 +169,9 @@ def _fell(events: Events, name: str) -> Verdict:
     if len(found) < 2 or found[0][0] != 0 or found[-1][0] == 0:
         return _verdict(events, name, None, "val_loss at step 0 and at the end is not in the events")
     (_, first), (step, last) = found[0], found[-1]
+    other = _other_rows(events, ("student",))
+    if other is not None:
+        return _verdict(events, name, *other)
     relation = "<" if last < first else ">="
     text = f"val_loss {last:.4f} {relation} {first:.4f} at step {step}"
     measured = {"val_loss": last, "initial_val_loss": first, "step": step}
@@ -177,6 +187,33 @@ def _metric(events: Events, name: str, model: str) -> list[tuple[int, float]]:
         and (e.fields.get("name"), e.fields.get("split"), e.fields.get("model")) == (name, "heldout", model)
     ]
     return sorted(found, key=lambda item: item[0])
+
+
+def _other_rows(events: Events, models: Sequence[str]) -> tuple[bool | None, str] | None:
+    """Why held-out values of these models do not compare, as (passed, text); None where all are of the same rows."""
+    measured = [e.fields for e in events if e.kind == "metric" and e.fields.get("split") == "heldout"]
+    rows = {fields.get("rows_sha256") for fields in measured if fields.get("model") in models}
+    if None in rows:
+        return None, "the events do not say on which held-out rows was measured"
+    return (False, f"measured on {len(rows)} different sets of held-out rows") if len(rows) > 1 else None
+
+
+def _unlike_twin(events: Events) -> tuple[bool | None, str] | None:
+    """What besides the teacher tells student and twin apart, as (passed, text); None where it is nothing."""
+    for metric in ("val_loss", "val_kl"):
+        start = [found[0] for model in ("student", "twin") if (found := _metric(events, metric, model))]
+        if len(start) != 2 or any(step != 0 for step, _ in start):
+            return None, f"{metric} of student and twin at step 0 is not in the events"
+        if start[0][1] != start[1][1]:
+            return False, f"student and twin started apart: {metric} {start[0][1]:.4f} and {start[1][1]:.4f} at step 0"
+    student, twin = _steps(events, "student"), _steps(events, "twin")
+    for step in sorted({*student, *twin}):
+        batches = [steps.get(step, {}).get("batch_sha256") for steps in (student, twin)]
+        if None in batches:
+            return None, f"the events do not say what student and twin were trained on at step {step}"
+        if batches[0] != batches[1]:
+            return False, f"step {step}: student and twin were trained on different batches"
+    return _other_rows(events, ("student", "twin"))
 
 
 def _steps(events: Events, model: str) -> dict[int, dict[str, Any]]:

@@ -81,7 +81,8 @@ def test_a_bad_environment_value_is_named_and_never_replaced_by_a_default(
         ("distill.student=3", ["table"]),
         ("distill.steps", ["FIELD=VALUE"]),
         ("distill.student.heads=3", ["64", "3"]),
-        ("distill.require=['smoke']", ["smoke", "falsifier"]),
+        ("distill.require=['smoke']", ["smoke", "falsifier", "known: F-DISTILL-SMOKE-001"]),
+        ("distill.require=['F-DISTILL-SMOKE-003']", ["F-DISTILL-SMOKE-003", "did you mean 'F-DISTILL-SMOKE-00"]),
     ],
 )
 def test_a_bad_flag_is_named_with_the_nearest_right_one(override: str, named: list[str]) -> None:

@@ -131,14 +131,6 @@ def test_a_temperature_without_stored_tails_runs_on_live_dense_targets(make_run:
     assert effective.read(run)["effective"]["distill"]["targets"] == "live"
 
 
-def test_a_falsifier_that_nothing_checks_is_refused(make_run: MakeRun, run_here: RunHere) -> None:
-    run = make_run(require=("F-DISTILL-SMOKE-003",))
-    code, text = run_here(run)
-    assert code == 2
-    assert "error: distill.require names F-DISTILL-SMOKE-003, which no run can check" in text
-    assert "next: known: F-DISTILL-SMOKE-00" in text
-
-
 def test_a_trainer_that_drops_the_learning_rate_is_stopped_before_step_1(
     make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:

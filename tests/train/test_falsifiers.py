@@ -10,6 +10,7 @@ import pytest
 from latentforge.contracts.load import load_contracts
 from latentforge.contracts.runner import check_falsifier
 from latentforge.events import Event
+from latentforge.spec.sections import RUN_FALSIFIERS
 from latentforge.train.falsifiers import REQUIRABLE, judge
 from latentforge.train.optimiser import warmup_cosine
 from latentforge.verdicts import Outcome, parse_line
@@ -37,7 +38,7 @@ def good_events() -> list[Event]:
         told += [("metric", _metric(model, "val_loss", 0, 5.0)), ("metric", _metric(model, "val_kl", 0, 2.0))]
         for step in range(1, 7):
             rate = 1e-3 * schedule(step - 1)
-            rows = {"rows": 28, "denominator": 28, "sequences": 4}
+            rows = {"rows": 28, "denominator": 28, "sequences": 4, "batch_sha256": f"{step}"}
             told.append(("step", {"model": model, "step": step, "steps": 6, "learning_rate": rate, **rows}))
         told += [("metric", _metric(model, "val_loss", 6, 3.0)), ("metric", _metric(model, "val_kl", 6, last))]
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
@@ -46,7 +47,8 @@ def good_events() -> list[Event]:
 
 
 def _metric(model: str, name: str, step: int, value: float) -> dict[str, Any]:
-    return {"model": model, "name": name, "step": step, "value": value, "split": "heldout"}
+    where = {"model": model, "name": name, "step": step, "split": "heldout"}
+    return {**where, "value": value, "rows_sha256": "the held-out rows"}
 
 
 def change(events: list[Event], kind: str, where: dict[str, Any], **values: Any) -> list[Event]:
@@ -57,6 +59,10 @@ def change(events: list[Event], kind: str, where: dict[str, Any], **values: Any)
     for event in hit:
         event.fields.update(values)
     return changed
+
+
+def test_all_that_a_pipeline_may_require_is_judged_by_the_run() -> None:
+    assert set(RUN_FALSIFIERS) == set(REQUIRABLE)
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRABLE))
@@ -87,6 +93,34 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
         "val_kl 0.8000 >= 0.8000 of its twin without KD",
     ),
     ("F-DISTILL-SMOKE-002", "metric", {"name": "val_kl", "model": "twin", "step": 6}, {"value": "inf"}, "not finite"),
+    (
+        "F-DISTILL-SMOKE-001",
+        "metric",
+        {"model": "student", "step": 6},
+        {"rows_sha256": "easier rows"},
+        "measured on 2 different sets of held-out rows",
+    ),
+    (
+        "F-DISTILL-SMOKE-002",
+        "metric",
+        {"model": "twin", "step": 6},
+        {"rows_sha256": "harder rows"},
+        "measured on 2 different sets of held-out rows",
+    ),
+    (
+        "F-DISTILL-SMOKE-002",
+        "step",
+        {"model": "twin", "step": 4},
+        {"batch_sha256": "another"},
+        "step 4: student and twin were trained on different batches",
+    ),
+    (
+        "F-DISTILL-SMOKE-002",
+        "metric",
+        {"model": "twin", "step": 0, "name": "val_loss"},
+        {"value": 5.1},
+        "student and twin started apart: val_loss 5.0000 and 5.1000 at step 0",
+    ),
     ("F-BATCH-ROWS-001", "step", {"step": 3}, {"rows": 7}, "step 3: 7 rows over 28, 28 were asked"),
     ("F-BATCH-ROWS-001", "step", {"step": 3}, {"denominator": 7}, "step 3"),
     ("F-BATCH-ROWS-001", "step", {"step": 3}, {"sequences": 1}, "step 3"),
@@ -120,6 +154,21 @@ def test_a_planted_fault_fails(name: str, kind: str, where: dict[str, Any], valu
 def test_a_run_without_its_last_metric_is_unknown_not_pass() -> None:
     events = [e for e in good_events() if not (e.kind == "metric" and e.fields["step"] == 6)]
     assert REQUIRABLE["F-DISTILL-SMOKE-001"](events).outcome is Outcome.UNKNOWN
+    assert REQUIRABLE["F-DISTILL-SMOKE-002"](events).outcome is Outcome.UNKNOWN
+
+
+@pytest.mark.parametrize("name", ["F-DISTILL-SMOKE-001", "F-DISTILL-SMOKE-002"])
+def test_values_of_rows_that_nobody_named_are_unknown_not_compared(name: str) -> None:
+    events = good_events()
+    for event in events:
+        event.fields.pop("rows_sha256", None)
+    assert REQUIRABLE[name](events).outcome is Outcome.UNKNOWN
+
+
+def test_a_twin_whose_batches_nobody_named_is_unknown() -> None:
+    events = good_events()
+    for event in events:
+        event.fields.pop("batch_sha256", None)
     assert REQUIRABLE["F-DISTILL-SMOKE-002"](events).outcome is Outcome.UNKNOWN
 
 
