@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,7 @@ def resolve_pipeline(
 def _read(recipe: str) -> tuple[str, dict[str, Any]]:
     path = Path(recipe)
     if path.suffix == ".toml" or "/" in recipe:
-        if not path.is_file():
-            raise RefusedError(f"pipeline file {recipe!r} does not exist")
-        text, name = path.read_text(encoding="utf-8"), path.name
+        text, name = _read_file(path), path.name
     elif recipe in recipe_names():
         text, name = (resources.files("latentforge") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8"), recipe
     else:
@@ -95,6 +94,23 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
         return name, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RefusedError(f"{name} is not TOML: {error}") from error
+
+
+def _read_file(path: Path) -> str:
+    hint = "name a .toml file, or one of: " + ", ".join(recipe_names())
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise RefusedError(f"pipeline file {str(path)!r} {what}", next=hint)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise RefusedError(
+            f"pipeline file {str(path)!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}",
+            next="convert it:  iconv -f <its encoding> -t UTF-8",
+        ) from None
+    except OSError as error:
+        raise RefusedError(f"pipeline file {str(path)!r} cannot be read: {error.strerror}", next=hint) from None
 
 
 def _from_environment(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
@@ -226,10 +242,21 @@ def _told(problem: Any, origins: dict[str, Origin], name: str) -> str:
     message = message[:1].lower() + message[1:]
     if not field or isinstance(problem["input"], dict):
         where = f"{field}: " if field else ""
-        return f"{where}{message} ({name})"
+        return f"{where}{message} ({_named_sources(field, message, origins) or name})"
     origin = origins.get(field) or next((o for f, o in origins.items() if field.startswith(f)), Origin("default"))
     source = name if origin.source == "file" else origin.source
     return f"{field} = {problem['input']!r}: {message} ({source})"
+
+
+def _named_sources(section: str, message: str, origins: dict[str, Origin]) -> str:
+    """The flags and variables that set what a message about a whole section names."""
+    said = set(re.findall(r"\w+", message))
+    found = {
+        origin.source
+        for field, origin in origins.items()
+        if field.startswith(section) and field.rpartition(".")[2] in said and origin.source != "file"
+    }
+    return ", ".join(sorted(found))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -96,6 +96,24 @@ def test_weights_that_are_all_zero_are_refused() -> None:
         resolve_pipeline("smoke", overrides=["distill.ce_weight=0", "distill.kd_weight=0"])
 
 
+def test_values_that_do_not_fit_together_are_traced_to_the_flag_or_variable_that_set_them() -> None:
+    with pytest.raises(RefusedError, match=r"k = 4096 is larger than the vocabulary \(2048 tokens\) \(flag\)"):
+        resolve_pipeline("smoke", overrides=["score.k=4096"])
+    with pytest.raises(RefusedError, match=r"micro_batch_size 64 .* batch_size 4 \(environment BATCH_SIZE, flag\)"):
+        resolve_pipeline("smoke", env={"BATCH_SIZE": "4"}, overrides=["distill.micro_batch_size=64"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"\xff\xfe", "is not UTF-8: byte 0xff at offset 0"), (None, "is not a file"), (b"a = [", "is not TOML")],
+)
+def test_a_pipeline_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None, named: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(RefusedError, match=named):
+        resolve_pipeline(str(file))
+
+
 def test_an_unknown_key_in_a_file_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[distill]\nlearning_rat = 1e-3\n")
