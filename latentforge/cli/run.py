@@ -23,4 +23,4 @@ def run(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from latentforge.train.run import execute
 
-    return execute(run_dir, signals=True)
+    return execute(run_dir.absolute(), signals=True)  # '.' has no name to tell the run by
