@@ -59,7 +59,10 @@ $(VENV)/.python:
 $(VENV)/.packages: constraints/cpu.txt $(VENV)/.python
 	@[ -e .setup-began ] || date +%s > .setup-began
 	@echo "set-up: installing what constraints/cpu.txt pins (torch is the large one)"
-	@$(PIP) install --quiet -r constraints/cpu.txt
+	@$(PIP) install --quiet --no-compile -r constraints/cpu.txt
+	@# Bytecode of all but the giants, most of which is never imported: a preview then writes nothing, not even that.
+	@$(BIN)/python -m compileall -q -j 0 -x '/(torch|functorch|transformers|sympy|networkx)/' \
+	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	@touch $@
 
 $(VENV)/.built: $(NATIVE_SOURCES) $(VENV)/.packages

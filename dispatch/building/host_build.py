@@ -84,7 +84,8 @@ def environment(venv: Path, lock_file: Path, lock: str) -> None:
         # An environment cannot be moved, so it is made under its final name; it counts only with its marker.
         run([sys.executable, "-m", "venv", "--clear", str(venv)])
         pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
-        run([*pip, "--quiet", "--requirement", str(lock_file)])
+        # Most of torch and transformers is never imported: bytecode is made where a module is first used.
+        run([*pip, "--quiet", "--no-compile", "--requirement", str(lock_file)])
         mark(venv, {"lock": lock, "python": sys.version.split()[0]})
 
 
