@@ -125,9 +125,15 @@ class EventLog:
             parts.append(f"mem {memory_bytes / 2**30:.1f}GiB")
         self.say(" ".join(parts))
 
-    def metric(self, name: str, value: float, *, step: int, split: str, model: str = "student") -> None:
-        """A measured value that is not a step's own, as ``val_loss`` or ``val_kl`` on the held-out split."""
-        self.emit("metric", name=name, value=value, step=step, split=split, model=model)
+    def metric(
+        self, name: str, value: float, *, step: int, split: str, model: str = "student", rows_sha256: str | None = None
+    ) -> None:
+        """A measured value that is not a step's own, as ``val_loss`` or ``val_kl`` on the held-out split.
+
+        ``rows_sha256`` names the rows that it was measured on: two values compare only where it is the same.
+        """
+        of = {} if rows_sha256 is None else {"rows_sha256": rows_sha256}
+        self.emit("metric", name=name, value=value, step=step, split=split, model=model, **of)
         self.say(f"metric {model} {name}={value:.4f} ({split}, step {step})")
 
     def checkpoint(self, step: int, *, path: str, bytes: int, expected_bytes: int, **fields: Any) -> None:

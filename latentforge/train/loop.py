@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -34,7 +35,8 @@ class Objective:
 class StepResult:
     """What one step did: losses in nats a token over all ``rows`` predictions of ``sequences`` sequences.
 
-    ``micro_batches`` holds the sequences of each forward pass; ``kd`` is None where no targets were used.
+    ``micro_batches`` holds the sequences of each forward pass; ``kd`` is None where no targets were used;
+    ``batch_sha256`` is that of the batch's tokens in their order.
     """
 
     loss: float
@@ -46,6 +48,7 @@ class StepResult:
     micro_batches: tuple[int, ...]
     denominator: int
     grad_norm: float
+    batch_sha256: str
     seconds: float
 
     @property
@@ -114,17 +117,22 @@ class Trainer:
             micro_batches=tuple(sizes),
             denominator=denominator,
             grad_norm=grad_norm,
+            batch_sha256=hashlib.sha256(_bytes(tokens)).hexdigest(),
             seconds=time.perf_counter() - began,
         )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out means in nats a token: ``loss`` = cross-entropy, ``kl`` = KL(teacher || student) or None."""
+    """Held-out means in nats a token: ``loss`` = cross-entropy, ``kl`` = KL(teacher || student) or None.
+
+    ``rows`` predictions went into them; ``rows_sha256`` is that of their tokens in their order.
+    """
 
     loss: float
     kl: float | None
     rows: int
+    rows_sha256: str
 
 
 @torch.no_grad()
@@ -134,7 +142,9 @@ def evaluate(
     """Cross-entropy and KL to the teacher (at ``temperature``) over batches of tokens int64 [B, L]."""
     student.eval()
     loss, kl, rows = 0.0, 0.0, 0
+    seen = hashlib.sha256()
     for tokens in batches:
+        seen.update(_bytes(tokens))
         labels = tokens[:, 1:].reshape(-1)
         parts = kd_loss(
             student.logits(tokens),
@@ -153,7 +163,12 @@ def evaluate(
     if rows == 0:
         raise FailedError("the held-out split has no row to evaluate on")
     # kd carries T squared, which belongs to the gradient's scale, not to a divergence.
-    return Evaluation(loss / rows, None if targets_of is None else kl / rows / temperature**2, rows)
+    mean_kl = None if targets_of is None else kl / rows / temperature**2
+    return Evaluation(loss / rows, mean_kl, rows, seen.hexdigest())
+
+
+def _bytes(tokens: Tensor) -> bytes:
+    return bytes(tokens.cpu().numpy().tobytes())
 
 
 def _refuse_not_finite(what: str, value: float, step: int) -> None:

@@ -61,6 +61,7 @@ def run(run: RunDir, log: EventLog) -> None:
     in_force = {
         "seed": order.seed,
         "teacher": {
+            "model": None,
             "layers": model.config.num_hidden_layers,
             "hidden": model.config.hidden_size,
             "heads": model.config.num_attention_heads,
@@ -88,7 +89,7 @@ def run(run: RunDir, log: EventLog) -> None:
 
     with log.phase("evaluate"):
         before = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
-    log.metric("val_loss", before.loss, step=0, split="heldout", model="teacher")
+    log.metric("val_loss", before.loss, step=0, split="heldout", model="teacher", rows_sha256=before.rows_sha256)
 
     with log.phase("train"), deferred_stop():
         for step in range(spec.steps):
@@ -106,13 +107,14 @@ def run(run: RunDir, log: EventLog) -> None:
                 memory_bytes=effective.memory_in_use(),
                 denominator=result.denominator,
                 sequences=result.sequences,
+                batch_sha256=result.batch_sha256,
             )
             if (signal := stop_requested()) is not None:
                 raise Interrupted(f"interrupted by {signal} at step {step + 1}; a teacher keeps no checkpoints")
 
     with log.phase("evaluate"):
         after = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
-    log.metric("val_loss", after.loss, step=spec.steps, split="heldout", model="teacher")
+    log.metric("val_loss", after.loss, step=spec.steps, split="heldout", model="teacher", rows_sha256=after.rows_sha256)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
