@@ -16,7 +16,7 @@ from latentforge.events import Event
 from latentforge.students.causal import LossParts, Student
 from latentforge.train import falsifiers
 from latentforge.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from latentforge.train.loop import Trainer
+from latentforge.train.loop import Trainer, evaluate
 from latentforge.train.products import start_digests
 from latentforge.train.rehearsal import (
     SEQUENCES,
@@ -165,6 +165,33 @@ def ten_steps_descend(*, mutant: str | None = None) -> Finding:
     share = losses[-1] / losses[0]
     text = f"loss {losses[0]:.4f} to {losses[-1]:.4f} ({share:.0%}), {'never' if falling else 'at times'} rising"
     return Finding(falling and share < 0.9, text, {"first": losses[0], "last": losses[-1], "never_rising": falling})
+
+
+class _RowsOff(Student):
+    """Planted: the logits of each row stand where its neighbour's belong, so that its label is another token."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return super().logits(tokens).roll(1, dims=0)
+
+
+def label_is_the_next_token(*, mutant: str | None = None) -> Finding:
+    """Trained and evaluated cross-entropy are the one that transformers computes with its own shift of the labels.
+
+    ``mutant`` "shifted" pairs each row with its neighbour's label.
+    """
+    trainer, batch = small_trainer(), small_batch()
+    model = trainer.student.model
+    model(input_ids=batch, labels=batch).loss.backward()
+    wanted, wanted_gradient = float(model(input_ids=batch, labels=batch).loss.detach()), _gradients(trainer)
+    trainer.optimiser.adamw.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+    student = (_RowsOff if mutant == "shifted" else Student)(model, trainer.student.vocab_size)
+    parts = student(batch, None, batch[:, 1:].numel(), temperature=1.0, ce_weight=1.0, kd_weight=0.0)
+    parts.loss.backward()
+    gradient = float((_gradients(trainer) - wanted_gradient).norm() / wanted_gradient.norm())
+    evaluated = evaluate(student, [batch], None, temperature=1.0, backend="auto").loss
+    off = max(abs(float(parts.ce) - wanted), abs(evaluated - wanted))
+    text = f"cross-entropy off transformers' own by {off:.1e} nats, its gradient by {gradient:.1e} of its length"
+    return Finding(off < 1e-5 and gradient < 1e-4, text, {"off": off, "gradient": gradient, "wanted": wanted})
 
 
 def checkpoint_weighs_its_tensors(*, truncate_to: int | None = None) -> Finding:
