@@ -53,22 +53,15 @@ def build_statement(
     derived = derive(run_dir, digests)
     verdicts = derived["verdicts"]
     known = {verdict["falsifier"]: verdict for verdict in verdicts}
-    conclusions = [
-        {
-            "text": f"{one['falsifier']} {one['outcome'].upper()} {one['text']}".rstrip(),
-            "check": one["falsifier"],
-            "status": "checked",
-        }
-        for one in verdicts
-    ] + [
+    conclusions = checked_conclusions(verdicts) + [
         # A check that did not run for this run supports nothing: the text stays a claim.
         {"text": claim.text, "check": claim.check, "status": "checked" if claim.check in known else "claim"}
         for claim in claims
     ]
     identities = {
         **derived["identities"],
-        "driver": _text(derived["driver"], host.get("driver")),
-        "kernel": _text(host.get("kernel"), None),
+        "driver": host_version("driver", derived, host),
+        "kernel": host_version("kernel", derived, host),
     }
     predicate = {
         "schema": 1,
@@ -162,6 +155,23 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
         },
         "driver": device.get("driver") if isinstance(device, dict) else None,
     }
+
+
+def checked_conclusions(verdicts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the verdicts say in one line each: the conclusions that every statement begins with."""
+    return [
+        {
+            "text": f"{one['falsifier']} {one['outcome'].upper()} {one['text']}".rstrip(),
+            "check": one["falsifier"],
+            "status": "checked",
+        }
+        for one in verdicts
+    ]
+
+
+def host_version(name: str, derived: Mapping[str, Any], host: Mapping[str, Any]) -> str | None:
+    """``driver`` (the trainer's word before the host's) or ``kernel``, by version."""
+    return _text(derived["driver"] if name == "driver" else None, host.get(name))
 
 
 def _verdicts(events: Iterable[Event]) -> list[dict[str, Any]]:

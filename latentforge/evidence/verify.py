@@ -18,7 +18,7 @@ from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.evidence.ledger import LEDGER, Chain, Entry, read_chain
 from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.schema import Statement
-from latentforge.evidence.statement import DERIVED, MANIFEST, UNLISTED, derive
+from latentforge.evidence.statement import DERIVED, MANIFEST, UNLISTED, checked_conclusions, derive, host_version
 from latentforge.spec.canonical import canonical_bytes
 from latentforge.spec.identity import RUN_ID
 from latentforge.verdicts import Outcome, meet, parse_line
@@ -240,6 +240,12 @@ def _check_statement(
     for name, value in derived["identities"].items():
         if _plain(value) != predicate["identities"][name]:
             result.problems.append(Problem(MANIFEST, f"predicate.identities.{name} does not follow from the files"))
+    for name in ("driver", "kernel"):
+        if predicate["identities"][name] != host_version(name, derived, predicate["host"]):
+            result.problems.append(Problem(MANIFEST, f"predicate.identities.{name} is not what the host's facts say"))
+    drawn = checked_conclusions(derived["verdicts"])
+    if _plain(drawn) != predicate["conclusions"][: len(drawn)]:
+        result.problems.append(Problem(MANIFEST, "predicate.conclusions does not begin with what the verdicts say"))
     verdicts = {one["falsifier"]: one["outcome"] for one in predicate["verdicts"]}
     for conclusion in predicate["conclusions"]:
         if (conclusion["status"] == "checked") != (conclusion["check"] in verdicts):

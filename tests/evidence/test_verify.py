@@ -162,6 +162,14 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         lambda s: s["predicate"]["conclusions"].append({"text": "x", "check": None, "status": "checked"}),
     ),
     ("marked claim", lambda s: s["predicate"]["conclusions"][0].update(status="claim")),
+    (
+        "what the verdicts say",
+        lambda s: s["predicate"]["conclusions"][0].update(text="F-DISTILL-SMOKE-001 PASS by far"),
+    ),
+    ("what the verdicts say", lambda s: s["predicate"]["conclusions"].pop(0)),
+    ("identities.kernel", lambda s: s["predicate"]["identities"].update(kernel="9.9")),
+    ("identities.driver", lambda s: s["predicate"]["identities"].update(driver="9.9")),
+    ("identities.extension", lambda s: s["predicate"]["identities"]["extension"].update(sha256="0" * 64)),
 ]
 
 
