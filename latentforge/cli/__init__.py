@@ -174,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _report(f"this install lacks {error.name}", "the same command with --debug shows where")
             return ExitCode.CRASHED
         extra = _EXTRAS.get(missing)
-        following = f"pip install 'latentforge[{extra}]'" if extra else "the same command with --debug shows where"
+        # From a checkout: no package index is known to hold this project under its name.
+        following = f"in a checkout:  pip install '.[{extra}]'" if extra else "the same command with --debug shows where"
         _report(f"this command needs the module {error.name}, which is not installed", following)
         return ExitCode.REFUSED
     except Exception as error:

@@ -84,6 +84,8 @@ def call_check(check: Check, arguments: dict[str, Any]) -> Finding:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             finding = check(**arguments)
+    except ModuleNotFoundError as error:
+        raise UndecidedError(f"the check cannot run: it needs {error.name}, which is not installed") from error
     except (Exception, SystemExit) as error:
         raise UndecidedError(f"the check raised {_shown(error)}") from error
     if not isinstance(finding, Finding):

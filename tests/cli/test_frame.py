@@ -169,4 +169,4 @@ def test_a_missing_library_names_the_extra_that_brings_it(
 
     planted(train)
     assert main(["planted"]) == ExitCode.REFUSED
-    assert "pip install 'latentforge[train]'" in capsys.readouterr().err
+    assert "in a checkout:  pip install '.[train]'" in capsys.readouterr().err

@@ -118,6 +118,15 @@ def test_a_check_or_control_that_raises_is_unknown_with_the_reason_on_one_line(
     assert "RuntimeError: broken in two lines" in text
 
 
+def test_a_check_that_needs_what_is_not_installed_says_so(contract: Callable[..., Path]) -> None:
+    def check(*, mutant: str | None = None) -> Finding:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    found, text, code = outcome(contract(check))
+    assert (found, code) == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
+    assert "the check cannot run: it needs torch, which is not installed" in text
+
+
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [
