@@ -175,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ExitCode.CRASHED
         extra = _EXTRAS.get(missing)
         # From a checkout: no package index is known to hold this project under its name.
-        following = f"in a checkout:  pip install '.[{extra}]'" if extra else "the same command with --debug shows where"
+        following = (
+            f"in a checkout:  pip install '.[{extra}]'" if extra else "the same command with --debug shows where"
+        )
         _report(f"this command needs the module {error.name}, which is not installed", following)
         return ExitCode.REFUSED
     except Exception as error:
