@@ -125,7 +125,8 @@ class KDCriterion(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(temperature, teacher_temperature or temperature, ce_weight, kd_weight, "forward", 1.0)
+        of_teacher = temperature if teacher_temperature is None else teacher_temperature
+        _check_settings(temperature, of_teacher, ce_weight, kd_weight, "forward", 1.0)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.ce_weight = ce_weight
