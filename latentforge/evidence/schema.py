@@ -95,6 +95,9 @@ class Conclusion(Shape):
 class Identities(Shape):
     """By digest, what took part: code, lock file, extension, inputs, tokenizer; products; driver and kernel by version.
 
+    ``extension`` holds the ``sha256`` of the native library's file and the digest of its sources (``source_digest``),
+    or ``unavailable`` with the reason.
+
     ``code`` is what the run asked for, ``code_effective`` what the trainer found itself running.
     """
 

@@ -54,9 +54,13 @@ def native() -> ModuleType:
 
 
 def extension_identity() -> dict[str, object]:
-    """What is recorded about the extension in a run: source digest, compiler, variants of this machine (best first)."""
+    """What is recorded about the extension in a run.
+
+    The sha256 of the library file, the digest of its sources, its compiler, its variants on this machine (best first).
+    """
     module = native()
     return {
+        "sha256": hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest(),
         "source_digest": module.source_digest(),
         "compiler": module.compiler(),
         "cpu_variants": list(module.cpu_variants()),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from latentforge.errors import LatentForgeError, RefusedError
-from latentforge.kernels import DenseTargets, TopKTargets, kd_divergence, kd_loss, native
+from latentforge.evidence.digests import file_sha256
+from latentforge.kernels import DenseTargets, KDCriterion, TopKTargets, kd_divergence, kd_loss, native
 from latentforge.kernels.targets import topk_targets
 
 N, V = 6, 40
@@ -45,6 +47,12 @@ NAN, INF = float("nan"), float("inf")
 def test_a_setting_that_makes_no_sense_is_named(setting: str, value: Any, said: str) -> None:
     with pytest.raises(RefusedError, match=said):
         kd_loss(logits(), DenseTargets(logits()), LABELS, **(GOOD | {setting: value}))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN])
+def test_a_criterion_takes_no_bad_teacher_temperature_for_the_default(value: float) -> None:
+    with pytest.raises(RefusedError, match=f"teacher_temperature = {value}"):
+        KDCriterion(temperature=2.0, ce_weight=0.3, kd_weight=0.7, teacher_temperature=value)
 
 
 def test_two_weights_of_zero_are_refused() -> None:
@@ -137,6 +145,12 @@ def test_an_extension_built_from_other_sources_is_refused() -> None:
     with pytest.raises(LatentForgeError, match="stale") as refusal:
         native.require_fresh(built, "0" * 64)
     assert refusal.value.next == "make setup"
+
+
+def test_a_run_names_the_library_file_that_it_loaded_by_its_content() -> None:
+    library = native.native().__file__
+    assert library is not None
+    assert native.extension_identity()["sha256"] == file_sha256(Path(library))
 
 
 def test_a_changed_source_file_changes_the_digest(tmp_path: Any) -> None:
