@@ -181,6 +181,10 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         kept: tuple[str, ...] = ("sequence_length", "train_sequences", "heldout_sequences")
         # A teacher's own tokenizer has the size it has; then the asked one does not apply.
         kept = kept if run.has_input("tokenizer") else (*kept, "vocab_size")
-        return {"data": {name: made[name] for name in kept}}
+        ref = run.input_ref("corpus")
+        # The recipe has hashed a corpus of the user's again and refused another one.
+        corpus = made["corpus"]["kind"] if "builtin" in ref else f"sha256:{ref['sha256']}"
+        return {"seed": torch.initial_seed(), "data": {"corpus": corpus, **{name: made[name] for name in kept}}}
     made = json.loads((run.out / "score.json").read_bytes())
-    return {"score": {"k": made["k"], "temperatures": made["temperatures"]}}
+    kept = ("k", "temperatures", "batch_size")
+    return {"seed": torch.initial_seed(), "score": {name: made[name] for name in kept}}

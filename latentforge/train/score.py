@@ -56,6 +56,7 @@ def run(run: RunDir, log: EventLog) -> None:
             "new_rows": new,
             "sequences": len(data.train) + len(data.heldout),
             "k": store.k,
+            "batch_size": spec.batch_size,
             "temperatures": list(store.temperatures),
             "tail_mass": stats["tail_mass"],
             "bytes": stats["bytes"],

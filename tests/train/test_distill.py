@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from latentforge.errors import RefusedError
 from latentforge.events import Event, read_events
+from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train import assembly, distill, effective
@@ -50,6 +51,16 @@ def test_tiny_passes_every_falsifier_and_says_what_it_did() -> None:
     assert metrics["models"]["student"]["final"]["val_kl"] < metrics["models"]["twin"]["final"]["val_kl"]
     sample = json.loads((run.out / "samples.json").read_text())[0]
     assert {"prompt", "text", "teacher", "student", "twin"} == set(sample)
+
+
+def test_every_run_of_the_line_reports_each_value_that_was_asked_for() -> None:
+    run = tiny_run()
+    line = [run, *(source for name in ("data", "teacher", "targets") if (source := run.input_run(name)) is not None)]
+    assert len(line) == 4
+    for one in line:
+        identity = one.load_identity()
+        compared = compare_configuration(identity.kind, identity.spec, effective.read(one))
+        assert (one.run, compared["unreported"], compared["differences"]) == (one.run, [], [])
 
 
 def test_a_step_event_carries_what_was_in_force() -> None:
