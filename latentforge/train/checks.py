@@ -78,6 +78,46 @@ def learning_rate_arrives(*, mutant: str | None = None) -> Finding:
     )
 
 
+def decay_arrives(*, mutant: str | None = None) -> Finding:
+    """Weight decay takes learning rate x decay of each matrix, nothing of a vector. ``mutant`` "nothing" drops it."""
+    rate, decay = 1e-2, 0.5
+    found: list[dict[str, Tensor]] = []
+    start = {name: value.detach().clone() for name, value in small_trainer().optimiser.masters.items()}
+    for weight_decay in (0.0, decay):
+        trainer = small_trainer(learning_rate=rate, weight_decay=weight_decay)
+        if mutant == "nothing":
+            for group in trainer.optimiser.groups:
+                group["weight_decay"] = 0.0
+        trainer.step(0, small_batch(), fixture_targets())
+        found.append({name: value.detach() for name, value in trainer.optimiser.masters.items()})
+    shares = {
+        name: float((found[0][name] - found[1][name]).norm() / value.norm()) / (rate * decay)
+        for name, value in start.items()
+    }
+    matrices = [share for name, share in shares.items() if start[name].dim() >= 2]
+    vectors = [share for name, share in shares.items() if start[name].dim() < 2]
+    passed = all(abs(share - 1.0) < 1e-2 for share in matrices) and max(vectors) == 0.0
+    text = (
+        f"of learning rate x decay, {len(matrices)} matrices lost {min(matrices):.3f} to {max(matrices):.3f}, "
+        f"{len(vectors)} vectors at most {max(vectors):.3f}"
+    )
+    return Finding(passed, text, {"matrices": [min(matrices), max(matrices)], "vectors": max(vectors)})
+
+
+def clip_arrives(*, mutant: str | None = None) -> Finding:
+    """The gradient that AdamW's first moment takes in has the clipping norm. ``mutant`` "none" forgets to clip."""
+    limit = 1e-3
+    trainer = small_trainer(clip_norm=limit)
+    if mutant == "none":
+        trainer.optimiser.clip_norm = None
+    before = trainer.step(0, small_batch(), fixture_targets()).grad_norm
+    (beta, _) = trainer.optimiser.groups[0]["betas"]
+    moments = [value for name, value in trainer.optimiser.moments().items() if name.endswith("/exp_avg")]
+    taken = float(torch.cat([value.reshape(-1) for value in moments]).norm()) / (1.0 - beta)
+    text = f"gradient norm {before:.3g} before clipping to {limit:g}, {taken:.3g} as AdamW took it"
+    return Finding(before > limit and abs(taken / limit - 1.0) < 1e-2, text, {"before": before, "taken": taken})
+
+
 class _LastSequenceOnly(Student):
     """Planted: pays for the batch and trains its last sequence."""
 

@@ -69,6 +69,7 @@ def small_trainer(
     micro_batch_size: int | None = None,
     precision: torch.dtype = torch.float32,
     clip_norm: float | None = None,
+    weight_decay: float = 0.0,
 ) -> Trainer:
     """A one-layer student of 64 tokens with its optimiser; always the same start."""
     shape = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=64)
@@ -76,7 +77,7 @@ def small_trainer(
     optimiser = MasterOptimiser(
         model,
         learning_rate=learning_rate,
-        weight_decay=0.0,
+        weight_decay=weight_decay,
         warmup_steps=warmup_steps,
         steps=steps,
         clip_norm=clip_norm,
