@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from latentforge.errors import RefusedError
-from latentforge.spec.pipeline import effective_pipeline, external_paths, pipeline_runs
+from latentforge.spec.pipeline import PlannedRun, effective_pipeline, external_paths, pipeline_runs
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.spec.sections import PipelineSpec
 
 CODE, LOCK, CONTENT = "1" * 64, "2" * 64, "3" * 64
 
 
-def runs(*overrides: str, digests: dict[str, str] | None = None, code: str = CODE) -> dict[str, object]:
+def runs(*overrides: str, digests: dict[str, str] | None = None, code: str = CODE) -> dict[str, PlannedRun]:
     spec, _ = effective_pipeline(resolve_pipeline("smoke", overrides=list(overrides)).spec)
     return {run.kind: run for run in pipeline_runs(spec, digests=digests or {}, code=code, lock=LOCK)}
 
@@ -22,6 +22,19 @@ def test_the_smoke_pipeline_is_data_teacher_score_distill() -> None:
     assert list(planned) == ["data", "teacher", "score", "distill"]
     assert planned["distill"].identity.inputs["targets"] == f"run:{planned['score'].run_id}"
     assert planned["distill"].resolved["data"] == {"run": planned["data"].run_id}
+
+
+def test_a_runs_identity_holds_every_field_of_its_section() -> None:
+    spec = PipelineSpec()
+    for kind, run in runs().items():
+        of_kind = run.identity.spec[kind]
+        assert of_kind.keys() == type(getattr(spec, kind)).model_fields.keys()
+        assert run.identity.spec["seed"] == spec.seed
+    planned = runs()["distill"].identity.spec
+    assert planned["distill"]["student"].keys() == type(spec.distill.student).model_fields.keys()
+    assert planned["profile"] == "smoke"
+    full = runs("profile=full", "data.corpus=/c", digests={"/c": CONTENT})
+    assert full["distill"].identity.spec["profile"] == "full"
 
 
 def test_a_temperature_without_stored_tails_plans_live_dense_targets_and_says_so() -> None:
