@@ -85,3 +85,13 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     (path / "state.json").write_text(json.dumps({**state, "schema": 2}))
     with pytest.raises(RefusedError, match="schema 2; 1 is read here"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_smaller_than_its_tensors_is_a_failure_even_where_it_reads_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = checkpoint(1)
+    monkeypatch.setattr(module, "save_file", lambda tensors, path: Path(path).write_bytes(b"~"))
+    monkeypatch.setattr(module, "load_checkpoint", lambda path: kept)
+    with pytest.raises(FailedError, match=r"has \d+ bytes, its tensors alone need 2400"):
+        save_checkpoint(tmp_path, Checkpoint(kept.model, 1, {"a": torch.zeros(600)}, {}, kept.rng, 1), start={})
