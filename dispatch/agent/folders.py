@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .content import Unfit, check_same_tokens, check_text
 from .paths import expand
 from .protocol import AgentError
 
@@ -22,15 +23,6 @@ _SIZES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
-
-
-class Unfit(Exception):
-    """Why a path cannot serve, with the value in it, and the remedy."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
 
 
 def hash_stream(file: BinaryIO, tick: Callable[[], None] | None = None) -> tuple[str, int]:
@@ -86,14 +78,19 @@ def tree_digest(path: Path) -> tuple[str, int, int]:
     return whole.hexdigest(), len(names), total
 
 
-def inspect(path: str, purpose: str) -> dict[str, Any]:
-    """What a probe says about one path: ok with its digest, or the reason and the remedy."""
+def inspect(path: str, purpose: str, like: str | None = None) -> dict[str, Any]:
+    """What a probe says about one path: ok with its digest, or the reason and the remedy.
+
+    `like` is the folder of a model whose tokens this model must have.
+    """
     if purpose not in ("corpus", "model"):
         raise AgentError("protocol", f"purpose={purpose!r} is neither 'corpus' nor 'model'")
     report: dict[str, Any] = {"ok": False, "sha256": None, "files": 0, "bytes": 0, "reason": None, "next": None}
     try:
         place = expand(path, "path")
         facts = check_corpus(place) if purpose == "corpus" else check_model(place)
+        if like is not None:
+            check_same_tokens(expand(like, "like"), place)
         sha256, files, size = tree_digest(place)
         report.update(facts, ok=True, sha256=sha256, files=files, bytes=size, path=str(place))
     except Unfit as unfit:
@@ -108,7 +105,7 @@ def inspect(path: str, purpose: str) -> dict[str, Any]:
 
 
 def check_corpus(path: Path) -> dict[str, Any]:
-    """Facts about a corpus (`documents_files`, `documents_bytes`); Unfit when missing, of a foreign kind, or empty."""
+    """Facts about a corpus (`documents_files`, `documents_bytes`); Unfit when missing, foreign, empty or not text."""
     wanted = ", ".join(CORPUS_SUFFIXES)
     if not path.exists():
         raise Unfit(
@@ -119,17 +116,19 @@ def check_corpus(path: Path) -> dict[str, Any]:
             raise Unfit(
                 f"corpus {path} is a {path.suffix or 'nameless'} file", "give a .txt or .jsonl file, or a folder"
             )
-        sizes = [path.stat().st_size]
+        files = [path]
     elif path.is_dir():
-        sizes = [(path / name).stat().st_size for name in tree_files(path) if name.endswith(CORPUS_SUFFIXES)]
-        if not sizes:
+        files = [path / name for name in tree_files(path) if name.endswith(CORPUS_SUFFIXES)]
+        if not files:
             raise Unfit(f"corpus {path} holds no {wanted} file", "put text files into it, or give another folder")
     else:
         raise Unfit(f"corpus {path} is neither a file nor a folder", "give a folder, a .txt or a .jsonl file")
+    sizes = [file.stat().st_size for file in files]
     if not sum(sizes):
         raise Unfit(
             f"corpus {path} is empty: {len(sizes)} file(s) with 0 bytes", "put text into it, or give another one"
         )
+    check_text(files)
     return {"documents_files": len(sizes), "documents_bytes": sum(sizes)}
 
 

@@ -65,10 +65,12 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _path(row: dict[str, Any]) -> dict[str, Any]:
-    path, purpose = row.get("path"), row.get("purpose")
+    path, purpose, like = row.get("path"), row.get("purpose"), row.get("like")
     if not isinstance(path, str) or not isinstance(purpose, str):
         raise AgentError("protocol", f"probe: paths holds {row!r}, which has no path and purpose")
-    return folders.inspect(path, purpose)
+    if like is not None and not isinstance(like, str):
+        raise AgentError("protocol", f"probe: paths holds {row!r}, whose like is not a path")
+    return folders.inspect(path, purpose, like)
 
 
 def _name(name: str) -> str:

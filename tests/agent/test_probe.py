@@ -200,6 +200,70 @@ def test_a_corpus_that_holds_nothing_is_refused(tmp_path: Path, files: dict[str,
     assert facts["next"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b"text\xff\xfe", "is not UTF-8: byte 0xff at offset 4"),
+        ("a.txt", b"x" * (1 << 20) + "é".encode()[:1], "is not UTF-8: byte 0xc3 at offset 1048576"),
+        ("a.txt", b"x" * ((1 << 20) - 1) + b"\xc3(", "is not UTF-8: byte 0xc3 at offset 1048575"),
+        ("a.jsonl", b'{"text":"x"}\n{nope\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text":"x"}\n\n{"txt":"y"}\n', "line 3 has no \"text\" (it has: 'txt')"),
+        ("a.jsonl", b'{"text":3}\n', 'line 1: "text" is int, not a string'),
+        ("a.jsonl", b"[1]\n", 'line 1 has no "text" (it has: list)'),
+        ("a.jsonl", b'{"text":"x"}\n{"text":"\xff"}\n', "is not UTF-8: byte 0xff at offset 22"),
+    ],
+)
+def test_a_corpus_that_is_not_text_is_refused_with_the_place(
+    tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    from latentforge.data.corpus import Corpus
+    from latentforge.errors import RefusedError
+
+    (tmp_path / name).write_bytes(content)
+    facts = folders.inspect(str(tmp_path / name), "corpus")
+    assert (facts["ok"], facts["sha256"]) == (False, None)
+    assert f"{tmp_path / name} {told}" in facts["reason"]
+    assert facts["next"]
+    with pytest.raises(RefusedError) as refused:  # what the data run would have said, after it was launched
+        Corpus.open(tmp_path / name)
+    assert str(refused.value) == facts["reason"]
+
+
+def test_text_in_any_script_with_a_mark_and_blank_lines_is_a_corpus(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "日é\n".encode() * 400_000)  # characters across chunks
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"text":"日"}\n\n \n{"text":"","n":1}'.encode())
+    assert folders.inspect(str(tmp_path), "corpus")["ok"] is True
+
+
+def _tokenizer(folder: Path, tokens: list[str]) -> Path:
+    model = {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []}
+    added = [{"id": len(tokens), "content": "<|end|>", "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    return folder
+
+
+def test_a_student_whose_vocabulary_differs_in_one_token_is_refused_with_its_id(tmp_path: Path) -> None:
+    teacher = _tokenizer(_model(tmp_path / "t"), ["a", "b", "c"])
+    student = _tokenizer(_model(tmp_path / "s"), ["a", "b", "c"])
+    assert folders.inspect(str(student), "model", str(teacher))["ok"] is True
+    _tokenizer(student, ["a", "c", "b"])
+    facts = folders.inspect(str(student), "model", str(teacher))
+    assert facts["ok"] is False
+    assert "differ first at id 1" in facts["reason"]
+    assert "has 'b' (4 tokens)" in facts["reason"]
+    assert facts["next"] == "use the teacher's tokenizer for the student"
+    _tokenizer(student, ["a", "b"])
+    assert "at id 2: " in folders.inspect(str(student), "model", str(teacher))["reason"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"vocab": 3}}', '{"model": {"vocab": [[]]}}'])
+def test_a_broken_tokenizer_is_refused_not_compared(tmp_path: Path, content: str) -> None:
+    teacher, student = _tokenizer(_model(tmp_path / "t"), ["a"]), _model(tmp_path / "s")
+    assert "has no tokenizer.json" in folders.inspect(str(student), "model", str(teacher))["reason"]
+    (student / "tokenizer.json").write_text(content)
+    assert "is not a tokenizer" in folders.inspect(str(student), "model", str(teacher))["reason"]
+
+
 def test_a_relative_path_is_refused_since_it_means_another_place_here() -> None:
     facts = folders.inspect("corpus", "corpus")
     assert "'corpus' is not an absolute path" in facts["reason"]
