@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dispatch.building.build import BuildNames, choose_build
-from dispatch.hosts.facts import HostFacts
+from dispatch.hosts.facts import HostFacts, PathFact
 from dispatch.places import Places
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import attempt_ids, choose
@@ -13,6 +13,7 @@ from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import RefusedError
 from latentforge.spec.pipeline import PlannedRun, external_paths, pipeline_runs
+from latentforge.spec.sections import PipelineSpec
 
 PROBE_SECONDS = 60.0
 
@@ -43,7 +44,10 @@ def _digests(transport: Transport, ask: Ask) -> dict[str, str]:
     wanted = list(external_paths(ask.spec))
     if not wanted:
         return {}
+    teacher, init = ask.spec.teacher.model, ask.spec.distill.student.init
     paths = [{"path": one.path, "purpose": one.purpose} for one in wanted]
+    if teacher is not None and init is not None and init != teacher:
+        paths[-1]["like"] = teacher  # one swapped token would teach the student to write one for the other
     facts = HostFacts.model_validate(call(transport, "probe", {"paths": paths}, timeout=600.0).result)
     digests: dict[str, str] = {}
     for one in wanted:
@@ -54,7 +58,32 @@ def _digests(transport: Transport, ask: Ask) -> dict[str, str]:
                 f"{one.field} = {one.path!r}: {why} (on {ask.host.name})", next=(found.next if found else None)
             )
         digests[one.path] = found.sha256
+    if teacher is not None:
+        _check_teacher(ask.spec, facts.paths[teacher], digests)
     return digests
+
+
+def _check_teacher(spec: PipelineSpec, found: PathFact, digests: dict[str, str]) -> None:
+    """Refuse before any run what a teacher folder cannot give; the runs check the same again, tensor by tensor."""
+    teacher, init = spec.teacher.model, spec.distill.student.init
+    assert teacher is not None
+    if found.tokenizer is False:
+        raise RefusedError(
+            f"teacher.model = {teacher!r} has no tokenizer.json",
+            next="save its tokenizer into it:  AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+        )
+    if found.vocab_size is not None and spec.score.k > found.vocab_size:
+        raise RefusedError(
+            f"score.k = {spec.score.k} is larger than the vocabulary of teacher.model = {teacher!r} "
+            f"({found.vocab_size} tokens)",
+            next=f"--set score.k={min(32, found.vocab_size)}",
+        )
+    if spec.profile == "full" and init is not None and digests[teacher] == digests[init]:
+        raise RefusedError(
+            f"teacher.model and distill.student.init are the same model (sha256 {digests[init][:12]}…): "
+            f"{teacher!r} and {init!r}",
+            next="name another distill.student.init, or leave it out to start a new, smaller student",
+        )
 
 
 def _probe(transport: Transport, ask: Ask, planned: list[PlannedRun], names: BuildNames | None) -> HostFacts:

@@ -89,6 +89,37 @@ def test_an_empty_corpus_and_a_truncated_teacher_are_refused_before_any_run(lapt
     assert not (laptop.home / "state").exists()
 
 
+def test_a_teacher_that_does_not_fit_the_pipeline_is_refused_before_any_run(laptop: Any) -> None:
+    def folder(name: str, tokens: str) -> None:
+        (laptop.cwd / name).mkdir()
+        (laptop.cwd / name / "config.json").write_text('{"vocab_size": 4}')
+        header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        weights = len(header).to_bytes(8, "little") + header + bytes(4)
+        (laptop.cwd / name / "model.safetensors").write_bytes(weights)
+        if tokens:
+            model = {"vocab": {token: number for number, token in enumerate(tokens)}}
+            (laptop.cwd / name / "tokenizer.json").write_text(json.dumps({"model": model}))
+
+    def refused(*values: str) -> str:
+        done = laptop.cli("go", "tiny", *[word for value in values for word in ("--set", value)])
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert not (laptop.home / "state").exists()
+        return str(done.stderr)
+
+    folder("mute", "")
+    folder("teacher", "abcd")
+    folder("copy", "abcd")
+    folder("swapped", "abdc")
+    (laptop.cwd / "text").mkdir()
+    (laptop.cwd / "text" / "a.txt").write_text("text")
+    assert "has no tokenizer.json" in refused("teacher.model=mute")
+    assert "score.k = 16 is larger than the vocabulary of teacher.model" in refused("teacher.model=teacher")
+    assert "differ first at id 2: teacher" in refused("teacher.model=teacher", "distill.student.init=swapped")
+    full = ("profile=full", "data.corpus=text", "score.k=2")
+    assert "are the same model" in refused(*full, "teacher.model=teacher", "distill.student.init=copy")
+    assert "are the same model" in refused(*full, "teacher.model=teacher", "distill.student.init=teacher")
+
+
 def test_dry_run_by_environment_twice_is_byte_identical_and_touches_nothing(laptop: Any, snapshot: Any) -> None:
     before = snapshot(laptop.home)
     first, second = (laptop.cli("go", "tiny", DRY_RUN="1") for _ in range(2))
