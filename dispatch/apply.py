@@ -49,7 +49,6 @@ def apply(
     _facts, plan = launch(plan, ask, transport, places, follower, say=say)
     followed: dict[str, RunState] = {}
     chain = plan.chain
-    follower.goal = chain[-1].run if chain else None
     for position, one in enumerate(chain, start=1):
         state = follower.follow(one.run, position=position, of=len(chain))
         followed[one.run] = state
@@ -77,13 +76,13 @@ def launch(
     if plan.build is not None:
         build(plan.build, ask, facts, transport, follower, plan, say=say)
     if any(one.will == "run" for one in plan.chain):
-        follower.goal = plan.chain[-1].run
         # Noted before the launch: if the reply is lost, the run can still be found by its name.
         remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
         for one in plan.chain:
             if one.will == "run":
                 reserve(one, ask, facts, plan, transport)
         _launch([one.run for one in plan.chain], ask, transport, follower, plan)
+    follower.goal = plan.chain[-1].run  # from here on a command that is stopped leaves a run that goes on
     remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
     return facts, plan
 
@@ -121,7 +120,9 @@ def build(
         }
         call(transport, "reserve", {"run": choice.run, "identity": choice.identity, "launch": launch_json})
         call(transport, "launch", {"chain": [choice.run]}, timeout=60.0)
+    follower.goal = choice.run
     state = follower.follow(choice.run)
+    follower.goal = None
     if not state.passed:
         raise FailedError(
             f"the build {choice.run} on {ask.host.name} did not succeed: {told_end(state)}",

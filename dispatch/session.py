@@ -45,7 +45,7 @@ class Session:
             PlainObserver(name, sys.stderr if self.json else None) if plain else LiveObserver(name)
         )
         self.follower = Follower(self.transport, self.places, self.observer)
-        self.concluding = False
+        self.concluding: str | None = None
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -53,16 +53,16 @@ class Session:
 
     def go(self, ask: Ask, *, detach: bool = False) -> ExitCode:
         """Plan, show, apply, and follow to the verdict."""
-        plan, facts = survey(self.transport, ask, self.places)
-        self.say(render(plan, ask))
-        refuse(plan)
         try:
+            plan, facts = survey(self.transport, ask, self.places)
+            self.say(render(plan, ask))
+            refuse(plan)
             if detach and plan.chain:
                 _facts, plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
                 return self._left(plan.chain[-1].run, "launched; it goes on by itself.", ExitCode.PASS)
             applied = apply(plan, ask, self.transport, self.places, self.follower, say=self.say)
             self.observer.close()
-            self.concluding = True
+            self.concluding = applied.final
             return self._concluded(plan, ask, facts, applied)
         except KeyboardInterrupt:
             return self._detached(ask.command)
@@ -87,6 +87,7 @@ class Session:
                 )
             if last.startswith("build-"):
                 return self._told(last, state, None)
+            self.concluding = last
             done = conclude(
                 self.transport, last, state, self.places, plan=context, facts={"name": self.transport.host.name}
             )
@@ -147,20 +148,22 @@ class Session:
 
     def _detached(self, again: str) -> ExitCode:
         self.observer.close()
-        run = self.follower.goal or self.observer.run
-        if self.concluding:
-            self.say(f"\nstopped while collecting {run}; nothing is lost.   again:  {again}")
+        run = self.follower.goal
+        if self.concluding is not None:
+            self.say(f"\nstopped while collecting {self.concluding}; nothing is lost.   again:  {again}")
             return ExitCode.DETACHED
-        if run.startswith("build-"):
+        if run is not None and run.startswith("build-"):
             self.say(f"\ndetached; the build goes on, and nothing else was launched yet.   again:  {again}")
             return ExitCode.DETACHED
-        if not run or not self.places.record(run).is_file():
-            self.say(f"\nstopped before anything was launched; what was done is kept.   again:  {again}")
-            return ExitCode.DETACHED
-        return self._left(run, "\ndetached; the run goes on.", ExitCode.DETACHED)
+        if run is not None:
+            return self._left(run, "\ndetached; the run goes on.", ExitCode.DETACHED)
+        # A launch that was under way may have been done all the same: only the host can say, when it is asked again.
+        self.say(f"\nstopped before a launch was confirmed; what was done is found and kept.   again:  {again}")
+        return ExitCode.DETACHED
 
     def _left(self, run: str, how: str, code: ExitCode) -> ExitCode:
-        self.say(f"{how}   back:  latentforge dispatch watch {run}     stop:  latentforge dispatch cancel {run}")
+        where = run if self.places.record(run).is_file() else f"{run} --host {self.transport.host.name}"
+        self.say(f"{how}   back:  latentforge dispatch watch {where}     stop:  latentforge dispatch cancel {where}")
         return code
 
 
