@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dispatch.following.cursor import STREAMS
-from dispatch.places import Places, write_atomic
+from dispatch.places import Places, private_folder, write_atomic
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import BusyError, FailedError
@@ -44,6 +44,7 @@ def collect(
     inventory = call(transport, "collect", {"run": run}, timeout=300.0).result
     folder = places.run(run)
     with locked(places, run):
+        folder.mkdir(parents=True, exist_ok=True)  # for whom the umask says, unlike the laptop's state
         followed = places.followed(transport.host.name, run)
         for file in inventory["files"]:
             if file["path"] in STREAMS:
@@ -63,7 +64,7 @@ def collect(
 def locked(places: Places, run: str) -> Iterator[None]:
     """Hold the lock of a run's copy on this laptop; BusyError where another command holds it for minutes."""
     path = places.lock(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     try:
         with FileLock(path, timeout=_LOCK_SECONDS):
             yield

@@ -61,9 +61,19 @@ class Places:
         return self.evidence / run
 
 
+def private_folder(folder: Path) -> None:
+    """Make a folder and whatever is missing above it for its owner alone (mode 0700), whatever the umask is.
+
+    The state folder of the laptop lies in the state root of host ``local``, which refuses one that others may write.
+    """
+    if not folder.is_dir():
+        private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write a whole file by temporary, fsync and rename: a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

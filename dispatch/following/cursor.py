@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dispatch.places import write_atomic
+from dispatch.places import private_folder, write_atomic
 
 STREAMS = ("events.jsonl", "launch.log")
 
@@ -42,7 +42,7 @@ class Reading:
 
     def take(self, answers: dict[str, Any], order: list[str], payload: bytes) -> dict[str, tuple[bytes, bool]]:
         """Store one reply of ``read``; returns for each stream its new bytes, and whether it began anew."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         taken: dict[str, tuple[bytes, bool]] = {}
         position = 0
         for name in order:

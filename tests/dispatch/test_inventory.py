@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dispatch.collect import locked
+from dispatch.following.cursor import Reading
 from dispatch.hosts.inventory import Host, Inventory, PinnedKey
 from dispatch.places import Places
+from dispatch.records import remember
+from dispatch.transport.open import open_transport
 from latentforge.errors import RefusedError
 
 KEY = PinnedKey(type="ssh-ed25519", sha256="SHA256:" + "Q" * 43, date="2026-11-09")
@@ -108,3 +113,22 @@ def test_gx10_user_and_repo_path_replace_user_and_root(laptop: Any) -> None:
     assert (host.user, host.root) == ("new", "/new")
     local = inventory.choose("local", {"GX10_USER": "new", "GX10_REPO_PATH": "/new"})
     assert (local.user, local.root) == (None, "/new")
+
+
+def test_the_laptop_s_state_is_its_owner_s_alone_whatever_the_umask_and_stays_fit_for_host_local(
+    laptop: Any, tmp_path: Path
+) -> None:
+    earlier = os.umask(0o002)  # what many systems give a user with a group of their own
+    try:
+        remember(laptop.places, Host(name="box", address="box"), ["distill-" + "a" * 20], recipe="tiny", plan="p")
+        Reading(laptop.places.followed("box", "distill-" + "a" * 20)).take({}, [], b"")
+        with locked(laptop.places, "distill-" + "a" * 20):
+            pass
+    finally:
+        os.umask(earlier)
+    state = laptop.home / "state"
+    folders = [path for path in [state, *state.rglob("*")] if path.is_dir()]
+    assert len(folders) == 8
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+    transport = open_transport(Host(name="local"), laptop.places)
+    assert transport.call("install", {}).result["path"].startswith(str(state / "latentforge" / "agent"))
