@@ -6,9 +6,11 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-from dispatch.transport.call import CALL_SECONDS, Reply, Transport
-from dispatch.transport.link import LinkLostError
+from dispatch.hosts.trust import HostKeyError
+from dispatch.transport.call import CALL_SECONDS, READING, Reply, Transport
+from dispatch.transport.link import LinkError, LinkLostError
 from latentforge.errors import UnknownOutcomeError
+from latentforge.verdicts import ExitCode
 
 ATTEMPTS = 4
 
@@ -37,9 +39,17 @@ def call(
     )
     try:
         reply: Reply = retrying(transport.call, verb, args, payload, timeout=timeout)
-    except LinkLostError as error:
+    except HostKeyError as error:
+        if lost and verb not in READING:
+            error.code = ExitCode.UNKNOWN
+        raise
+    except LinkError as error:
+        # Lost first and then not to be had again: something may have been sent all the same, unless it only asked.
+        if not lost or (verb in READING and not isinstance(error, LinkLostError)):
+            raise
+        times = f" ({ATTEMPTS} times)" if isinstance(error, LinkLostError) else f", after {lost[-1]}"
         raise UnknownOutcomeError(
-            f"{error} ({ATTEMPTS} times); whether {verb!r} was done there is not known",
+            f"{error}{times}; whether {verb!r} was done there is not known",
             next="the same command again: what was done is found and kept",
         ) from error
     return reply
