@@ -72,12 +72,17 @@ def asked(
     )
 
 
+# What says where, not what: left out of a copied command, it would do the same elsewhere.
+_PLACES = ("GX10_USER", "GX10_REPO_PATH", "EVIDENCE_DIR")
+
+
 def _command(
     recipe: str, host: Host, resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
 ) -> str:
     sources = {origin.source for origin in resolved.origins.values()}
     names = sorted(source.partition(" ")[2] for source in sources if source.startswith("environment "))
-    before = [f"{name}={shlex.quote(env[name])} " for name in names if name in env]
+    names = sorted({*names, *_PLACES})
+    before = [f"{name}={shlex.quote(env[name])} " for name in names if env.get(name)]
     flags = [f" --set {shlex.quote(override)}" for override in overrides]
     return f"{''.join(before)}latentforge dispatch go {shlex.quote(recipe)}{''.join(flags)} --host {host.name}"
 

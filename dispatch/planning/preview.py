@@ -25,4 +25,5 @@ def ending(plan: Plan, ask: Ask) -> str:
         return f"nothing was changed (dry run). It would be refused: {first.why}"
     if plan.changes_nothing:
         return "nothing was changed (dry run), and nothing is to be done."
-    return f"nothing was changed (dry run). To do it:  {ask.command}"
+    flags = " --attempt next" * ask.attempt_next + " --wait" * ask.wait
+    return f"nothing was changed (dry run). To do it:  {ask.command}{flags}"

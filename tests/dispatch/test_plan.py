@@ -16,7 +16,7 @@ from dispatch.planning.ask import Ask
 from dispatch.planning.choice import choose
 from dispatch.planning.memory import judge_memory
 from dispatch.planning.plan import Plan, make_plan
-from dispatch.planning.preview import render
+from dispatch.planning.preview import ending, render
 from latentforge.errors import RefusedError
 from latentforge.spec.pipeline import PlannedRun, pipeline_runs
 from latentforge.verdicts import ExitCode
@@ -247,6 +247,13 @@ def test_a_temperature_without_tails_plans_live_targets_and_says_so(ask: Make) -
 def test_the_command_to_copy_carries_the_flags_and_the_environment_that_steered_the_plan(ask: Make) -> None:
     request = ask(None, "distill.steps=61", env={"ALPHA": "0.4", "LR": "1e-4", "UNUSED": "x"})
     assert request.command == "ALPHA=0.4 LR=1e-4 latentforge dispatch go tiny --set distill.steps=61 --host local"
+
+
+def test_the_command_to_copy_goes_to_the_same_place_and_asks_for_the_same_attempt(ask: Make) -> None:
+    request = ask(None, env={"GX10_REPO_PATH": "/data/lf", "EVIDENCE_DIR": "kept here"}, attempt_next=True, wait=True)
+    assert request.command.startswith("EVIDENCE_DIR='kept here' GX10_REPO_PATH=/data/lf latentforge dispatch go tiny")
+    shown = ending(plan_of(ask(), facts_of()), request)
+    assert shown.endswith(f"To do it:  {request.command} --attempt next --wait")
 
 
 def test_the_bundle_has_the_same_bytes_for_the_same_files_and_others_for_one_byte(tmp_path: Any) -> None:
