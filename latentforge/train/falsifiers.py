@@ -70,7 +70,7 @@ def size_verdict(found: Sequence[dict[str, Any]], *, run: str | None = None) -> 
 
 
 def artefact_moved_001(events: Events) -> Verdict:
-    """F-ARTEFACT-MOVED-001: every trained tensor of the saved model differs from the start."""
+    """F-ARTEFACT-MOVED-001: every trained tensor of the saved model (its fp32 master) differs from the start."""
     name = "F-ARTEFACT-MOVED-001"
     products = [e.fields for e in events if e.kind == "checkpoint" and e.fields.get("product")]
     if not products:
@@ -117,7 +117,7 @@ def effective_lr_001(events: Events) -> Verdict:
 
 
 def batch_rows_001(events: Events) -> Verdict:
-    """F-BATCH-ROWS-001: every step trained all predictions of all sequences that were asked, and divided by them."""
+    """F-BATCH-ROWS-001: every step that was asked is there, trained all predictions of its batch, divided by them."""
     name = "F-BATCH-ROWS-001"
     kind = (_run(events) or "").partition("-")[0]
     ready = _ready(events)
@@ -129,6 +129,13 @@ def batch_rows_001(events: Events) -> Verdict:
     wanted = asked["batch_size"] * per_sequence
     wrong = [s for s in steps if not s["rows"] == s["denominator"] == wanted or s["sequences"] != asked["batch_size"]]
     measured = {"steps": len(steps), "rows": wanted, "wrong_steps": len(wrong)}
+    for model in dict.fromkeys(s["model"] for s in steps):
+        missing = sorted(set(range(1, asked["steps"] + 1)) - _steps(events, model).keys())
+        if missing:
+            text = (
+                f"{model} made {asked['steps'] - len(missing)} of {asked['steps']} steps: step {missing[0]} is missing"
+            )
+            return _verdict(events, name, False, text, {**measured, "missing_steps": len(missing)})
     if wrong:
         s = wrong[0]
         text = f"step {s['step']}: {s['rows']} rows over {s['denominator']}, {wanted} were asked"

@@ -177,6 +177,15 @@ def test_a_run_that_lacks_a_step_is_unknown() -> None:
     assert REQUIRABLE["F-DISTILL-PIPELINE-001"](events).outcome is Outcome.UNKNOWN
 
 
+@pytest.mark.parametrize("model", ["student", "twin"])
+def test_a_model_that_made_fewer_steps_than_asked_fails(model: str) -> None:
+    last = {"model": model, "step": 6}
+    events = [e for e in good_events() if not (e.kind == "step" and last.items() <= e.fields.items())]
+    found = REQUIRABLE["F-BATCH-ROWS-001"](events)
+    assert found.outcome is Outcome.FAIL
+    assert found.text == f"{model} made 5 of 6 steps: step 6 is missing"
+
+
 def test_required_verdicts_come_last_and_none_comes_twice() -> None:
     names = [v.falsifier for v in judge(good_events(), ["F-DISTILL-SMOKE-002", "F-BATCH-ROWS-001"])]
     assert names[-2:] == ["F-DISTILL-SMOKE-002", "F-BATCH-ROWS-001"]
