@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,8 @@ class Inventory:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise RefusedError(
             f"host {name!r} is not enrolled (known: {', '.join(self.names())})",
-            next=f"{hint}To enrol it:  latentforge dispatch enrol {name}",
+            next=f"{hint}To enrol it:  latentforge dispatch enrol "
+            + (name if _NAME.fullmatch(name) else f"NAME --address {shlex.quote(name)}"),
         )
 
     def choose(self, flag: str | None, env: Mapping[str, str]) -> Host:
@@ -92,6 +94,9 @@ class Inventory:
 
         ``GX10_USER`` and ``GX10_REPO_PATH`` replace the user and the state root.
         """
+        if flag is not None and not flag.strip():
+            # A script's unset variable must not turn into another machine.
+            raise RefusedError(f"--host {flag!r} names no host", next="latentforge dispatch hosts   lists them")
         host = self.get(flag or env.get("GX10_HOST") or self.default or LOCAL)
         changes: dict[str, Any] = {}
         if (user := env.get("GX10_USER")) and not host.is_local:

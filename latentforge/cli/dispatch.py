@@ -104,7 +104,9 @@ def status(
     from dispatch.standing import print_standing
 
     if run is None:
-        places, _inventory = _places()
+        places, inventory = _places()
+        if host is not None:
+            inventory.choose(host, {})  # a host that cannot be named has no runs, which is not the same as none yet
         records = [one for one in recorded(places) if host is None or one.host == host]
         return print_standing(places, records, as_json=json)
     places, record, _where = _located(run, host)

@@ -104,6 +104,8 @@ def test_flag_then_gx10_host_then_default_then_local(laptop: Any) -> None:
     assert inventory.choose("c", {"GX10_HOST": "b"}).name == "c"
     assert inventory.choose(None, {"GX10_HOST": "b"}).name == "b"
     assert inventory.choose(None, {}).name == "a"
+    with pytest.raises(RefusedError, match="--host '' names no host"):
+        inventory.choose("", {"GX10_HOST": "b"})
     assert Inventory(Path("x"), {}).choose(None, {}).name == "local"
 
 
