@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from dispatch.following.view import verdict_of
 from dispatch.hosts.facts import RunState
 from dispatch.places import Places
 from dispatch.transport.call import Transport
-from latentforge.errors import FailedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.events import read_events
 from latentforge.evidence.ledger import LEDGER, read_chain
 from latentforge.evidence.manifest import record
@@ -30,6 +31,8 @@ class Conclusion:
     manifest: str | None
     problems: list[str]
     code: ExitCode
+    reason: str = ""
+    """Why a run that did not pass ended, in its own words."""
 
     def lines(self) -> list[str]:
         """The last lines of a dispatch."""
@@ -76,7 +79,24 @@ def conclude(
     if verdicts and earned is ExitCode.PASS:
         # A trainer that ends with 0 beside a failed falsifier of its own is not believed.
         codes.append(exit_code(meet(verdict.outcome for verdict in verdicts)))
-    return Conclusion(run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes))
+    reason = next((str(event.fields.get("reason") or "") for event in reversed(events) if event.kind == "end"), "")
+    return Conclusion(run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes), reason)
+
+
+def check_evidence_folder(places: Places) -> None:
+    """Refuse before anything is launched a place for evidence that is a file, or that cannot be written to."""
+    place = places.evidence.absolute()
+    standing = next(path for path in [place, *place.parents] if os.path.lexists(path))
+    if not standing.is_dir():
+        why = f"{standing} is not a folder"
+    elif not os.access(standing, os.W_OK | os.X_OK):
+        why = f"{standing} may not be written to"
+    else:
+        return
+    raise RefusedError(
+        f"evidence cannot be kept in {str(places.evidence)!r} (EVIDENCE_DIR, or ./runs): {why}",
+        next="EVIDENCE_DIR=<a folder of yours>, before the same command",
+    )
 
 
 def earned_code(state: RunState) -> ExitCode:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
-from dispatch.conclude import Conclusion, conclude
+from dispatch.conclude import Conclusion, check_evidence_folder, conclude, earned_code
 from dispatch.following.follow import Follower
 from dispatch.following.live import LiveObserver
 from dispatch.following.watching import PlainObserver, phase_lines
@@ -53,6 +53,7 @@ class Session:
 
     def go(self, ask: Ask, *, detach: bool = False) -> ExitCode:
         """Plan, show, apply, and follow to the verdict."""
+        check_evidence_folder(self.places)
         try:
             plan, facts = survey(self.transport, ask, self.places)
             self.say(render(plan, ask))
@@ -132,16 +133,19 @@ class Session:
         return code
 
     def _told(self, run: str, state: RunState, done: Conclusion | None, *, again: str | None = None) -> ExitCode:
-        from dispatch.conclude import earned_code
-
         if not state.passed:
             step = self.observer.views[run].last.get("step") if run in self.observer.views else None
             where = f" at step {step}" if step is not None else ""
+            why = f": {done.reason}" if done and done.reason else ""
             self.say(
-                f"error: {run} {told_end(state)}{where}" if state.outcome != "fail" else f"{run} {told_end(state)}"
+                f"error: {run} {told_end(state)}{where}{why}" if state.outcome != "fail" else f"{run} {told_end(state)}"
             )
             if again:
-                self.say(f"  next: read its log:  latentforge dispatch watch {run}\n        run it again:  {again}")
+                # The same question gets the same refusal, unless its cause was the host's.
+                refused = "put that right; if nothing in the pipeline changes with it, " * (state.outcome == "refused")
+                self.say(
+                    f"  next: read its log:  latentforge dispatch watch {run}\n        {refused}run it again:  {again}"
+                )
         for line in done.lines() if done else []:
             self.say(line)
         return done.code if done else earned_code(state)
@@ -169,6 +173,7 @@ class Session:
 
 def preview(ask: Ask, places: Places, *, as_json: bool) -> ExitCode:
     """Show the plan over a transport that only reads; nothing is created or changed anywhere."""
+    check_evidence_folder(places)
     transport = open_transport(ask.host, places, readonly=True)
     try:
         plan, _facts = survey(transport, ask, places)

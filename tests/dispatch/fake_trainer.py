@@ -51,7 +51,7 @@ def main() -> int:
             if how.get("noise"):
                 log.say("ünïcödé " * 40)
         if "exit" in how:
-            log.end(ExitCode(how["exit"]))
+            log.end(ExitCode(how["exit"]), reason=how.get("reason", ""))
             return int(how["exit"])
         outcome = Outcome.FAIL if how.get("fail") else Outcome.PASS
         if run.kind == "distill":

@@ -67,6 +67,18 @@ def test_a_failed_verdict_is_reported_again_and_never_run_again(
     assert len(jobs.starts()) == 4
 
 
+def test_a_refused_run_gives_its_reason_when_it_is_followed_and_when_it_is_asked_again(
+    jobs: Any, ask: Make, session: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.how |= {"exit": 2, "reason": "the corpus has only 3 rows"}
+    for _ in range(2):
+        assert session().go(ask()) is ExitCode.REFUSED
+        told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("error: "))
+        assert " refused " in told
+        assert told.endswith(": the corpus has only 3 rows")
+    assert len(jobs.starts()) == 4
+
+
 def test_attempt_next_resumes_the_ended_run_under_a_new_id(jobs: Any, ask: Make, session: Make) -> None:
     jobs.how["exit"] = 5
     assert session().go(ask()) is ExitCode.CRASHED
