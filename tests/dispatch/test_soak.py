@@ -1,4 +1,4 @@
-"""Random kills and races through the command line, with the real trainer: `make soak`; rounds and seed by environment."""
+"""Random kills and races through the command line, with the real trainer; rounds and seed by the environment."""
 
 from __future__ import annotations
 
