@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dispatch.following.cursor import STREAMS
-from dispatch.places import Places, private_folder, write_atomic
+from dispatch.places import Places, private_folder, write_atomic, writing
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import BusyError, FailedError
@@ -62,11 +62,14 @@ def collect(
 
 @contextmanager
 def locked(places: Places, run: str) -> Iterator[None]:
-    """Hold the lock of a run's copy on this laptop; BusyError where another command holds it for minutes."""
+    """Hold the lock of a run's copy on this laptop; BusyError where another command holds it for minutes.
+
+    UnknownOutcomeError where the copy cannot be written."""
     path = places.lock(run)
-    private_folder(path.parent)
     try:
-        with FileLock(path, timeout=_LOCK_SECONDS):
+        with writing():
+            private_folder(path.parent)
+        with FileLock(path, timeout=_LOCK_SECONDS), writing():
             yield
     except Timeout:
         raise BusyError(f"another command has been collecting {run} for {_LOCK_SECONDS:.0f} s ({path})") from None

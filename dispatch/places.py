@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from latentforge.errors import UnknownOutcomeError
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,19 @@ class Places:
     def run(self, run: str) -> Path:
         """The copy of a finished run."""
         return self.evidence / run
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Tell a full or read-only disk of this machine as what it is: no crash of a run, and no evidence of one either."""
+    try:
+        yield
+    except OSError as error:
+        raise UnknownOutcomeError(
+            f"{error.filename or 'a file'} could not be written on this machine: {error.strerror or error}; "
+            "what goes on at the host is not affected",
+            next="free disk space here, then the same command again: what was done is found and kept",
+        ) from error
 
 
 def private_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dispatch.hosts.inventory import Host
-from dispatch.places import Places, write_atomic
+from dispatch.places import Places, write_atomic, writing
 from latentforge.errors import RefusedError
 from latentforge.spec.identity import RUN_ID
 
@@ -41,7 +41,8 @@ def remember(places: Places, host: Host, chain: Sequence[str], *, recipe: str, p
         record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at)
         earlier = _read(places, run)
         if earlier is None or not _says(earlier, record):
-            write_atomic(places.record(run), json.dumps(asdict(record), indent=1).encode())
+            with writing():
+                write_atomic(places.record(run), json.dumps(asdict(record), indent=1).encode())
 
 
 def _says(earlier: Record, record: Record) -> bool:

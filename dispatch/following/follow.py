@@ -13,7 +13,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 from dispatch.following.cursor import STREAMS, Reading
 from dispatch.hosts.facts import RunState
 from dispatch.hosts.trust import HostKeyError
-from dispatch.places import Places
+from dispatch.places import Places, writing
 from dispatch.transport.call import Reply, Transport
 from dispatch.transport.link import LinkError
 from latentforge.errors import RefusedError, UnknownOutcomeError
@@ -80,7 +80,8 @@ class Follower:
             pause = _pause(pause, time.monotonic() - begin, len(reply.payload))
             state = RunState.model_validate(reply.result["state"])
             known = state.state
-            taken = reading.take(reply.result["streams"], reply.result["order"], reply.payload)
+            with writing():
+                taken = reading.take(reply.result["streams"], reply.result["order"], reply.payload)
             self.observer.state(state)
             for name, (data, anew) in taken.items():
                 self._show(name, data, anew, tail)

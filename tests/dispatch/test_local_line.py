@@ -315,3 +315,27 @@ def test_a_waiting_run_that_is_cancelled_is_told_as_such(
     thread.join(60)
     assert codes == [ExitCode.CRASHED]
     assert f"error: {waiting} was cancelled before it started" in capsys.readouterr().out
+
+
+def test_a_full_disk_here_is_no_crash_of_the_run_and_never_green(
+    jobs: Any, ask: Make, session: Make, laptop: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    for step in (
+        "dispatch.records.write_atomic",
+        "dispatch.following.cursor.write_atomic",
+        "dispatch.collect.os.fsync",
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(step, full)
+            with pytest.raises(LatentForgeError, match="could not be written on this machine: No space left") as told:
+                session().go(ask())
+            assert told.value.code is ExitCode.UNKNOWN
+            assert "free disk space" in str(told.value.next)
+    assert session().go(ask()) is ExitCode.PASS
+    assert len(jobs.starts()) == 4
+    assert capsys.readouterr().out.count("verified, unsigned") == 1
