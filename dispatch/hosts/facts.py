@@ -67,6 +67,7 @@ class PathFact(Fact):
     sha256: str | None = None
     files: int | None = None
     bytes: int | None = None
+    documents_bytes: int | None = None
     vocab_size: int | None = None
     tokenizer: bool | None = None
     reason: str | None = None

@@ -58,9 +58,24 @@ def _digests(transport: Transport, ask: Ask) -> dict[str, str]:
                 f"{one.field} = {one.path!r}: {why} (on {ask.host.name})", next=(found.next if found else None)
             )
         digests[one.path] = found.sha256
+    if ask.spec.data.corpus in facts.paths:
+        _check_corpus(ask.spec, facts.paths[ask.spec.data.corpus])
     if teacher is not None:
         _check_teacher(ask.spec, facts.paths[teacher], digests)
     return digests
+
+
+def _check_corpus(spec: PipelineSpec, found: PathFact) -> None:
+    """Refuse before any run a corpus that cannot be enough, whatever its tokens turn out to be."""
+    data = spec.data
+    rows = (data.train_sequences or 1) + data.heldout_sequences
+    # Of one byte come at most two tokens: itself, and the end of a document of one byte.
+    if found.documents_bytes is not None and 2 * found.documents_bytes < rows * data.sequence_length:
+        raise RefusedError(
+            f"data.corpus = {data.corpus!r} is too small: {found.documents_bytes} bytes of text for {rows} rows of "
+            f"{data.sequence_length} tokens",
+            next="give a larger corpus, or lower data.train_sequences, data.heldout_sequences or data.sequence_length",
+        )
 
 
 def _check_teacher(spec: PipelineSpec, found: PathFact, digests: dict[str, str]) -> None:

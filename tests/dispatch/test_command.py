@@ -94,6 +94,14 @@ def test_an_empty_corpus_and_a_truncated_teacher_are_refused_before_any_run(lapt
     assert not (laptop.home / "state").exists()
 
 
+def test_a_corpus_that_cannot_be_enough_is_refused_before_any_run(laptop: Any) -> None:
+    (laptop.cwd / "a.txt").write_text("x" * 100)
+    done = laptop.cli("go", "tiny", "--set", "data.corpus=a.txt")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "a.txt' is too small: 100 bytes of text for 544 rows of 32 tokens" in done.stderr
+    assert not (laptop.home / "state").exists()
+
+
 def test_a_teacher_that_does_not_fit_the_pipeline_is_refused_before_any_run(laptop: Any) -> None:
     def folder(name: str, tokens: str) -> None:
         (laptop.cwd / name).mkdir()
@@ -116,7 +124,7 @@ def test_a_teacher_that_does_not_fit_the_pipeline_is_refused_before_any_run(lapt
     folder("copy", "abcd")
     folder("swapped", "abdc")
     (laptop.cwd / "text").mkdir()
-    (laptop.cwd / "text" / "a.txt").write_text("text")
+    (laptop.cwd / "text" / "a.txt").write_text("text" * 10_000)
     assert "has no tokenizer.json" in refused("teacher.model=mute")
     assert "score.k = 16 is larger than the vocabulary of teacher.model" in refused("teacher.model=teacher")
     assert "differ first at id 2: teacher" in refused("teacher.model=teacher", "distill.student.init=swapped")
