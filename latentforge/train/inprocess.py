@@ -50,6 +50,8 @@ def execute_pipeline(
     for planned in plan(spec, through=through):
         folder = RunDir(runs / planned.run_id)
         if not folder.artifacts_file.is_file():
+            if folder.events_file.is_file():
+                raise FailedError(f"{planned.run_id} was run here before and is not whole: {_reason(folder)}")
             folder = RunDir.create(runs, planned.identity, LaunchRecord(planned.run_id, planned.kin, planned.resolved))
             with _torch_settings_kept():
                 code = execute(folder.path, text=text)

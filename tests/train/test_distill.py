@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentforge.errors import RefusedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train import assembly, distill, effective
-from latentforge.train.inprocess import plan
+from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.optimiser import MasterOptimiser
-from latentforge.train.rehearsal import tiny_events, tiny_run
+from latentforge.train.rehearsal import tiny_events, tiny_run, tiny_spec
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
 
@@ -288,3 +289,13 @@ def test_a_student_folder_of_too_few_positions_is_refused(make_run: MakeRun, run
     code, text = run_here(make_run(init=str(folder), steps=4))
     assert code == 2
     assert "data.sequence_length = 32 is longer than the student's 16 positions" in text
+
+
+def test_a_run_that_did_not_pass_in_this_process_is_named_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    def pipeline() -> None:
+        execute_pipeline(tiny_spec(), tmp_path, through="data", text=io.StringIO(), accept=lambda kind, code: False)
+
+    with pytest.raises(FailedError, match="ended with pass"):
+        pipeline()
+    with pytest.raises(FailedError, match=r"data-[0-9a-f]{20} was run here before and is not whole"):
+        pipeline()
