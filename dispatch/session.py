@@ -137,9 +137,8 @@ class Session:
             step = self.observer.views[run].last.get("step") if run in self.observer.views else None
             where = f" at step {step}" if step is not None else ""
             why = f": {done.reason}" if done and done.reason else ""
-            self.say(
-                f"error: {run} {told_end(state)}{where}{why}" if state.outcome != "fail" else f"{run} {told_end(state)}"
-            )
+            # A failed falsifier is a result, not an error; a failure without one says why itself.
+            self.say("error: " * (state.outcome != "fail") + f"{run} {told_end(state)}{where}{why}")
             if again:
                 # The same question gets the same refusal, unless its cause was the host's.
                 refused = "put that right; if nothing in the pipeline changes with it, " * (state.outcome == "refused")

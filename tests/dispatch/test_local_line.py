@@ -79,6 +79,16 @@ def test_a_refused_run_gives_its_reason_when_it_is_followed_and_when_it_is_asked
     assert len(jobs.starts()) == 4
 
 
+def test_a_failure_without_a_falsifier_gives_its_reason(
+    jobs: Any, ask: Make, session: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.how |= {"exit": 1, "reason": "loss nan at step 3 is not finite"}
+    assert session().go(ask()) is ExitCode.FAIL
+    out = capsys.readouterr().out
+    assert ": loss nan at step 3 is not finite\n  next: read its log" in out
+    assert "error: " not in out
+
+
 def test_attempt_next_resumes_the_ended_run_under_a_new_id(jobs: Any, ask: Make, session: Make) -> None:
     jobs.how["exit"] = 5
     assert session().go(ask()) is ExitCode.CRASHED
