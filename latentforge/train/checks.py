@@ -78,6 +78,29 @@ def learning_rate_arrives(*, mutant: str | None = None) -> Finding:
     )
 
 
+def objective_arrives(*, mutant: str | None = None) -> Finding:
+    """A step's loss is that of its temperature and weights, as torch computes it. Mutants: "temperature" trains at
+    T = 1 whatever was asked, "swapped" takes one weight for the other.
+    """
+    worst = 0.0
+    for temperature, ce_weight, kd_weight in ((1.0, 0.3, 0.7), (2.0, 0.3, 0.7), (4.0, 0.0, 1.0)):
+        trainer, batch = small_trainer(), small_batch()
+        with torch.no_grad():
+            s = trainer.student.logits(batch)
+        t = fixture_targets()(batch).logits  # type: ignore[union-attr]
+        log_q, log_p = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+        kd = temperature**2 * float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        ce = float(torch.nn.functional.cross_entropy(s, batch[:, 1:].reshape(-1)))
+        held = (kd_weight, ce_weight) if mutant == "swapped" else (ce_weight, kd_weight)
+        trained_at = 1.0 if mutant == "temperature" else temperature
+        trainer.objective = replace(trainer.objective, temperature=trained_at, ce_weight=held[0], kd_weight=held[1])
+        loss = trainer.step(0, batch, fixture_targets()).loss
+        wanted = ce_weight * ce + kd_weight * kd
+        worst = max(worst, abs(loss - wanted) / wanted)
+    text = f"loss of a step off torch's own by {worst:.1e} of it, T in 1, 2, 4"
+    return Finding(worst < 1e-4, text, {"relative": worst})
+
+
 def decay_arrives(*, mutant: str | None = None) -> Finding:
     """Weight decay takes learning rate x decay of each matrix, nothing of a vector. ``mutant`` "nothing" drops it."""
     rate, decay = 1e-2, 0.5

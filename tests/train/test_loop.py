@@ -12,6 +12,7 @@ from torch import Tensor
 from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.targets import DenseTargets
 from latentforge.students.causal import IGNORE, LossParts
+from latentforge.train.checks import objective_arrives
 from latentforge.train.loop import evaluate
 from latentforge.train.optimiser import DECAY_TO, warmup_cosine
 from latentforge.train.rehearsal import LENGTH, SEQUENCES, fixture_targets, small_batch, small_trainer
@@ -45,6 +46,11 @@ def test_a_student_that_trains_a_part_of_the_batch_is_refused_and_nothing_moves(
     with pytest.raises(FailedError, match=f"{LENGTH - 1} of {SEQUENCES * (LENGTH - 1)} rows were trained"):
         trainer.step(0, small_batch(), fixture_targets())
     assert torch.equal(before, weights(trainer))
+
+
+@pytest.mark.parametrize(("mutant", "passed"), [(None, True), ("temperature", False), ("swapped", False)])
+def test_a_step_descends_the_objective_that_was_asked(mutant: str | None, passed: bool) -> None:
+    assert objective_arrives(mutant=mutant).passed is passed
 
 
 def test_targets_of_other_rows_are_refused() -> None:
