@@ -76,6 +76,13 @@ class Root:
             state = os.environ.get("XDG_STATE_HOME", "")
             base = state if os.path.isabs(state) else os.path.join(os.path.expanduser("~"), ".local", "state")
             self.dir = Path(base) / "latentforge"
+        standing = next(path for path in (self.dir, *self.dir.parents) if os.path.exists(path))
+        if not standing.is_dir():
+            raise AgentError(
+                "refused",
+                f"state root {self.dir}: {standing} is not a folder",
+                next="set GX10_REPO_PATH to a folder of your own",
+            )
         self.agent = self.dir / "agent"
         self.cas = self.dir / "cas"
         self.builds = self.dir / "builds"

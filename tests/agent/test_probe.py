@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatch.agent import folders, hardware
+from dispatch.agent.paths import Root
+from dispatch.agent.protocol import AgentError
 
 from .conftest import AgentHost, snapshot
 
@@ -42,6 +44,16 @@ def test_a_host_describes_itself(host: AgentHost) -> None:
     assert (probe["builds"], probe["venvs"]) == ({"b1": False}, {"v1": False, "/usr": False})
     assert probe["lease"] == {"device": None}
     assert (probe["root"], probe["root_exists"]) == (str(host.dir), False)
+
+
+@pytest.mark.parametrize("below", ["", "state/latentforge"])
+def test_a_state_root_that_is_a_file_is_refused_by_name(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AgentError) as refused:
+        Root(str(tmp_path / "file" / below))
+    assert (refused.value.kind, refused.value.code) == ("refused", 2)
+    assert f"{tmp_path / 'file'} is not a folder" in refused.value.message
+    assert refused.value.next == "set GX10_REPO_PATH to a folder of your own"
 
 
 _ANSWER = "NVIDIA GB10, GPU-1b2c, 580.142, 12.1, [N/A], [Not Supported], 3, 41, 11.52\n"
