@@ -93,10 +93,12 @@ def classified(host: Host, address: Address, error: BaseException) -> LinkError:
         )
     if isinstance(error, paramiko.AuthenticationException):
         keys = ", ".join(address.identities) or "none"
+        agent = "ssh-agent, " if host.identity is None else ""  # a key that was named is used, and no other
+        named = f"-i {host.identity}.pub " if host.identity is not None else ""
         return LinkError(
             "authentication",
-            f"{where}: no key of yours is accepted for user {address.user!r} (tried: ssh-agent, key files: {keys})",
-            next=f"ssh-copy-id -p {address.port} {address.user}@{address.hostname}",
+            f"{where}: no key of yours is accepted for user {address.user!r} (tried: {agent}key files: {keys})",
+            next=f"ssh-copy-id {named}-p {address.port} {address.user}@{address.hostname}",
         )
     if isinstance(error, paramiko.SSHException) and "banner" in str(error).lower():
         return LinkError(

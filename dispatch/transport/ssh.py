@@ -138,18 +138,17 @@ def _give_up(connection: fabric.Connection, link: object) -> None:
 def _pumped(channel: paramiko.Channel, stdin: bytes, deadline: float) -> Exchange:
     """Write stdin, read both streams to their ends, take the exit status (None where the link ended first)."""
     stderr: list[bytes] = []
-    failed: list[BaseException] = []
 
     def feed() -> None:
         # A thread of its own: a program that answers before it has read everything must not deadlock with us.
         try:
             channel.sendall(stdin)
             channel.shutdown_write()
-        except OSError as error:
-            failed.append(error)
+        except (OSError, EOFError, paramiko.SSHException):
+            pass  # the link is gone: the reader on the other side of this channel finds that out, and says so
 
     def drain() -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
             while chunk := channel.recv_stderr(_CHUNK):
                 stderr.append(chunk)
 
