@@ -36,7 +36,10 @@ def resolve(host: Host) -> Address:
     identities = [host.identity] if host.identity else settings.get("identityfile", [])
     files = tuple(str(path) for path in (Path(name).expanduser() for name in identities) if path.is_file())
     if host.identity and not files:
-        raise TransportError(f"key file {host.identity!r} of host {host.name} does not exist")
+        raise TransportError(
+            f"key file {host.identity!r} of host {host.name} does not exist",
+            next=f"name another:  latentforge dispatch enrol {host.name} --identity FILE",
+        )
     return Address(
         hostname=_one(settings, "hostname") or host.address,
         port=host.port or int(_one(settings, "port") or 22),

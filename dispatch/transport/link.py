@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 import logging
 import socket
 from typing import Literal
@@ -91,6 +92,10 @@ def classified(host: Host, address: Address, error: BaseException) -> LinkError:
             f"{where}: nothing listens on port {address.port}",
             next=f"is sshd running there? Another port:  latentforge dispatch enrol {host.name} --port PORT --replace",
         )
+    if isinstance(error, paramiko.PasswordRequiredException):  # a kind of AuthenticationException: asked first
+        return LinkError(
+            "authentication", f"{where}: the key file is encrypted", next="load it into ssh-agent:  ssh-add"
+        )
     if isinstance(error, paramiko.AuthenticationException):
         keys = ", ".join(address.identities) or "none"
         agent = "ssh-agent, " if host.identity is None else ""  # a key that was named is used, and no other
@@ -113,9 +118,12 @@ def classified(host: Host, address: Address, error: BaseException) -> LinkError:
         errno.ETIMEDOUT,
     ):
         return LinkError("route", f"{where}: no answer from the network ({error})", next=f"ping {address.hostname}")
-    if isinstance(error, paramiko.PasswordRequiredException):
+    # What Paramiko says of a file that it cannot read as a key has no type of its own; a peer's offers have one.
+    if type(error) is paramiko.SSHException and host.identity is not None and "key" in str(error).lower():
         return LinkError(
-            "authentication", f"{where}: the key file is encrypted", next="load it into ssh-agent:  ssh-add"
+            "authentication",
+            f"{where}: key file {host.identity!r} cannot be used ({error})",
+            next=f"look whether it is a private key:  ssh-keygen -y -f {shlex.quote(host.identity)}",
         )
     return LinkError(
         "silent",

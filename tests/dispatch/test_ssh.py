@@ -153,6 +153,20 @@ def test_each_way_not_to_get_in_is_told_apart_within_ten_seconds(
             assert time.monotonic() - begin < 10
 
 
+@pytest.mark.parametrize("content", ["", "no key", "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n"])
+def test_a_key_file_that_is_no_key_is_refused_by_name_before_anything_is_sent(
+    shared_sshd: Any, laptop: Any, enrolled: Make, tmp_path: Path, content: str
+) -> None:
+    host = enrolled(shared_sshd)
+    wrong = tmp_path / "wrong"
+    wrong.write_text(content)
+    with pytest.raises(LinkError) as failed:
+        open_transport(host.model_copy(update={"identity": str(wrong)}), laptop.places).call("probe", {})
+    assert failed.value.code is ExitCode.TRANSPORT
+    assert str(wrong) in f"{failed.value}"
+    assert failed.value.next
+
+
 def test_a_shell_that_runs_no_commands_is_told_with_its_words(shared_sshd: Any, laptop: Any, enrolled: Make) -> None:
     host = enrolled(shared_sshd)
     transport = open_transport(host, laptop.places)
