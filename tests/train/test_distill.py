@@ -18,7 +18,7 @@ from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
-from latentforge.train import assembly, distill, effective
+from latentforge.train import assembly, distill, effective, products
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.rehearsal import tiny_events, tiny_run, tiny_spec
@@ -299,3 +299,17 @@ def test_a_run_that_did_not_pass_in_this_process_is_named_when_it_is_asked_for_a
         pipeline()
     with pytest.raises(FailedError, match=r"data-[0-9a-f]{20} was run here before and is not whole"):
         pipeline()
+
+
+def test_a_saved_student_that_is_not_the_trained_one_fails_the_run(
+    make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(file: Path) -> dict[str, torch.Tensor]:
+        tensors = load_file(file)
+        tensors["model.norm.weight"] += 1.0
+        return tensors
+
+    monkeypatch.setattr(products, "load_file", other)
+    code, text = run_here(make_run(steps=2))
+    assert code == 1
+    assert "1 tensor(s) on disk are not what was trained: model.norm.weight" in text
