@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shlex
 import logging
+import shlex
 import socket
 from typing import Literal
 
