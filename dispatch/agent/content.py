@@ -31,7 +31,7 @@ def check_text(paths: Iterable[Path]) -> None:
         left -= _check_lines(path, left) if path.suffix == ".jsonl" else _check_utf8(path, left)
 
 
-def vocabulary(folder: Path) -> dict[int, str]:
+def read_vocabulary(folder: Path) -> dict[int, str]:
     """Token by id as a folder's tokenizer.json says, added tokens included; Unfit where it cannot be read."""
     file = folder / "tokenizer.json"
     try:
@@ -52,7 +52,7 @@ def vocabulary(folder: Path) -> dict[int, str]:
 
 def check_same_tokens(teacher: Path, student: Path) -> None:
     """Unfit at the first id that the two tokenizers give to different tokens."""
-    ours, theirs = vocabulary(student), vocabulary(teacher)
+    ours, theirs = read_vocabulary(student), read_vocabulary(teacher)
     first = min((one for one in {*ours, *theirs} if ours.get(one) != theirs.get(one)), default=None)
     if first is not None:
         raise Unfit(

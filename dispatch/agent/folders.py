@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .content import Unfit, check_same_tokens, check_text
+from .content import Unfit, check_same_tokens, check_text, read_vocabulary
 from .paths import expand
 from .protocol import AgentError
 
@@ -161,11 +161,14 @@ def check_model(folder: Path) -> dict[str, Any]:
     vocabulary = config.get("vocab_size")
     if vocabulary is None and isinstance(config.get("text_config"), dict):
         vocabulary = config["text_config"].get("vocab_size")
+    tokenizer = (folder / "tokenizer.json").is_file()
+    if tokenizer:
+        read_vocabulary(folder)
     return {
         "parameters": parameters,
         "vocab_size": vocabulary if isinstance(vocabulary, int) else None,
         "model_type": config.get("model_type"),
-        "tokenizer": (folder / "tokenizer.json").is_file(),
+        "tokenizer": tokenizer,
     }
 
 

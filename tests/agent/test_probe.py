@@ -274,6 +274,7 @@ def test_a_broken_tokenizer_is_refused_not_compared(tmp_path: Path, content: str
     assert "has no tokenizer.json" in folders.inspect(str(student), "model", str(teacher))["reason"]
     (student / "tokenizer.json").write_text(content)
     assert "is not a tokenizer" in folders.inspect(str(student), "model", str(teacher))["reason"]
+    assert "is not a tokenizer" in folders.inspect(str(student), "model")["reason"]  # a teacher is compared to none
 
 
 def test_a_relative_path_is_refused_since_it_means_another_place_here() -> None:
