@@ -197,6 +197,14 @@ def test_a_manifest_in_other_bytes_of_the_same_meaning_fails(run_dir: Path) -> N
     assert any("canonical" in text for _, text in problems(run_dir))
 
 
+def test_what_no_file_repeats_is_held_by_the_ledgers_digest_of_the_manifest(run_dir: Path) -> None:
+    path = run_dir / "manifest.json"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b'"hostname":"planted"', b'"hostname":"another"'))
+    assert [what for what, text in problems(run_dir) if "recorded" in text] == ["manifest.json"]
+    assert verify_evidence(run_dir).outcome is Outcome.FAIL
+
+
 def test_numbers_beyond_two_to_the_53_survive_the_round(run_dir: Path) -> None:
     assert json.loads((run_dir / "manifest.json").read_bytes())["predicate"]["flops"]["train"] == 1.5e18
     assert verify_evidence(run_dir).outcome is Outcome.PASS
