@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -54,6 +55,8 @@ class Terminal:
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
             os.chdir(laptop.cwd)
+            # A shell that runs the tests in the background has them ignore SIGINT; a terminal's command does not.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             argv = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(how), str(TRAINER), slow, *words]
             os.execve(sys.executable, argv, {**laptop.env, "TERM": "xterm-256color"})
 
