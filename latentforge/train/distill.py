@@ -32,7 +32,7 @@ from latentforge.train.assembly import (
 from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
-from latentforge.train.loop import Evaluation, Trainer, evaluate
+from latentforge.train.loop import Evaluation, Trainer, evaluate, log_step
 from latentforge.train.products import save_model, start_digests
 from latentforge.train.resume import Earlier, carry_events, open_predecessor
 from latentforge.train.samples import samples
@@ -163,23 +163,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     with log.phase("train" if model == "student" else model), deferred_stop():
         for step in range(first, spec.steps):
             result = trainer.step(step, training_batch(job.data.train, job.order, step, job.device), job.targets_of)
-            log.step(
-                step + 1,
-                spec.steps,
-                model=model,
-                loss=result.loss,
-                kd=result.kd,
-                ce=result.ce,
-                learning_rate=result.learning_rate,
-                rows=result.rows,
-                tokens_per_second=result.tokens_per_second,
-                grad_norm=result.grad_norm,
-                memory_bytes=effective.memory_in_use(),
-                denominator=result.denominator,
-                sequences=result.sequences,
-                micro_batches=len(result.micro_batches),
-                batch_sha256=result.batch_sha256,
-            )
+            log_step(log, result, step=step + 1, steps=spec.steps, model=model)
             signal = stop_requested()
             if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
                 keep(job, trainer, model, step + 1, start)

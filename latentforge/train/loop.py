@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import FailedError
+from latentforge.events import EventLog
 from latentforge.kernels.api import kd_loss
 from latentforge.kernels.targets import Targets
 from latentforge.students.causal import IGNORE, Student
+from latentforge.train.effective import memory_in_use
 from latentforge.train.optimiser import MasterOptimiser
 
 TargetsOf = Callable[[Tensor], Targets]
@@ -120,6 +122,27 @@ class Trainer:
             batch_sha256=hashlib.sha256(_bytes(tokens)).hexdigest(),
             seconds=time.perf_counter() - began,
         )
+
+
+def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model: str) -> None:
+    """Say what one step did, with every value that was in force; ``step`` counts from 1."""
+    log.step(
+        step,
+        steps,
+        model=model,
+        loss=result.loss,
+        kd=result.kd,
+        ce=result.ce,
+        learning_rate=result.learning_rate,
+        rows=result.rows,
+        tokens_per_second=result.tokens_per_second,
+        grad_norm=result.grad_norm,
+        memory_bytes=memory_in_use(),
+        denominator=result.denominator,
+        sequences=result.sequences,
+        micro_batches=len(result.micro_batches),
+        batch_sha256=result.batch_sha256,
+    )
 
 
 @dataclass(frozen=True)

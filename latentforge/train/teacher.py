@@ -15,7 +15,7 @@ from latentforge.teachers.folder import check_model_folder
 from latentforge.train import effective
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
-from latentforge.train.loop import Objective, Trainer, evaluate
+from latentforge.train.loop import Objective, Trainer, evaluate, log_step
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import save_model, start_digests
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
@@ -94,21 +94,7 @@ def run(run: RunDir, log: EventLog) -> None:
     with log.phase("train"), deferred_stop():
         for step in range(spec.steps):
             result = trainer.step(step, training_batch(data.train, order, step, device), None)
-            log.step(
-                step + 1,
-                spec.steps,
-                model="teacher",
-                loss=result.loss,
-                ce=result.ce,
-                learning_rate=result.learning_rate,
-                rows=result.rows,
-                tokens_per_second=result.tokens_per_second,
-                grad_norm=result.grad_norm,
-                memory_bytes=effective.memory_in_use(),
-                denominator=result.denominator,
-                sequences=result.sequences,
-                batch_sha256=result.batch_sha256,
-            )
+            log_step(log, result, step=step + 1, steps=spec.steps, model="teacher")
             if (signal := stop_requested()) is not None:
                 raise Interrupted(f"interrupted by {signal} at step {step + 1}; a teacher keeps no checkpoints")
 
