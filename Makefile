@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/contracts latentforge/evidence \
           latentforge/memory latentforge/errors.py dispatch
 
@@ -34,7 +34,7 @@ lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict $(TYPED)
 	@$(BIN)/lint-imports
-	@$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h csrc/*.cc)
+	@$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 bench-kernels: setup  ## time the KD kernels beside torch, with the machine's bandwidth
 	@$(BIN)/latentforge kernels bench kd --rows 512 --vocab 151936 --dtype bf16

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from latentforge.kernels.bench import Report
+    from latentforge.kernels.bench.kd import Report
 
 app = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 bench = typer.Typer(no_args_is_help=True, help="Time a kernel beside torch and beside the memory's own speed.")
@@ -21,8 +21,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     import torch
 
     from latentforge.errors import LatentForgeError
-    from latentforge.kernels.bench import cpu_name
-    from latentforge.kernels.cpu import variant
+    from latentforge.kernels.bench.kd import cpu_name
+    from latentforge.kernels.cpu.variants import variant
     from latentforge.kernels.native import extension_identity
 
     said: dict[str, object] = {"machine": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -59,7 +59,7 @@ def bench_kd(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time kd_loss with its gradient: the cpu kernel, torch eager, torch.compile, and a += b, in one run."""
-    from latentforge.kernels import bench as kernels_bench
+    from latentforge.kernels.bench import kd as kernels_bench
 
     report = kernels_bench.bench_kd(
         rows=rows,

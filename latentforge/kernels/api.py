@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from latentforge.errors import RefusedError
-from latentforge.kernels import autograd, cpu, reference
+from latentforge.kernels import autograd, backends
+from latentforge.kernels.reference.kd import compute_dtype
+from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 
-BACKENDS = ("auto", "reference", "cpu")
 LOGIT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,26 +39,33 @@ def kd_loss(
     ce_weight: float,
     kd_weight: float,
     direction: str = "forward",
+    beta: float = 0.5,
     denominator: float,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> KDLoss:
-    """(ce_weight * sum CE + kd_weight * T^2 * sum KL(teacher || student)) / denominator; the gradient in one go.
+    """(ce_weight * sum CE + kd_weight * T^2 * sum D(teacher, student)) / denominator; the gradient in one go.
 
     ``student_logits`` [N, V] bf16 or fp32 (fp64 with ``reference``), padding as minus infinity; ``targets`` dense or
     top-k, of the same N (None only with kd_weight = 0); ``labels`` [N] int64, rows labelled ``ignore_index`` count
     nothing. ``denominator`` is the number of valid rows of the whole optimiser step. ``teacher_temperature`` is that of
-    the teacher's distribution where it differs from ``temperature``.
+    the teacher's distribution where it differs from ``temperature``. ``direction`` is ``forward``, KL(teacher ||
+    student), ``reverse`` or ``jsd`` with ``beta`` in (0, 1) (backends ``reference`` and ``cpu``). The loss sees
+    ``soft_cap * tanh(logit_scale * (logits + bias) / soft_cap)``; ``bias`` [V] receives its own gradient.
 
     Where a gradient is wanted **the logits are overwritten by it**; leaves, views and parts of larger tensors are
     refused. Without grad nothing is written. RefusedError names what is refused. Definition and source: ``reference``.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    _check_settings(temperature, teacher_temperature, ce_weight, kd_weight, direction, denominator)
-    _check_tensors(student_logits, targets, labels)
+    _check_settings(ce_weight, kd_weight, denominator)
+    KDSettings(temperature, teacher_temperature, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
+    check_tensors(student_logits, targets, labels, bias)
     if targets is None and kd_weight != 0:
         raise RefusedError(f"kd_weight = {kd_weight:g}, but there are no targets", next="pass targets or kd_weight=0")
-    chosen = choose_backend(student_logits, targets, backend)
+    chosen = backends.choose("kd_loss", student_logits, targets, backend)
 
     dense = targets.logits if isinstance(targets, DenseTargets) else None
     topk = (targets.ids, targets.logprobs, targets.tail) if isinstance(targets, TopKTargets) else (None, None, None)
@@ -68,17 +76,22 @@ def kd_loss(
         float(ce_weight),
         float(kd_weight),
         float(denominator),
+        direction,
+        float(beta),
+        float(logit_scale),
+        None if soft_cap is None else float(soft_cap),
         int(ignore_index),
         chosen,
     )
-    dtype = reference.compute_dtype(student_logits)
+    dtype = compute_dtype(student_logits)
+    weights = (float(ce_weight), float(kd_weight))
     if student_logits.requires_grad and torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
             autograd.refuse_logits_of_others(student_logits)
-        loss, parts = autograd.KDFunction.apply(student_logits, tensors, settings, (float(ce_weight), float(kd_weight)))
+        loss, parts = autograd.KDFunction.apply(student_logits, bias, tensors, settings, weights)
     else:
-        parts = autograd.kd_parts(student_logits, *tensors, *settings)
-        loss = autograd.weighted(parts, float(ce_weight), float(kd_weight), dtype)
+        parts = autograd.kd_parts(student_logits, *tensors, bias, *settings)
+        loss = autograd.weighted(parts, *weights, dtype)
     ce, kd = parts[0].to(dtype), parts[1].to(dtype)
     # What was not computed must not look like agreement.
     return KDLoss(loss, ce, torch.full_like(kd, torch.nan) if targets is None else kd)
@@ -91,24 +104,19 @@ def kd_divergence(
     temperature: float,
     *,
     teacher_temperature: float | None = None,
+    direction: str = "forward",
+    beta: float = 0.5,
     backend: str = "auto",
 ) -> Tensor:
-    """KL(teacher || student) at ``temperature`` of each row, [N] fp32 (fp64 where the logits are), without T squared.
+    """The divergence at ``temperature`` of each row, [N] fp32 (fp64 where the logits are), without T squared.
 
     For evaluation: nothing is written and nothing is differentiable. Arguments as in ``kd_loss``.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    _check_settings(temperature, teacher_temperature, 0.0, 1.0, "forward", 1.0)
-    _check_tensors(student_logits, targets, None)
-    if choose_backend(student_logits, targets, backend) == "cpu":
-        _, kd = cpu.row_losses(
-            student_logits, targets, None, temperature=temperature, teacher_temperature=teacher_temperature
-        )
-        return kd.to(torch.float32)
-    cpu.check_indices(targets, None, student_logits.shape[1], -100)
-    return reference.divergence(
-        student_logits, targets, temperature=temperature, teacher_temperature=teacher_temperature
-    )
+    settings = KDSettings(temperature, teacher_temperature, direction=direction, beta=beta)
+    check_tensors(student_logits, targets, None)
+    chosen = backends.choose("kd_loss", student_logits, targets, backend)
+    return backends.kd_rows(chosen, student_logits, targets, None, settings)[1].to(compute_dtype(student_logits))
 
 
 class KDCriterion(nn.Module):
@@ -121,16 +129,25 @@ class KDCriterion(nn.Module):
         ce_weight: float,
         kd_weight: float,
         teacher_temperature: float | None = None,
+        direction: str = "forward",
+        beta: float = 0.5,
+        logit_scale: float = 1.0,
+        soft_cap: float | None = None,
         ignore_index: int = -100,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         of_teacher = temperature if teacher_temperature is None else teacher_temperature
-        _check_settings(temperature, of_teacher, ce_weight, kd_weight, "forward", 1.0)
+        _check_settings(ce_weight, kd_weight, 1.0)
+        KDSettings(temperature, of_teacher, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
+        self.direction = direction
+        self.beta = beta
+        self.logit_scale = logit_scale
+        self.soft_cap = soft_cap
         self.ignore_index = ignore_index
         self.backend = backend
 
@@ -143,51 +160,22 @@ class KDCriterion(nn.Module):
             teacher_temperature=self.teacher_temperature,
             ce_weight=self.ce_weight,
             kd_weight=self.kd_weight,
+            direction=self.direction,
+            beta=self.beta,
             denominator=denominator,
+            logit_scale=self.logit_scale,
+            soft_cap=self.soft_cap,
             ignore_index=self.ignore_index,
             backend=self.backend,
         )
 
 
-def choose_backend(student_logits: Tensor, targets: Targets | None, backend: str) -> str:
-    """The backend that will run: by name, or by device. RefusedError where it cannot."""
-    if backend not in BACKENDS:
-        raise RefusedError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    device = student_logits.device.type
-    teacher = targets.logits.dtype if isinstance(targets, DenseTargets) else None
-    exact = torch.float64 in (student_logits.dtype, teacher)
-    if backend == "reference":
-        return backend
-    if device != "cpu":
-        raise RefusedError(
-            f"the logits are on {student_logits.device}; this version has no kernel for {device} tensors",
-            next="pass backend='reference', or move the logits to the CPU",
-        )
-    if backend == "auto" and exact:
-        return "reference"
-    if backend == "cpu" and exact:
-        raise RefusedError("the cpu backend computes in fp32, the logits are fp64", next="pass backend='reference'")
-    return "cpu"
-
-
-def _check_settings(
-    temperature: float,
-    teacher_temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    direction: str,
-    denominator: float,
-) -> None:
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if not (math.isfinite(value) and value > 0):
-            raise RefusedError(f"{name} = {value} is not a positive number")
+def _check_settings(ce_weight: float, kd_weight: float, denominator: float) -> None:
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
         if not (math.isfinite(value) and value >= 0):
             raise RefusedError(f"{name} = {value} is not a number of at least 0")
     if ce_weight == 0 and kd_weight == 0:
         raise RefusedError(f"ce_weight = {ce_weight} and kd_weight = {kd_weight}: nothing is left of the loss")
-    if direction != "forward":
-        raise RefusedError(f"direction {direction!r}: this version has 'forward' only, KL(teacher || student)")
     if not (math.isfinite(denominator) and denominator > 0):
         raise RefusedError(
             f"denominator = {denominator} is not a positive number",
@@ -195,7 +183,8 @@ def _check_settings(
         )
 
 
-def _check_tensors(student: Tensor, targets: Targets | None, labels: Tensor | None) -> None:
+def check_tensors(student: Tensor, targets: Targets | None, labels: Tensor | None, bias: Tensor | None = None) -> None:
+    """Refuse tensors whose shapes, dtypes or devices do not fit each other."""
     if student.dim() != 2:
         raise RefusedError(f"student logits have shape {tuple(student.shape)}, not [N, V]")
     rows, vocab = student.shape
@@ -204,6 +193,8 @@ def _check_tensors(student: Tensor, targets: Targets | None, labels: Tensor | No
     _check("student logits", student, (rows, vocab), LOGIT_DTYPES, student.device)
     if labels is not None:
         _check("labels", labels, (rows,), (torch.int64,), student.device)
+    if bias is not None:
+        _check("bias", bias, (vocab,), LOGIT_DTYPES, student.device)
     if isinstance(targets, DenseTargets):
         _check("teacher logits", targets.logits, (rows, vocab), LOGIT_DTYPES, student.device)
     elif isinstance(targets, TopKTargets):

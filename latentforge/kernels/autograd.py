@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
-from latentforge.kernels import cpu, reference
+from latentforge.kernels import backends
+from latentforge.kernels.indices import refuse_mass_outside_everything
+from latentforge.kernels.reference.kd import compute_dtype
+from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 
 
@@ -30,51 +33,39 @@ def _compute(
     logits: Tensor,
     targets: Targets | None,
     labels: Tensor,
+    bias: Tensor | None,
     temperature: float,
     teacher_temperature: float,
     ce_weight: float,
     kd_weight: float,
     denominator: float,
+    direction: str,
+    beta: float,
+    logit_scale: float,
+    soft_cap: float | None,
     ignore_index: int,
     backend: str,
     write: bool,
 ) -> Tensor:
     """Both parts, [2] fp64: sums over the rows divided by the denominator, the KD part with its T squared."""
     if isinstance(targets, TopKTargets):
-        _refuse_mass_outside_everything(targets, logits.shape[1])
+        refuse_mass_outside_everything(targets, logits.shape[1])
     squared = temperature * temperature
-    ce_scale, kd_scale = ce_weight / denominator, kd_weight * squared / denominator
-    settings: dict[str, Any] = {
-        "temperature": temperature,
-        "teacher_temperature": teacher_temperature,
-        "ce_scale": ce_scale,
-        "kd_scale": kd_scale,
-        "ignore_index": ignore_index,
-    }
-    if backend == "cpu":
-        ce, kd = cpu.row_losses(logits, targets, labels, write_gradient=write, **settings)
-        # numpy adds in one fixed order; torch splits a long sum over its threads.
-        sums = torch.tensor([float(ce.numpy().sum()), float(kd.numpy().sum())], dtype=torch.float64)
-    else:
-        cpu.check_indices(targets, labels, logits.shape[1], ignore_index)
-        sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
-        for rows, part in reference.chunks(logits, targets):
-            found = reference.row_losses(logits[rows], part, labels[rows], gradient=write, **settings)
-            sums += torch.stack([found.ce.double().sum(), found.kd.double().sum()])
-            if found.gradient is not None:
-                logits[rows] = found.gradient.to(logits.dtype)
+    settings = KDSettings(
+        temperature,
+        teacher_temperature,
+        ce_scale=ce_weight / denominator,
+        kd_scale=kd_weight * squared / denominator,
+        direction=direction,
+        beta=beta,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+        ignore_index=ignore_index,
+    )
+    sums = backends.kd_sums(backend, logits, targets, labels, settings, bias=bias, write_gradient=write)
     sums /= denominator
     sums[1] *= squared
     return sums
-
-
-def _refuse_mass_outside_everything(targets: TopKTargets, vocab: int) -> None:
-    if targets.ids.shape[1] == vocab and bool((targets.tail > -torch.inf).any()):
-        row = int((targets.tail > -torch.inf).nonzero()[0, 0])
-        raise RefusedError(
-            f"tail {float(targets.tail[row]):.6g} at row {row}, but k = {vocab} is the whole vocabulary: "
-            "the tail must be minus infinity"
-        )
 
 
 @torch.library.custom_op("latentforge::kd_gradient_", mutates_args=("logits",))
@@ -85,11 +76,16 @@ def kd_gradient_(
     logprobs: Tensor | None,
     tail: Tensor | None,
     labels: Tensor,
+    bias: Tensor | None,
     temperature: float,
     teacher_temperature: float,
     ce_weight: float,
     kd_weight: float,
     denominator: float,
+    direction: str,
+    beta: float,
+    logit_scale: float,
+    soft_cap: float | None,
     ignore_index: int,
     backend: str,
 ) -> Tensor:
@@ -98,11 +94,16 @@ def kd_gradient_(
         logits,
         _targets(dense, ids, logprobs, tail),
         labels,
+        bias,
         temperature,
         teacher_temperature,
         ce_weight,
         kd_weight,
         denominator,
+        direction,
+        beta,
+        logit_scale,
+        soft_cap,
         ignore_index,
         backend,
         write=True,
@@ -117,11 +118,16 @@ def kd_parts(
     logprobs: Tensor | None,
     tail: Tensor | None,
     labels: Tensor,
+    bias: Tensor | None,
     temperature: float,
     teacher_temperature: float,
     ce_weight: float,
     kd_weight: float,
     denominator: float,
+    direction: str,
+    beta: float,
+    logit_scale: float,
+    soft_cap: float | None,
     ignore_index: int,
     backend: str,
 ) -> Tensor:
@@ -130,11 +136,16 @@ def kd_parts(
         logits,
         _targets(dense, ids, logprobs, tail),
         labels,
+        bias,
         temperature,
         teacher_temperature,
         ce_weight,
         kd_weight,
         denominator,
+        direction,
+        beta,
+        logit_scale,
+        soft_cap,
         ignore_index,
         backend,
         write=False,
@@ -165,13 +176,19 @@ class KDFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tensors: tuple[Any, ...], settings: tuple[Any, ...], weights: tuple[float, float]
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        tensors: tuple[Any, ...],
+        settings: tuple[Any, ...],
+        weights: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        parts = kd_gradient_(logits, *tensors, *settings)
+        parts = kd_gradient_(logits, *tensors, bias, *settings)
         ctx.save_for_backward(logits)
         ctx.spent = False
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(parts)
-        return weighted(parts, *weights, reference.compute_dtype(logits)), parts
+        return weighted(parts, *weights, compute_dtype(logits)), parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -186,7 +203,10 @@ class KDFunction(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         gradient = gradient.detach()
         kd_scale_(gradient, d_loss)
-        return gradient, None, None, None
+        d_bias = None
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
+            d_bias = gradient.sum(0, dtype=compute_dtype(gradient)).to(ctx.bias_dtype)
+        return gradient, d_bias, None, None, None
 
 
 def weighted(parts: Tensor, ce_weight: float, kd_weight: float, dtype: torch.dtype) -> Tensor:

@@ -289,7 +289,7 @@ def cpu_parity(*, mutant: str | None = None) -> Finding:
     """The cpu backend is not further from fp64 than torch is at the same precision, gradient and loss."""
     from latentforge.contracts import Finding
     from latentforge.kernels.fixtures import known_mutant
-    from latentforge.kernels.parity import compare, grid
+    from latentforge.kernels.parity.kd import compare, grid
 
     known_mutant(mutant, ("perturbed",))
     disturb: Callable[[Tensor], Tensor] | None = (lambda g: g * 1.01) if mutant == "perturbed" else None

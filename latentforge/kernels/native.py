@@ -18,7 +18,7 @@ def source_digest(root: Path) -> str | None:
 
     The same rule as ``csrc/source_digest.py``, which writes it into the extension when that is built.
     """
-    if not (root / "CMakeLists.txt").is_file() or not (root / "csrc" / "kd.h").is_file():
+    if not (root / "CMakeLists.txt").is_file() or not (root / "csrc" / "module.cpp").is_file():
         return None
     files = [root / "CMakeLists.txt"]
     files += [path for path in (root / "csrc").rglob("*") if path.suffix in _SOURCE_SUFFIXES and path.is_file()]

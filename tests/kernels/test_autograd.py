@@ -165,7 +165,24 @@ def test_the_operators_are_what_they_declare(batch: Any, kind: str, dtype: torch
         "none": (None, (None, None, None)),
     }[kind]
     kd_weight = 0.0 if kind == "none" else 0.7
-    arguments = (logits, dense, *rows, labels, 2.0, 2.0, 0.3, kd_weight, 12.0, -100, "cpu")
+    arguments = (
+        logits,
+        dense,
+        *rows,
+        labels,
+        None,
+        2.0,
+        2.0,
+        0.3,
+        kd_weight,
+        12.0,
+        "forward",
+        0.5,
+        1.0,
+        None,
+        -100,
+        "cpu",
+    )
     torch.library.opcheck(operators.kd_gradient_, arguments)
     torch.library.opcheck(operators.kd_parts, arguments)
     torch.library.opcheck(operators.kd_scale_, (logits, torch.tensor(2.0)))

@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latentforge.kernels import cpu, reference
+from latentforge.kernels.cpu import kd as cpu
+from latentforge.kernels.cpu.variants import VARIANT_VARIABLE
+from latentforge.kernels.cpu.variants import variant as chosen_variant
 from latentforge.kernels.native import native
-from latentforge.kernels.parity import Case, compare
+from latentforge.kernels.parity.kd import Case, compare
+from latentforge.kernels.reference import kd as reference
+from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
 
 VARIANTS = list(native().cpu_variants())
@@ -32,14 +36,22 @@ def scales(temperature: float, rows: int, ce: float = 0.3, kd: float = 0.7) -> d
 def exact(student: Tensor, targets: Targets | None, labels: Tensor | None, **given: Any) -> reference.RowLosses:
     if isinstance(targets, DenseTargets):
         targets = DenseTargets(targets.logits.double())
-    return reference.row_losses(student.double(), targets, labels, gradient=True, **given)
+    return reference.row_losses(student.double(), targets, labels, KDSettings(**given), gradient=True)
 
 
 def kernel(
-    student: Tensor, targets: Targets | None, labels: Tensor | None, **given: Any
+    student: Tensor,
+    targets: Targets | None,
+    labels: Tensor | None,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+    **given: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = student.clone()
-    ce, kd = cpu.row_losses(gradient, targets, labels, write_gradient=True, **given)
+    ce, kd = cpu.row_losses(
+        gradient, targets, labels, KDSettings(**given), write_gradient=True, isa=isa, threads=threads
+    )
     return ce, kd, gradient
 
 
@@ -326,9 +338,9 @@ def test_nothing_around_the_logits_is_written() -> None:
                 inner,
                 DenseTargets(teacher),
                 torch.tensor([1, 2, 3]),
+                KDSettings(**scales(2.0, 3)),
                 write_gradient=True,
                 isa=variant,
-                **scales(2.0, 3),
             )
             assert (around[0] == 9).all()
             assert (around[4] == 9).all()
@@ -344,11 +356,11 @@ def test_a_variant_that_the_machine_lacks_is_refused() -> None:
 def test_the_variant_named_in_the_environment_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from latentforge.errors import RefusedError
 
-    monkeypatch.setenv(cpu.VARIANT_VARIABLE, "baseline")
-    assert cpu.variant() == "baseline"
-    monkeypatch.setenv(cpu.VARIANT_VARIABLE, "mmx")
+    monkeypatch.setenv(VARIANT_VARIABLE, "baseline")
+    assert chosen_variant() == "baseline"
+    monkeypatch.setenv(VARIANT_VARIABLE, "mmx")
     with pytest.raises(RefusedError, match="mmx"):
-        cpu.variant()
+        chosen_variant()
 
 
 def test_a_forked_child_can_use_the_kernel() -> None:

@@ -40,7 +40,7 @@ NAN, INF = float("nan"), float("inf")
         ("denominator", 0.0, "denominator = 0.0"),
         ("denominator", -5.0, "denominator = -5.0"),
         ("denominator", NAN, "denominator = nan"),
-        ("direction", "reverse", "'reverse'"),
+        ("direction", "backward", "'backward'"),
         ("backend", "cuda", "'cuda'"),
     ],
 )
@@ -157,12 +157,12 @@ def test_a_changed_source_file_changes_the_digest(tmp_path: Any) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "CMakeLists.txt").write_text("one")
     assert native.source_digest(tmp_path) is None
-    (tmp_path / "csrc" / "kd.h").write_text("two")
+    (tmp_path / "csrc" / "module.cpp").write_text("two")
     before = native.source_digest(tmp_path)
-    (tmp_path / "csrc" / "kd.h").write_text("three")
+    (tmp_path / "csrc" / "module.cpp").write_text("three")
     assert before is not None
     assert native.source_digest(tmp_path) != before
-    (tmp_path / "csrc" / "kd.h").write_text("two")
+    (tmp_path / "csrc" / "module.cpp").write_text("two")
     (tmp_path / "csrc" / "notes.swp").write_text("an editor's leavings do not count")
     assert native.source_digest(tmp_path) == before
 

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
-from latentforge.kernels import cpu, reference
+from latentforge.kernels.cpu import kd as cpu
+from latentforge.kernels.cpu.variants import variant as cpu_variant
 from latentforge.kernels.native import native
+from latentforge.kernels.reference import kd as reference
+from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
 
 CE_WEIGHT, KD_WEIGHT = 0.3, 0.7
@@ -108,7 +111,7 @@ def bench_kd(
     element = DTYPES[dtype].itemsize
     matrix = rows * vocab * element
     _refuse_too_large(matrix)
-    variant = cpu.variant()
+    variant = cpu_variant()
     _keep_large_blocks()
     before = torch.get_num_threads()
     threads = threads or before
@@ -237,12 +240,12 @@ class _Contest:
         self.threads = threads
         self.variant = variant
         self.compiled = compiled
-        self.settings: dict[str, Any] = {
-            "temperature": temperature,
-            "teacher_temperature": temperature,
-            "ce_scale": CE_WEIGHT / student.shape[0],
-            "kd_scale": KD_WEIGHT * temperature**2 / student.shape[0],
-        }
+        self.settings = KDSettings(
+            temperature,
+            temperature,
+            ce_scale=CE_WEIGHT / student.shape[0],
+            kd_scale=KD_WEIGHT * temperature**2 / student.shape[0],
+        )
 
     def run(self, targets: Targets) -> list[Line]:
         exact = self._exact(targets)
@@ -309,20 +312,20 @@ class _Contest:
             self.work,
             targets,
             self.labels,
+            self.settings,
             write_gradient=True,
             threads=self.threads,
             isa=self.variant,
-            **self.settings,
         )
 
     def _reference(self, targets: Targets) -> None:
         for rows, part in reference.chunks(self.work, targets):
-            found = reference.row_losses(self.work[rows], part, self.labels[rows], gradient=True, **self.settings)
+            found = reference.row_losses(self.work[rows], part, self.labels[rows], self.settings, gradient=True)
             assert found.gradient is not None
             self.work[rows] = found.gradient.to(self.work.dtype)
 
     def _formula(self, targets: Targets) -> Callable[..., Tensor]:
-        scales = (self.temperature, self.settings["ce_scale"], self.settings["kd_scale"])
+        scales = (self.temperature, self.settings.ce_scale, self.settings.kd_scale)
         if isinstance(targets, DenseTargets):
             return lambda s, t, y: dense_formula(s, t, y, *scales)
         return lambda s, ids, logprobs, tail, y: topk_formula(s, ids, logprobs, tail, y, *scales)
@@ -346,9 +349,7 @@ class _Contest:
             part = DenseTargets(targets.logits[rows].double())
         else:
             part = TopKTargets(targets.ids[rows], targets.logprobs[rows], targets.tail[rows])
-        found = reference.row_losses(
-            self.master[rows].double(), part, self.labels[rows], gradient=True, **self.settings
-        )
+        found = reference.row_losses(self.master[rows].double(), part, self.labels[rows], self.settings, gradient=True)
         assert found.gradient is not None
         return found.gradient
 

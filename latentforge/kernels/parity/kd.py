@@ -9,7 +9,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from latentforge.kernels import cpu, reference
+from latentforge.kernels.cpu import kd as cpu
+from latentforge.kernels.reference import kd as reference
+from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, topk_targets
 
 # What the gradient error may be, as a multiple of torch's own at the same precision. For bf16 both are the rounding of
@@ -99,16 +101,13 @@ def compare(case: Case, *, isa: str | None = None, disturb: Callable[[Tensor], T
     """Errors of the cpu backend and of torch at the case's precision, both against fp64 on the same logits."""
     student, targets, labels = case.tensors()
     exact_targets = DenseTargets(targets.logits.double()) if isinstance(targets, DenseTargets) else targets
-    settings = {
-        "temperature": case.temperature,
-        "teacher_temperature": case.temperature,
-        "ce_scale": 0.3 / case.rows,
-        "kd_scale": 0.7 * case.temperature**2 / case.rows,
-    }
-    exact = reference.row_losses(student.double(), exact_targets, labels, gradient=True, **settings)  # type: ignore[arg-type]
-    torch_rows = reference.row_losses(student, targets, labels, gradient=True, **settings)  # type: ignore[arg-type]
+    settings = KDSettings(
+        case.temperature, case.temperature, ce_scale=0.3 / case.rows, kd_scale=0.7 * case.temperature**2 / case.rows
+    )
+    exact = reference.row_losses(student.double(), exact_targets, labels, settings, gradient=True)
+    torch_rows = reference.row_losses(student, targets, labels, settings, gradient=True)
     gradient = student.clone()
-    ce, kd = cpu.row_losses(gradient, targets, labels, write_gradient=True, isa=isa, **settings)  # type: ignore[arg-type]
+    ce, kd = cpu.row_losses(gradient, targets, labels, settings, write_gradient=True, isa=isa)
     if disturb is not None:
         gradient = disturb(gradient)
     assert exact.gradient is not None

@@ -1,0 +1,18 @@
+// What each part of the extension adds to the module, and how an address
+// becomes a pointer.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace latentforge {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
+void bind_cpu_kd(pybind11::module_& m);
+
+}  // namespace latentforge

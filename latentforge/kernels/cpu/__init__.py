@@ -1,0 +1,1 @@
+"""The C++ backend: addresses of torch tensors handed to the extension."""

@@ -1,0 +1,1 @@
+"""The definitions, in torch, in any floating precision and on any device: what every other backend is measured by."""
