@@ -65,9 +65,8 @@ def kd_loss(
     check_tensors(student_logits, targets, labels, bias)
     if targets is None and kd_weight != 0:
         raise RefusedError(f"kd_weight = {kd_weight:g}, but there are no targets", next="pass targets or kd_weight=0")
-    chosen = backends.choose("kd_loss", student_logits, targets, backend)
-
     dense = targets.logits if isinstance(targets, DenseTargets) else None
+    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend)
     topk = (targets.ids, targets.logprobs, targets.tail) if isinstance(targets, TopKTargets) else (None, None, None)
     tensors = (dense, *topk, labels)
     settings = (
@@ -115,7 +114,8 @@ def kd_divergence(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     settings = KDSettings(temperature, teacher_temperature, direction=direction, beta=beta)
     check_tensors(student_logits, targets, None)
-    chosen = backends.choose("kd_loss", student_logits, targets, backend)
+    dense = targets.logits if isinstance(targets, DenseTargets) else None
+    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend)
     return backends.kd_rows(chosen, student_logits, targets, None, settings)[1].to(compute_dtype(student_logits))
 
 

@@ -1,6 +1,13 @@
-"""Which implementation does the work: by name, or by the device that the tensors are on."""
+"""Which implementation does the work: by name, or by the device that the tensors are on.
+
+Every backend lives in a package of its name and is imported when it is first needed, so that a machine without Triton
+or without a driver can use the others.
+"""
 
 from __future__ import annotations
+
+import os
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -8,30 +15,69 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.indices import check_indices
 from latentforge.kernels.settings import KDSettings
-from latentforge.kernels.targets import DenseTargets, Targets
+from latentforge.kernels.targets import Targets
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+# The operators, and who implements them.
+OPS = {
+    "kd_loss": ("reference", "cpu", "cuda", "triton"),
+    "linear_kd_loss": ("reference", "cpu", "cuda"),
+    "latent_decode": ("reference", "cpu", "cuda", "triton"),
+}
 
 
-def choose(op: str, student: Tensor, targets: Targets | None, backend: str) -> str:
-    """The backend that will run ``op`` on these tensors. RefusedError where it cannot."""
+def choose(op: str, tensor: Tensor, *others: Tensor | None, backend: str) -> str:
+    """The backend that will run ``op`` on these tensors, all on one device. RefusedError where it cannot.
+
+    ``auto`` takes the C++ kernels for tensors of the host (the definition where one of them is fp64) and, for tensors
+    of a CUDA device, what the warm-up guard has passed there; it never tries anything out.
+    """
     if backend not in BACKENDS:
         raise RefusedError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    device = student.device.type
-    teacher = targets.logits.dtype if isinstance(targets, DenseTargets) else None
-    exact = torch.float64 in (student.dtype, teacher)
+    if backend not in ("auto", *OPS[op]):
+        raise RefusedError(f"backend {backend!r} has no {op}", next=f"use one of {', '.join(OPS[op])}")
+    exact = any(t is not None and t.dtype == torch.float64 for t in (tensor, *others))
+    device = tensor.device.type
     if backend == "reference":
         return backend
+    if backend == "auto" and exact and device == "cpu":
+        return "reference"
+    if exact:
+        raise RefusedError(
+            f"fp64 tensors, and the backend is {backend!r}, which computes in fp32", next="pass backend='reference'"
+        )
+    if device == "cuda":
+        return _on_cuda(op, tensor, backend)
     if device != "cpu":
         raise RefusedError(
-            f"the logits are on {student.device}; this version has no kernel for {device} tensors",
-            next="pass backend='reference', or move the logits to the CPU",
+            f"the tensors are on {tensor.device}; there is no kernel for {device} tensors",
+            next="pass backend='reference', or move them to the CPU",
         )
-    if backend == "auto" and exact:
-        return "reference"
-    if backend == "cpu" and exact:
-        raise RefusedError("the cpu backend computes in fp32, the logits are fp64", next="pass backend='reference'")
-    return "cpu"
+    if backend == "cuda":
+        raise RefusedError("backend 'cuda', and the tensors are on the CPU", next="pass backend='cpu' or move them")
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RefusedError(
+            "backend 'triton', and the tensors are on the CPU",
+            next="pass backend='cpu', or set TRITON_INTERPRET=1 to run Triton's interpreter",
+        )
+    return "cpu" if backend == "auto" else backend
+
+
+def _on_cuda(op: str, tensor: Tensor, backend: str) -> str:
+    if backend == "cpu":
+        raise RefusedError(f"backend 'cpu', and the tensors are on {tensor.device}", next="pass backend='auto'")
+    if backend == "auto":
+        index = tensor.device.index
+        return _proven(op, tensor.dtype, torch.cuda.current_device() if index is None else index)
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def _proven(op: str, dtype: torch.dtype, device_index: int) -> str:
+    """What the warm-up guard's record of this machine allows; RefusedError naming the warm-up where there is none."""
+    ladder = import_module("latentforge.kernels.guard.ladder")
+    return str(ladder.chosen(op, dtype, device_index))
 
 
 def kd_rows(
@@ -45,13 +91,25 @@ def kd_rows(
     write_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Per row (ce, kd without T squared) [N]; with ``write_gradient`` the gradient replaces ``student`` [N, V]."""
-    if backend == "cpu":
-        from latentforge.kernels.cpu import kd as cpu
+    if backend != "cpu":  # which searches them itself, faster
+        check_indices(targets, labels, student.shape[1], settings.ignore_index)
+    if backend == "reference":
+        return _reference_rows(student, targets, labels, settings, bias, write_gradient)
+    kernel = import_module(f"latentforge.kernels.{backend}.kd")
+    ce, kd = kernel.row_losses(student, targets, labels, settings, bias=bias, write_gradient=write_gradient)
+    return ce, kd
 
-        return cpu.row_losses(student, targets, labels, settings, bias=bias, write_gradient=write_gradient)
+
+def _reference_rows(
+    student: Tensor,
+    targets: Targets | None,
+    labels: Tensor | None,
+    settings: KDSettings,
+    bias: Tensor | None,
+    write_gradient: bool,
+) -> tuple[Tensor, Tensor]:
     from latentforge.kernels.reference import kd as reference
 
-    check_indices(targets, labels, student.shape[1], settings.ignore_index)
     ce, kd = [], []
     for rows, part in reference.chunks(student, targets):
         some = None if labels is None else labels[rows]
@@ -76,7 +134,12 @@ def kd_sums(
 ) -> Tensor:
     """The two sums over the rows, [2] fp64."""
     ce, kd = kd_rows(backend, student, targets, labels, settings, bias=bias, write_gradient=write_gradient)
-    if student.device.type == "cpu":
+    return summed(ce, kd)
+
+
+def summed(ce: Tensor, kd: Tensor) -> Tensor:
+    """Sums of [N] and [N] as [2] fp64, on their device, in an order that does not depend on the threads."""
+    if ce.device.type == "cpu":
         # numpy adds in one fixed order; torch splits a long sum over its threads.
         return torch.tensor([float(ce.double().numpy().sum()), float(kd.double().numpy().sum())], dtype=torch.float64)
     return torch.stack([ce.double().sum(), kd.double().sum()])

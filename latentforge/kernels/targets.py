@@ -32,6 +32,22 @@ class TopKTargets:
     tail: Tensor
 
 
+@dataclass(frozen=True)
+class LinearTargets:
+    """A teacher's last layer instead of its logits, for ``linear_kd_loss``: nothing of size [N, V] need exist.
+
+    ``hidden`` [N, H_t] and ``weight`` [V, H_t], bf16 or fp32 (fp64 for the reference backend); the teacher's logits are
+    ``cap * tanh(scale * (hidden @ weight.T + bias) / cap)`` with its own ``bias`` [V], ``logit_scale``, ``soft_cap``. A
+    bias of minus infinity is padding of the vocabulary.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+
+
 Targets = DenseTargets | TopKTargets
 
 

@@ -41,7 +41,9 @@ NAN, INF = float("nan"), float("inf")
         ("denominator", -5.0, "denominator = -5.0"),
         ("denominator", NAN, "denominator = nan"),
         ("direction", "backward", "'backward'"),
-        ("backend", "cuda", "'cuda'"),
+        ("backend", "fastest", "'fastest'"),
+        ("backend", "cuda", "'cuda', and the tensors are on the CPU"),
+        ("backend", "triton", "'triton', and the tensors are on the CPU"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(setting: str, value: Any, said: str) -> None:
