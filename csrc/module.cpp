@@ -11,4 +11,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("source_digest", [] { return std::string(LATENTFORGE_SOURCE_DIGEST); });
   m.def("compiler", [] { return std::string(LATENTFORGE_COMPILER); });
   latentforge::bind_cpu_kd(m);
+  latentforge::bind_cpu_decode(m);
 }
