@@ -57,6 +57,8 @@ using RowKernel = void (*)(const KdCall& call, int64_t row, Scratch& scratch);
 RowKernel baseline_row_kernel(const KdCall& call);
 RowKernel avx2_row_kernel(const KdCall& call);
 RowKernel avx512_row_kernel(const KdCall& call);
+RowKernel neon_row_kernel(const KdCall& call);
+RowKernel neon_bf16_row_kernel(const KdCall& call);
 
 // Instruction-set variants that this machine can run, best first.
 std::vector<std::string> cpu_variants();

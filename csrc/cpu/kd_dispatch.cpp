@@ -7,6 +7,10 @@
 #include "kd.h"
 #include "threads.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace latentforge {
 
 namespace {
@@ -18,6 +22,9 @@ RowKernel find_kernel(const KdCall& call, const std::string& variant) {
 #if defined(__x86_64__)
   if (variant == "avx512") return avx512_row_kernel(call);
   if (variant == "avx2") return avx2_row_kernel(call);
+#elif defined(__aarch64__)
+  if (variant == "neon_bf16") return neon_bf16_row_kernel(call);
+  if (variant == "neon") return neon_row_kernel(call);
 #endif
   return baseline_row_kernel(call);
 }
@@ -46,6 +53,10 @@ std::vector<std::string> cpu_variants() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.emplace_back("avx512");
   if (avx2) found.emplace_back("avx2");
+#elif defined(__aarch64__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  if (getauxval(AT_HWCAP2) & kBf16) found.emplace_back("neon_bf16");
+  found.emplace_back("neon");
 #endif
   found.emplace_back("baseline");
   return found;

@@ -15,7 +15,7 @@ namespace {
 
 // Denormal results become zero while a row is computed: they are 1e-38 of
 // nothing and cost a hundred cycles each.
-class FlushDenormals {
+class [[maybe_unused]] FlushDenormals {
  public:
 #if defined(__x86_64__)
   FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000u); }
