@@ -15,5 +15,6 @@ T* at(uintptr_t address) {
 
 void bind_cpu_kd(pybind11::module_& m);
 void bind_cpu_decode(pybind11::module_& m);
+void bind_cpu_streams(pybind11::module_& m);
 
 }  // namespace latentforge

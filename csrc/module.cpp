@@ -12,4 +12,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("compiler", [] { return std::string(LATENTFORGE_COMPILER); });
   latentforge::bind_cpu_kd(m);
   latentforge::bind_cpu_decode(m);
+  latentforge::bind_cpu_streams(m);
 }

@@ -65,11 +65,4 @@ void latentforge::bind_cpu_kd(py::module_& m) {
         latentforge::run_rows(call, variant, threads);
       },
       py::arg("call"), py::arg("variant"), py::arg("threads"));
-  m.def(
-      "stream_add",
-      [](uintptr_t a, uintptr_t b, int64_t count, int threads) {
-        py::gil_scoped_release release;
-        latentforge::stream_add(at<float>(a), at<const float>(b), count, threads);
-      },
-      py::arg("a"), py::arg("b"), py::arg("count"), py::arg("threads"));
 }

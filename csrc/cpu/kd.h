@@ -76,8 +76,4 @@ BadIndex check_indices(const KdCall& call);
 // std::invalid_argument for a variant that this machine lacks.
 void run_rows(const KdCall& call, const std::string& variant, int threads);
 
-// a[i] += b[i] on `threads` threads: the stream that the kernels' speed is
-// compared with.
-void stream_add(float* a, const float* b, int64_t count, int threads);
-
 }  // namespace latentforge

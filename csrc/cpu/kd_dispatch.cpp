@@ -103,13 +103,4 @@ void run_rows(const KdCall& call, const std::string& variant, int threads) {
   });
 }
 
-void stream_add(float* a, const float* b, int64_t count, int threads) {
-  threads = std::max(threads, 1);
-  const int64_t share = (count + threads - 1) / threads;
-  on_threads(threads, [&](int index) {
-    const int64_t start = std::min(count, index * share), end = std::min(count, start + share);
-    for (int64_t i = start; i < end; ++i) a[i] += b[i];
-  });
-}
-
 }  // namespace latentforge

@@ -13,7 +13,8 @@ class Parity:
     """One comparison's result; ``gradient_ratio`` is the error over what is allowed.
 
     ``case`` says what was compared, ``disagreements`` counts entries that are NaN or infinite on one side only.
-    For ``latent_decode``, which has no gradient, the first three are about the log-probabilities.
+    For ``latent_decode``, which has no gradient, the first three are about the log-probabilities. ``gain``, where it is
+    asked for, is how many times nearer to fp64 than torch the gradient is, and ``gain_floor`` what is promised of it.
     """
 
     case: str
@@ -24,6 +25,8 @@ class Parity:
     torch_loss_error: float = 0.0
     loss_floor: float = 0.0
     disagreements: int = 0
+    gain: float | None = None
+    gain_floor: float = 0.0
 
     @property
     def loss_excess(self) -> float:
@@ -34,7 +37,8 @@ class Parity:
     def passed(self) -> bool:
         """Whether everything is within what is allowed; comparisons with NaN are false."""
         within = self.loss_error <= max(self.torch_loss_error, self.loss_floor)
-        return self.gradient_ratio <= 1.0 and within and self.disagreements == 0
+        gained = self.gain is None or self.gain >= self.gain_floor
+        return self.gradient_ratio <= 1.0 and within and self.disagreements == 0 and gained
 
 
 def distance(found: Tensor, exact: Tensor) -> float:

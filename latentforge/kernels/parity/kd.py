@@ -209,8 +209,8 @@ def compare(
         error,
         torch_error,
         error / allowed,
-        _loss_distance(losses, exact_losses),
-        _loss_distance(torch_losses, exact_losses),
+        loss_distance(losses, exact_losses),
+        loss_distance(torch_losses, exact_losses),
         loss_floor=LOSS_FLOOR,
         disagreements=disagreements(gradient, exact.gradient) + disagreements(losses, exact_losses) + written_outside,
     )
@@ -223,7 +223,7 @@ def _moved(targets: Targets, device: torch.device) -> Targets:
     return targets if device.type == "cpu" else DenseTargets(targets.logits.to(device))
 
 
-def _loss_distance(found: Tensor, exact: Tensor) -> float:
+def loss_distance(found: Tensor, exact: Tensor) -> float:
     """The largest difference, relative where the exact loss is above 1, over what is finite in both."""
     both = found.isfinite() & exact.isfinite()
     if not bool(both.any()):

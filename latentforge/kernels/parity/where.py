@@ -9,16 +9,11 @@ from types import ModuleType
 import torch
 
 from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.kernels import backends
 
-# The module of a backend that does an operator's work, and the backends that have one.
+# The module of a backend that does an operator's work.
 ROOMS = {"kd_loss": "kd", "linear_kd_loss": "linear", "latent_decode": "decode"}
-IMPLEMENTED = {
-    "kd_loss": ("reference", "cpu", "cuda", "triton"),
-    "linear_kd_loss": ("reference", "cpu", "cuda"),
-    "latent_decode": ("reference", "cpu", "cuda", "triton"),
-}
-OPS = tuple(ROOMS)
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = tuple(name for name in backends.BACKENDS if name != "auto")
 
 
 def room(op: str, backend: str) -> ModuleType:
@@ -45,17 +40,18 @@ def interpreted() -> bool:
 
 def why_not(op: str, backend: str) -> str | None:
     """Why ``backend`` cannot run ``op`` on this machine; None where it can."""
-    if op not in OPS:
-        raise RefusedError(f"op {op!r} is not one of {', '.join(OPS)}")
+    if op not in backends.OPS:
+        raise RefusedError(f"op {op!r} is not one of {', '.join(backends.OPS)}")
     if backend not in BACKENDS:
         raise RefusedError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend not in IMPLEMENTED[op]:
+    if backend not in backends.OPS[op]:
         return f"{op} has no {backend} backend"
     if backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device here"
     if backend == "triton" and not (torch.cuda.is_available() or interpreted()):
         return "no CUDA device here (TRITON_INTERPRET=1 runs its kernels in the interpreter)"
     try:
+        # The operators that rest on torch's products have their own module where they need one.
         room(op, backend)
         if backend == "cpu":
             from latentforge.kernels.native import native
