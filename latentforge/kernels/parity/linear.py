@@ -216,7 +216,11 @@ def compare(case: Case, backend: str = "cpu", *, disturb: Callable[[Tensor], Ten
 
     ``disturb`` changes each gradient before it is judged (a planted fault).
     """
-    exact, rounded, found = by_definition(case, torch.float64), by_definition(case, case.dtype), by_backend(case, backend)
+    exact, rounded, found = (
+        by_definition(case, torch.float64),
+        by_definition(case, case.dtype),
+        by_backend(case, backend),
+    )
     gradients = found.as_list() if disturb is None else [disturb(gradient) for gradient in found.as_list()]
     worst = (0.0, 0.0, 0.0)
     missing = abs(len(gradients) - len(exact.as_list()))
