@@ -132,7 +132,7 @@ def grid(*, quick: bool = False) -> Iterator[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What backward leaves: losses and the gradients of hidden [N, H], weight [V, H] and bias [V] where there is one."""
+    """The loss, and the gradients of hidden [N, H], weight [V, H] and bias [V] that there are."""
 
     loss: Tensor
     hidden: Tensor
