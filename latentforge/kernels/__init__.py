@@ -10,18 +10,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentforge.kernels.api import KDCriterion, KDLoss, kd_divergence, kd_loss
+    from latentforge.kernels.decode import Decoded, latent_decode
     from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
+    from latentforge.kernels.weights import Int8Weight, quantize_int8
 
-__all__ = ["DenseTargets", "KDCriterion", "KDLoss", "Targets", "TopKTargets", "kd_divergence", "kd_loss"]
+__all__ = [
+    "Decoded",
+    "DenseTargets",
+    "Int8Weight",
+    "KDCriterion",
+    "KDLoss",
+    "Targets",
+    "TopKTargets",
+    "kd_divergence",
+    "kd_loss",
+    "latent_decode",
+    "quantize_int8",
+]
 
 _HOMES = {
+    "Decoded": "decode",
     "DenseTargets": "targets",
+    "Int8Weight": "weights",
     "KDCriterion": "api",
     "KDLoss": "api",
     "Targets": "targets",
     "TopKTargets": "targets",
     "kd_divergence": "api",
     "kd_loss": "api",
+    "latent_decode": "decode",
+    "quantize_int8": "weights",
 }
 
 

@@ -33,7 +33,8 @@ _SQRT_HALF_BITS = 0x3F3504F3
 
 def philox_words(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
     """The 32 random bits of each (seed, position, id), as int64 in [0, 2^32); the three int64 tensors are broadcast."""
-    seeds, positions, ids = torch.broadcast_tensors(seeds, positions, ids)
+    shape = torch.broadcast_shapes(seeds.shape, positions.shape, ids.shape)
+    seeds, positions, ids = (x.expand(shape) for x in (seeds, positions, ids))
     key = [seeds & _MASK, (seeds >> 32) & _MASK]
     counter = [(ids >> 2) & _MASK, torch.zeros_like(ids), positions & _MASK, (positions >> 32) & _MASK]
     for _ in range(10):
