@@ -1,7 +1,7 @@
-"""Distillation kernels: one loss with its gradient, in a readable definition and in fast implementations.
+"""Kernels of distillation: losses with their gradients, and decoding, readable as definitions and fast as programs.
 
-``kd_loss`` and ``kd_divergence`` are the calls; ``targets`` holds what a teacher says; ``reference`` is the definition.
-Importing this package imports torch only when one of its names is used.
+``kd_loss``, ``linear_kd_loss``, ``kd_divergence`` and ``latent_decode`` are the calls; ``targets`` holds what a teacher
+says; ``reference`` is the definition. Importing this package imports torch only when one of its names is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentforge.kernels.api import KDCriterion, KDLoss, kd_divergence, kd_loss
     from latentforge.kernels.decode import Decoded, latent_decode
-    from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
+    from latentforge.kernels.linear import LinearKDCriterion, linear_kd_loss
+    from latentforge.kernels.targets import DenseTargets, LinearTargets, Targets, TopKTargets
     from latentforge.kernels.weights import Int8Weight, quantize_int8
 
 __all__ = [
@@ -20,11 +21,14 @@ __all__ = [
     "Int8Weight",
     "KDCriterion",
     "KDLoss",
+    "LinearKDCriterion",
+    "LinearTargets",
     "Targets",
     "TopKTargets",
     "kd_divergence",
     "kd_loss",
     "latent_decode",
+    "linear_kd_loss",
     "quantize_int8",
 ]
 
@@ -34,11 +38,14 @@ _HOMES = {
     "Int8Weight": "weights",
     "KDCriterion": "api",
     "KDLoss": "api",
+    "LinearKDCriterion": "linear",
+    "LinearTargets": "targets",
     "Targets": "targets",
     "TopKTargets": "targets",
     "kd_divergence": "api",
     "kd_loss": "api",
     "latent_decode": "decode",
+    "linear_kd_loss": "linear",
     "quantize_int8": "weights",
 }
 

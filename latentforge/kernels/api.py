@@ -60,7 +60,7 @@ def kd_loss(
     refused. Without grad nothing is written. RefusedError names what is refused. Definition and source: ``reference``.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    _check_settings(ce_weight, kd_weight, denominator)
+    check_scalars(ce_weight, kd_weight, denominator)
     KDSettings(temperature, teacher_temperature, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
     check_tensors(student_logits, targets, labels, bias)
     if targets is None and kd_weight != 0:
@@ -138,7 +138,7 @@ class KDCriterion(nn.Module):
     ) -> None:
         super().__init__()
         of_teacher = temperature if teacher_temperature is None else teacher_temperature
-        _check_settings(ce_weight, kd_weight, 1.0)
+        check_scalars(ce_weight, kd_weight, 1.0)
         KDSettings(temperature, of_teacher, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
@@ -170,7 +170,8 @@ class KDCriterion(nn.Module):
         )
 
 
-def _check_settings(ce_weight: float, kd_weight: float, denominator: float) -> None:
+def check_scalars(ce_weight: float, kd_weight: float, denominator: float) -> None:
+    """Refuse weights and denominators of which no loss can be made."""
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
         if not (math.isfinite(value) and value >= 0):
             raise RefusedError(f"{name} = {value} is not a number of at least 0")
@@ -190,32 +191,38 @@ def check_tensors(student: Tensor, targets: Targets | None, labels: Tensor | Non
     rows, vocab = student.shape
     if vocab == 0:
         raise RefusedError(f"student logits have shape {tuple(student.shape)}: an empty vocabulary")
-    _check("student logits", student, (rows, vocab), LOGIT_DTYPES, student.device)
+    check_tensor("student logits", student, (rows, vocab), LOGIT_DTYPES, student.device)
     if labels is not None:
-        _check("labels", labels, (rows,), (torch.int64,), student.device)
+        check_tensor("labels", labels, (rows,), (torch.int64,), student.device)
     if bias is not None:
-        _check("bias", bias, (vocab,), LOGIT_DTYPES, student.device)
+        check_tensor("bias", bias, (vocab,), LOGIT_DTYPES, student.device)
+    check_targets(targets, rows, vocab, student.device)
+
+
+def check_targets(targets: Targets | None, rows: int, vocab: int, device: torch.device) -> None:
+    """Refuse targets that are not of these rows and this vocabulary."""
     if isinstance(targets, DenseTargets):
-        _check("teacher logits", targets.logits, (rows, vocab), LOGIT_DTYPES, student.device)
+        check_tensor("teacher logits", targets.logits, (rows, vocab), LOGIT_DTYPES, device)
     elif isinstance(targets, TopKTargets):
         if targets.ids.dim() != 2:
             raise RefusedError(f"top-k ids have shape {tuple(targets.ids.shape)}, not [N, k]")
         k = targets.ids.shape[1]
         if not 1 <= k <= vocab:
             raise RefusedError(f"k = {k} is not between 1 and the vocabulary's size {vocab}")
-        _check("top-k ids", targets.ids, (rows, k), (torch.int64, torch.int32), student.device)
-        _check("top-k logprobs", targets.logprobs, (rows, k), (torch.float32,), student.device)
-        _check("top-k tail", targets.tail, (rows,), (torch.float32,), student.device)
+        check_tensor("top-k ids", targets.ids, (rows, k), (torch.int64, torch.int32), device)
+        check_tensor("top-k logprobs", targets.logprobs, (rows, k), (torch.float32,), device)
+        check_tensor("top-k tail", targets.tail, (rows,), (torch.float32,), device)
     elif targets is not None:
         raise RefusedError(f"targets are {type(targets).__name__}, not DenseTargets or TopKTargets")
 
 
-def _check(
+def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
+    """Refuse a tensor of another shape, dtype or device than is named."""
     if tuple(tensor.shape) != shape:
         raise RefusedError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype not in dtypes:
         raise RefusedError(f"{name} are {tensor.dtype}, expected {' or '.join(str(d) for d in dtypes)}")
     if tensor.device != device:
-        raise RefusedError(f"{name} are on {tensor.device}, the student logits on {device}")
+        raise RefusedError(f"{name} are on {tensor.device}, the student's tensors on {device}")

@@ -21,7 +21,9 @@ from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 
 
-def _targets(dense: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, tail: Tensor | None) -> Targets | None:
+def targets_from(
+    dense: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, tail: Tensor | None
+) -> Targets | None:
     if dense is not None:
         return DenseTargets(dense)
     if ids is None or logprobs is None or tail is None:
@@ -50,21 +52,52 @@ def _compute(
     """Both parts, [2] fp64: sums over the rows divided by the denominator, the KD part with its T squared."""
     if isinstance(targets, TopKTargets):
         refuse_mass_outside_everything(targets, logits.shape[1])
-    squared = temperature * temperature
-    settings = KDSettings(
+    settings = kernel_settings(
+        temperature,
+        teacher_temperature,
+        ce_weight,
+        kd_weight,
+        denominator,
+        direction,
+        beta,
+        logit_scale,
+        soft_cap,
+        ignore_index,
+    )
+    sums = backends.kd_sums(backend, logits, targets, labels, settings, bias=bias, write_gradient=write)
+    return parts_of(sums, temperature, denominator)
+
+
+def kernel_settings(
+    temperature: float,
+    teacher_temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    denominator: float,
+    direction: str,
+    beta: float,
+    logit_scale: float,
+    soft_cap: float | None,
+    ignore_index: int,
+) -> KDSettings:
+    """What a kernel is told: the weights of the loss as the factors that a row's gradient has."""
+    return KDSettings(
         temperature,
         teacher_temperature,
         ce_scale=ce_weight / denominator,
-        kd_scale=kd_weight * squared / denominator,
+        kd_scale=kd_weight * temperature * temperature / denominator,
         direction=direction,
         beta=beta,
         logit_scale=logit_scale,
         soft_cap=soft_cap,
         ignore_index=ignore_index,
     )
-    sums = backends.kd_sums(backend, logits, targets, labels, settings, bias=bias, write_gradient=write)
+
+
+def parts_of(sums: Tensor, temperature: float, denominator: float) -> Tensor:
+    """Both parts of the loss, [2] fp64, from the two sums over the rows, which are overwritten."""
     sums /= denominator
-    sums[1] *= squared
+    sums[1] *= temperature * temperature
     return sums
 
 
@@ -92,7 +125,7 @@ def kd_gradient_(
     """Both parts of the loss, [2] fp64; ``logits`` [N, V] are replaced by the gradient of the weighted sum."""
     return _compute(
         logits,
-        _targets(dense, ids, logprobs, tail),
+        targets_from(dense, ids, logprobs, tail),
         labels,
         bias,
         temperature,
@@ -134,7 +167,7 @@ def kd_parts(
     """Both parts of the loss, [2] fp64; nothing is written."""
     return _compute(
         logits,
-        _targets(dense, ids, logprobs, tail),
+        targets_from(dense, ids, logprobs, tail),
         labels,
         bias,
         temperature,

@@ -89,9 +89,13 @@ def kd_rows(
     *,
     bias: Tensor | None = None,
     write_gradient: bool = False,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Per row (ce, kd without T squared) [N]; with ``write_gradient`` the gradient replaces ``student`` [N, V]."""
-    if backend != "cpu":  # which searches them itself, faster
+    """Per row (ce, kd without T squared) [N]; with ``write_gradient`` the gradient replaces ``student`` [N, V].
+
+    ``checked`` says that the caller has searched labels and ids already, which costs a CUDA device a wait.
+    """
+    if backend != "cpu" and not checked:  # which searches them itself, faster
         check_indices(targets, labels, student.shape[1], settings.ignore_index)
     if backend == "reference":
         return _reference_rows(student, targets, labels, settings, bias, write_gradient)

@@ -88,7 +88,7 @@ def row_losses(
         d_kd = torch.zeros_like(q)
     elif isinstance(targets, DenseTargets):
         log_p = torch.log_softmax(targets.logits.to(dtype) / settings.teacher_temperature, dim=-1)
-        kd, d_kd = _divergence(log_p, log_q, settings)
+        kd, d_kd = divergence_terms(log_p, log_q, settings)
     elif isinstance(targets, TopKTargets):
         kd, d_kd = _topk_terms(log_q, q, targets, settings)
     else:
@@ -126,25 +126,30 @@ def row_losses(
     return RowLosses(ce, kd, grad)
 
 
-def _weighted_gap(weight: Tensor, gap: Tensor) -> Tensor:
+def weighted_gap(weight: Tensor, gap: Tensor) -> Tensor:
     """weight * gap [N, E], where 0 * infinity is 0: what has no probability costs nothing; NaN stays NaN."""
     return torch.where(weight > 0, weight * gap, torch.where(weight.isnan(), weight, torch.zeros_like(weight)))
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, settings: KDSettings) -> tuple[Tensor, Tensor]:
+def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log m of the generalised JSD, m = beta p + (1 - beta) q, [N, E]."""
+    return torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor, settings: KDSettings) -> tuple[Tensor, Tensor]:
     """The divergence [N] of two distributions over the same E entries, and T times its derivative [N, E]."""
     p, q = log_p.exp(), log_q.exp()
     if settings.direction == "forward":
-        return _weighted_gap(p, log_p - log_q).sum(-1), q - p
+        return weighted_gap(p, log_p - log_q).sum(-1), q - p
     if settings.direction == "reverse":
-        gap = _weighted_gap(q, log_q - log_p)
+        gap = weighted_gap(q, log_q - log_p)
         kd = gap.sum(-1)
         return kd, (gap - q * kd[:, None]).masked_fill(kd.isinf()[:, None], torch.nan)
     beta = settings.beta
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-    of_student = _weighted_gap(q, log_q - log_m)
+    log_m = log_mixture(log_p, log_q, beta)
+    of_student = weighted_gap(q, log_q - log_m)
     to_student = of_student.sum(-1)
-    kd = beta * _weighted_gap(p, log_p - log_m).sum(-1) + (1 - beta) * to_student
+    kd = beta * weighted_gap(p, log_p - log_m).sum(-1) + (1 - beta) * to_student
     return kd, (1 - beta) * (of_student - q * to_student[:, None])
 
 
@@ -160,7 +165,7 @@ def _topk_terms(log_q: Tensor, q: Tensor, targets: TopKTargets, settings: KDSett
     outside = log_q.scatter(-1, ids, -torch.inf)
     log_q_tail = torch.logsumexp(outside, dim=-1, keepdim=True)
     log_q_folded = torch.cat([log_q.gather(-1, ids), log_q_tail], dim=-1)
-    kd, d_folded = _divergence(log_p, log_q_folded, settings)
+    kd, d_folded = divergence_terms(log_p, log_q_folded, settings)
 
     # softmax over the tokens outside; a student that excludes them all has nothing there to move.
     zero = torch.zeros((), dtype=dtype, device=log_q.device)
