@@ -23,10 +23,12 @@ smoke: setup  ## the main job on this machine: data, teacher, score, distill, ve
 	@printf 'set-up took %s s (when it last ran)\n\n' "$$(cat $(VENV)/.seconds)"
 	@$(BIN)/latentforge dispatch go smoke --host local
 
-test: $(VENV)/.dev setup  ## all tests
+test: $(VENV)/.dev $(VENV)/.cuda  ## all tests
+	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m pytest
 
-test-fast: $(VENV)/.dev setup  ## the tests that need no more than seconds each
+test-fast: $(VENV)/.dev $(VENV)/.cuda  ## the tests that need no more than seconds each
+	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m pytest -m "not slow and not soak"
 
 lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
@@ -65,7 +67,8 @@ $(VENV)/.packages: constraints/cpu.txt $(VENV)/.python
 	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 	@touch $@
 
-$(VENV)/.built: $(NATIVE_SOURCES) $(VENV)/.packages
+# $(VENV)/.nvcc is there where the CUDA compiler came from pip: an extension that was built before lacks its kernels.
+$(VENV)/.built: $(NATIVE_SOURCES) $(VENV)/.packages $(wildcard $(VENV)/.nvcc)
 	@[ -e .setup-began ] || date +%s > .setup-began
 	@echo "set-up: building the extension"
 	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
@@ -78,4 +81,14 @@ $(VENV)/.built: $(NATIVE_SOURCES) $(VENV)/.packages
 $(VENV)/.dev: constraints/dev.txt $(VENV)/.packages
 	@echo "set-up: installing what the tests and linters need (constraints/dev.txt)"
 	@$(PIP) install --quiet -r constraints/dev.txt
+	@touch $@
+
+# The CUDA kernels are compiled and looked into on every machine; one without nvcc 13.0 gets it from pip.
+$(VENV)/.cuda: constraints/cuda-build.txt $(VENV)/.packages
+	@if [ -z "$$($(BIN)/python csrc/cuda/find_nvcc.py)" ]; then \
+	    echo "set-up: installing the CUDA compiler (constraints/cuda-build.txt)"; \
+	    $(PIP) install --quiet -r constraints/cuda-build.txt; touch $(VENV)/.nvcc; \
+	else \
+	    $(PIP) install --quiet "$$(grep '^nvidia-cuda-cuobjdump==' constraints/cuda-build.txt)"; \
+	fi
 	@touch $@

@@ -13,4 +13,5 @@ PYBIND11_MODULE(_native, m) {
   latentforge::bind_cpu_kd(m);
   latentforge::bind_cpu_decode(m);
   latentforge::bind_cpu_streams(m);
+  latentforge::bind_cuda(m);
 }
