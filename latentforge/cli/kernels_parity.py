@@ -16,17 +16,17 @@ def parity(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> ExitCode:
     """Compare the kernels with fp64, beside torch at the same precision; exit 1 where one is worse than allowed."""
-    from latentforge.cli.kernels_bench import Passing
+    from latentforge.cli.progress import Progress
     from latentforge.cli.terminal import print_json
     from latentforge.kernels import backends
     from latentforge.kernels.parity import run, where
 
-    with Passing() as passing:
+    with Progress() as progress:
         found = run.check(
             tuple(op) if op else tuple(backends.OPS),
             tuple(backend) if backend else where.BACKENDS,
             quick=quick,
-            tell=passing.tell,
+            tell=progress.tell,
         )
     if as_json:
         print_json(found.as_json())

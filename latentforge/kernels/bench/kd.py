@@ -1,173 +1,95 @@
-"""How fast the kernels are on this machine, beside torch and beside the memory's own speed, all in one run."""
+"""How fast ``kd_loss`` is: loss and gradient over the logits, beside torch and beside the memory's own speed."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from latentforge.errors import RefusedError
-from latentforge.kernels.cpu import kd as cpu
-from latentforge.kernels.cpu.variants import variant as cpu_variant
-from latentforge.kernels.native import native
+from latentforge.kernels import backends
+from latentforge.kernels.bench import floor, formulas, peers
+from latentforge.kernels.bench.contest import Action, Contest, Line
+from latentforge.kernels.bench.machine import Streams
+from latentforge.kernels.bench.report import Section
+from latentforge.kernels.cpu.variants import variant
+from latentforge.kernels.parity import where
 from latentforge.kernels.reference import kd as reference
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
 
 CE_WEIGHT, KD_WEIGHT = 0.3, 0.7
-ROUNDS = 3
 CHECKED_ROWS = 6
 # Rows at a time in which torch is given the work; the best counts.
-EAGER_CHUNKS = (16,)
+EAGER_CHUNKS = (4, 16)
 COMPILE_CHUNKS = (8, 64)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass
-class Line:
-    """One backend's result; times in milliseconds, ``note`` says what was not possible."""
+@dataclass(frozen=True)
+class Work:
+    """What is measured: sizes, precision, and for each of ``directions`` with CE (``ce``), without it, or both.
 
-    backend: str
-    milliseconds: list[float] = field(default_factory=list)
-    gradient_error: float | None = None
-    note: str | None = None
+    ``ks`` are the top-k targets besides the dense ones (``dense``); torch stands beside the first of them.
+    """
 
-    @property
-    def median(self) -> float | None:
-        return statistics.median(self.milliseconds) if self.milliseconds else None
-
-
-@dataclass
-class Section:
-    """One kind of targets: the bytes that must move, and who moved them how fast."""
-
-    targets: str
-    floor_bytes: int
-    floor: str
-    lines: list[Line]
-
-
-@dataclass
-class Report:
-    """All of one run of ``latentforge kernels bench kd``."""
-
-    machine: str
-    threads: int
-    variant: str
-    torch: str
     rows: int
     vocab: int
     dtype: str
-    temperature: float
-    bandwidth: float  # bytes a second, a += b
-    sections: list[Section]
+    ks: tuple[int, ...] = ()
+    dense: bool = True
+    directions: tuple[str, ...] = ("forward",)
+    ce: tuple[bool, ...] = (True,)
+    temperature: float = 2.0
+    compiled: bool = True
 
-    def as_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        for section, said in zip(self.sections, found["sections"], strict=True):
-            for line, entry in zip(section.lines, said["lines"], strict=True):
-                entry["median_ms"] = line.median
-                if line.median:
-                    entry["share_of_floor"] = section.floor_bytes / self.bandwidth / (line.median / 1e3)
-        return found
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one [N, V]."""
+        return self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith(("model name", "Model")):
-                    return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    @property
+    def needed_bytes(self) -> int:
+        """Master copy, working copy, teacher and its topmost entries; torch's temporaries are bounded by the chunk."""
+        return 4 * self.matrix_bytes
 
 
-def bench_kd(
-    *, rows: int, vocab: int, dtype: str, k: int | None, threads: int | None, temperature: float, compiled: bool = True
-) -> Report:
-    """Measure ``kd_loss`` with gradient: dense targets and, with ``k``, top-k targets.
-
-    ``rows`` x ``vocab`` logits of ``dtype`` (bf16 or fp32) on each side. Contestants take turns, ROUNDS times each.
-    """
-    if dtype not in DTYPES:
-        raise RefusedError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    for name, value, least in (("rows", rows, 1), ("vocab", vocab, 2), ("threads", threads, 1), ("k", k, 1)):
-        if value is not None and value < least:
-            raise RefusedError(f"{name} = {value} is less than {least}")
-    if k is not None and k > vocab:
-        raise RefusedError(f"k = {k} is more than the vocabulary's {vocab}")
-    if not 0 < temperature < float("inf"):
-        raise RefusedError(f"temperature = {temperature} is not a positive number")
-    element = DTYPES[dtype].itemsize
-    matrix = rows * vocab * element
-    _refuse_too_large(matrix)
-    variant = cpu_variant()
-    _keep_large_blocks()
-    before = torch.get_num_threads()
-    threads = threads or before
-    torch.set_num_threads(threads)
-    try:
-        bandwidth = measure_bandwidth(matrix, threads)
-        student, teacher, labels = _logits(rows, vocab, DTYPES[dtype])
-        contest = _Contest(student, labels, temperature, threads, variant, compiled)
-        sections = [Section("dense", 3 * matrix, "3·N·V", contest.run(DenseTargets(teacher)))]
-        if k is not None:
-            pieces = [topk_targets(part, k, temperature) for part in teacher.split(32)]
-            topk = TopKTargets(*(torch.cat([getattr(p, name) for p in pieces]) for name in ("ids", "logprobs", "tail")))
-            del teacher
-            sections.append(Section(f"top-k, k={k}", 2 * matrix + rows * k * 12, "2·N·V", contest.run(topk)))
-    finally:
-        torch.set_num_threads(before)
-    return Report(cpu_name(), threads, variant, torch.__version__, rows, vocab, dtype, temperature, bandwidth, sections)
+def measure(
+    work: Work,
+    *,
+    threads: int,
+    device: torch.device,
+    stream_bytes: int,
+    rounds: int,
+    tell: Callable[[str], None],
+) -> list[Section]:
+    """The sections of one number of threads; all contestants of all of them take turns."""
+    student, teacher, labels = logits(work.rows, work.vocab, DTYPES[work.dtype])
+    inputs: list[tuple[str, Targets, int | None]] = [("dense", DenseTargets(teacher), None)] if work.dense else []
+    for k in work.ks:
+        pieces = [topk_targets(part, k, work.temperature) for part in teacher.split(32)]
+        inputs.append((f"top-k, k={k}", TopKTargets(*(_joined(pieces, n) for n in ("ids", "logprobs", "tail"))), k))
+    contest = Contest(device, rounds=rounds, tell=tell)
+    streams, stream_lines = Streams(stream_bytes, threads, device), {}
+    for name in streams.names:
+        stream_lines[name] = Line(f"stream {name}", "floor")
+        contest.enter(stream_lines[name], streams.action(name))
+    field_ = _Field(work, student.to(device), labels.to(device), contest)
+    sections = []
+    for direction in work.directions:
+        for ce in work.ce:
+            for title, targets, k in inputs:
+                beside_torch = k is None or k == work.ks[0]
+                sections.append(field_.section(title, _moved(targets, device), k, direction, ce, threads, beside_torch))
+    contest.run()
+    speeds = {name: streams.bytes(name) / (line.median or torch.nan) * 1e3 for name, line in stream_lines.items()}
+    for section in sections:
+        section.streams = speeds
+    return sections
 
 
-def measure_bandwidth(buffer_bytes: int, threads: int) -> float:
-    """Bytes a second of a += b in fp32 (two reads, one write) over two buffers; the best of five."""
-    count = max(buffer_bytes // 4, 1 << 16)
-    a, b = torch.zeros(count), torch.ones(count)
-    module = native()
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        module.stream_add(a.data_ptr(), b.data_ptr(), count, threads)
-        seconds.append(time.perf_counter() - start)
-    return 3 * 4 * count / min(seconds[1:])
-
-
-def _refuse_too_large(matrix: int) -> None:
-    # Master copy, working copy, teacher; torch's fp32 temporaries are bounded by the chunk.
-    needed = 4 * matrix + (1 << 30)
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return
-    if needed > available:
-        raise RefusedError(
-            f"the logits need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free", next="use fewer --rows"
-        )
-
-
-def _keep_large_blocks() -> None:
-    """Let malloc keep what torch frees: returning and faulting in its temporaries can cost it more than its work."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back to the system
-    except (OSError, AttributeError):
-        pass
-
-
-def _logits(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def logits(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """A teacher with a few likely tokens over a broad floor, a student near it, labels that the teacher likes."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=dtype)
@@ -184,174 +106,137 @@ def _logits(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     return student, teacher, labels
 
 
-def dense_formula(s: Tensor, t: Tensor, y: Tensor, temperature: float, ce_scale: float, kd_scale: float) -> Tensor:
-    """The definition for dense targets written for speed: no special cases, fp32 inside, gradient over ``s``."""
-    sf = s.float()
-    log_q = torch.log_softmax(sf / temperature, -1)
-    log_p = torch.log_softmax(t.float() / temperature, -1)
-    log_one = torch.log_softmax(sf, -1)
-    p = log_p.exp()
-    kd = (p * (log_p - log_q)).sum(-1)
-    ce = -log_one.gather(-1, y[:, None]).squeeze(-1)
-    gradient = (log_q.exp() - p) * (kd_scale / temperature) + log_one.exp() * ce_scale
-    gradient.scatter_add_(-1, y[:, None], torch.full_like(ce[:, None], -ce_scale))
-    s.copy_(gradient)
-    return torch.stack([ce.sum(), kd.sum()])
+class _Field:
+    """The same student logits for everybody, restored before each turn."""
 
-
-def topk_formula(
-    s: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    tail: Tensor,
-    y: Tensor,
-    temperature: float,
-    ce_scale: float,
-    kd_scale: float,
-) -> Tensor:
-    """The same for top-k targets with a tail."""
-    sf = s.float()
-    log_q = torch.log_softmax(sf / temperature, -1)
-    log_one = torch.log_softmax(sf, -1)
-    log_p = torch.log_softmax(torch.cat([logprobs / temperature, tail[:, None]], -1), -1)
-    p, p_tail = log_p[:, :-1].exp(), log_p[:, -1:].exp()
-    q = log_q.exp()
-    log_q_top = log_q.gather(-1, ids)
-    q_tail = (1 - log_q_top.exp().sum(-1, keepdim=True)).clamp_min(1e-30)
-    kd = (p * (log_p[:, :-1] - log_q_top)).sum(-1) + (p_tail * (log_p[:, -1:] - q_tail.log())).squeeze(-1)
-    ce = -log_one.gather(-1, y[:, None]).squeeze(-1)
-    gradient = (q * (1 - p_tail / q_tail)).scatter(-1, ids, log_q_top.exp() - p) * (kd_scale / temperature)
-    gradient = gradient + log_one.exp() * ce_scale
-    gradient.scatter_add_(-1, y[:, None], torch.full_like(ce[:, None], -ce_scale))
-    s.copy_(gradient)
-    return torch.stack([ce.sum(), kd.sum()])
-
-
-class _Contest:
-    """The same logits for everybody, restored before each turn."""
-
-    def __init__(
-        self, student: Tensor, labels: Tensor, temperature: float, threads: int, variant: str, compiled: bool
-    ) -> None:
+    def __init__(self, work: Work, student: Tensor, labels: Tensor, contest: Contest) -> None:
+        self.work = work
         self.master = student
-        self.work = torch.empty_like(student)
+        self.logits = torch.empty_like(student)
         self.labels = labels
-        self.temperature = temperature
-        self.threads = threads
-        self.variant = variant
-        self.compiled = compiled
-        self.settings = KDSettings(
-            temperature,
-            temperature,
-            ce_scale=CE_WEIGHT / student.shape[0],
-            kd_scale=KD_WEIGHT * temperature**2 / student.shape[0],
+        self.contest = contest
+
+    def section(
+        self, title: str, targets: Targets, k: int | None, direction: str, ce: bool, threads: int, beside_torch: bool
+    ) -> Section:
+        work = self.work
+        element = DTYPES[work.dtype].itemsize
+        counted = (floor.dense_kd if k is None else floor.topk_kd)(work.rows, work.vocab, element, ce=ce)
+        settings = KDSettings(
+            work.temperature,
+            work.temperature,
+            ce_scale=CE_WEIGHT / work.rows if ce else 0.0,
+            kd_scale=KD_WEIGHT * work.temperature**2 / work.rows,
+            direction=direction,
+        )
+        exact = self._exact(targets, settings)
+        rounded = exact.to(self.master.dtype).double()
+        found = Section(
+            "kd_loss",
+            f"{title}, {direction} KL" + (" and CE" if ce else " alone"),
+            {"N": work.rows, "V": work.vocab, **({} if k is None else {"k": k})},
+            work.dtype,
+            threads,
+            work.temperature,
+            counted,
+            [],
+            rounding_error=float((rounded - exact).norm() / exact.norm()),
         )
 
-    def run(self, targets: Targets) -> list[Line]:
-        exact = self._exact(targets)
-        lines: list[Line] = []
-        contestants: list[tuple[Line, Callable[[], Any]]] = []
+        def enter(line: Line, action: Action, turns: int | None = None) -> None:
+            found.lines.append(line)
+            self.contest.enter(line, action, prepare=self._restore, judge=lambda: self._error(exact), turns=turns)
 
-        def enter(name: str, action: Callable[[], Any]) -> None:
-            line = Line(name)
-            lines.append(line)
-            try:
-                self._turn(action)
-            except Exception as error:
-                # torch.compile without a C++ compiler, or an internal error of it: said, not hidden.
-                line.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
-                return
-            line.gradient_error = self._error(exact)
-            contestants.append((line, action))
+        def enter_best(line: Line, formula: Callable[..., Tensor], chunks: Sequence[int]) -> None:
+            found.lines.append(line)
+            actions = {
+                chunk: self._chunked(formula, targets, chunk)
+                for chunk in sorted({min(chunk, work.rows) for chunk in chunks})
+            }
+            self.contest.enter_best(line, actions, prepare=self._restore, judge=lambda: self._error(exact))
 
-        enter(f"cpu ({self.variant})", lambda: self._cpu(targets))
-        formula = self._formula(targets)
-        if self.compiled:
-            self._enter_best(
-                "torch.compile", COMPILE_CHUNKS, targets, enter, torch.compile(formula, dynamic=False), lines
-            )
-        self._enter_best("torch eager", EAGER_CHUNKS, targets, enter, formula, lines)
-        enter("reference backend", lambda: self._reference(targets))
-        keep = {id(line) for line in lines}
-        for _ in range(ROUNDS):
-            for line, action in contestants:
-                # The readable definition is there for its numbers, not for its speed: one turn shows it.
-                if id(line) in keep and not (line.backend == "reference backend" and line.milliseconds):
-                    line.milliseconds.append(self._turn(action))
-        return lines
+        for backend in backends.OPS["kd_loss"]:
+            if backend == "reference":
+                continue
+            line = Line(f"cpu ({variant()})" if backend == "cpu" else backend, "ours")
+            line.note = not_here("kd_loss", backend, self.master.device)
+            if line.note is not None:
+                found.lines.append(line)
+                continue
+            kernel = where.room("kd_loss", backend).row_losses
+            enter(line, lambda kernel=kernel: kernel(self.logits, targets, self.labels, settings, write_gradient=True))
+        if beside_torch:
+            formula = self._formula(targets, settings)
+            if work.compiled:
+                compiled = torch.compile(formula, dynamic=False)
+                enter_best(Line("torch.compile", "compile"), compiled, COMPILE_CHUNKS)
+            enter_best(Line("torch eager", "eager"), formula, EAGER_CHUNKS)
+            # The readable definition is there for its numbers, not for its speed: one turn shows it.
+            enter(Line("reference backend", "definition"), lambda: self._reference(targets, settings), turns=1)
+            if isinstance(targets, DenseTargets) and not ce:
+                for peer in peers.over_logits(self.logits, targets.logits, work.temperature, direction):
+                    found.lines.append(peer.line)
+                    if peer.line.note is None:
+                        self.contest.enter(peer.line, peer.action, prepare=self._restore)
+        return found
 
-    def _enter_best(
-        self,
-        name: str,
-        chunks: tuple[int, ...],
-        targets: Targets,
-        enter: Callable[[str, Callable[[], Any]], None],
-        formula: Callable[..., Any],
-        lines: list[Line],
-    ) -> None:
-        """Try the chunks, keep the fastest."""
-        tried: list[tuple[float, Line]] = []
-        for chunk in sorted({min(chunk, self.master.shape[0]) for chunk in chunks}):
-            action = self._chunked(formula, targets, chunk)
-            enter(f"{name}, {chunk} rows", action)
-            line = lines[-1]
-            tried.append((float("inf") if line.note else self._turn(action), line))
-        best = min(tried, key=lambda item: item[0])[1]
-        for _, line in tried:
-            if line is not best:
-                lines.remove(line)
+    def _restore(self) -> None:
+        self.logits.copy_(self.master)
 
-    def _turn(self, action: Callable[[], Any]) -> float:
-        self.work.copy_(self.master)
-        start = time.perf_counter()
-        action()
-        return (time.perf_counter() - start) * 1e3
-
-    def _cpu(self, targets: Targets) -> None:
-        cpu.row_losses(
-            self.work,
-            targets,
-            self.labels,
-            self.settings,
-            write_gradient=True,
-            threads=self.threads,
-            isa=self.variant,
-        )
-
-    def _reference(self, targets: Targets) -> None:
-        for rows, part in reference.chunks(self.work, targets):
-            found = reference.row_losses(self.work[rows], part, self.labels[rows], self.settings, gradient=True)
+    def _reference(self, targets: Targets, settings: KDSettings) -> None:
+        for rows, part in reference.chunks(self.logits, targets):
+            found = reference.row_losses(self.logits[rows], part, self.labels[rows], settings, gradient=True)
             assert found.gradient is not None
-            self.work[rows] = found.gradient.to(self.work.dtype)
+            self.logits[rows] = found.gradient.to(self.logits.dtype)
 
-    def _formula(self, targets: Targets) -> Callable[..., Tensor]:
-        scales = (self.temperature, self.settings.ce_scale, self.settings.kd_scale)
+    def _formula(self, targets: Targets, settings: KDSettings) -> Callable[..., Tensor]:
+        said = (settings.temperature, settings.ce_scale, settings.kd_scale, settings.direction)
         if isinstance(targets, DenseTargets):
-            return lambda s, t, y: dense_formula(s, t, y, *scales)
-        return lambda s, ids, logprobs, tail, y: topk_formula(s, ids, logprobs, tail, y, *scales)
+            return lambda s, t, y: formulas.dense(s, t, y, *said)
+        return lambda s, ids, logprobs, tail, y: formulas.topk(s, ids, logprobs, tail, y, *said)
 
-    def _chunked(self, formula: Callable[..., Any], targets: Targets, chunk: int) -> Callable[[], None]:
+    def _chunked(self, formula: Callable[..., Tensor], targets: Targets, chunk: int) -> Action:
         given = [targets.logits] if isinstance(targets, DenseTargets) else [targets.ids, targets.logprobs, targets.tail]
-        # Only whole chunks: another shape would compile again.
+        # Only whole chunks: another shape would compile again. What is left over is torch's gain.
         starts = range(0, self.master.shape[0] - chunk + 1, chunk)
 
         def action() -> None:
             for start in starts:
                 rows = slice(start, start + chunk)
-                formula(self.work[rows], *(tensor[rows] for tensor in given), self.labels[rows])
+                formula(self.logits[rows], *(tensor[rows] for tensor in given), self.labels[rows])
 
         return action
 
-    def _exact(self, targets: Targets) -> Tensor:
+    def _exact(self, targets: Targets, settings: KDSettings) -> Tensor:
         rows = slice(0, CHECKED_ROWS)
         part: Targets
         if isinstance(targets, DenseTargets):
             part = DenseTargets(targets.logits[rows].double())
         else:
             part = TopKTargets(targets.ids[rows], targets.logprobs[rows], targets.tail[rows])
-        found = reference.row_losses(self.master[rows].double(), part, self.labels[rows], self.settings, gradient=True)
+        found = reference.row_losses(self.master[rows].double(), part, self.labels[rows], settings, gradient=True)
         assert found.gradient is not None
         return found.gradient
 
     def _error(self, exact: Tensor) -> float:
-        return float((self.work[: exact.shape[0]].double() - exact).norm() / exact.norm())
+        return float((self.logits[: exact.shape[0]].double() - exact).norm() / exact.norm())
+
+
+def not_here(op: str, backend: str, device: torch.device) -> str | None:
+    """Why a backend is not timed on tensors of ``device``; None where it is."""
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+        # Triton's interpreter would run here: for numbers, not for speed.
+        return "no CUDA device here"
+    if (backend == "cpu") != (device.type == "cpu"):
+        return f"the tensors are on {device.type}"
+    return where.why_not(op, backend)
+
+
+def _moved(targets: Targets, device: torch.device) -> Targets:
+    if isinstance(targets, DenseTargets):
+        return DenseTargets(targets.logits.to(device))
+    return TopKTargets(targets.ids.to(device), targets.logprobs.to(device), targets.tail.to(device))
+
+
+def _joined(pieces: list[TopKTargets], name: str) -> Tensor:
+    return torch.cat([getattr(piece, name) for piece in pieces])
