@@ -1,10 +1,12 @@
 // The decode kernels, compiled for the instruction set that this file is named after.
-#include "decode.h"
-#include "decode_noise.h"
+#include "decode_sweep.h"
+//
+#include "decode_dot_avx2.h"
 
 namespace latentforge {
 const DecodeKernels& avx2_decode_kernels() {
-  static constexpr DecodeKernels kernels{noise_run};
+  static constexpr DecodeKernels kernels{noise_run, product<Bf16Dot>(), product<Bf16Dot>(), product<F32Dot>(),
+                                         product<Int8Dot>()};
   return kernels;
 }
 }  // namespace latentforge

@@ -35,7 +35,7 @@ def decode(
         rows = slice(start, start + chunk)
         z = logits(hidden[rows], weight, settings, bias)
         noise = None
-        if seeds is not None and positions is not None:
+        if not settings.greedy and seeds is not None and positions is not None:
             everyone = torch.arange(settings.vocab, device=hidden.device)
             noise = gumbel(seeds[rows, None], positions[rows, None], everyone[None, :])
         found = _choose(z, settings, noise)
