@@ -11,6 +11,7 @@ from latentforge.kernels import backends
 from latentforge.kernels.parity import where
 from latentforge.kernels.parity.finding import Parity
 
+SHOWN_FAILURES = 3
 # What a backend may refuse in place of an answer: (op, backend) to the group of cases.
 MAY_REFUSE = {("kd_loss", "cuda"): "jsd", ("kd_loss", "triton"): "jsd"}
 
@@ -176,11 +177,11 @@ def render(found: Comparison) -> str:
                 f"  {worst.gradient_error:>8.1e}  {worst.torch_error:>8.1e}  {worst.loss_error:>8.1e}"
                 + (f"  {min(gains):.0f}x nearer than rounded logits" if gains else "")
             )
-        for result in group.results:
-            if not result.passed:
-                odd = f", {result.disagreements} entries NaN or infinite on one side" if result.disagreements else ""
-                text.append(f"      {result.case}: {result.gradient_ratio:.2f} of what is allowed{odd}")
-        text += [f"      {error}" for error in group.errors]
+        wrong = [_said(result) for result in group.results if not result.passed] + group.errors
+        text += [f"      {one}" for one in wrong[:SHOWN_FAILURES]]
+        text += (
+            [f"      and {len(wrong) - SHOWN_FAILURES} more (--json has all)"] if len(wrong) > SHOWN_FAILURES else []
+        )
     text += [""] if text and found.not_run else []
     text += [f"not run: {op} {backend}: {because}" for op, backend, because in found.not_run]
     count = sum(len(group.results) for group in found.groups)
@@ -189,3 +190,15 @@ def render(found: Comparison) -> str:
     if not found.groups:
         text[-1] = "nothing was compared"
     return "\n".join(text)
+
+
+def _said(result: Parity) -> str:
+    """Which case failed, and by what."""
+    reasons = [f"{result.gradient_ratio:.2f} of the error that is allowed"] if not result.gradient_ratio <= 1.0 else []
+    if not result.loss_error <= max(result.torch_loss_error, result.loss_floor):
+        reasons.append(f"loss off by {result.loss_error:.1e}, torch's by {result.torch_loss_error:.1e}")
+    if result.disagreements:
+        reasons.append(f"{result.disagreements} entries wrong in kind (NaN, infinite, written outside, no answer)")
+    if result.gain is not None and not result.gain >= result.gain_floor:
+        reasons.append(f"{result.gain:.1f}x nearer than rounded logits, {result.gain_floor:g}x are promised")
+    return f"{result.case}: {'; '.join(reasons)}"

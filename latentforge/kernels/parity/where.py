@@ -11,13 +11,13 @@ import torch
 from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.kernels import backends
 
-# The module of a backend that does an operator's work.
-ROOMS = {"kd_loss": "kd", "linear_kd_loss": "linear", "latent_decode": "decode"}
+# The module of a backend that does an operator's work: linear_kd_loss is torch's products around the loss of the rows.
+ROOMS = {"kd_loss": "kd", "linear_kd_loss": "kd", "latent_decode": "decode"}
 BACKENDS = tuple(name for name in backends.BACKENDS if name != "auto")
 
 
 def room(op: str, backend: str) -> ModuleType:
-    """The module ``latentforge.kernels.<backend>.<kd|linear|decode>``; RefusedError where this version has none."""
+    """The module ``latentforge.kernels.<backend>.<kd|decode>``; RefusedError where this version has none."""
     name = f"latentforge.kernels.{backend}.{ROOMS[op]}"
     try:
         return importlib.import_module(name)
@@ -51,7 +51,6 @@ def why_not(op: str, backend: str) -> str | None:
     if backend == "triton" and not (torch.cuda.is_available() or interpreted()):
         return "no CUDA device here (TRITON_INTERPRET=1 runs its kernels in the interpreter)"
     try:
-        # The operators that rest on torch's products have their own module where they need one.
         room(op, backend)
         if backend == "cpu":
             from latentforge.kernels.native import native
