@@ -73,11 +73,15 @@ def _on_cuda(op: str, tensor: Tensor, backend: str) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
 def _proven(op: str, dtype: torch.dtype, device_index: int) -> str:
     """What the warm-up guard's record of this machine allows; RefusedError naming the warm-up where there is none."""
     ladder = import_module("latentforge.kernels.guard.ladder")
     return str(ladder.chosen(op, dtype, device_index))
+
+
+# What torch.compiler.assume_constant_result does: the record is read once, when a program is compiled. The decorator
+# itself imports the whole compiler, seconds that a program which compiles nothing should not spend.
+_proven._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kd_rows(
