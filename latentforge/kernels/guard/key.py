@@ -70,13 +70,19 @@ def native_build() -> str:
 
 
 def files_digest(variant: Variant) -> str:
-    """Digest over the sources beside the variant's entry: its module's folder where that is a backend's own."""
-    return _sources(variant.entry.partition(":")[0])
+    """Digest over the sources that a variant may reach: beside its entry, of its backend, and those that all share."""
+    package = "latentforge.kernels"
+    modules = (variant.entry.partition(":")[0], f"{package}.{variant.backend}", package)
+    return hashlib.sha256("".join(_sources(module) for module in modules).encode()).hexdigest()
 
 
 @cache
 def _sources(module: str) -> str:
-    spec = find_spec(module)
+    """Digest over the Python files of a module's folder, of the file alone where that is no package."""
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
     if spec is None or spec.origin is None:
         return "none"
     file = Path(spec.origin)

@@ -21,14 +21,15 @@ class Variant:
 
     ``entry`` is ``module:function`` with the signature of the backend interface; ``compile`` a function that compiles
     it without a launch (Triton), or None; ``device`` what its tensors are on; ``deterministic`` whether equal calls
-    must give equal bits; ``candidates`` are configurations to choose from, frozen into the record.
+    must give equal bits; ``targets`` is the kind of the teacher's targets, for ``latent_decode`` that of the weight;
+    ``candidates`` are configurations to choose from, frozen into the record.
     """
 
-    op: Literal["kd_loss", "linear_kd_loss", "latent_decode"]
+    op: Literal["kd_loss", "linear_kd_loss", "latent_decode", "composite"]
     dtype: Literal["bf16", "fp32"]
     rung: str
     entry: str
-    targets: Literal["dense", "topk", "none"] = "dense"
+    targets: Literal["dense", "topk", "float", "int8", "none"] = "dense"
     direction: str = "forward"
     device: Literal["cuda", "cpu"] = "cuda"
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -44,8 +45,12 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Short and unique: ``cuda:kd_loss.bf16.dense.forward`` (on the CPU: ``cpu:…``, ``reference@cpu:…``)."""
-        what = {"kd_loss": (self.targets, self.direction), "linear_kd_loss": (self.targets, self.direction)}
+        """Short and unique: ``cuda/kd_loss.bf16.dense.forward`` (on the CPU: ``cpu/…``, ``reference@cpu/…``)."""
+        what: dict[str, tuple[str, ...]] = {
+            "kd_loss": (self.targets, self.direction),
+            "linear_kd_loss": (self.targets,),
+            "latent_decode": (self.targets,),
+        }
         where = f"{self.rung}@cpu" if self.device == "cpu" and self.rung != "cpu" else self.rung
         return f"{where}/" + ".".join((self.op, self.dtype, *what.get(self.op, ())))
 
@@ -61,11 +66,6 @@ class Variant:
         known["options"] = tuple((name, setting) for name, setting in known["options"])
         known["candidates"] = tuple(tuple((n, s) for n, s in one) for one in known["candidates"])
         return cls(**known)
-
-
-KD_SHAPES = ((1, 33), (7, 1003), (256, 50257), (1500, 4099), (1024, 151936))
-"""(rows, vocabulary): the smallest, a ragged one, a typical one, more than 1024 blocks, the largest."""
-KD_SHAPES_CPU = ((1, 33), (7, 1003), (1500, 259))
 
 
 def select(only: Sequence[str], variants: Iterable[Variant]) -> list[Variant]:

@@ -13,7 +13,10 @@ from latentforge.kernels.guard import cost, machine
 from latentforge.kernels.guard.child import MEMORY_BYTES, resolve
 from latentforge.kernels.guard.parity import Proof, prove
 from latentforge.kernels.guard.trials import KDTrial, Trial, reference_rows
+from latentforge.kernels.guard.trials_decode import DecodeTrial
+from latentforge.kernels.guard.trials_linear import LinearTrial, reference_linear
 from latentforge.kernels.guard.variants import Option, Variant
+from latentforge.kernels.reference.decode import decode as reference_decode
 
 _MESSAGES = (
     ("smem_exceeded", re.compile(r"shared memory|OutOfResources|out of resource", re.IGNORECASE)),
@@ -89,7 +92,7 @@ def probe(request: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
 
 def make_trial(variant: Variant, device: torch.device) -> Callable[[tuple[int, ...], int], Trial]:
     """How the trial of a shape is made for an operator."""
-    makers: dict[str, Any] = {"kd_loss": KDTrial}
+    makers: dict[str, Any] = {"kd_loss": KDTrial, "linear_kd_loss": LinearTrial, "latent_decode": DecodeTrial}
     return lambda shape, seed: makers[variant.op](variant, shape, device, seed)
 
 
@@ -197,4 +200,8 @@ def _failed(stage: str, reason: str, error: Exception) -> dict[str, Any]:
     return {"stage": stage, "reason": reason, "detail": f"{type(error).__name__}: {error}"[:2000]}
 
 
-REFERENCES: dict[str, Callable[..., Any]] = {"kd_loss": reference_rows}
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "kd_loss": reference_rows,
+    "linear_kd_loss": reference_linear,
+    "latent_decode": reference_decode,
+}
