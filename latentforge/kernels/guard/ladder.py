@@ -46,7 +46,9 @@ class Choice:
     @property
     def text(self) -> str:
         """The choice and what was passed over, in one line."""
-        over = "; ".join(f"{name}: {REASONS.get(reason, reason)}" for name, reason, _ in self.passed_over)
+        shown = [f"{name}: {REASONS.get(reason, reason)}" for name, reason, _ in self.passed_over[:2]]
+        more = [f"{len(self.passed_over) - 2} more"] if len(self.passed_over) > 2 else []
+        over = "; ".join(shown + more)
         taken = (
             f"{self.op} {self.dtype} runs on {self.rung}" if self.rung else f"no {self.op} {self.dtype} is right here"
         )

@@ -13,6 +13,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 CODE_OPTIONS = (
     "CUDA_FORCE_PTX_JIT",
@@ -51,6 +52,13 @@ class Machine:
     driver_cuda: tuple[int, int] | None = None
     why_not: str = ""
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Machine:
+        """The machine that a child saw, of its fields."""
+        pairs = {name: tuple(value[name]) if value[name] else None for name in ("capability", "driver_cuda")}
+        options = tuple((name, setting) for name, setting in value["code_options"])
+        return cls(**{**value, **pairs, "code_options": options})
+
     @property
     def arch(self) -> str:
         """``12.1``, or the processor's architecture where there is no GPU."""
@@ -73,7 +81,7 @@ def look(device: int = 0) -> Machine:
 
     common = {
         "torch": torch.__version__,
-        "triton": _package("triton"),
+        "triton": version_of("triton"),
         "ptxas": ptxas_version(),
         "kernel": platform.release(),
         "code_options": tuple((name, os.environ[name]) for name in CODE_OPTIONS if name in os.environ),
@@ -160,7 +168,8 @@ def _meminfo(name: str) -> int:
     return 0
 
 
-def _package(name: str) -> str:
+def version_of(name: str) -> str:
+    """The installed version of a package; ``none`` where it is not there."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -112,4 +112,4 @@ def _same_bits(first: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
 
 
 def _bits(value: Tensor) -> Tensor:
-    return value.contiguous().view(torch.uint8)
+    return value.reshape(-1).contiguous().view(torch.uint8)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latentforge.kernels.guard.ladder import Choice, choose
+from latentforge.errors import RefusedError
+from latentforge.kernels.guard.ladder import Choice, choose, read_states
 from latentforge.kernels.guard.machine import Machine
 from latentforge.kernels.guard.reasons import REASONS
+from latentforge.kernels.guard.records import Records
 from latentforge.kernels.guard.variants import Variant
 from latentforge.kernels.guard.warmup import Line
 from latentforge.verdicts import ExitCode
@@ -60,12 +62,22 @@ class Report:
         }
 
 
-def choices_of(lines: Sequence[Line]) -> list[Choice]:
-    """What runs, for each operator and precision of which all rungs were looked at."""
-    states = {line.record.variant: line.record for line in lines}
-    variants = [line.variant for line in lines]
-    pairs = dict.fromkeys((v.op, v.dtype) for v in variants)
-    return [choose(op, dtype, variants, states) for op, dtype in pairs]
+def choices_of(lines: Sequence[Line], machine: Machine, records: Records, variants: Sequence[Variant]) -> list[Choice]:
+    """What runs, for each operator and precision that was looked at; other rungs' variants by the records of before.
+
+    An operator of which a variant has neither line nor record is left out: nothing can be chosen yet.
+    """
+    pairs = dict.fromkeys((line.variant.op, line.variant.dtype) for line in lines)
+    found = []
+    for op, dtype in pairs:
+        ours = [v for v in variants if (v.op, v.dtype) == (op, dtype)]
+        looked = {line.record.variant: line.record for line in lines}
+        states = {**read_states([v for v in ours if v.name not in looked], machine, records), **looked}
+        try:
+            found.append(choose(op, dtype, ours, states))
+        except RefusedError:
+            continue
+    return found
 
 
 def machine_json(machine: Machine) -> dict[str, Any]:
@@ -116,9 +128,8 @@ def render(report: Report) -> str:
     ]
     width = max((len(line.variant.name) for line in report.lines), default=7)
     if report.lines:
-        text.append(
-            f"  {'variant':<{width}}  {'state':<9} {'of allowed':>10}  {'ms':>9}  {'speed-up':>8}  {'seconds':>7}  stage"
-        )
+        columns = f"{'of allowed':>10}  {'ms':>9}  {'speed-up':>8}  {'seconds':>7}  stage"
+        text.append(f"  {'variant':<{width}}  {'state':<9} {columns}")
     for line in report.lines:
         text.append(_row(line, width))
         text += [f"      {note}" for note in line.notes]

@@ -248,6 +248,21 @@ class WarmUp:
         return outcome.result if outcome.result is not None else finding_of(outcome)
 
 
+def look_in_child(limits: Limits) -> Machine:
+    """The machine, without starting CUDA here: by a child where a driver is loaded."""
+    if machine.driver_version() is None:
+        return machine.look()
+    with tempfile.TemporaryDirectory(prefix="latentforge-warmup-") as folder:
+        asked = {"task": "facts", "stages": ["load"]}
+        outcome = run_child(asked, Path(folder), limits={"load": limits.load})
+    if outcome.result is None:
+        raise FailedError(
+            f"looking at the GPU did not end well: {outcome.text}; {outcome.last_words.splitlines()[-1:]}",
+            next="nvidia-smi",
+        )
+    return Machine.from_json(outcome.result)
+
+
 def finding_of(outcome: Outcome) -> dict[str, Any]:
     """What a child's end without a result means: the closed list's reason, the end itself and its last words."""
     reason = {"signal": "crash_signal", "timeout": "hang_low_power", "exit": "load_error"}[outcome.kind]
