@@ -74,7 +74,8 @@ def _cuda() -> dict[str, Any]:
     built = module.cuda_info() if hasattr(module, "cuda_info") else None
     if built is None:
         return {"unavailable": "the extension was built without CUDA kernels"}
-    return {**dict(built), "text": "built for " + ", ".join(str(arch) for arch in built["architectures"])}
+    archs = [f"sm_{arch.partition('-')[0]}" for arch in str(built["architectures"]).replace(";", " ").split()]
+    return {**dict(built), "text": f"built for {', '.join(archs)} by nvcc {built['nvcc']}"}
 
 
 def _triton() -> dict[str, Any]:
