@@ -9,13 +9,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
+TORCH  ?= 2.12.0
+SECOND := build/torch-$(TORCH)
 TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/contracts latentforge/evidence \
           latentforge/memory latentforge/errors.py dispatch
 
-.PHONY: help setup smoke test test-fast lint bench-kernels soak clean
+.PHONY: help setup smoke test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built  ## the environment in .venv: pinned packages, the built extension, the latentforge command
 
@@ -30,6 +32,14 @@ test: $(VENV)/.dev $(VENV)/.cuda  ## all tests
 test-fast: $(VENV)/.dev $(VENV)/.cuda  ## the tests that need no more than seconds each
 	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m pytest -m "not slow and not soak"
+
+test-aarch64: $(VENV)/.dev setup  ## the cpu backend's own tests with its kernels on an emulated aarch64; minutes, not part of CI
+	@PYTHONPATH=tests/kernels/aarch64 $(BIN)/python -m pytest -p on_aarch64 --timeout 1800 \
+	    $(wildcard tests/kernels/cpu tests/kernels/decode tests/kernels/noise tests/kernels/test_cpu_kernel.py)
+
+test-second-torch: $(VENV)/.dev setup $(SECOND)/.torch  ## TORCH=2.12.0: the kernels' tests, same built extension, that torch; not part of CI
+	@$(SECOND)/bin/python -c 'import torch; from latentforge.kernels.native import native; print(f"torch {torch.__version__} with {native().__file__}")'
+	@$(SECOND)/bin/python -m pytest tests/kernels
 
 lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
 	@$(BIN)/ruff check .
@@ -91,4 +101,13 @@ $(VENV)/.cuda: constraints/cuda-build.txt $(VENV)/.packages
 	else \
 	    $(PIP) install --quiet "$$(grep '^nvidia-cuda-cuobjdump==' constraints/cuda-build.txt)"; \
 	fi
+	@touch $@
+
+# Another torch before everything else of .venv. The extension is not built again: it does not link torch.
+$(SECOND)/.torch: $(VENV)/.packages
+	@echo "set-up: installing torch $(TORCH) with what it needs into $(SECOND) (gigabytes)"
+	@$(BIN)/python -m venv $(SECOND)
+	@$(SECOND)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile torch==$(TORCH)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > $$($(SECOND)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz-the-rest.pth
 	@touch $@
