@@ -158,8 +158,7 @@ __device__ __forceinline__ void write_slice(const KdParams& p, int64_t row, int 
     }
   }
   if constexpr (kTopK<T>) {
-    // The sweep has left the entries' logits alone.
-    __syncthreads();
+    // The sweep neither uses nor writes the entries' columns, so there is nothing to wait for.
     for (int64_t j = threadIdx.x; j < p.call.k; j += kThreads) {
       const int64_t id = entry_id(p, row * p.call.k + j);
       if (id < begin || id >= end) continue;

@@ -30,7 +30,7 @@ __device__ __forceinline__ void finish_student(RowTerms& r, float sum, float sum
   r.ce_over_sum = p.ce_factor / sum_one;
   r.ce = p.call.labels == nullptr ? 0.0f : (r.top - label) + in_nats(log2f(sum_one));
   if (r.poisoned) {
-    r.ce = p.call.labels == nullptr ? 0.0f : not_a_number();
+    r.ce = not_a_number();
     r.kd = not_a_number();
   }
   // A divergence that is infinite because the teacher excludes what the student does not has no gradient.
