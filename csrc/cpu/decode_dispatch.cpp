@@ -68,6 +68,19 @@ class Decoder {
     return sweep;
   }
 
+  // A sweep for some of the searches; `open` says whose rows they are.
+  Sweep make(Task task, const std::vector<Row>& rows, const std::vector<size_t>& open,
+             const std::vector<Search>& searches, const std::vector<size_t>& some) const {
+    std::vector<Row> swept;
+    for (const size_t j : some) swept.push_back(rows[open[j]]);
+    Sweep sweep = make(task, swept);
+    for (size_t n = 0; n < some.size(); ++n) {
+      sweep.rows[n].buckets = searches[some[n]].buckets();
+      sweep.rows[n].bucket = searches[some[n]].bucket();
+    }
+    return sweep;
+  }
+
   // Runs the segments; what the threads held of each row comes back together.
   void go(Sweep& sweep, std::vector<std::vector<uint64_t>>* held,
           std::vector<std::vector<Bucket>>* histograms = nullptr) {
@@ -186,34 +199,29 @@ class Decoder {
       searches.push_back(search);
     }
     for (size_t start = 0; start < open.size(); start += kSearchedAtOnce) {
-      std::vector<size_t> some;  // of `open` and `searches`
-      for (size_t j = start; j < std::min(open.size(), start + kSearchedAtOnce); ++j) some.push_back(j);
-      while (!some.empty()) {
+      std::vector<size_t> narrowing, collecting;  // of `open` and `searches`
+      for (size_t j = start; j < std::min(open.size(), start + kSearchedAtOnce); ++j) narrowing.push_back(j);
+      while (!narrowing.empty()) {
+        std::vector<std::vector<Bucket>> histograms;
+        Sweep sweep = make(Task::histogram, rows, open, searches, narrowing);
+        go(sweep, nullptr, &histograms);
         std::vector<size_t> still;
-        for (const Task task : {Task::histogram, Task::collect}) {
-          std::vector<size_t> now;
-          for (const size_t j : some)
-            if (searches[j].collecting() == (task == Task::collect)) now.push_back(j);
-          if (now.empty()) continue;
-          std::vector<Row> swept;
-          for (const size_t j : now) swept.push_back(rows[open[j]]);
-          Sweep sweep = make(task, swept);
-          for (size_t n = 0; n < now.size(); ++n) {
-            sweep.rows[n].buckets = searches[now[n]].buckets();
-            sweep.rows[n].bucket = searches[now[n]].bucket();
-          }
-          std::vector<std::vector<uint64_t>> held;
-          std::vector<std::vector<Bucket>> histograms;
-          go(sweep, task == Task::collect ? &held : nullptr, task == Task::histogram ? &histograms : nullptr);
-          for (size_t n = 0; n < now.size(); ++n) {
-            Search& search = searches[now[n]];
-            const bool more = task == Task::histogram && search.narrow(histograms[n], call_.vocab);
-            if (more) still.push_back(now[n]);
-            if (task == Task::collect) search.walk(held[n]);
-            if (!more) finish(open[now[n]], search);
-          }
+        for (size_t n = 0; n < narrowing.size(); ++n) {
+          Search& search = searches[narrowing[n]];
+          if (!search.narrow(histograms[n], call_.vocab))
+            finish(open[narrowing[n]], search);
+          else
+            (search.collecting() ? collecting : still).push_back(narrowing[n]);
         }
-        some = still;
+        narrowing = still;
+      }
+      if (collecting.empty()) continue;
+      std::vector<std::vector<uint64_t>> held;
+      Sweep sweep = make(Task::collect, rows, open, searches, collecting);
+      go(sweep, &held);
+      for (size_t n = 0; n < collecting.size(); ++n) {
+        searches[collecting[n]].walk(held[n]);
+        finish(open[collecting[n]], searches[collecting[n]]);
       }
     }
   }
