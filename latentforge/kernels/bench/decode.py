@@ -14,7 +14,7 @@ from latentforge.kernels.bench.contest import Action, Contest, Line
 from latentforge.kernels.bench.kd import DTYPES, not_here
 from latentforge.kernels.bench.machine import Streams
 from latentforge.kernels.bench.report import Section
-from latentforge.kernels.cpu.variants import variant
+from latentforge.kernels.cpu.decode import variant
 from latentforge.kernels.decode import latent_decode
 from latentforge.kernels.weights import Int8Weight, quantize_int8
 

@@ -211,15 +211,21 @@ def _fields(targets: object) -> list[object]:
     return [getattr(targets, name) for name in type(targets).__dataclass_fields__]  # type: ignore[attr-defined]
 
 
-def compare(case: Case, backend: str = "cpu", *, disturb: Callable[[Tensor], Tensor] | None = None) -> Parity:
+def compare(
+    case: Case,
+    backend: str = "cpu",
+    *,
+    disturb: Callable[[Tensor], Tensor] | None = None,
+    produce: Callable[[Case], Gradients] | None = None,
+) -> Parity:
     """The worst of the gradients' errors over what is allowed; for a close pair also the gain over rounded logits.
 
-    ``disturb`` changes each gradient before it is judged (a planted fault).
+    ``disturb`` changes each gradient before it is judged, ``produce`` stands in for the backend (planted faults).
     """
     exact, rounded, found = (
         by_definition(case, torch.float64),
         by_definition(case, case.dtype),
-        by_backend(case, backend),
+        by_backend(case, backend) if produce is None else produce(case),
     )
     gradients = found.as_list() if disturb is None else [disturb(gradient) for gradient in found.as_list()]
     worst = (0.0, 0.0, 0.0)

@@ -128,9 +128,7 @@ def check(
             if because is not None:
                 not_run.append((op, backend, because))
                 continue
-            # Products are torch's: linear_kd_loss has one path, whatever the instruction set of what lies between.
-            isas = (None,) if op == "linear_kd_loss" else where.variants(backend)
-            for isa in isas:
+            for isa in where.variants(op, backend):
                 groups += _groups(op, backend, isa, quick, tell)
     return Comparison(groups, not_run)
 

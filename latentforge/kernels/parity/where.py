@@ -63,10 +63,12 @@ def why_not(op: str, backend: str) -> str | None:
     return None
 
 
-def variants(backend: str) -> tuple[str | None, ...]:
+def variants(op: str, backend: str) -> tuple[str | None, ...]:
     """What a backend is compared in: each instruction set that this machine can run for cpu, None for the others."""
-    if backend != "cpu":
+    # linear_kd_loss is torch's products around the rows' loss: it has one path.
+    if backend != "cpu" or op == "linear_kd_loss":
         return (None,)
     from latentforge.kernels.native import native
 
-    return tuple(native().cpu_variants())
+    module = native()
+    return tuple(module.decode_variants() if op == "latent_decode" else module.cpu_variants())
