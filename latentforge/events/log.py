@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,6 +140,12 @@ class EventLog:
         """A checkpoint that was written, read back and found whole."""
         self.emit("checkpoint", step=step, path=path, bytes=bytes, expected_bytes=expected_bytes, **fields)
         self.say(f"checkpoint step {step} {path} {bytes / 1e6:.1f} MB")
+
+    def compile(self, compiler: str, *, count: int, what: Sequence[str], step: int, model: str) -> None:
+        """Something was compiled or loaded for the first time after set-up; ``step`` is where it was noticed."""
+        self.emit("compile", compiler=compiler, count=count, what=list(what), step=step, model=model)
+        named = f": {', '.join(what)}" if what else ""
+        self.say(f"compile {compiler} {count} by step {step} of the {model}{named}")
 
     def memory(self, **fields: int) -> None:
         """Memory in bytes, by name."""

@@ -23,6 +23,7 @@ RUN_FALSIFIERS = (
     "F-BATCH-ROWS-001",
     "F-ARTEFACT-SIZE-001",
     "F-ARTEFACT-MOVED-001",
+    "F-KERNEL-NOJIT-001",
 )
 """What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``distill.require`` may name."""
 

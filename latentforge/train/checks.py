@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from dataclasses import replace
 from itertools import pairwise
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from latentforge.contracts.finding import Finding
-from latentforge.events import Event
+from latentforge.events import Event, EventLog, read_events
 from latentforge.students.causal import LossParts, Student
 from latentforge.train import falsifiers
 from latentforge.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from latentforge.train.loop import Trainer, evaluate
+from latentforge.train.loop import Trainer, evaluate, log_step
 from latentforge.train.products import start_digests
 from latentforge.train.rehearsal import (
     SEQUENCES,
@@ -291,6 +292,24 @@ def resume_repeats_the_losses(*, mutant: str | None = None) -> Finding:
     found += [second.step(step, small_batch(step), fixture_targets()).loss for step in range(3, 6)]
     equal = sum(a == b for a, b in zip(wanted, found, strict=True))
     return Finding(equal == 6, f"{equal} of 6 losses equal bit for bit after a resume at step 3", {"equal": equal})
+
+
+def no_compile_in_a_step(*, mutant: str | None = None) -> Finding:
+    """Nothing is compiled after set-up. ``mutant`` "compile" calls a torch.compile for the first time inside a step."""
+    trainer = small_trainer()
+
+    def targets_of(tokens: Tensor) -> Any:
+        if mutant == "compile":
+            torch.compile(lambda x: x + 1, backend="eager")(tokens)
+        return fixture_targets()(tokens)
+
+    with tempfile.TemporaryDirectory(prefix="latentforge-") as folder:
+        path = Path(folder) / "events.jsonl"
+        with EventLog(path, "distill-" + "0" * 20, text=io.StringIO()) as log:
+            log.ready(requested={}, effective={})
+            for step in range(3):
+                log_step(log, trainer.step(step, small_batch(), targets_of), step=step + 1, steps=3, model="student")
+        return _finding(falsifiers.kernel_nojit_001(read_events(path)))
 
 
 def _save(trainer: Trainer, folder: Path, step: int) -> Any:

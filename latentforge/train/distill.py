@@ -22,6 +22,7 @@ from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.likeness import check_unlike
 from latentforge.train import effective
 from latentforge.train.assembly import (
+    PRECISIONS,
     Job,
     make_trainer,
     open_targets,
@@ -32,7 +33,7 @@ from latentforge.train.assembly import (
 from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
-from latentforge.train.loop import Evaluation, Trainer, evaluate, log_step
+from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.products import save_model, start_digests
 from latentforge.train.resume import Earlier, carry_events, open_predecessor
 from latentforge.train.samples import samples
@@ -66,7 +67,7 @@ def run(run: RunDir, log: EventLog) -> None:
         data = ShardSet.open(run.input_path("data"))
         data.verify()
         device = choose_device(spec.device)
-        kernel, slow = choose_kernel(device)
+        kernel, slow = choose_kernel(device, PRECISIONS[spec.precision])
         teacher = teacher_folder(run)
         notes = list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
         source = open_targets(run, spec, teacher, device)
@@ -100,6 +101,11 @@ def run(run: RunDir, log: EventLog) -> None:
         flops=flops,
     )
     effective.require_same("distill", identity.spec, in_force)
+    if device.type != "cpu":
+        with log.phase("rehearse"):
+            rehearse(trainer, training_batch(data.train, order, 0, device), job.targets_of)
+            held_out_once(job, trainer.student)
+    trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
     student = train(job, trainer, "student", earlier, profile)
@@ -171,6 +177,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                 raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {model}; checkpoint written")
 
     after = held_out(job, trainer.student)
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
     return Trained(trainer, start, before, after)
 
@@ -180,6 +187,12 @@ def held_out(job: Job, student: Student) -> Evaluation:
     batches = evaluation_batches(job.data.heldout, job.device)
     with job.log.phase("evaluate"):
         return evaluate(student, batches, job.targets_of, temperature=job.spec.temperature, backend=job.kernel)
+
+
+def held_out_once(job: Job, student: Student) -> None:
+    """The held-out passes with their shapes, for what they load; the values are thrown away."""
+    batches = {len(batch): batch for batch in evaluation_batches(job.data.heldout, job.device)}
+    evaluate(student, batches.values(), job.targets_of, temperature=job.spec.temperature, backend=job.kernel)
 
 
 def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:

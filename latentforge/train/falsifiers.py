@@ -143,12 +143,31 @@ def batch_rows_001(events: Events) -> Verdict:
     return _verdict(events, name, True, f"{wanted} of {wanted} rows trained at each of {len(steps)} steps", measured)
 
 
+def kernel_nojit_001(events: Events) -> Verdict:
+    """F-KERNEL-NOJIT-001: after the ready event nothing was compiled, or loaded for the first time by a compiler."""
+    name = "F-KERNEL-NOJIT-001"
+    ready = [number for number, e in enumerate(events) if e.kind == "phase" and e.fields.get("name") == "ready"]
+    after = events[ready[-1] :] if ready else []
+    steps = [e.fields for e in after if e.kind == "step"]
+    if not steps or any("compiles" not in fields for fields in steps):
+        return _verdict(events, name, None, "the events do not say what was compiled at each step")
+    found = [e.fields for e in after if e.kind == "compile"]
+    count = max(sum(fields["count"] for fields in found), sum(fields["compiles"] for fields in steps))
+    measured = {"compiles": count, "steps": len(steps)}
+    if count == 0:
+        return _verdict(events, name, True, f"0 compiles since ready, {len(steps)} steps", measured)
+    first = found[0] if found else {"compiler": "a compiler", "step": "?"}
+    text = f"{count} compiles since ready, the first by step {first['step']} ({first['compiler']})"
+    return _verdict(events, name, False, text, measured)
+
+
 ALWAYS: tuple[Callable[[Events], Verdict], ...] = (
     effective_config_001,
     effective_lr_001,
     batch_rows_001,
     artefact_size_001,
     artefact_moved_001,
+    kernel_nojit_001,
 )
 """Judged at the end of every training run, asked for or not."""
 
@@ -161,6 +180,7 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-BATCH-ROWS-001": batch_rows_001,
     "F-ARTEFACT-SIZE-001": artefact_size_001,
     "F-ARTEFACT-MOVED-001": artefact_moved_001,
+    "F-KERNEL-NOJIT-001": kernel_nojit_001,
 }
 """What ``distill.require`` may name: each of ``latentforge.spec.sections.RUN_FALSIFIERS``."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from latentforge.errors import FailedError
 from latentforge.events import EventLog
 from latentforge.kernels.api import kd_loss
+from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
 from latentforge.students.causal import IGNORE, Student
 from latentforge.train.effective import memory_in_use
@@ -38,7 +39,7 @@ class StepResult:
     """What one step did: losses in nats a token over all ``rows`` predictions of ``sequences`` sequences.
 
     ``micro_batches`` holds the sequences of each forward pass; ``kd`` is None where no targets were used;
-    ``batch_sha256`` is that of the batch's tokens in their order.
+    ``batch_sha256`` is that of the batch's tokens in their order; ``compiles`` what was compiled since the step before.
     """
 
     loss: float
@@ -52,6 +53,7 @@ class StepResult:
     grad_norm: float
     batch_sha256: str
     seconds: float
+    compiles: tuple[Compiles, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +76,7 @@ class Trainer:
         self.optimiser = optimiser
         self.objective = objective
         self.micro_batch_size = micro_batch_size
+        self.watch = CompileWatch()
 
     def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | None) -> StepResult:
         """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0.
@@ -121,11 +124,13 @@ class Trainer:
             grad_norm=grad_norm,
             batch_sha256=hashlib.sha256(_bytes(tokens)).hexdigest(),
             seconds=time.perf_counter() - began,
+            compiles=tuple(self.watch.drain()),
         )
 
 
 def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model: str) -> None:
     """Say what one step did, with every value that was in force; ``step`` counts from 1."""
+    log_compiles(log, result.compiles, step=step, model=model)
     log.step(
         step,
         steps,
@@ -142,7 +147,14 @@ def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model:
         sequences=result.sequences,
         micro_batches=len(result.micro_batches),
         batch_sha256=result.batch_sha256,
+        compiles=sum(found.count for found in result.compiles),
     )
+
+
+def log_compiles(log: EventLog, compiles: Sequence[Compiles], *, step: int, model: str) -> None:
+    """An event for each compiler that was at work after set-up: a run must have none."""
+    for found in compiles:
+        log.compile(found.compiler, count=found.count, what=found.what, step=step, model=model)
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,31 @@ class Evaluation:
     kl: float | None
     rows: int
     rows_sha256: str
+
+
+def rehearse(trainer: Trainer, tokens: Tensor, targets_of: TargetsOf | None) -> None:
+    """One step's passes over ``tokens`` that change nothing: what a GPU loads or compiles at first use, it has then.
+
+    Losses and gradients are thrown away; weights, moments, schedule and generators stay as they are.
+    """
+    student, wanted = trainer.student, trainer.objective
+    student.train()
+    parts = {len(part): part for part in tokens.split(trainer.micro_batch_size or len(tokens))}
+    with torch.random.fork_rng():
+        for part in parts.values():
+            found = student(
+                part,
+                targets_of(part) if targets_of is not None and wanted.kd_weight > 0 else None,
+                int((tokens[:, 1:] != IGNORE).sum()),
+                temperature=wanted.temperature,
+                ce_weight=wanted.ce_weight,
+                kd_weight=wanted.kd_weight,
+                kernel_backend=wanted.kernel_backend,
+            )
+            if found.loss.requires_grad:
+                found.loss.backward()
+    student.zero_grad(set_to_none=True)
+    trainer.watch.drain()
 
 
 @torch.no_grad()

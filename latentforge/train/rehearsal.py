@@ -82,7 +82,7 @@ def small_trainer(
         steps=steps,
         clip_norm=clip_norm,
     )
-    kernel, _ = choose_kernel(torch.device("cpu"))
+    kernel, _ = choose_kernel(torch.device("cpu"), precision)
     objective = Objective(1.0, ce_weight, kd_weight, kernel)
     return Trainer(Student(model, VOCABULARY), optimiser, objective, micro_batch_size=micro_batch_size)
 

@@ -42,13 +42,17 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_kernel(device: torch.device) -> tuple[str, str | None]:
-    """The kernel backend for a device, and the sentence to say where it is not the fast one."""
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The kernel backend for logits of a device and a precision, and the sentence to say where it is a fallback.
+
+    On a GPU it is what the warm-up guard has proven there: refused, before step 0, where it has no record or nothing
+    that is right.
+    """
     if device.type != "cpu":
-        return (
-            "reference",
-            f"there is no kernel for {device.type} yet: the loss runs on 'reference' (torch)",
-        )
+        from latentforge.kernels.guard.ladder import require_fit
+
+        (choice,) = require_fit(["kd_loss"], dtype, device.index or 0)
+        return str(choice.backend), None if choice.native else choice.text
     try:
         from latentforge.kernels.native import native
 

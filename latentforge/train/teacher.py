@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 
+import torch
+
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.events import EventLog, read_events
@@ -15,7 +17,7 @@ from latentforge.teachers.folder import check_model_folder
 from latentforge.train import effective
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
-from latentforge.train.loop import Objective, Trainer, evaluate, log_step
+from latentforge.train.loop import Objective, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import save_model, start_digests
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
@@ -35,7 +37,7 @@ def run(run: RunDir, log: EventLog) -> None:
         data = ShardSet.open(run.input_path("data"))
         data.verify()
         device = choose_device("auto")
-        kernel, slow = choose_kernel(device)
+        kernel, slow = choose_kernel(device, torch.float32)
         shape = ModelShape(spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.intermediate)
         model = new_model(
             shape, vocab_size=data.vocab_size, positions=data.sequence_length, eos_id=data.eos_id, seed=seed
@@ -85,6 +87,11 @@ def run(run: RunDir, log: EventLog) -> None:
         flops={"teacher": flops},
     )
     effective.require_same("teacher", identity.spec, in_force)
+    if device.type != "cpu":
+        with log.phase("rehearse"):
+            rehearse(trainer, training_batch(data.train, order, 0, device), None)
+            evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+    trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
     with log.phase("evaluate"):
@@ -100,6 +107,7 @@ def run(run: RunDir, log: EventLog) -> None:
 
     with log.phase("evaluate"):
         after = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model="teacher")
     log.metric("val_loss", after.loss, step=spec.steps, split="heldout", model="teacher", rows_sha256=after.rows_sha256)
 
     with log.phase("save"):

@@ -17,7 +17,7 @@ from latentforge.verdicts import Outcome, parse_line
 
 RUN = "distill-" + "a" * 20
 ASKED = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "steps": 6}
-OURS = ("pipeline", "smoke", "student", "effective-configuration", "artefacts", "batch-honesty")
+OURS = ("pipeline", "smoke", "student", "effective-configuration", "artefacts", "batch-honesty", "kernel-warmup")
 
 
 def good_events() -> list[Event]:
@@ -38,7 +38,7 @@ def good_events() -> list[Event]:
         told += [("metric", _metric(model, "val_loss", 0, 5.0)), ("metric", _metric(model, "val_kl", 0, 2.0))]
         for step in range(1, 7):
             rate = 1e-3 * schedule(step - 1)
-            rows = {"rows": 28, "denominator": 28, "sequences": 4, "batch_sha256": f"{step}"}
+            rows = {"rows": 28, "denominator": 28, "sequences": 4, "batch_sha256": f"{step}", "compiles": 0}
             told.append(("step", {"model": model, "step": step, "steps": 6, "learning_rate": rate, **rows}))
         told += [("metric", _metric(model, "val_loss", 6, 3.0)), ("metric", _metric(model, "val_kl", 6, last))]
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
@@ -133,6 +133,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
         {"moved": 8, "unmoved": ["embed"]},
         "8 of 9 tensors moved; unmoved: embed",
     ),
+    ("F-KERNEL-NOJIT-001", "step", {"step": 3, "model": "student"}, {"compiles": 2}, "2 compiles since ready"),
     ("F-ARTEFACT-MOVED-001", "checkpoint", {}, {"moved": 0, "tensors": 0}, "0 of 0"),
     (
         "F-EFFECTIVE-CONFIG-001",
@@ -184,6 +185,23 @@ def test_a_model_that_made_fewer_steps_than_asked_fails(model: str) -> None:
     found = REQUIRABLE["F-BATCH-ROWS-001"](events)
     assert found.outcome is Outcome.FAIL
     assert found.text == f"{model} made 5 of 6 steps: step 6 is missing"
+
+
+def test_a_compile_after_ready_fails_and_one_before_does_not() -> None:
+    events = good_events()
+    fields = {"compiler": "triton", "count": 1, "what": ["kd_dense"], "step": 2, "model": "student"}
+    compiled = Event(0, 0.0, "", RUN, "compile", fields)
+    assert REQUIRABLE["F-KERNEL-NOJIT-001"]([compiled, *events]).outcome is Outcome.PASS
+    found = REQUIRABLE["F-KERNEL-NOJIT-001"]([*events, compiled])
+    assert found.outcome is Outcome.FAIL
+    assert found.text == "1 compiles since ready, the first by step 2 (triton)"
+
+
+def test_steps_that_nobody_watched_are_unknown_not_free_of_compiles() -> None:
+    events = good_events()
+    for event in events:
+        event.fields.pop("compiles", None)
+    assert REQUIRABLE["F-KERNEL-NOJIT-001"](events).outcome is Outcome.UNKNOWN
 
 
 def test_required_verdicts_come_last_and_none_comes_twice() -> None:

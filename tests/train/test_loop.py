@@ -13,7 +13,7 @@ from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.targets import DenseTargets
 from latentforge.students.causal import IGNORE, LossParts
 from latentforge.train.checks import objective_arrives
-from latentforge.train.loop import evaluate
+from latentforge.train.loop import evaluate, rehearse
 from latentforge.train.optimiser import DECAY_TO, warmup_cosine
 from latentforge.train.rehearsal import LENGTH, SEQUENCES, fixture_targets, small_batch, small_trainer
 
@@ -134,3 +134,20 @@ def test_evaluated_kl_has_no_temperature_squared() -> None:
     p = torch.log_softmax(targets(batch).logits / 2.0, -1)  # type: ignore[union-attr]
     q = torch.log_softmax(student.logits(batch).detach() / 2.0, -1)
     assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_a_rehearsal_changes_nothing() -> None:
+    def trained(rehearsed: bool) -> tuple[list[float], list[torch.Tensor], torch.Tensor]:
+        torch.manual_seed(4)
+        trainer = small_trainer(micro_batch_size=5, ce_weight=0.3, kd_weight=0.7, precision=torch.bfloat16)
+        if rehearsed:
+            rehearse(trainer, small_batch(), fixture_targets())
+            assert all(p.grad is None for p in trainer.student.parameters())
+            assert trainer.optimiser.moments() == {}
+        losses = [trainer.step(step, small_batch(), fixture_targets()).loss for step in range(2)]
+        return losses, list(trainer.optimiser.masters.values()), torch.get_rng_state()
+
+    plain, after = trained(False), trained(True)
+    assert plain[0] == after[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], after[1], strict=True))
+    assert torch.equal(plain[2], after[2])
