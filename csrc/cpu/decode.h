@@ -133,6 +133,8 @@ const DecodeKernels& avx2_decode_kernels();
 const DecodeKernels& avx512_decode_kernels();
 const DecodeKernels& avx512_vnni_decode_kernels();
 const DecodeKernels& avx512_bf16_decode_kernels();
+const DecodeKernels& neon_decode_kernels();
+const DecodeKernels& neon_bf16_decode_kernels();
 
 // Instruction-set variants of decoding that this machine can run, best first.
 std::vector<std::string> decode_variants();

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../gumbel.h"
+#include "arm_features.h"
 #include "decode.h"
 #include "decode_cut.h"
 #include "threads.h"
@@ -267,6 +268,9 @@ std::vector<std::string> decode_variants() {
   if (vnni) found.emplace_back("avx512_vnni");
   if (avx512) found.emplace_back("avx512");
   if (avx2) found.emplace_back("avx2");
+#elif defined(__aarch64__)
+  if (has_bf16_and_dot_products()) found.emplace_back("neon_bf16");
+  found.emplace_back("neon");
 #endif
   found.emplace_back("baseline");
   return found;
@@ -281,6 +285,9 @@ const DecodeKernels& find_decode_kernels(const std::string& variant) {
   if (variant == "avx512_vnni") return avx512_vnni_decode_kernels();
   if (variant == "avx512") return avx512_decode_kernels();
   if (variant == "avx2") return avx2_decode_kernels();
+#elif defined(__aarch64__)
+  if (variant == "neon_bf16") return neon_bf16_decode_kernels();
+  if (variant == "neon") return neon_decode_kernels();
 #endif
   return baseline_decode_kernels();
 }

@@ -4,12 +4,9 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "arm_features.h"
 #include "kd.h"
 #include "threads.h"
-
-#if defined(__aarch64__)
-#include <sys/auxv.h>
-#endif
 
 namespace latentforge {
 
@@ -54,8 +51,7 @@ std::vector<std::string> cpu_variants() {
     found.emplace_back("avx512");
   if (avx2) found.emplace_back("avx2");
 #elif defined(__aarch64__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
-  if (getauxval(AT_HWCAP2) & kBf16) found.emplace_back("neon_bf16");
+  if (has_bf16_and_dot_products()) found.emplace_back("neon_bf16");
   found.emplace_back("neon");
 #endif
   found.emplace_back("baseline");
