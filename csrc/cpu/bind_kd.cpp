@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "../bindings.h"
 #include "kd.h"
@@ -15,8 +16,15 @@ using latentforge::KdCall;
 
 namespace {
 
-latentforge::Logits logits(uintptr_t address, int64_t row_stride, bool bf16) {
-  return {at<void>(address), row_stride, bf16 ? Dtype::bf16 : Dtype::f32};
+latentforge::Logits logits(uintptr_t address, int64_t row_stride, int64_t column_stride, bool bf16) {
+  return {at<void>(address), row_stride, column_stride, bf16 ? Dtype::bf16 : Dtype::f32};
+}
+
+latentforge::Direction direction(const std::string& name) {
+  if (name == "forward") return latentforge::Direction::forward;
+  if (name == "reverse") return latentforge::Direction::reverse;
+  if (name == "jsd") return latentforge::Direction::jsd;
+  throw std::invalid_argument("direction '" + name + "'");
 }
 
 }  // namespace
@@ -34,9 +42,17 @@ void latentforge::bind_cpu_kd(py::module_& m) {
       .def_readwrite("teacher_temperature", &KdCall::teacher_temperature)
       .def_readwrite("ce_scale", &KdCall::ce_scale)
       .def_readwrite("kd_scale", &KdCall::kd_scale)
-      .def_readwrite("write_gradient", &KdCall::write_gradient)
-      .def("student", [](KdCall& c, uintptr_t a, int64_t stride, bool bf16) { c.student = logits(a, stride, bf16); })
-      .def("teacher", [](KdCall& c, uintptr_t a, int64_t stride, bool bf16) { c.teacher = logits(a, stride, bf16); })
+      .def_readwrite("beta", &KdCall::beta)
+      .def_readwrite("logit_scale", &KdCall::logit_scale)
+      .def_readwrite("soft_cap", &KdCall::soft_cap)
+      .def("direction", [](KdCall& c, const std::string& name) { c.direction = direction(name); })
+      .def("bias", [](KdCall& c, uintptr_t bias) { c.bias = at<const float>(bias); })
+      .def("student", [](KdCall& c, uintptr_t a, int64_t row, int64_t column,
+                         bool bf16) { c.student = logits(a, row, column, bf16); })
+      .def("teacher", [](KdCall& c, uintptr_t a, int64_t row, int64_t column,
+                         bool bf16) { c.teacher = logits(a, row, column, bf16); })
+      .def("gradient", [](KdCall& c, uintptr_t a, int64_t row, int64_t column,
+                          bool bf16) { c.gradient = logits(a, row, column, bf16); })
       .def("topk",
            [](KdCall& c, uintptr_t ids, uintptr_t logprobs, uintptr_t tail, int64_t k) {
              c.topk_ids = at<const int64_t>(ids);

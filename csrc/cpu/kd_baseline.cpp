@@ -5,5 +5,7 @@
 #include "kd_rows.h"
 
 namespace latentforge {
-RowKernel baseline_row_kernel(const KdCall& call) { return select_row_kernel(call); }
+void baseline_kd_row(const KdCall& call, int64_t row, int64_t ahead, Scratch& scratch) {
+  kd_row(call, row, ahead, scratch);
+}
 }  // namespace latentforge

@@ -12,31 +12,18 @@ namespace latentforge {
 
 namespace {
 
-RowKernel find_kernel(const KdCall& call, const std::string& variant) {
+RowDriver find_driver(const std::string& variant) {
   const auto available = cpu_variants();
   if (std::find(available.begin(), available.end(), variant) == available.end())
     throw std::invalid_argument("this machine has no '" + variant + "' variant");
 #if defined(__x86_64__)
-  if (variant == "avx512") return avx512_row_kernel(call);
-  if (variant == "avx2") return avx2_row_kernel(call);
+  if (variant == "avx512") return avx512_kd_row;
+  if (variant == "avx2") return avx2_kd_row;
 #elif defined(__aarch64__)
-  if (variant == "neon_bf16") return neon_bf16_row_kernel(call);
-  if (variant == "neon") return neon_row_kernel(call);
+  if (variant == "neon_bf16") return neon_bf16_kd_row;
+  if (variant == "neon") return neon_kd_row;
 #endif
-  return baseline_row_kernel(call);
-}
-
-void one_row(const KdCall& call, RowKernel kernel, int64_t row, Scratch& scratch) {
-  if (call.labels != nullptr && call.labels[row] == call.ignore_index) {
-    call.ce_rows[row] = call.kd_rows[row] = 0.0;
-    if (!call.write_gradient) return;
-    // All bits zero is +0 in both formats.
-    const int64_t width = call.student.dtype == Dtype::bf16 ? 2 : 4;
-    auto* bytes = static_cast<unsigned char*>(call.student.data) + row * call.student.row_stride * width;
-    std::fill(bytes, bytes + call.vocab * width, static_cast<unsigned char>(0));
-    return;
-  }
-  kernel(call, row, scratch);
+  return baseline_kd_row;
 }
 
 }  // namespace
@@ -79,7 +66,7 @@ BadIndex check_indices(const KdCall& call) {
 }
 
 void run_rows(const KdCall& call, const std::string& variant, int threads) {
-  const RowKernel kernel = find_kernel(call, variant);
+  const RowDriver driver = find_driver(variant);
   // A thread is worth its start from about a quarter of a million logits.
   const int64_t useful = std::max<int64_t>(1, call.rows * call.vocab / (1 << 18));
   const int count =
@@ -90,11 +77,9 @@ void run_rows(const KdCall& call, const std::string& variant, int threads) {
     Scratch scratch;
     int64_t row = next.fetch_add(1);
     while (row < call.rows) {
-      scratch.upcoming = next.fetch_add(1);
-      if (scratch.upcoming >= call.rows) scratch.upcoming = -1;
-      one_row(call, kernel, row, scratch);
-      if (scratch.upcoming < 0) break;
-      row = scratch.upcoming;
+      const int64_t ahead = next.fetch_add(1);
+      driver(call, row, ahead < call.rows ? ahead : -1, scratch);
+      row = ahead;
     }
   });
 }

@@ -1,10 +1,10 @@
-// What the row kernels share: the student's half of a row, for whichever Simd was included before this header.
+// What the kernels for fp32 rows share: the student's half of a row, for whichever Simd was included before this
+// header. These kernels take every row: any width, minus infinity, NaN.
 //
-// A row is read twice: once for its sums, once (from cache) for its gradient, which overwrites the student's logits.
-// The sums are taken relative to a reference that is guessed from the first block instead of a maximum that would cost
-// a third sweep; a block whose sum shows that the guess lies far below it is done again with its own maximum. Sums of a
-// block are fp32 lanes, sums of a row are doubles. Single entries (the label, the top-k) are computed in double
-// precision.
+// A row is read twice: once for its sums, once (from cache) for its gradient. The sums are taken relative to a
+// reference that is guessed from the first block instead of a maximum that would cost a third sweep; a block whose sum
+// shows that the guess lies far below it is done again with its own maximum. Sums of a block are fp32 lanes, sums of a
+// row are doubles. Single entries (the label, the top-k) are computed in double precision.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,6 @@ constexpr int64_t kStep = 2 * Simd::width;
 // A block's sum from which its reference is too low. Squared (for temperature 1
 // beside 2) it still is an fp32 number.
 constexpr double kTooLow = 0x1p60;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // How the exponential at temperature 1, which the cross-entropy needs, follows
 // from the one at the KD temperature.
@@ -31,32 +30,15 @@ enum class Ce { same, square, separate };
 
 inline bool usable(double sum) { return sum > 0.0 && sum < std::numeric_limits<double>::infinity(); }
 
-// Two rows that are walked together must come in one order of columns; the
-// cheap bf16 order is only for equal types.
-template <bool ordered, class T>
-void load2(const T* p, Simd::V (&x)[2]) {
-  if constexpr (ordered) {
-    Simd::load2_ordered(p, x[0], x[1]);
-  } else {
-    Simd::load2(p, x[0], x[1]);
-  }
-}
-
 // Asks for what the same step of another row needs, into the second-level
 // cache.
 template <class T>
-void fetch_step(const T* p) {
-  for (int64_t byte = 0; byte < kStep * static_cast<int64_t>(sizeof(T)); byte += 64)
+void fetch_step(const T* p, int64_t count) {
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64)
     Simd::prefetch(reinterpret_cast<const char*>(p) + byte);
 }
 
-template <class T>
-T* row_of(const Logits& logits, int64_t row) {
-  return static_cast<T*>(logits.data) + row * logits.row_stride;
-}
-
-template <class T>
-float highest(const T* p, int64_t n) {
+inline float highest(const float* p, int64_t n) {
   Simd::V best = Simd::set(-kInfinity), a, b;
   for (int64_t i = 0; i < n; i += kStep) {
     Simd::load2(p + i, a, b);
@@ -67,60 +49,64 @@ float highest(const T* p, int64_t n) {
 
 // The student's half of a row: sums at the KD temperature and at temperature 1
 // over one shared reference.
-template <class S, Ce ce, bool accurate>
+template <Ce ce>
 struct Student {
   using V = Simd::V;
 
-  explicit Student(double temperature) : at_t(temperature), at_one(1.0) {}
+  Student(const KdCall& call, const Row& row)
+      : at_t(call.temperature / row.logit_scale), at_one(1.0 / row.logit_scale), logit_scale(row.logit_scale) {}
 
   V ce_exponential(V x, V e) const {
     if constexpr (ce == Ce::same) return e;
     if constexpr (ce == Ce::square) return Simd::mul(e, e);
-    return at_one(x, at_one.power(x));
+    return at_one(x);
   }
 
-  // Moves the reference; returns by how many powers of two the row's
-  // exponentials at temperature T change.
-  double move_to(float reference) {
+  // Moves the reference, and the sums with it.
+  void move_to(float reference) {
     const double before = at_t.origin, before_one = at_one.origin;
     at_t.move_to(reference);
     at_one.move_to(reference);
-    const double shift = before - at_t.origin;
-    if (sum != 0.0) sum *= std::exp2(shift);
-    if constexpr (ce == Ce::square) {
-      if (sum_one != 0.0) sum_one *= std::exp2(2.0 * shift);
-    } else if constexpr (ce == Ce::separate) {
-      if (sum_one != 0.0) sum_one *= std::exp2(before_one - at_one.origin);
-    }
-    return shift;
+    if (sum != 0.0) sum *= std::exp2(before - at_t.origin);
+    if (sum_one != 0.0) sum_one *= std::exp2(before_one - at_one.origin);
   }
 
-  // The temperature-1 quantities, in the units of the exponential that was used
-  // for them.
-  double ce_per_logit() const {
-    if constexpr (ce == Ce::same) return at_t.per_logit;
-    if constexpr (ce == Ce::square) return 2.0 * at_t.per_logit;
-    return at_one.per_logit;
-  }
-  double ce_origin() const {
-    if constexpr (ce == Ce::same) return at_t.origin;
-    if constexpr (ce == Ce::square) return 2.0 * at_t.origin;
-    return at_one.origin;
-  }
-  double ce_reference() const { return ce == Ce::separate ? at_one.reference() : at_t.reference(); }
-  bool coarse() const { return at_t.coarse() || (ce == Ce::separate && at_one.coarse()); }
   double ce_sum() const { return ce == Ce::same ? sum : sum_one; }
+  // -log softmax at temperature 1 of a logit.
+  double cross_entropy(double x) const {
+    return kLn2 * std::log2(ce_sum()) + logit_scale * (static_cast<double>(at_one.m) - x);
+  }
 
-  Exponent<accurate> at_t, at_one;
+  Exponent at_t, at_one;
+  double logit_scale;
   bool placed = false;  // whether the reference was taken from a finite logit
   double sum = 0.0, sum_one = 0.0;
 };
 
-template <class S>
-void fill_row(S* s, int64_t n, double value) {
-  S filler;
+// The slope of the cap at the capped logit s, 1 - (s / cap)^2; none at minus infinity, which is padding.
+inline Simd::V slope(Simd::V s, Simd::V inverse_cap) {
+  const Simd::V u = Simd::mul(s, inverse_cap);
+  return Simd::max(Simd::fnma(u, u, Simd::set(1.0f)), Simd::set(0.0f));
+}
+inline double slope(double s, double cap) {
+  return cap == 0.0 ? 1.0 : std::isinf(s) ? 0.0 : std::max(0.0, 1.0 - (s / cap) * (s / cap));
+}
+
+inline void store_step(float* p, Simd::V a, Simd::V b) { Simd::store2(p, a, b); }
+inline void store_step(uint16_t* p, Simd::V a, Simd::V b) { Simd::store2_ordered(p, a, b); }
+
+template <class G>
+void fill_row(G* g, int64_t n, double value) {
+  G filler;
   narrow(value, &filler);
-  std::fill(s, s + n, filler);
+  std::fill(g, g + n, filler);
+}
+
+// A row that has no distribution: its losses and all of its gradient are NaN.
+template <class G>
+void refuse_row(const KdCall& call, const Row& row) {
+  call.ce_rows[row.index] = call.kd_rows[row.index] = kNaN;
+  if (row.gradient != nullptr) fill_row(static_cast<G*>(row.gradient), call.vocab, kNaN);
 }
 
 }  // namespace

@@ -22,19 +22,20 @@ struct Simd {
   // Returns the second operand where either is NaN.
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V floor(V a) { return _mm256_floor_ps(a); }
-  // z = n + f with f in [0, 1), for z kept within the exponents that scale()
-  // can make; minus infinity becomes -127.
-  static void split(V z, V& n, V& f) {
-    const V bounded = _mm256_min_ps(set(127.0f), max(set(-127.0f), z));
-    n = floor(bounded);
-    f = sub(bounded, n);
-  }
   // p * 2^n for whole n in [-127, 127]: -127 gives 0, NaN in p stays NaN.
   static V scale(V p, V n) {
     const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return mul(p, _mm256_castsi256_ps(bits));
   }
   static V scale_clamped(V p, V n) { return scale(p, _mm256_min_ps(set(127.0f), max(set(-127.0f), n))); }
+  // x * c rounded to the nearest whole number, plus `addend`, a large one: the whole number is in the low bits.
+  static constexpr bool rounds_down = false;
+  static V whole(V x, V c, V addend) { return fma(x, c, addend); }
+  // p times two to the power of the low bits of `whole`, unchecked.
+  static V add_exponent(V p, V whole) {
+    const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(whole), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+  }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) {
     return _mm256_and_ps(_mm256_cmp_ps(gate, _mm256_setzero_ps(), _CMP_GT_OQ), value);
@@ -61,16 +62,6 @@ struct Simd {
     a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
     b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  // The same in the columns' own order, for rows whose partner is fp32.
-  static void load2_ordered(const float* p, V& a, V& b) { load2(p, a, b); }
-  static void load2_ordered(const uint16_t* p, V& a, V& b) {
-    const auto widened = [](const uint16_t* q) {
-      const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-      return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-    };
-    a = widened(p);
-    b = widened(p + width);
-  }
   static void store2(float* p, V a, V b) {
     _mm256_storeu_ps(p, a);
     _mm256_storeu_ps(p + width, b);
@@ -82,7 +73,7 @@ struct Simd {
     const __m256i even = _mm256_srli_epi32(rounded(a), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, rounded(b), 0xaa));
   }
-  static void store2_ordered(float* p, V a, V b) { store2(p, a, b); }
+  // From the columns' own order, for gradients of fp32 rows.
   static void store2_ordered(uint16_t* p, V a, V b) {
     const __m256i low = _mm256_srli_epi32(rounded(a), 16), high = _mm256_srli_epi32(rounded(b), 16);
     // The pack works within halves; the permutation puts the quarters back in

@@ -22,16 +22,20 @@ struct Simd {
   // Returns the second operand where either is NaN.
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V floor(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  // z = n + f with f in [0, 1) and n for scale(), which rounds down by itself;
-  // minus infinity has no fraction.
-  static void split(V z, V& n, V& f) {
-    n = z;
-    f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  }
   // p * 2^floor(n); minus infinity and anything below the range give 0, NaN
   // stays NaN.
   static V scale(V p, V n) { return _mm512_scalef_ps(p, n); }
   static V scale_clamped(V p, V n) { return scale(p, n); }
+  // x * c rounded down to a whole number, plus `addend`, a large one: the whole number is in the low bits.
+  static constexpr bool rounds_down = true;
+  static V whole(V x, V c, V addend) {
+    return _mm512_fmadd_round_ps(x, c, addend, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  // p times two to the power of the low bits of `whole`, unchecked.
+  static V add_exponent(V p, V whole) {
+    const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power));
+  }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_GT_OQ), value);
@@ -50,16 +54,6 @@ struct Simd {
     a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-  // The same in the columns' own order, for rows whose partner is fp32.
-  static void load2_ordered(const float* p, V& a, V& b) { load2(p, a, b); }
-  static void load2_ordered(const uint16_t* p, V& a, V& b) {
-    const auto widened = [](const uint16_t* q) {
-      const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
-      return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    };
-    a = widened(p);
-    b = widened(p + width);
-  }
   static void store2(float* p, V a, V b) {
     _mm512_storeu_ps(p, a);
     _mm512_storeu_ps(p + width, b);
@@ -71,7 +65,7 @@ struct Simd {
     const __m512i even = _mm512_srli_epi32(rounded(a), 16);
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded(b)));
   }
-  static void store2_ordered(float* p, V a, V b) { store2(p, a, b); }
+  // From the columns' own order, for gradients of fp32 rows.
   static void store2_ordered(uint16_t* p, V a, V b) {
     const auto narrowed = [](uint16_t* q, V v) {
       const __m256i x = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(v), 16));

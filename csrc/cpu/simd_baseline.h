@@ -35,19 +35,17 @@ struct Simd {
     const V above = max(set(-127.0f), z);
     return select(above > set(127.0f), set(127.0f), above);
   }
-  // z = n + f with f in [0, 1), for z kept within the exponents that scale()
-  // can make; minus infinity becomes -127.
-  static void split(V z, V& n, V& f) {
-    const V bounded = clamped(z);
-    n = floor(bounded);
-    f = bounded - n;
-  }
   // p * 2^n for whole n in [-127, 127]: -127 gives 0, NaN in p stays NaN.
   static V scale(V p, V n) {
     const I exponent = __builtin_convertvector(select(n == n, n, set(0.0f)), I) + 127;
     return p * (V)(exponent << 23);
   }
   static V scale_clamped(V p, V n) { return scale(p, clamped(n)); }
+  // x * c rounded to the nearest whole number, plus `addend`, a large one: the whole number is in the low bits.
+  static constexpr bool rounds_down = false;
+  static V whole(V x, V c, V addend) { return fma(x, c, addend); }
+  // p times two to the power of the low bits of `whole`, unchecked.
+  static V add_exponent(V p, V whole) { return (V)((U)p + ((U)whole << 23)); }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) { return select(gate > set(0.0f), value, set(0.0f)); }
   static float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
@@ -69,12 +67,6 @@ struct Simd {
     a = (V)(x << 16);
     b = (V)(x & 0xffff0000u);
   }
-  // The same in the columns' own order, for rows whose partner is fp32.
-  static void load2_ordered(const float* p, V& a, V& b) { load2(p, a, b); }
-  static void load2_ordered(const uint16_t* p, V& a, V& b) {
-    a = (V)(U{p[0], p[1], p[2], p[3]} << 16);
-    b = (V)(U{p[4], p[5], p[6], p[7]} << 16);
-  }
   static void store2(float* p, V a, V b) {
     std::memcpy(p, &a, sizeof a);
     std::memcpy(p + width, &b, sizeof b);
@@ -86,7 +78,7 @@ struct Simd {
     const U x = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
     std::memcpy(p, &x, sizeof x);
   }
-  static void store2_ordered(float* p, V a, V b) { store2(p, a, b); }
+  // From the columns' own order, for gradients of fp32 rows.
   static void store2_ordered(uint16_t* p, V a, V b) {
     const U x = rounded(a) >> 16, y = rounded(b) >> 16;
     for (int i = 0; i < width; ++i) {

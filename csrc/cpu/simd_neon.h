@@ -25,19 +25,20 @@ struct Simd {
   static V floor(V a) { return vrndmq_f32(a); }
   // NaN stays NaN.
   static V clamped(V z) { return vminq_f32(set(127.0f), vmaxq_f32(set(-127.0f), z)); }
-  // z = n + f with f in [0, 1), for z kept within the exponents that scale()
-  // can make; minus infinity becomes -127.
-  static void split(V z, V& n, V& f) {
-    const V bounded = clamped(z);
-    n = floor(bounded);
-    f = sub(bounded, n);
-  }
   // p * 2^n for whole n in [-127, 127]: -127 gives 0, NaN in p stays NaN.
   static V scale(V p, V n) {
     const int32x4_t bits = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
     return mul(p, vreinterpretq_f32_s32(bits));
   }
   static V scale_clamped(V p, V n) { return scale(p, clamped(n)); }
+  // x * c rounded to the nearest whole number, plus `addend`, a large one: the whole number is in the low bits.
+  static constexpr bool rounds_down = false;
+  static V whole(V x, V c, V addend) { return fma(x, c, addend); }
+  // p times two to the power of the low bits of `whole`, unchecked.
+  static V add_exponent(V p, V whole) {
+    const int32x4_t power = vshlq_n_s32(vreinterpretq_s32_f32(whole), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), power));
+  }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) {
     return vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(gate), vreinterpretq_u32_f32(value)));
@@ -55,8 +56,6 @@ struct Simd {
     a = vreinterpretq_f32_u16(vzip1q_u16(zero, x));
     b = vreinterpretq_f32_u16(vzip2q_u16(zero, x));
   }
-  static void load2_ordered(const float* p, V& a, V& b) { load2(p, a, b); }
-  static void load2_ordered(const uint16_t* p, V& a, V& b) { load2(p, a, b); }
   static void store2(float* p, V a, V b) {
     vst1q_f32(p, a);
     vst1q_f32(p + width, b);
@@ -73,7 +72,6 @@ struct Simd {
   static uint16x8_t rounded(V a) {
     return vreinterpretq_u16_u32(vaddq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(0x8000)));
   }
-  static void store2_ordered(float* p, V a, V b) { store2(p, a, b); }
   static void store2_ordered(uint16_t* p, V a, V b) { store2(p, a, b); }
   static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 };

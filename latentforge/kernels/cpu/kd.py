@@ -25,22 +25,31 @@ def row_losses(
     *,
     bias: Tensor | None = None,
     write_gradient: bool = False,
+    gradient_out: Tensor | None = None,
     threads: int | None = None,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per row (ce, kd without T squared), fp64 [N]; with ``write_gradient`` the gradient replaces ``student`` [N, V].
 
-    Meaning of the arguments as in ``reference.kd.row_losses``. Labels and ids are checked before anything is written.
+    ``gradient_out`` [N, V] bf16 or fp32 receives the gradient instead; ``student`` is then only read, and the two must
+    not overlap. Logits may have any strides and addresses. ``threads`` and ``isa`` (a variant's name) are the machine's
+    best where they are None. Meaning of the other arguments as in ``reference.kd.row_losses``. Labels and ids are
+    checked before anything is written.
     """
-    if settings.direction != "forward" or settings.shaped or bias is not None:
-        raise RefusedError("the cpu backend does not do this yet", next="pass backend='reference'")
     module = native()
     rows, vocab = student.shape
-    call, keep = _call(module, student, targets, labels)
+    call, keep = _call(module, student, targets, labels, bias)
     call.ignore_index = settings.ignore_index
+    call.direction(settings.direction)
+    call.beta = settings.beta
     call.temperature, call.teacher_temperature = settings.temperature, settings.teacher_temperature
-    call.ce_scale, call.kd_scale = settings.ce_scale, settings.kd_scale
-    call.write_gradient = write_gradient
+    call.logit_scale, call.soft_cap = settings.logit_scale, settings.soft_cap or 0.0
+    call.ce_scale, call.kd_scale = 0.0 if labels is None else settings.ce_scale, settings.kd_scale
+    if write_gradient:
+        out = student if gradient_out is None else gradient_out
+        if out.shape != student.shape:
+            raise RefusedError(f"gradient_out has shape {tuple(out.shape)}, the student's logits {tuple(student.shape)}")
+        call.gradient(*_logits(out, "gradient_out"))
     sums = torch.zeros(2, rows, dtype=torch.float64)
     call.results(sums[0].data_ptr(), sums[1].data_ptr())
     refuse_bad_index(module.check_indices(call), vocab, settings.ignore_index)
@@ -49,33 +58,37 @@ def row_losses(
     return sums[0], sums[1]
 
 
-def _call(module: Any, student: Tensor, targets: Targets | None, labels: Tensor | None) -> tuple[Any, list[Tensor]]:
+def _call(
+    module: Any, student: Tensor, targets: Targets | None, labels: Tensor | None, bias: Tensor | None
+) -> tuple[Any, list[Tensor]]:
     """The extension's view of the tensors, and those that must outlive the call."""
     call = module.KdCall()
     call.rows, call.vocab = student.shape
-    _check_logits(student, "student logits")
-    call.student(student.data_ptr(), student.stride(0), student.dtype == torch.bfloat16)
+    call.student(*_logits(student, "student logits"))
     keep: list[Tensor] = []
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+        keep.append(bias)
+        call.bias(bias.data_ptr())
     if labels is not None:
         labels = labels.contiguous()
         keep.append(labels)
         call.labels(labels.data_ptr())
     if isinstance(targets, DenseTargets):
-        _check_logits(targets.logits, "teacher logits")
-        call.teacher(targets.logits.data_ptr(), targets.logits.stride(0), targets.logits.dtype == torch.bfloat16)
+        call.teacher(*_logits(targets.logits, "teacher logits"))
     elif isinstance(targets, TopKTargets):
         ids, logprobs, tail = targets.ids.long().contiguous(), targets.logprobs.contiguous(), targets.tail.contiguous()
         keep += [ids, logprobs, tail]
         call.topk(ids.data_ptr(), logprobs.data_ptr(), tail.data_ptr(), ids.shape[1])
+    elif targets is not None:
+        raise RefusedError(f"targets are {type(targets).__name__}: the cpu backend takes DenseTargets or TopKTargets")
     return call, keep
 
 
-def _check_logits(logits: Tensor, name: str) -> None:
+def _logits(logits: Tensor, name: str) -> tuple[int, int, int, bool]:
+    """Address, strides and whether it is bf16, of a matrix of logits."""
     if logits.dtype not in DTYPES:
         raise RefusedError(
             f"{name} are {logits.dtype}; the cpu backend takes bfloat16 and float32", next="use backend='reference'"
         )
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise RefusedError(
-            f"{name} have column stride {logits.stride(1)}; columns must be contiguous", next="pass logits.contiguous()"
-        )
+    return logits.data_ptr(), logits.stride(0), logits.stride(1), logits.dtype == torch.bfloat16
