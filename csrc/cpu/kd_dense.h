@@ -24,7 +24,7 @@ struct DenseRow {
   Student<ce> student;
   Exponent teacher;
   bool by_student;  // whose probabilities weigh the gap
-  float ratio, shift = 0.0f;
+  float ratio;
   bool teacher_placed = false;
   double teacher_sum = 0.0;
   double cross = 0.0;  // sum of e * gap
@@ -35,27 +35,32 @@ struct DenseRow {
         by_student(call.direction == Direction::reverse),
         ratio(static_cast<float>(call.temperature / row.logit_scale / call.teacher_temperature)) {}
 
-  Simd::V gap(Simd::V x, Simd::V y) const { return Simd::sub(Simd::fnma(y, Simd::set(ratio), x), Simd::set(shift)); }
+  Simd::V gap(Simd::V x, Simd::V y) const {
+    const Simd::V above = Simd::sub(y, Simd::set(teacher.m));
+    return Simd::fnma(above, Simd::set(ratio), Simd::sub(x, Simd::set(student.at_t.m)));
+  }
+  double exact_gap(double x, double y) const {
+    return x - student.at_t.m - static_cast<double>(ratio) * (y - teacher.m);
+  }
 
-  // Moving a reference moves the shift with it: where one token has all the mass, its gap stays small and exact.
+  // Moving a reference moves the gaps.
   void move_student(float reference) {
-    const double before = student.at_t.origin;
+    const double before = student.at_t.origin, moved = static_cast<double>(reference) - student.at_t.m;
     student.move_to(reference);
     if (by_student && cross != 0.0) cross *= std::exp2(before - student.at_t.origin);
-    move_shift();
+    move_gaps(moved);
   }
   void move_teacher(float reference) {
     const double factor = std::exp2(teacher.origin - static_cast<double>(reference) * teacher.per_logit);
+    const double moved = static_cast<double>(reference) - teacher.m;
     teacher.move_to(reference);
     if (teacher_sum != 0.0) teacher_sum *= factor;
     if (!by_student && cross != 0.0 && !std::isinf(cross)) cross *= factor;
-    move_shift();
+    move_gaps(-static_cast<double>(ratio) * moved);
   }
-  void move_shift() {
-    const float before = shift, wanted = student.at_t.m - ratio * teacher.m;
-    shift = std::isfinite(wanted) ? wanted : 0.0f;
+  void move_gaps(double by) {
     const double mass = by_student ? student.sum : teacher_sum;
-    if (mass != 0.0) cross += mass * (static_cast<double>(before) - shift);
+    if (mass != 0.0) cross -= mass * by;
   }
 
   // `careful` keeps logits of minus infinity out of the cross term, where 0 * infinity would be NaN.
@@ -131,8 +136,7 @@ struct DenseRow {
   double divergence(const KdCall& call, const Row& row) const {
     const double mean = cross / (by_student ? student.sum : teacher_sum);
     const double unit = row.logit_scale / call.temperature;
-    const double constant = kLn2 * (std::log2(teacher_sum) - std::log2(student.sum)) +
-                            unit * (shift + (static_cast<double>(ratio) * teacher.m - student.at_t.m));
+    const double constant = kLn2 * (std::log2(teacher_sum) - std::log2(student.sum));
     return by_student ? unit * mean + constant : -unit * mean - constant;
   }
 };
@@ -216,7 +220,7 @@ void dense_row(const KdCall& call, const Row& row) {
   if (label >= 0) {
     const double x = s[label], y = t[label], e = student.at_t.exactly(x);
     const double pull = !reverse  ? of_student * e - of_teacher * sums.teacher.exactly(y)
-                        : e > 0.0 ? of_student * e * (x - static_cast<double>(sums.ratio) * y - sums.shift - mean)
+                        : e > 0.0 ? of_student * e * (sums.exact_gap(x, y) - mean)
                                   : 0.0;
     g_label = (pull + of_one * student.at_one.exactly(x) - row.chain * call.ce_scale) * slope(x, row.cap);
   }
