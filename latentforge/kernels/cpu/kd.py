@@ -48,7 +48,9 @@ def row_losses(
     if write_gradient:
         out = student if gradient_out is None else gradient_out
         if out.shape != student.shape:
-            raise RefusedError(f"gradient_out has shape {tuple(out.shape)}, the student's logits {tuple(student.shape)}")
+            raise RefusedError(
+                f"gradient_out has shape {tuple(out.shape)}, the student's logits {tuple(student.shape)}"
+            )
         call.gradient(*_logits(out, "gradient_out"))
     sums = torch.zeros(2, rows, dtype=torch.float64)
     call.results(sums[0].data_ptr(), sums[1].data_ptr())
