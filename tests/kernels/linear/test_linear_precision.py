@@ -111,6 +111,26 @@ def test_the_gradient_is_never_further_from_fp64_than_torchs_at_bf16(
         assert error(ours, oracle) <= 1.01 * error(theirs, oracle)
 
 
+@pytest.mark.parametrize("chunk_rows", [12, 4, 1000])  # sums kept over 24 chunks; two sweeps; one chunk
+def test_the_gradient_of_the_weight_is_rounded_once(chunk_rows: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Every row says the same: sums in bf16 would stop growing long before the last chunk.
+    hidden = (1 + 0.1 * torch.randn(192, 4, generator=generator)).bfloat16()
+    weight = (torch.randn(301, 4, generator=generator) * 0.1).bfloat16()
+    labels = torch.randint(0, 301, (192,), generator=generator)
+    found = {}
+    for dtype, more in ((torch.float64, {}), (torch.bfloat16, {"chunk_rows": chunk_rows})):
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        loss = linear_kd_loss(
+            hidden.to(dtype), leaf, None, labels, temperature=1.0, ce_weight=1.0, kd_weight=0.0, denominator=1.0, **more
+        ).loss
+        loss.backward()
+        assert leaf.grad is not None
+        found[dtype] = leaf.grad
+    exact = found[torch.float64]
+    assert error(found[torch.bfloat16], exact) < 1.05 * error(exact.bfloat16(), exact)
+
+
 def test_the_product_of_two_bf16_products_keeps_fp32_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(33, 257, generator=generator).bfloat16()
