@@ -31,6 +31,7 @@ def warmup(
     """
     from latentforge.cli.terminal import Passing, print_json
     from latentforge.errors import RefusedError
+    from latentforge.kernels.guard.composite import composites
     from latentforge.kernels.guard.records import Records
     from latentforge.kernels.guard.report import Report, choices_of, render
     from latentforge.kernels.guard.table import table
@@ -48,6 +49,7 @@ def warmup(
         limits = replace(limits, calls=5, seconds=0.05)
     variants = select(only or (), table(machine))
     passing = Passing(active=not as_json)
+    total = len(variants)
     count = {variant.name: number for number, variant in enumerate(variants, 1)}
     records = Records()
     run = WarmUp(
@@ -56,13 +58,16 @@ def warmup(
         limits,
         again=again,
         accept=accept_crash,
-        tell=lambda variant, stage: passing.show(f"{count[variant.name]}/{len(variants)} {variant.name}: {stage}"),
+        tell=lambda variant, stage: passing.show(f"{count.get(variant.name, total)}/{total} {variant.name}: {stage}"),
     )
     try:
         lines = run.run(variants)
+        choices = choices_of(lines, machine, records, table(machine))
+        together = composites(machine, choices)
+        lines += run.run(together) if together else []
     finally:
         passing.clear()
-    report = Report(machine, lines, choices_of(lines, machine, records, table(machine)), inspected(machine))
+    report = Report(machine, lines, choices, inspected(machine))
     if as_json:
         print_json(report.as_json())
     else:

@@ -32,9 +32,14 @@ class Report:
         return [line for line in self.lines if line.record.state == "crashed" and not line.record.accepted]
 
     @property
+    def alone(self) -> list[Line]:
+        """Composites that failed: kernels that are right one by one and not together."""
+        return [line for line in self.lines if line.variant.op == "composite" and line.record.state == "failed"]
+
+    @property
     def code(self) -> ExitCode:
         """1 where an operator has no kernel left, 3 where a crash waits for a person, else 0."""
-        if any(choice.rung is None for choice in self.choices):
+        if any(choice.rung is None for choice in self.choices) or self.alone:
             return ExitCode.FAIL
         return ExitCode.UNKNOWN if self.crashed else ExitCode.PASS
 
@@ -67,7 +72,7 @@ def choices_of(lines: Sequence[Line], machine: Machine, records: Records, varian
 
     An operator of which a variant has neither line nor record is left out: nothing can be chosen yet.
     """
-    pairs = dict.fromkeys((line.variant.op, line.variant.dtype) for line in lines)
+    pairs = dict.fromkeys((line.variant.op, line.variant.dtype) for line in lines if line.variant.op != "composite")
     found = []
     for op, dtype in pairs:
         ours = [v for v in variants if (v.op, v.dtype) == (op, dtype)]
@@ -145,6 +150,8 @@ def _row(line: Line, width: int) -> str:
     worst = f"{measured['worst']:.2f}" if "worst" in measured else "–"
     ms = f"{measured['ms']:.3f}" if "ms" in measured else "–"
     speed = f"{measured['speed_up']:.1f}x" if "speed_up" in measured else "–"
+    if "taken_bytes" in measured:
+        ms = f"{max(measured['taken_bytes'], measured['allocated_bytes']) / 2**30:.1f} GiB"
     row = (
         f"  {record.variant:<{width}}  {record.state:<9} {worst:>10}  {ms:>9}  {speed:>8}  {line.seconds:>7.1f}  "
         f"{record.stage}"
@@ -166,6 +173,8 @@ def _footer(report: Report) -> str:
         parts.append(f"expected slow-down up to {max(known):.1f}x")
     if unfit:
         parts.append("unfit: " + ", ".join(f"{c.op} {c.dtype}" for c in unfit))
+    if report.alone:
+        parts.append("unfit: the kernels fail together, each alone is right")
     if report.crashed:
         parts.append(f"{len(report.crashed)} crashed before; a person decides:")
     text = ", ".join(parts)

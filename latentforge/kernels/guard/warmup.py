@@ -42,6 +42,7 @@ class Limits:
     parity: float = 240.0
     cost: float = 120.0
     freeze: float = 300.0
+    composite: float = 240.0
     total: float = 900.0
     calls: int = 20
     seconds: float = 1.0
@@ -140,6 +141,8 @@ class WarmUp:
             detail = f"the warm-up's {self.limits.total:.0f} s were over before its turn"
             return replace(record, state="failed", reason="compile_timeout", detail=detail), "not tried"
         if known is not None and not self.again and self._may_skip(known, notes):
+            if variant.op == "composite":
+                return known, "known"
             return self._verify(variant, known), "verified"
         attempts = known.attempts if known is not None and known.state == "crashed" and not self.again else 0
         return self._attempt(variant, key, attempts), "proven"
@@ -165,6 +168,9 @@ class WarmUp:
             self.records.write(record)
             self.tell(variant, stage)
 
+        if variant.op == "composite":
+            limits = {"composite": self.limits.composite}
+            return self._settled(record, self._child("composite", variant, limits, entered))
         entered("inspect")
         found: dict[str, Any] = self._inspect(variant)
         if found["reason"] is None and variant.compile is not None:

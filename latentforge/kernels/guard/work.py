@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -88,6 +89,19 @@ def probe(request: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
         "measured": measured,
         "config": config,
     }
+
+
+def composite(request: dict[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
+    """Stage 7: the chosen kernels together in one micro-step, with the memory that it took."""
+    variant = Variant.from_json(request["variant"])
+    try:
+        found = resolve(variant.entry)(variant, _settle(variant))
+    except Exception as error:
+        return _failed("composite", reason_of(error, "composite"), error)
+    right = found.finite and all(math.isfinite(loss) for loss in found.losses)
+    detail = "" if right else f"losses {found.losses[0]:g} and {found.losses[1]:g}, or weights that are not finite"
+    measured = {"losses": list(found.losses), "taken_bytes": found.taken, "allocated_bytes": found.allocated}
+    return {"stage": "composite", "reason": None if right else "nan", "detail": detail, "measured": measured}
 
 
 def make_trial(variant: Variant, device: torch.device) -> Callable[[tuple[int, ...], int], Trial]:
