@@ -14,6 +14,7 @@ using latentforge::at;
 #ifdef LATENTFORGE_WITH_CUDA
 
 namespace cuda = latentforge::cuda;
+using cuda::DecodeCall;
 using cuda::KdCall;
 
 void latentforge::bind_cuda(py::module_& m) {
@@ -75,6 +76,49 @@ void latentforge::bind_cuda(py::module_& m) {
       [](const KdCall& call, int device, uintptr_t stream) {
         py::gil_scoped_release release;
         cuda::kd_rows(call, device, stream);
+      },
+      py::arg("call"), py::arg("device"), py::arg("stream"), "Puts the work on the stream and returns.");
+
+  py::class_<DecodeCall>(m, "CudaDecodeCall")
+      .def(py::init<>())
+      .def_readwrite("rows", &DecodeCall::rows)
+      .def_readwrite("width", &DecodeCall::width)
+      .def_readwrite("vocab", &DecodeCall::vocab)
+      .def_readwrite("temperature", &DecodeCall::temperature)
+      .def_readwrite("logit_scale", &DecodeCall::logit_scale)
+      .def_readwrite("soft_cap", &DecodeCall::soft_cap)
+      .def_readwrite("top_k", &DecodeCall::top_k)
+      .def_readwrite("top_p", &DecodeCall::top_p)
+      .def("hidden",
+           [](DecodeCall& c, uintptr_t a, int64_t stride) {
+             c.hidden = at<const float>(a);
+             c.hidden_stride = stride;
+           })
+      .def("weight",
+           [](DecodeCall& c, uintptr_t a, int64_t stride, int type) {
+             c.weight = at<const void>(a);
+             c.weight_stride = stride;
+             c.weight_type = static_cast<cuda::WeightType>(type);
+           })
+      .def("scales", [](DecodeCall& c, uintptr_t a) { c.scales = at<const float>(a); })
+      .def("bias", [](DecodeCall& c, uintptr_t a) { c.bias = at<const float>(a); })
+      .def("keys",
+           [](DecodeCall& c, uintptr_t seeds, uintptr_t positions) {
+             c.seeds = at<const int64_t>(seeds);
+             c.positions = at<const int64_t>(positions);
+           })
+      .def("results",
+           [](DecodeCall& c, uintptr_t ids, uintptr_t logprobs) {
+             c.ids = at<int64_t>(ids);
+             c.logprobs = at<float>(logprobs);
+           })
+      .def("workspace", [](DecodeCall& c, uintptr_t a) { c.workspace = at<void>(a); });
+  m.def("cuda_decode_workspace_bytes", &cuda::decode_space);
+  m.def(
+      "cuda_decode",
+      [](const DecodeCall& call, int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        cuda::decode_rows(call, device, stream);
       },
       py::arg("call"), py::arg("device"), py::arg("stream"), "Puts the work on the stream and returns.");
 }

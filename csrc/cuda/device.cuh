@@ -25,6 +25,7 @@ struct Bf16 {
 
 using lf_host::exp2_approximate;
 using lf_host::float_from_bits;
+using lf_host::load_again;
 using lf_host::load_once;
 using lf_host::load_vector;
 using lf_host::store_vector;
@@ -51,6 +52,8 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 // 16 aligned bytes that stay in the second-level cache for the second pass.
 __device__ __forceinline__ uint4 load_vector(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+// 16 aligned bytes that the first-level cache keeps: they are read over and over, and nobody writes them.
+__device__ __forceinline__ uint4 load_again(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 // 16 aligned bytes that nobody reads again.
 __device__ __forceinline__ uint4 load_once(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ void store_vector(void* p, uint4 value) { __stcs(static_cast<uint4*>(p), value); }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "decode_call.h"
 #include "kd_call.h"
 
 namespace latentforge::cuda {
@@ -22,5 +23,7 @@ int driver_version();
 
 // Put the work on `stream` of `device` and return; std::runtime_error with the runtime's words where that fails.
 void kd_rows(const KdCall& call, int device, uintptr_t stream);
+void decode_rows(const DecodeCall& call, int device, uintptr_t stream);
+int64_t decode_space();  // bytes of DecodeCall::workspace
 
 }  // namespace latentforge::cuda

@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentforge.kernels.cuda import decode as cuda_decode
+from latentforge.kernels.decode_settings import DecodeSettings
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
+from latentforge.kernels.weights import Int8Weight
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent / "emulation"
@@ -55,6 +58,33 @@ class KdCallC(ctypes.Structure):
     )
 
 
+class DecodeCallC(ctypes.Structure):
+    """``latentforge::cuda::DecodeCall`` (csrc/cuda/decode_call.h)."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("vocab", c_int64),
+        ("hidden", c_void_p),
+        ("hidden_stride", c_int64),
+        ("weight", c_void_p),
+        ("weight_stride", c_int64),
+        ("weight_type", c_int),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("seeds", c_void_p),
+        ("positions", c_void_p),
+        ("temperature", c_double),
+        ("logit_scale", c_double),
+        ("soft_cap", c_double),
+        ("top_k", c_int64),
+        ("top_p", c_double),
+        ("ids", c_void_p),
+        ("logprobs", c_void_p),
+        ("workspace", c_void_p),
+    )
+
+
 class EmulationError(Exception):
     """What the emulated device noticed."""
 
@@ -83,7 +113,11 @@ class Emulation:
         self.library.lf_size_of_kd_call.restype = c_size_t
         self.library.lf_kd_workspace_bytes.restype = c_int64
         self.library.lf_kd_rows.argtypes = (c_void_p, c_int, c_int64, c_uint64, ctypes.c_char_p, c_int)
+        self.library.lf_size_of_decode_call.restype = c_size_t
+        self.library.lf_decode_workspace_bytes.restype = c_int64
+        self.library.lf_decode.argtypes = (c_void_p, c_int, c_uint64, ctypes.c_char_p, c_int)
         assert self.library.lf_size_of_kd_call() == ctypes.sizeof(KdCallC)
+        assert self.library.lf_size_of_decode_call() == ctypes.sizeof(DecodeCallC)
         self._held: list[tuple[int, str]] = []
 
     def _buffer(self, count: int, dtype: torch.dtype, shift: int = 0, name: str = "") -> tuple[int, Tensor]:
@@ -174,6 +208,47 @@ class Emulation:
         self.finish(failed, error)
         if not untouched:
             raise EmulationError("wrote between the rows, or over the teacher")
+        return found
+
+    def decode(
+        self,
+        hidden: Tensor,
+        weight: Tensor | Int8Weight,
+        settings: DecodeSettings,
+        seeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        place: Place | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(ids [N], logprobs [N])."""
+        place = place or Place()
+        matrix = weight.values if isinstance(weight, Int8Weight) else weight
+        rows, width = hidden.shape
+        call = DecodeCallC(rows=rows, width=width, vocab=settings.vocab, temperature=settings.temperature)
+        padded = cuda_decode.padded(hidden)
+        call.hidden, call.hidden_stride = self.put(padded, name="hidden")[0], padded.shape[1]
+        call.weight = self.put(matrix, place.student_shift, place.gap, "weight")[0]
+        call.weight_stride = width + place.gap
+        call.weight_type = cuda_decode.WEIGHT_TYPES[matrix.dtype]
+        if isinstance(weight, Int8Weight):
+            call.scales = self.put(weight.scales, name="scales")[0]
+        if bias is not None:
+            call.bias = self.put(bias.float(), name="bias")[0]
+        if not settings.greedy and seeds is not None and positions is not None:
+            call.seeds, call.positions = self.put(seeds, name="seeds")[0], self.put(positions, name="positions")[0]
+        call.logit_scale, call.soft_cap = settings.logit_scale, settings.soft_cap or 0.0
+        call.top_k, call.top_p = cuda_decode.cut_of(settings)
+        call.ids, ids = self._buffer(rows, torch.int64, name="ids")
+        call.logprobs, logprobs = self._buffer(rows, torch.float32, name="logprobs")
+        call.workspace, workspace = self._buffer(
+            self.library.lf_decode_workspace_bytes(), torch.uint8, name="workspace"
+        )
+        workspace.fill_(0xA5)
+        error = ctypes.create_string_buffer(400)
+        failed = self.library.lf_decode(ctypes.byref(call), place.multiprocessors, place.order, error, 400)
+        found = ids.clone(), logprobs.clone()
+        self.finish(failed, error)
         return found
 
 

@@ -229,6 +229,7 @@ inline uint4 load_vector(const void* p) {
   std::memcpy(&value, p, sizeof value);
   return value;
 }
+inline uint4 load_again(const void* p) { return load_vector(p); }
 inline uint4 load_once(const void* p) { return load_vector(p); }
 inline void store_vector(void* p, uint4 value) {
   require_aligned(p);
@@ -277,8 +278,9 @@ inline unsigned atomicOr(uint32_t* p, unsigned bits) {
   *p |= bits;
   return before;
 }
-inline unsigned atomicAdd(uint32_t* p, unsigned by) {
-  const unsigned before = *p;
+template <class T>
+T atomicAdd(T* p, T by) {
+  const T before = *p;
   *p += by;
   return before;
 }

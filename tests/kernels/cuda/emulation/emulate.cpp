@@ -5,6 +5,7 @@
 
 #include <map>
 
+#include "decode_rows.cuh"
 #include "kd_step.cuh"
 
 namespace {
@@ -77,6 +78,13 @@ int lf_kd_rows(const KdCall* call, int multiprocessors, int64_t cache_bytes, uin
     device.cache_bytes = cache_bytes;
     latentforge::cuda::launch_kd(*call, device, 0);
   });
+}
+
+size_t lf_size_of_decode_call() { return sizeof(latentforge::cuda::DecodeCall); }
+int64_t lf_decode_workspace_bytes() { return latentforge::cuda::decode_workspace_bytes(); }
+
+int lf_decode(const latentforge::cuda::DecodeCall* call, int multiprocessors, uint64_t order, char* error, int size) {
+  return guarded(order, error, size, [&] { latentforge::cuda::launch_decode(*call, multiprocessors, 0); });
 }
 
 }  // extern "C"
