@@ -25,8 +25,7 @@ def kd_parity(*, mutant: str | None = None) -> Finding:
     known_mutant(mutant, ("perturbed", "nan_hidden"))
     disturb = {"perturbed": _off_by_a_per_cent, "nan_hidden": _without_nan}.get(mutant or "")
     best, *others = where.variants("kd_loss", "cpu")
-    cases = [(name, case) for name, case in grid(quick=True) if case.direction == "forward" and not case.bias]
-    cases = [(name, case) for name, case in cases if not case.settings.shaped]
+    cases = list(grid(quick=True))
     results = [compare(case, isa=best, disturb=disturb) for _, case in cases]
     # The others share all but their vectors: one case of each group tells them apart.
     one_each = dict(cases)
@@ -41,8 +40,7 @@ def linear_parity(*, mutant: str | None = None) -> Finding:
 
     known_mutant(mutant, ("rounded_logits",))
     produce = _rounded_first if mutant else None
-    cases = [case for _, case in linear.grid(quick=True) if case.direction == "forward" and not case.bias]
-    results = [linear.compare(case, produce=produce) for case in cases]
+    results = [linear.compare(case, produce=produce) for _, case in linear.grid(quick=True)]
     found = _finding(results, "gradient")
     gains = [result.gain for result in results if result.gain is not None]
     return type(found)(
