@@ -15,6 +15,9 @@ SMALL_KD_SHAPES = ((1, 33), (7, 1003), (1100, 259))
 SMALL_LINEAR_SHAPES = ((1, 16, 33), (7, 40, 1003), (1100, 24, 131))  # rows, width, vocabulary
 SMALL_DECODE_SHAPES = ((1, 16, 33), (7, 72, 1003), (1100, 24, 131))
 
+# What compiles a rung's kernels without a launch.
+COMPILERS = {"triton": "latentforge.kernels.triton.ahead:compile_for_guard"}
+
 
 def table(machine: Machine) -> list[Variant]:
     """Every variant of the device that training would use here: the GPU's where there is one, else the processor's."""
@@ -43,7 +46,8 @@ def _kd(rung: str, directions: tuple[str, ...], shapes: tuple[tuple[int, ...], .
     for dtype in ("bf16", "fp32"):
         for targets in ("dense", "topk"):
             for direction in directions:
-                yield Variant("kd_loss", dtype, rung, entry, targets, direction, shapes=shapes, **where)  # type: ignore[arg-type]
+                how = {"compile": COMPILERS.get(rung), **where}
+                yield Variant("kd_loss", dtype, rung, entry, targets, direction, shapes=shapes, **how)  # type: ignore[arg-type]
 
 
 def _linear(rung: str, shapes: tuple[tuple[int, ...], ...], **where: str) -> Iterator[Variant]:
@@ -57,4 +61,5 @@ def _decode(rung: str, shapes: tuple[tuple[int, ...], ...], **where: str) -> Ite
     entry = f"latentforge.kernels.{rung}.decode:decode"
     for dtype in ("bf16", "fp32"):
         for weight in ("float", "int8"):
-            yield Variant("latent_decode", dtype, rung, entry, weight, shapes=shapes, **where)  # type: ignore[arg-type]
+            how = {"compile": COMPILERS.get(rung), **where}
+            yield Variant("latent_decode", dtype, rung, entry, weight, shapes=shapes, **how)  # type: ignore[arg-type]

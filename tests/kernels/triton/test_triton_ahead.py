@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from latentforge.errors import RefusedError
+from latentforge.kernels.guard.table import table
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.triton import ahead, kd, require
 from latentforge.kernels.triton.ahead import Ahead, CompiledReport, compile_ahead, problems, read_listings
@@ -113,6 +115,18 @@ def test_the_noise_is_compiled_without_fused_multiply_adds() -> None:
         for variant in EVERY.values()
         if variant.kernel in ("decode_split", "decode_pick")
     )
+
+
+@pytest.mark.slow
+def test_the_warm_up_guard_compiles_what_it_is_going_to_prove() -> None:
+    machine = SimpleNamespace(capability=(12, 1), triton="3.9.0")
+    ours = [variant for variant in table(machine) if variant.rung == "triton"]  # type: ignore[arg-type]
+    assert {variant.op for variant in ours} == {"kd_loss", "latent_decode"}
+    assert {variant.compile for variant in ours} == {"latentforge.kernels.triton.ahead:compile_for_guard"}
+    for variant in (ours[0], ours[-1]):
+        found = ahead.compile_for_guard(variant, (12, 1))
+        assert found["targets"] == ("sm_121a",)
+        assert found["spill_bytes"] == 0
 
 
 def test_a_process_that_interprets_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
