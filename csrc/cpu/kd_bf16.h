@@ -21,14 +21,16 @@ namespace {
 constexpr int64_t kLine = 32;
 constexpr double kFloor = -120.0, kCeiling = 40.0;  // powers of two around the reference that need no care
 
-// 2^(c x - origin), relative error 3.7e-6, 1/1000 of what the gradient loses when it is rounded to bf16. An addition of
-// a large number rounds c x to a whole number, which lands in the low bits, where shift and add make an exponent of it;
-// what is left of c x is put into [1, 2), where the best quartic has no cubic term, and its leading coefficient is left
-// out, as everything is divided by a sum of the same.
+// 2^(c x - origin), relative error at most 3.7e-6, 1/1000 of what the gradient loses when it is rounded to bf16.
+//
+// Where instructions split a number and scale by a power of two (AVX-512), they do, and whatever is far below becomes 0
+// by itself. Elsewhere an addition of a large number rounds c x to a whole number, which lands in the low bits, where
+// shift and add make an exponent of it; what is left of c x is put into [1, 2), where the best quartic has no cubic
+// term, and its leading coefficient is left out, as everything is divided by a sum of the same.
 struct Power {
   using V = Simd::V;
   static constexpr double kMagic = 12582912.0;
-  static constexpr double kLeading = 5.2448676053135515 + (Simd::rounds_down ? 1.0 : 1.5);
+  static constexpr double kLeading = Simd::scales ? 0.0 : 5.2448676053135515 + 1.5;
 
   explicit Power(double temperature) : c(static_cast<float>(kLog2e / temperature)), per_logit(c) {}
 
@@ -44,19 +46,24 @@ struct Power {
 
   template <bool safe>
   V at(V x) const {
-    const V bounded = safe ? Simd::max(Simd::set(lowest), x) : x;
-    const V whole = Simd::whole(bounded, Simd::set(c), Simd::set(addend));
-    V f;
-    if constexpr (Simd::rounds_down) {
-      f = Simd::fma(bounded, Simd::set(c), Simd::sub(Simd::set(addend + 1.0f), whole));
+    if constexpr (Simd::scales) {
+      const V z = Simd::fma(x, Simd::set(c), Simd::set(static_cast<float>(-base))), f = Simd::fraction(z);
+      V p = Simd::fma(f, Simd::set(0.013534168062f), Simd::set(0.052011460299f));
+      p = Simd::fma(p, f, Simd::set(0.2414427571f));
+      p = Simd::fma(p, f, Simd::set(0.69300383443f));
+      p = Simd::fma(p, f, Simd::set(1.0000025934f));
+      return Simd::scale(p, z);
     } else {
-      f = Simd::add(Simd::fma(bounded, Simd::set(c), Simd::sub(Simd::set(addend), whole)), Simd::set(1.5f));
+      const V bounded = safe ? Simd::max(Simd::set(lowest), x) : x;
+      const V whole = Simd::fma(bounded, Simd::set(c), Simd::set(addend));
+      const V rest = Simd::fma(bounded, Simd::set(c), Simd::sub(Simd::set(addend), whole));
+      const V f = Simd::add(rest, Simd::set(1.5f));
+      V p = Simd::fma(f, f, Simd::set(12.273134951714734f));
+      p = Simd::fma(p, f, Simd::set(24.019276372391463f));
+      p = Simd::fma(p, f, Simd::set(38.54630290392402f));
+      p = Simd::add_exponent(p, whole);
+      return safe ? Simd::where_positive(Simd::sub(x, Simd::set(lowest)), p) : p;
     }
-    V p = Simd::fma(f, f, Simd::set(12.273134951714734f));
-    p = Simd::fma(p, f, Simd::set(24.019276372391463f));
-    p = Simd::fma(p, f, Simd::set(38.54630290392402f));
-    p = Simd::add_exponent(p, whole);
-    return safe ? Simd::where_positive(Simd::sub(x, Simd::set(lowest)), p) : p;
   }
   double exactly(double x) const { return std::exp2(x * per_logit - origin); }
 
@@ -71,15 +78,27 @@ struct Extremes {
   bool odd;
 };
 
+// The largest of n 16-bit numbers, as unsigned and as signed ones; by Simd where it has a way of its own.
+template <class Machine>
+void bounds(const uint16_t* p, int64_t n, uint16_t& lowest, int16_t& highest) {
+  if constexpr (requires { Machine::bounds(p, n, lowest, highest); }) {
+    Machine::bounds(p, n, lowest, highest);
+  } else {
+    lowest = 0;
+    highest = -32768;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto bits = static_cast<int16_t>(p[i]);
+      lowest = p[i] > lowest ? p[i] : lowest;
+      highest = bits > highest ? bits : highest;
+    }
+  }
+}
+
 inline Extremes extremes(const uint16_t* p, int64_t n) {
   // As unsigned numbers negative logits come last, the lowest at the end; as signed ones the highest positive.
-  uint16_t lowest = 0;
-  int16_t highest = -32768;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto bits = static_cast<int16_t>(p[i]);
-    lowest = p[i] > lowest ? p[i] : lowest;
-    highest = bits > highest ? bits : highest;
-  }
+  uint16_t lowest;
+  int16_t highest;
+  bounds<Simd>(p, n, lowest, highest);
   Extremes found{lowest >= 0x8000 ? widen(lowest) : 0.0f, 0.0f, lowest > 0xff80 || highest >= 0x7f80};
   if (highest >= 0) {
     found.high = widen(static_cast<uint16_t>(highest));
@@ -173,6 +192,7 @@ struct Bf16Dense {
   // T * log q / p of a token, but for a constant.
   V gap(V x, V y) const { return Simd::fnma(y, Simd::set(ratio), x); }
 
+  // The block after this one is asked for meanwhile: looking through it first would wait for every line of it.
   template <bool safe, bool by_q>
   void add(const uint16_t* s, const uint16_t* t, int64_t n) {
     const V zero = Simd::set(0.0f);
@@ -181,6 +201,8 @@ struct Bf16Dense {
       V x[2], y[2];
       Simd::load2(s + i, x[0], x[1]);
       Simd::load2(t + i, y[0], y[1]);
+      __builtin_prefetch(s + i + kBlock, 0, 3);
+      __builtin_prefetch(t + i + kBlock, 0, 3);
       for (int j = 0; j < 2; ++j) {
         const V es = student.at_t.template at<safe>(x[j]), et = teacher.template at<safe>(y[j]);
         sums[j] = Simd::add(sums[j], es);

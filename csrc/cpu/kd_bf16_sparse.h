@@ -28,6 +28,7 @@ struct Bf16Sparse {
     V sums[2] = {zero, zero}, ones[2] = {zero, zero};
     for (int64_t line = 0; line < n; line += kLine, patched >>= 1) {
       const uint16_t* p = (patched & 1u) != 0 ? patch + line : s + line;
+      __builtin_prefetch(s + line + kBlock, 0, 3);  // the next block, which is looked through first
       for (int64_t i = 0; i < kLine; i += kStep) {
         V x[2];
         Simd::load2(p + i, x[0], x[1]);

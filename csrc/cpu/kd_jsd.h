@@ -13,9 +13,9 @@
 namespace latentforge {
 namespace {
 
-// Natural logarithm of 1 + d where that is a positive normal number; near 1 as exact as d is (Cephes' polynomial).
-inline float log_one_plus(float d) {
-  const float a = 1.0f + d;
+// Natural logarithm of a = 1 + d, a positive normal number; near 1 as exact as d is, far from it as a is (Cephes'
+// polynomial).
+inline float log_of(float a, float d) {
   int32_t bits;
   __builtin_memcpy(&bits, &a, sizeof bits);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // a = 2^exponent * [sqrt(1/2), sqrt(2))
@@ -40,13 +40,14 @@ inline float log_one_plus(float d) {
 inline float against_mixture(float weight, float other, float share) {
   const float mixture = share * other + (1.0f - share) * weight;
   const float safe = mixture > 0.0f ? mixture : 1.0f;
-  const float cost = weight * log_one_plus(share * (weight - other) / safe);
+  const float cost = weight * log_of(weight / safe, share * (weight - other) / safe);
   return weight > 0.0f ? cost : 0.0f;
 }
 inline double against_mixture(double weight, double other, double share) {
   if (!(weight > 0.0)) return 0.0;
   const double mixture = share * other + (1.0 - share) * weight;
-  return weight * std::log1p(share * (weight - other) / mixture);
+  const double ratio = weight / mixture;
+  return weight * (ratio > 0.5 ? std::log1p(share * (weight - other) / mixture) : std::log(ratio));
 }
 
 template <Ce ce, class G>

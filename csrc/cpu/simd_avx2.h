@@ -28,10 +28,10 @@ struct Simd {
     return mul(p, _mm256_castsi256_ps(bits));
   }
   static V scale_clamped(V p, V n) { return scale(p, _mm256_min_ps(set(127.0f), max(set(-127.0f), n))); }
-  // x * c rounded to the nearest whole number, plus `addend`, a large one: the whole number is in the low bits.
-  static constexpr bool rounds_down = false;
-  static V whole(V x, V c, V addend) { return fma(x, c, addend); }
-  // p times two to the power of the low bits of `whole`, unchecked.
+  // Whether fraction() and scale() are instructions that take any number.
+  static constexpr bool scales = false;
+  static V fraction(V z) { return sub(z, floor(z)); }
+  // p times two to the power of the low bits of `whole`, a whole number that was rounded by a large addend; unchecked.
   static V add_exponent(V p, V whole) {
     const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(whole), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));

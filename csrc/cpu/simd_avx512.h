@@ -26,12 +26,11 @@ struct Simd {
   // stays NaN.
   static V scale(V p, V n) { return _mm512_scalef_ps(p, n); }
   static V scale_clamped(V p, V n) { return scale(p, n); }
-  // x * c rounded down to a whole number, plus `addend`, a large one: the whole number is in the low bits.
-  static constexpr bool rounds_down = true;
-  static V whole(V x, V c, V addend) {
-    return _mm512_fmadd_round_ps(x, c, addend, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  }
-  // p times two to the power of the low bits of `whole`, unchecked.
+  // Whether fraction() and scale() are instructions that take any number.
+  static constexpr bool scales = true;
+  // z - floor(z), for scale(), which rounds down by itself; minus infinity has no fraction.
+  static V fraction(V z) { return _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // p times two to the power of the low bits of `whole`, a whole number that was rounded by a large addend; unchecked.
   static V add_exponent(V p, V whole) {
     const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power));
@@ -42,6 +41,24 @@ struct Simd {
   }
   static float sum(V a) { return _mm512_reduce_add_ps(a); }
   static float highest(V a) { return _mm512_reduce_max_ps(a); }
+
+  // The largest of n 16-bit numbers (n a multiple of 32), as unsigned and as signed ones.
+  static void bounds(const uint16_t* p, int64_t n, uint16_t& lowest, int16_t& highest) {
+    __m512i u = _mm512_setzero_si512(), h = _mm512_set1_epi16(-32768);
+    for (int64_t i = 0; i < n; i += 32) {
+      const __m512i x = _mm512_loadu_si512(p + i);
+      u = _mm512_max_epu16(u, x);
+      h = _mm512_max_epi16(h, x);
+    }
+    const __m256i u16 = _mm256_max_epu16(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));
+    const __m256i h16 = _mm256_max_epi16(_mm512_castsi512_si256(h), _mm512_extracti64x4_epi64(h, 1));
+    const __m128i u8 = _mm_max_epu16(_mm256_castsi256_si128(u16), _mm256_extracti128_si256(u16, 1));
+    const __m128i h8 = _mm_max_epi16(_mm256_castsi256_si128(h16), _mm256_extracti128_si256(h16, 1));
+    // The smallest of eight is an instruction; mirrored, so is the largest.
+    const __m128i ones = _mm_set1_epi16(-1), flip = _mm_set1_epi16(0x7fff);
+    lowest = static_cast<uint16_t>(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(u8, ones)), 0));
+    highest = static_cast<int16_t>(_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(h8, flip)), 0) ^ 0x7fff);
+  }
 
   // Two vectors at once: for bf16 the even and the odd columns, which costs a
   // shift and a mask instead of a shuffle.

@@ -1,5 +1,10 @@
 // 128-bit vectors in the compiler's own notation: SSE2 on x86-64, NEON on
 // aarch64. No fused multiply-add is assumed.
+//
+// What every simd_*.h must give the row kernels is here: `V` of `width` floats, `fused` (whether fma rounds once),
+// set add sub mul fma (a b + c) fnma (c - a b) max floor sum highest where_positive, scale_clamped(p, n) = p 2^n,
+// `scales` with fraction and scale, add_exponent; load2 and store2 of 2 * width elements, fp32 in their order and
+// bf16 in any order that is the same for both; store2_ordered to bf16 in the columns' order; prefetch.
 #pragma once
 
 #include <cstdint>
@@ -41,10 +46,10 @@ struct Simd {
     return p * (V)(exponent << 23);
   }
   static V scale_clamped(V p, V n) { return scale(p, clamped(n)); }
-  // x * c rounded to the nearest whole number, plus `addend`, a large one: the whole number is in the low bits.
-  static constexpr bool rounds_down = false;
-  static V whole(V x, V c, V addend) { return fma(x, c, addend); }
-  // p times two to the power of the low bits of `whole`, unchecked.
+  // Whether fraction() and scale() are instructions that take any number.
+  static constexpr bool scales = false;
+  static V fraction(V z) { return sub(z, floor(z)); }
+  // p times two to the power of the low bits of `whole`, a whole number that was rounded by a large addend; unchecked.
   static V add_exponent(V p, V whole) { return (V)((U)p + ((U)whole << 23)); }
   // value where gate > 0, else 0.
   static V where_positive(V gate, V value) { return select(gate > set(0.0f), value, set(0.0f)); }

@@ -31,10 +31,10 @@ struct Simd {
     return mul(p, vreinterpretq_f32_s32(bits));
   }
   static V scale_clamped(V p, V n) { return scale(p, clamped(n)); }
-  // x * c rounded to the nearest whole number, plus `addend`, a large one: the whole number is in the low bits.
-  static constexpr bool rounds_down = false;
-  static V whole(V x, V c, V addend) { return fma(x, c, addend); }
-  // p times two to the power of the low bits of `whole`, unchecked.
+  // Whether fraction() and scale() are instructions that take any number.
+  static constexpr bool scales = false;
+  static V fraction(V z) { return sub(z, floor(z)); }
+  // p times two to the power of the low bits of `whole`, a whole number that was rounded by a large addend; unchecked.
   static V add_exponent(V p, V whole) {
     const int32x4_t power = vshlq_n_s32(vreinterpretq_s32_f32(whole), 23);
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), power));
