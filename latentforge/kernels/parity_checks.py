@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from latentforge.kernels.parity.linear import Case, Gradients
 
 
-def kd_parity(*, mutant: str | None = None) -> Finding:
-    """Every instruction set of the cpu backend is as near to fp64 as torch is at the same precision, in each group."""
+def kd_parity(*, groups: list[str] | None = None, mutant: str | None = None) -> Finding:
+    """Every instruction set of the cpu backend is as near to fp64 as torch is at the same precision, in each group.
+
+    ``groups`` names some of the grid's groups; None takes all.
+    """
     from latentforge.kernels.fixtures import known_mutant
     from latentforge.kernels.parity import where
     from latentforge.kernels.parity.kd import compare
@@ -25,7 +28,7 @@ def kd_parity(*, mutant: str | None = None) -> Finding:
     known_mutant(mutant, ("perturbed", "nan_hidden"))
     disturb = {"perturbed": _off_by_a_per_cent, "nan_hidden": _without_nan}.get(mutant or "")
     best, *others = where.variants("kd_loss", "cpu")
-    cases = list(grid(quick=True))
+    cases = [(name, case) for name, case in grid(quick=True) if groups is None or name in groups]
     results = [compare(case, isa=best, disturb=disturb) for _, case in cases]
     # The others share all but their vectors: one case of each group tells them apart.
     one_each = dict(cases)
