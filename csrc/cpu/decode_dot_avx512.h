@@ -84,7 +84,7 @@ struct IntTile512 {
   using Total = int32_t;
   using Weight = int8_t;
   static constexpr int rows = 4, parts = 3, locality = 2;
-  static constexpr int tokens(int k) { return k <= 2 ? 4 : 2; }
+  static constexpr int tokens(int k) { return k == 1 ? 4 : k == 2 ? 2 : 1; }  // more spills: three sums a pair
   static constexpr int64_t tokens_ahead(int k) { return k < 3 ? 0 : 8; }
   struct Acc {
     __m512i part[3];
