@@ -67,6 +67,21 @@ def test_odd_rows_at_odd_addresses_are_right_and_nothing_else_is_written(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("direction", ["reverse", "jsd"])
+def test_other_directions_and_shaped_logits_are_right(
+    arm: Any, direction: str, dtype: torch.dtype, variant: str
+) -> None:
+    for case in (
+        Case(2051, dtype, dtype, 2.0, direction=direction, rows=6),
+        Case(2051, dtype, dtype, 2.0, direction=direction, bias=True, logit_scale=0.5, soft_cap=20.0, rows=6),
+        Case(2051, dtype, dtype, 1.0, k=20, direction="reverse", rows=6),
+    ):
+        result = compare(case, isa=variant)
+        assert result.passed, result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_student_and_teacher_of_two_precisions_are_walked_in_one_order(arm: Any, variant: str) -> None:
     for types in ((BF16, FP32), (FP32, BF16)):
         result = compare(Case(1999, *types, 2.0, rows=6), isa=variant)
