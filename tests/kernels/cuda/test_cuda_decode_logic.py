@@ -92,9 +92,10 @@ def equals(emulation: Any) -> None:
         assert int(ids.max()) < allowed, f"{draw}: {ids.tolist()}"
         assert len(set(ids.tolist())) > 2
         compare(emulation, hidden, weight, DecodeSettings(100, 1.0, **draw))
-    # Products of minus zero rank with those of zero.
-    weight[:] = 0.0
-    ids, _ = emulation.decode(-hidden, weight, DecodeSettings(100, 1.0, top_k=7), seeds, positions, -torch.zeros(100))
+    # What underflows to minus zero ranks with zero.
+    weight[::2] = -1e-20
+    weight[1::2] = 1e-20
+    ids, _ = emulation.decode(hidden, weight, DecodeSettings(100, 1.0, top_k=7, logit_scale=1e-30), seeds, positions)
     assert int(ids.max()) < 7
 
 
@@ -214,8 +215,8 @@ FAULTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "file", "text", "instead"),
-    # A build each: every second one is left to the soak.
-    [pytest.param(*fault, id=fault[0], marks=[pytest.mark.soak] if i % 2 else []) for i, fault in enumerate(FAULTS)],
+    # A build each: most are left to the soak.
+    [pytest.param(*fault, id=fault[0], marks=[pytest.mark.soak] if i % 4 else []) for i, fault in enumerate(FAULTS)],
 )
 def test_a_planted_fault_is_caught(
     faulty_emulation: Callable[[str, str, str], Any],
