@@ -123,6 +123,9 @@ def test_rows_without_an_answer_say_so_and_the_others_answer(cut: dict[str, Any]
         assert found[0][1] == -1
     nothing = (states, matrix, DecodeSettings(150, 1.0, **cut), seeds, positions, torch.full((150,), -INF))
     assert triton.decode(*nothing, config=SMALL)[0].tolist() == [-1] * 5
+    one = torch.zeros(150)
+    one[77] = torch.nan  # a single token, beside others that could be chosen
+    assert triton.decode(*nothing[:5], one, config=SMALL)[0].tolist() == [-1] * 5
 
 
 def test_the_bits_of_a_row_do_not_depend_on_the_other_rows() -> None:
