@@ -108,6 +108,9 @@ def odd(emulation: Any) -> None:
     hidden[3] *= 1e30
     bias = torch.zeros(60)
     bias[::2] = -INF
+    one_nan = torch.zeros(60)
+    one_nan[5] = torch.nan
+    compare(emulation, hidden, weight, DecodeSettings(57), one_nan)
     for draw in (DRAWS[0], DRAWS[4]):
         compare(emulation, hidden, weight, DecodeSettings(57, **draw), bias)
         compare(emulation, hidden, weight, DecodeSettings(57, **draw), torch.full((60,), -INF))
