@@ -2,9 +2,11 @@
 // added to the logits. The kernels here decline every other row before they write anything, and the fp32 kernels take
 // it: a row with NaN or plus infinity, a first block without a finite logit, sums that leave the range of fp32.
 //
-// A row is read twice, for its sums and (from cache) for its gradient. Each block is first looked through as 16-bit
+// A row is read twice, for its sums and (from cache) for its gradient. A block is first looked through as 16-bit
 // integers, which costs one instruction for 32 logits on each side of zero: so the exponential can do without any
-// clamping, except in blocks that hold something far below the reference (padding), where it has it.
+// clamping, except in blocks that hold something far below the reference (padding), where it has it. Where instructions
+// scale by a power of two (AVX-512) nothing is clamped anyway: there only the first block is looked through, and any
+// other whose sums show that its reference is too low or that there is infinity or NaN in it.
 #pragma once
 
 #include <algorithm>
@@ -192,17 +194,28 @@ struct Bf16Dense {
   // T * log q / p of a token, but for a constant.
   V gap(V x, V y) const { return Simd::fnma(y, Simd::set(ratio), x); }
 
-  // The block after this one is asked for meanwhile: looking through it first would wait for every line of it.
+  struct Sums {
+    double student, one, teacher, cross;
+    // Whether the references were high enough and every logit was finite.
+    bool ordinary() const {
+      return student < kTooLow && one < kTooLow * kTooLow && teacher < kTooLow && std::isfinite(cross);
+    }
+  };
+
+  // Where blocks are looked through first, the one after this is asked for meanwhile: the look would wait for every
+  // line of it.
   template <bool safe, bool by_q>
-  void add(const uint16_t* s, const uint16_t* t, int64_t n) {
+  Sums sums_of(const uint16_t* s, const uint16_t* t, int64_t n) const {
     const V zero = Simd::set(0.0f);
     V sums[2] = {zero, zero}, ones[2] = {zero, zero}, teachers[2] = {zero, zero}, crosses[2] = {zero, zero};
     for (int64_t i = 0; i < n; i += kStep) {
       V x[2], y[2];
       Simd::load2(s + i, x[0], x[1]);
       Simd::load2(t + i, y[0], y[1]);
-      __builtin_prefetch(s + i + kBlock, 0, 3);
-      __builtin_prefetch(t + i + kBlock, 0, 3);
+      if constexpr (!Simd::scales) {
+        __builtin_prefetch(s + i + kBlock, 0, 3);
+        __builtin_prefetch(t + i + kBlock, 0, 3);
+      }
       for (int j = 0; j < 2; ++j) {
         const V es = student.at_t.template at<safe>(x[j]), et = teacher.template at<safe>(y[j]);
         sums[j] = Simd::add(sums[j], es);
@@ -218,15 +231,28 @@ struct Bf16Dense {
       }
     }
     const auto total = [](const V(&v)[2]) { return static_cast<double>(Simd::sum(Simd::add(v[0], v[1]))); };
-    student.sum += total(sums);
-    student.sum_one += total(ones);
-    teacher_sum += total(teachers);
-    cross += total(crosses);
+    return {total(sums), total(ones), total(teachers), total(crosses)};
+  }
+  void add(const Sums& sums) {
+    student.sum += sums.student;
+    student.sum_one += sums.one;
+    teacher_sum += sums.teacher;
+    cross += sums.cross;
   }
 
   // One block; false where this row is not for this kernel.
   template <bool by_q>
   bool take(const uint16_t* s, const uint16_t* t, int64_t n, bool first, float* lows) {
+    if constexpr (Simd::scales) {
+      if (!first) {
+        const Sums sums = sums_of<false, by_q>(s, t, n);
+        if (sums.ordinary()) {
+          lows[0] = lows[1] = kInfinity;
+          add(sums);
+          return true;
+        }
+      }
+    }
     const Extremes of_student = extremes(s, n), of_teacher = extremes(t, n);
     if (of_student.odd || of_teacher.odd) return false;
     if (first && (of_student.high == -kInfinity || of_teacher.high == -kInfinity)) return false;
@@ -243,7 +269,7 @@ struct Bf16Dense {
     if (!student.reachable() || !(std::fabs(teacher.base) < student.kFarthest)) return false;
     lows[0] = of_student.low;
     lows[1] = of_teacher.low;
-    safe_block(lows) ? add<true, by_q>(s, t, n) : add<false, by_q>(s, t, n);
+    add(safe_block(lows) ? sums_of<true, by_q>(s, t, n) : sums_of<false, by_q>(s, t, n));
     return true;
   }
   // Whether the exponentials of a block with these bounds need clamping.

@@ -22,16 +22,22 @@ struct Bf16Sparse {
   Bf16Sparse(const KdCall& call, const Row& row) : student(call, row) {}
 
   // Sums of n logits, n a multiple of kLine up to kBlock; the lines whose bit is set in `patched` come from `patch`.
+  struct Sums {
+    double student, one;
+    // Whether the reference was high enough and no logit was plus infinity or NaN.
+    bool ordinary() const { return student < kTooLow && one < kTooLow * kTooLow; }
+  };
+
   template <bool safe>
-  void add(const uint16_t* s, int64_t n, uint32_t patched, const uint16_t* patch) {
+  Sums sums_of(const uint16_t* s, int64_t n, uint32_t patched, const uint16_t* patch) const {
     const V zero = Simd::set(0.0f);
     V sums[2] = {zero, zero}, ones[2] = {zero, zero};
-    for (int64_t line = 0; line < n; line += kLine, patched >>= 1) {
-      const uint16_t* p = (patched & 1u) != 0 ? patch + line : s + line;
-      __builtin_prefetch(s + line + kBlock, 0, 3);  // the next block, which is looked through first
-      for (int64_t i = 0; i < kLine; i += kStep) {
+    const auto sweep = [&](const uint16_t* p, int64_t count) {
+      for (int64_t i = 0; i < count; i += kStep) {
         V x[2];
         Simd::load2(p + i, x[0], x[1]);
+        // The next block, where it is looked through first.
+        if constexpr (!Simd::scales) __builtin_prefetch(p + i + kBlock, 0, 3);
         for (int j = 0; j < 2; ++j) {
           const V e = student.at_t.template at<safe>(x[j]);
           sums[j] = Simd::add(sums[j], e);
@@ -39,9 +45,21 @@ struct Bf16Sparse {
           if constexpr (ce == Ce::separate) ones[j] = Simd::add(ones[j], student.template ce_exponential<safe>(x[j]));
         }
       }
+    };
+    int64_t at = 0;
+    for (; patched != 0; patched &= patched - 1) {
+      const int64_t line = __builtin_ctz(patched) * kLine;
+      sweep(s + at, line - at);
+      sweep(patch + line, kLine);
+      at = line + kLine;
     }
-    student.sum += static_cast<double>(Simd::sum(Simd::add(sums[0], sums[1])));
-    student.sum_one += static_cast<double>(Simd::sum(Simd::add(ones[0], ones[1])));
+    sweep(s + at, n - at);
+    return {static_cast<double>(Simd::sum(Simd::add(sums[0], sums[1]))),
+            static_cast<double>(Simd::sum(Simd::add(ones[0], ones[1])))};
+  }
+  void add(const Sums& sums) {
+    student.sum += sums.student;
+    student.sum_one += sums.one;
   }
 };
 
@@ -88,26 +106,38 @@ bool bf16_sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   Bf16Sparse<ce> sums(call, row);
   auto& student = sums.student;
   uint16_t patch[kBlock];
-  const auto take = [&](const uint16_t* p, int64_t start, int64_t n, float& low, bool add_lists) {
+  const auto patch_block = [&](const uint16_t* p, int64_t start, int64_t n) {
+    uint32_t patched = 0;
+    const uint16_t least = at_least(student.lowest());
+    entries.in_block(start / kBlock, [&](int32_t, int64_t id) {
+      const int64_t offset = id - start;
+      if (offset < 0 || offset >= n) return;
+      const int64_t line = offset / kLine;
+      if ((patched >> line & 1u) == 0) std::copy(p + line * kLine, p + (line + 1) * kLine, patch + line * kLine);
+      patched |= 1u << line;
+      patch[offset] = least;
+    });
+    return patched;
+  };
+  const auto take = [&](const uint16_t* p, int64_t start, int64_t n, float& low, bool has_entries) {
+    if constexpr (Simd::scales) {
+      if (start != 0) {
+        const auto found = sums.template sums_of<false>(p, n, has_entries ? patch_block(p, start, n) : 0u, patch);
+        if (found.ordinary()) {
+          low = kInfinity;
+          sums.add(found);
+          return true;
+        }
+      }
+    }
     const Extremes found = extremes(p, n);
     if (found.odd || (start == 0 && found.high == -kInfinity)) return false;
     student.reach(found.high, start == 0);
     if (!student.reachable()) return false;
     low = found.low;
-    uint32_t patched = 0;
-    if (add_lists) {
-      const uint16_t least = at_least(student.lowest());
-      entries.in_block(start / kBlock, [&](int32_t, int64_t id) {
-        const int64_t offset = id - start;
-        if (offset < 0 || offset >= n) return;
-        const int64_t line = offset / kLine;
-        if ((patched >> line & 1u) == 0) std::copy(p + line * kLine, p + (line + 1) * kLine, patch + line * kLine);
-        patched |= 1u << line;
-        patch[offset] = least;
-      });
-    }
-    low < student.lowest() ? sums.template add<true>(p, n, patched, patch)
-                           : sums.template add<false>(p, n, patched, patch);
+    const uint32_t patched = has_entries ? patch_block(p, start, n) : 0u;
+    sums.add(low < student.lowest() ? sums.template sums_of<true>(p, n, patched, patch)
+                                    : sums.template sums_of<false>(p, n, patched, patch));
     return true;
   };
   for (int64_t b = 0; b < blocks; ++b)
