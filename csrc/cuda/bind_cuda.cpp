@@ -37,6 +37,25 @@ void latentforge::bind_cuda(py::module_& m) {
       "cuda_resources", [] { return std::string(kResourceReport); },
       "What the assembler reported of each kernel for each architecture.");
 
+  m.def(
+      "cuda_load",
+      [](const std::string& op, int device) {
+        if (op != "kd" && op != "decode") throw py::value_error("no kernels are called " + op);
+        py::list loaded;
+        for (const auto& kernel : op == "kd" ? cuda::load_kd(device) : cuda::load_decode(device)) {
+          py::dict one;
+          one["kernel"] = kernel.name;
+          one["registers"] = kernel.registers;
+          one["local_bytes"] = kernel.local_bytes;
+          one["shared_bytes"] = kernel.shared_bytes;
+          one["code"] = "sm_" + std::to_string(kernel.code);
+          loaded.append(one);
+        }
+        return loaded;
+      },
+      py::arg("op"), py::arg("device"),
+      "Loads every kernel of `kd` or `decode` without a launch, and says what it takes.");
+
   py::class_<KdCall>(m, "CudaKdCall")
       .def(py::init<>())
       .def_readwrite("rows", &KdCall::rows)

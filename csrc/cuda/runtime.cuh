@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kd_step.cuh"
+#include "runtime.h"
 
 namespace latentforge::cuda {
 
@@ -21,14 +22,20 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "the current device");
-    if (before_ != device) check(cudaSetDevice(device), "choosing the device");
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "choosing the device");
+    changed_ = true;
   }
-  ~OnDevice() { (void)cudaSetDevice(before_); }
+  // Only where it was changed: setting a device starts a context on it.
+  ~OnDevice() {
+    if (changed_) (void)cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 inline Device properties(int device) {
@@ -38,6 +45,15 @@ inline Device properties(int device) {
   check(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device), "second-level cache");
   found.cache_bytes = cache;
   return found;
+}
+
+// Asking for a function's attributes loads it, whatever the loading mode.
+template <class Kernel>
+Loaded load(const char* name, Kernel* kernel) {
+  cudaFuncAttributes found;
+  check(cudaFuncGetAttributes(&found, kernel), name);
+  return {name, found.numRegs, static_cast<int64_t>(found.localSizeBytes), static_cast<int64_t>(found.sharedSizeBytes),
+          found.binaryVersion};
 }
 
 }  // namespace latentforge::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "decode_call.h"
 #include "kd_call.h"
@@ -25,5 +26,18 @@ int driver_version();
 void kd_rows(const KdCall& call, int device, uintptr_t stream);
 void decode_rows(const DecodeCall& call, int device, uintptr_t stream);
 int64_t decode_space();  // bytes of DecodeCall::workspace
+
+// A kernel as the driver has loaded it: what a thread and a block of it take.
+struct Loaded {
+  std::string name;
+  int registers = 0;
+  int64_t local_bytes = 0;  // stack and spills of a thread
+  int64_t shared_bytes = 0;
+  int code = 0;  // architecture of the machine code, 90 is sm_90
+};
+
+// Loads every kernel on `device` and launches none; std::runtime_error naming the first that is not there.
+std::vector<Loaded> load_kd(int device);
+std::vector<Loaded> load_decode(int device);
 
 }  // namespace latentforge::cuda

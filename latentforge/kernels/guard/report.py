@@ -11,7 +11,7 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.guard.ladder import Choice, choose, read_states
 from latentforge.kernels.guard.machine import Machine
 from latentforge.kernels.guard.reasons import REASONS
-from latentforge.kernels.guard.records import Records
+from latentforge.kernels.guard.records import Record, Records
 from latentforge.kernels.guard.variants import Variant
 from latentforge.kernels.guard.warmup import Line
 from latentforge.verdicts import ExitCode
@@ -34,7 +34,7 @@ class Report:
     @property
     def alone(self) -> list[Line]:
         """Composites that failed: kernels that are right one by one and not together."""
-        return [line for line in self.lines if line.variant.op == "composite" and line.record.state == "failed"]
+        return [line for line in self.lines if line.variant.op == "composite" and _unfit(line.record)]
 
     @property
     def code(self) -> ExitCode:
@@ -158,9 +158,17 @@ def _row(line: Line, width: int) -> str:
     )
     if line.did not in ("proven", "verified"):
         row += f" ({line.did})"
+    spilt = max(int(measured.get(stage, {}).get("spill_bytes", 0)) for stage in ("compiled", "loaded"))
+    if spilt:
+        row += f" (spills {spilt} bytes a thread)"
     if record.reason:
         row += f"\n      {record.reason}: {REASONS[record.reason]}" + (f" ({record.detail})" if record.detail else "")
     return row
+
+
+def _unfit(record: Record) -> bool:
+    # Who accepts a crash lives with the fallback; kernels that take the host down together have none.
+    return record.state == "failed" or (record.state == "crashed" and record.accepted)
 
 
 def _footer(report: Report) -> str:

@@ -65,6 +65,8 @@ def probe(request: dict[str, Any], stage: Callable[[str], None]) -> dict[str, An
     try:
         device = _settle(variant)
         entry = resolve(variant.entry)
+        if variant.backend == "cuda":
+            measured["loaded"] = _load(variant, device)
         options = {**dict(variant.options), **config}
         at = _enter(stage, "parity")
         shapes = variant.shapes[:1] if request["quick"] else variant.shapes
@@ -128,6 +130,21 @@ def _settle(variant: Variant) -> torch.device:
     else:
         torch.set_num_threads(1)
     return torch.device(variant.device)
+
+
+def _load(variant: Variant, device: torch.device) -> dict[str, object]:
+    """Every kernel of the operator loaded and none launched; the largest of what they take, spills among it."""
+    from latentforge.kernels.cuda.extension import cuda_native
+
+    kernels = cuda_native().cuda_load("decode" if variant.op == "latent_decode" else "kd", device.index or 0)
+    largest = {name: max(int(k[name]) for k in kernels) for name in ("registers", "local_bytes", "shared_bytes")}
+    return {
+        "kernels": len(kernels),
+        "code": ", ".join(dict.fromkeys(str(k["code"]) for k in kernels)),
+        "registers": largest["registers"],
+        "shared_bytes": largest["shared_bytes"],
+        "spill_bytes": largest["local_bytes"],
+    }
 
 
 def _proof(
