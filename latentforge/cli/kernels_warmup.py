@@ -17,7 +17,7 @@ ONLY = "Only this variant, operator, backend or precision, as the report names t
 
 def warmup(
     only: Annotated[list[str] | None, typer.Option("--only", help=ONLY)] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for all variants together.")] = 900.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for all variants together.")] = 1800.0,
     again: Annotated[bool, typer.Option("--again", help="Prove again what has a record, crashed ones too.")] = False,
     accept_crash: Annotated[
         bool, typer.Option("--accept-crash", help="Live with the fallbacks of variants that crashed.")

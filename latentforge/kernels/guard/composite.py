@@ -17,6 +17,7 @@ from latentforge.kernels.guard.variants import Variant
 SHAPE = (4, 1024, 1024, 151936)  # sequences, positions, width, vocabulary
 SMALL_SHAPE = (2, 16, 32, 1003)
 TOP_K = 32
+OPS = ("kd_loss", "linear_kd_loss", "latent_decode")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def composites(machine: Machine, choices: Sequence[Choice], shape: tuple[int, ..
     found = []
     for dtype in dict.fromkeys(choice.dtype for choice in choices):
         of = {choice.op: choice.backend for choice in choices if choice.dtype == dtype}
-        if {"kd_loss", "linear_kd_loss", "latent_decode"} <= of.keys() and None not in of.values():
+        if set(OPS) <= of.keys() and None not in of.values():
             options = tuple((op, str(backend)) for op, backend in sorted(of.items()))
             entry = "latentforge.kernels.guard.composite:micro_step"
             where: Any = "cuda" if gpu else "cpu"

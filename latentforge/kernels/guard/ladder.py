@@ -94,8 +94,35 @@ def chosen(op: str, dtype: Any, device_index: int = 0) -> str:
 
 
 def require_fit(ops: Sequence[str], dtype: Any, device_index: int = 0) -> list[Choice]:
-    """The choices for several operators before step 0; raises as :func:`chosen` does."""
-    return [_fit(op, _name(dtype), device_index) for op in ops]
+    """The choices for several operators before step 0; raises as :func:`chosen` does.
+
+    FailedError too where these kernels, each of them right, have failed together in the warm-up's micro-step.
+    """
+    name = _name(dtype)
+    choices = [_fit(op, name, device_index) for op in ops]
+    _refuse_failed_together(name, device_index)
+    return choices
+
+
+def _refuse_failed_together(dtype: str, device_index: int) -> None:
+    """A micro-step of other choices, or none (a warm-up of some operators alone), says nothing of these."""
+    from latentforge.kernels.guard.composite import OPS, composites
+
+    machine = look(device_index)
+    try:
+        choices = [_choice(op, dtype, machine) for op in OPS]
+    except RefusedError:
+        return
+    together = composites(machine, choices)
+    for record in read_states(together, machine, Records()).values():
+        if record.state == "pending":
+            raise RefusedError(f"the trial of {record.variant} has not ended, or took its host down", next=WARM_UP)
+        if record.state in ("failed", "crashed"):
+            raise FailedError(
+                f"this host is unfit: {record.variant}: the kernels are right one by one and fail together "
+                f"({record.reason}: {record.detail})",
+                next=f"{WARM_UP} --again",
+            )
 
 
 @cache
@@ -104,12 +131,15 @@ def _chosen(op: str, dtype: str, device_index: int) -> str:
 
 
 def _fit(op: str, dtype: str, device_index: int) -> Choice:
-    machine = look(device_index)
-    variants = [v for v in table(machine) if (v.op, v.dtype) == (op, dtype)]
-    choice = choose(op, dtype, variants, read_states(variants, machine, Records()))
+    choice = _choice(op, dtype, look(device_index))
     if choice.rung is None:
         raise FailedError(f"this host is unfit: {choice.text}", next=f"{WARM_UP} --again --only {op}")
     return choice
+
+
+def _choice(op: str, dtype: str, machine: Machine) -> Choice:
+    variants = [v for v in table(machine) if (v.op, v.dtype) == (op, dtype)]
+    return choose(op, dtype, variants, read_states(variants, machine, Records()))
 
 
 def read_states(variants: Iterable[Variant], machine: Machine, records: Records) -> dict[str, Record]:

@@ -35,7 +35,7 @@ class Machine:
     """All that enters every key, and what the guard shows of the host.
 
     ``capability`` is (12, 1) on GB10, None where torch sees no CUDA device; ``why_not`` says why. Versions are text,
-    ``none`` where a thing is not there.
+    ``none`` where a thing is not there. ``unified``: the GPU's memory is the host's.
     """
 
     capability: tuple[int, int] | None
@@ -51,6 +51,7 @@ class Machine:
     device_name: str = ""
     driver_cuda: tuple[int, int] | None = None
     why_not: str = ""
+    unified: bool = False
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Machine:
@@ -107,6 +108,7 @@ def look(device: int = 0) -> Machine:
         nvrtc=_nvrtc_version(),
         device_name=found.name,
         driver_cuda=_driver_cuda(),
+        unified=bool(found.is_integrated),
         **common,  # type: ignore[arg-type]
     )
 

@@ -43,7 +43,7 @@ class Limits:
     cost: float = 120.0
     freeze: float = 300.0
     composite: float = 240.0
-    total: float = 900.0
+    total: float = 1800.0
     calls: int = 20
     seconds: float = 1.0
 
@@ -249,7 +249,7 @@ class WarmUp:
         environment = {"CUDA_DISABLE_PTX_JIT": "1", "CUDA_MODULE_LOADING": "LAZY", **self.environment}
         with tempfile.TemporaryDirectory(prefix="latentforge-warmup-") as folder:
             outcome = run_child(asked, Path(folder), limits=limits, environment=environment, entered=entered)
-        if variant.device == "cuda":
+        if variant.device == "cuda" and self.machine.unified:
             _wait_for_memory(memory)
         return outcome.result if outcome.result is not None else finding_of(outcome)
 

@@ -13,7 +13,9 @@ from latentforge.kernels.guard import composite
 from latentforge.kernels.guard.composite import MicroStep, composites, micro_step
 from latentforge.kernels.guard.ladder import Choice
 from latentforge.kernels.guard.machine import Machine
+from latentforge.kernels.guard.records import Record
 from latentforge.kernels.guard.report import Report, render
+from latentforge.kernels.guard.warmup import Line
 from latentforge.kernels.guard.work import composite as task
 from latentforge.verdicts import ExitCode
 
@@ -58,3 +60,11 @@ def test_kernels_that_fail_together_make_the_host_unfit(warm_up: Callable[..., l
     report = Report(machine, [line], CHOICES)
     assert report.code is ExitCode.FAIL
     assert "fail together" in render(report)
+
+
+def test_an_accepted_crash_of_a_micro_step_has_no_fallback_to_live_with(machine: Machine) -> None:
+    (variant, _) = composites(machine, CHOICES)
+    crash = Record(variant.name, "0", "crashed", reason="host_crash", finished=1.0)
+    assert Report(machine, [Line(variant, crash, "crash found")], CHOICES).code is ExitCode.UNKNOWN
+    accepted = Line(variant, replace(crash, accepted=True), "crash accepted")
+    assert Report(machine, [accepted], CHOICES).code is ExitCode.FAIL

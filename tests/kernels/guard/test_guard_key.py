@@ -17,7 +17,7 @@ from latentforge.kernels.guard.variants import Variant
 
 MACHINE = Machine((12, 1), 48, "580.142", "13.0", "13.0", "2.13.0", "3.9.0", "13.4.59", "6.17.0", (("A", "1"),))
 VARIANT = Variant("kd_loss", "bf16", "cuda", "latentforge.kernels.reference.kd:row_losses", shapes=((1, 33),))
-SHOWN_ONLY = {"device_name", "driver_cuda", "why_not"}
+SHOWN_ONLY = {"device_name", "driver_cuda", "why_not", "unified"}
 
 OTHER: dict[str, Any] = {
     "capability": (12, 0),

@@ -196,3 +196,37 @@ def test_a_variant_survives_the_way_to_its_child() -> None:
 
     for variant in table(GB10):
         assert Variant.from_json(json.loads(json.dumps(variant.as_json()))) == variant
+
+
+def composite_record(on_gb10: Records, state: str, **fields: Any) -> None:
+    """All rungs proven in bf16, and the micro-step of the chosen ones in ``state``."""
+    from latentforge.kernels.guard.composite import OPS, composites
+    from latentforge.kernels.guard.ladder import Choice
+
+    for variant in table(GB10):
+        if variant.dtype == "bf16":
+            on_gb10.write(Record(variant.name, key_of(variant, GB10).digest, "ok", finished=time.time()))
+    (variant,) = composites(GB10, [Choice(op, "bf16", "cuda") for op in OPS])
+    on_gb10.write(Record(variant.name, key_of(variant, GB10).digest, state, finished=time.time(), **fields))
+
+
+@pytest.mark.parametrize("state", ["failed", "crashed"])
+def test_training_is_refused_where_the_kernels_fail_together(on_gb10: Records, state: str) -> None:
+    composite_record(on_gb10, state, reason="nan")
+    with pytest.raises(FailedError, match="fail together"):
+        ladder.require_fit(["kd_loss"], torch.bfloat16)
+
+
+def test_a_micro_step_that_did_not_come_back_refuses_training(on_gb10: Records) -> None:
+    composite_record(on_gb10, "pending")
+    with pytest.raises(RefusedError, match="composite"):
+        ladder.require_fit(["kd_loss"], torch.bfloat16)
+
+
+def test_a_micro_step_that_passed_or_was_of_other_choices_lets_training_start(on_gb10: Records) -> None:
+    composite_record(on_gb10, "ok")
+    assert [choice.rung for choice in ladder.require_fit(["kd_loss"], torch.bfloat16)] == ["cuda"]
+    composite_record(on_gb10, "failed", reason="nan")
+    bad = next(v for v in table(GB10) if v.name == "cuda/kd_loss.bf16.dense.forward")
+    on_gb10.write(Record(bad.name, key_of(bad, GB10).digest, "failed", reason="nan", finished=time.time()))
+    assert [choice.rung for choice in ladder.require_fit(["kd_loss"], torch.bfloat16)] == ["triton"]
