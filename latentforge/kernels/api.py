@@ -66,7 +66,7 @@ def kd_loss(
     if targets is None and kd_weight != 0:
         raise RefusedError(f"kd_weight = {kd_weight:g}, but there are no targets", next="pass targets or kd_weight=0")
     dense = targets.logits if isinstance(targets, DenseTargets) else None
-    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend)
+    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend, direction=direction)
     topk = (targets.ids, targets.logprobs, targets.tail) if isinstance(targets, TopKTargets) else (None, None, None)
     tensors = (dense, *topk, labels)
     settings = (
@@ -115,7 +115,7 @@ def kd_divergence(
     settings = KDSettings(temperature, teacher_temperature, direction=direction, beta=beta)
     check_tensors(student_logits, targets, None)
     dense = targets.logits if isinstance(targets, DenseTargets) else None
-    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend)
+    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend, direction=direction)
     return backends.kd_rows(chosen, student_logits, targets, None, settings)[1].to(compute_dtype(student_logits))
 
 

@@ -27,11 +27,12 @@ OPS = {
 }
 
 
-def choose(op: str, tensor: Tensor, *others: Tensor | None, backend: str) -> str:
+def choose(op: str, tensor: Tensor, *others: Tensor | None, backend: str, direction: str = "forward") -> str:
     """The backend that will run ``op`` on these tensors, all on one device. RefusedError where it cannot.
 
     ``auto`` takes the C++ kernels for tensors of the host (the definition where one of them is fp64) and, for tensors
-    of a CUDA device, what the warm-up guard has passed there; it never tries anything out.
+    of a CUDA device, what the warm-up guard has passed there; it never tries anything out. ``direction`` jsd is in
+    ``reference`` and ``cpu`` alone: on a GPU it has to be asked of ``reference`` by name.
     """
     if backend not in BACKENDS:
         raise RefusedError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
@@ -48,6 +49,11 @@ def choose(op: str, tensor: Tensor, *others: Tensor | None, backend: str) -> str
             f"fp64 tensors, and the backend is {backend!r}, which computes in fp32", next="pass backend='reference'"
         )
     if device == "cuda":
+        if direction == "jsd":
+            raise RefusedError(
+                f"direction 'jsd', and the tensors are on {tensor.device}: no kernel of a GPU has it",
+                next="pass backend='reference', or direction='forward' or 'reverse'",
+            )
         return _on_cuda(op, tensor, backend)
     if device != "cpu":
         raise RefusedError(

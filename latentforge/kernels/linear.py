@@ -65,7 +65,9 @@ def linear_kd_loss(
     if isinstance(targets, LinearTargets):
         of_teacher = (targets.hidden, targets.weight, targets.bias)
         teacher_scale, teacher_cap = float(targets.logit_scale), targets.soft_cap
-    chosen = backends.choose("linear_kd_loss", hidden, weight, bias, dense, *of_teacher, backend=backend)
+    chosen = backends.choose(
+        "linear_kd_loss", hidden, weight, bias, dense, *of_teacher, backend=backend, direction=direction
+    )
     tensors = (dense, *topk, *of_teacher, labels)
     settings = (
         teacher_scale,

@@ -8,15 +8,29 @@ set before Triton was first imported.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from latentforge.errors import RefusedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one: Triton launches there, wherever the pointers lead."""
+    if not tensor.is_cuda:
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(tensor.device)
 
 
 def require(name: str) -> ModuleType:

@@ -60,12 +60,19 @@ class CompiledReport:
 
 
 def problems(report: CompiledReport) -> list[str]:
-    """What makes the code unfit for its architecture; empty where nothing does."""
-    found = []
-    if report.targets != (f"sm_{report.arch}a",):
-        found.append(f"machine code for {', '.join(report.targets) or 'nothing'}, not for sm_{report.arch}a alone")
+    """What is wrong with the code: what makes it unfit for its architecture, and spills; empty where nothing is."""
+    found = unfit(report)
     if report.spill_bytes:
         found.append(f"{report.spill_bytes} bytes of registers spilt a thread")
+    return found
+
+
+def unfit(report: CompiledReport) -> list[str]:
+    """Why the code cannot run on its architecture; a spill costs time, which the guard measures."""
+    found = []
+    wanted = f"sm_{report.arch}a" if report.arch >= 90 else f"sm_{report.arch}"
+    if report.targets != (wanted,):
+        found.append(f"machine code for {', '.join(report.targets) or 'nothing'}, not for {wanted} alone")
     limit = SHARED_BYTES[report.arch]
     if report.shared_bytes > limit:
         found.append(f"{report.shared_bytes} bytes of shared memory a block; sm_{report.arch} has {limit}")
@@ -286,7 +293,7 @@ def candidates() -> Iterator[Ahead]:
 
 
 def compile_for_guard(variant: Any, capability: tuple[int, int]) -> dict[str, object]:
-    """Compile what a variant of the warm-up guard stands for; its largest numbers, and RefusedError where unfit."""
+    """Compile what a variant of the warm-up guard stands for; its largest numbers, RefusedError where unfit."""
     arch = capability[0] * 10 + capability[1]
     if variant.op == "kd_loss":
         wanted = [kd_variant(variant.dtype, variant.targets, variant.direction, write=write) for write in (True, False)]
@@ -294,11 +301,12 @@ def compile_for_guard(variant: Any, capability: tuple[int, int]) -> dict[str, ob
         weight = "int8" if variant.targets == "int8" else variant.dtype
         wanted = [decode_variant(variant.dtype, weight, drawn=drawn) for drawn in (True, False)]
     reports = [compile_ahead(one, arch) for one in wanted]
-    wrong = [f"{report.name}: {said}" for report in reports for said in problems(report)]
+    wrong = [f"{report.name}: {said}" for report in reports for said in unfit(report)]
     if wrong:
         raise RefusedError("; ".join(wrong))
     largest = max(reports, key=lambda report: report.registers)
     return asdict(largest) | {
         "shared_bytes": max(report.shared_bytes for report in reports),
+        "spill_bytes": max(report.spill_bytes for report in reports),
         "seconds": sum(report.seconds for report in reports),
     }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode_settings import DecodeSettings
-from latentforge.kernels.triton import require
+from latentforge.kernels.triton import on_device_of, require
 from latentforge.kernels.triton.configs import DecodeConfig, decode_tile
 from latentforge.kernels.weights import Int8Weight
 
@@ -62,44 +62,45 @@ def decode(
     stretch = config.block * config.steps
     splits = (vocab + stretch - 1) // stretch
     step = ROWS_AT_A_TIME if cut else max(rows, 1)
-    for first in range(0, rows, step):
-        some = slice(first, first + step)
-        count = len(ids[some])
-        sums = torch.empty(4, count, splits, dtype=torch.float32, device=hidden.device)
-        tokens = torch.empty(count, splits, dtype=torch.int32, device=hidden.device)
-        logits = torch.empty(count, vocab, dtype=torch.float32, device=hidden.device) if cut else None
-        seed = None if seeds is None else seeds[some]
-        position = None if positions is None else positions[some]
-        kernels.decode_split[((count + config.rows - 1) // config.rows, splits)](
-            hidden[some],
-            matrix,
-            scales,
-            bias,
-            seed,
-            position,
-            logits,
-            sums,
-            tokens,
-            count,
-            width,
-            vocab,
-            hidden.stride(0),
-            matrix.stride(0),
-            splits,
-            settings.temperature,
-            settings.logit_scale,
-            settings.soft_cap or 1.0,
-            SCALED=settings.logit_scale != 1.0,
-            CAPPED=settings.soft_cap is not None,
-            ALIGNED=even,
-            **config.launch(),
-        )
-        if logits is None:
-            kernels.decode_join[(count,)](
-                sums, tokens, ids[some], logprobs[some], count, splits, PIECE=PIECE, **SMALL_LAUNCH
+    with on_device_of(hidden):
+        for first in range(0, rows, step):
+            some = slice(first, first + step)
+            count = len(ids[some])
+            sums = torch.empty(4, count, splits, dtype=torch.float32, device=hidden.device)
+            tokens = torch.empty(count, splits, dtype=torch.int32, device=hidden.device)
+            logits = torch.empty(count, vocab, dtype=torch.float32, device=hidden.device) if cut else None
+            seed = None if seeds is None else seeds[some]
+            position = None if positions is None else positions[some]
+            kernels.decode_split[((count + config.rows - 1) // config.rows, splits)](
+                hidden[some],
+                matrix,
+                scales,
+                bias,
+                seed,
+                position,
+                logits,
+                sums,
+                tokens,
+                count,
+                width,
+                vocab,
+                hidden.stride(0),
+                matrix.stride(0),
+                splits,
+                settings.temperature,
+                settings.logit_scale,
+                settings.soft_cap or 1.0,
+                SCALED=settings.logit_scale != 1.0,
+                CAPPED=settings.soft_cap is not None,
+                ALIGNED=even,
+                **config.launch(),
             )
-        else:
-            _pick(logits, seed, position, sums, tokens, ids[some], logprobs[some], settings)
+            if logits is None:
+                kernels.decode_join[(count,)](
+                    sums, tokens, ids[some], logprobs[some], count, splits, PIECE=PIECE, **SMALL_LAUNCH
+                )
+            else:
+                _pick(logits, seed, position, sums, tokens, ids[some], logprobs[some], settings)
     return ids, logprobs
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
-from latentforge.kernels.triton import require
+from latentforge.kernels.triton import on_device_of, require
 from latentforge.kernels.triton.configs import Config, frozen_config
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -43,7 +43,7 @@ def row_losses(
             next="pass backend='reference' (or 'cpu', for tensors of the host)",
         )
     _check_logits(student, "student logits")
-    rows, vocab = student.shape
+    rows = student.shape[0]
     ce = torch.empty(rows, dtype=torch.float32, device=student.device)
     kd = torch.empty_like(ce)
     if rows == 0:
@@ -52,13 +52,28 @@ def row_losses(
     labels = None if labels is None else labels.contiguous()
     bias = None if bias is None else bias.contiguous()
     shared = _shared(settings, labels is not None, write_gradient)
-    if isinstance(targets, TopKTargets):
-        _topk(student, targets, labels, bias, ce, kd, shared, config or frozen_config("kd_topk", student))
-        return ce, kd
-    teacher = targets.logits if isinstance(targets, DenseTargets) else None
+    with on_device_of(student):
+        if isinstance(targets, TopKTargets):
+            _topk(student, targets, labels, bias, ce, kd, shared, config or frozen_config("kd_topk", student))
+        else:
+            teacher = targets.logits if isinstance(targets, DenseTargets) else None
+            _dense(student, teacher, labels, bias, ce, kd, shared, config or frozen_config("kd_dense", student))
+    return ce, kd
+
+
+def _dense(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    bias: Tensor | None,
+    ce: Tensor,
+    kd: Tensor,
+    shared: dict[str, Any],
+    config: Config,
+) -> None:
     if teacher is not None:
         _check_logits(teacher, "teacher logits")
-    config = config or frozen_config("kd_dense", student)
+    rows, vocab = student.shape
     require("kd_dense").kd_dense[(rows,)](
         student,
         teacher,
@@ -73,7 +88,6 @@ def row_losses(
         ALIGNED=aligned(student) and (teacher is None or aligned(teacher)),
         **config.launch(),
     )
-    return ce, kd
 
 
 def _topk(
