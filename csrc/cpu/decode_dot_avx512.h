@@ -33,7 +33,7 @@ struct FloatTile512 {
   using Total = float;
   static constexpr int rows = 8, parts = 1, offset_weight = 0, locality = 2;
   static constexpr int tokens(int k) { return k <= 4 ? 4 : 2; }
-  static constexpr int64_t tokens_ahead(int k) { return k < 3 ? 0 : 8; }
+  static constexpr int64_t tokens_ahead(int k) { return k <= 4 ? 0 : 8; }
   using Acc = __m512;
   static Acc zero() { return _mm512_setzero_ps(); }
   static void sum4(const Acc* acc, float (*out)[4]) {

@@ -50,9 +50,17 @@ __attribute__((noinline)) void multiply_group(const WeightBlock<D>& block, const
   constexpr int pairs = R * K, padded = (pairs + 3) / 4 * 4;
   const int64_t pieces = block.width / D::step, rest = block.width % D::step;
   const int64_t fetched = block.ahead == 0 ? 0 : pieces;
-  for (int64_t token = 0; token < block.tokens; token += R) {
+  // Without prefetches of our own, a tile takes its tokens from all over the block: the hardware follows several
+  // streams faster than one.
+  const bool spread = block.ahead == 0;
+  const int64_t apart = spread ? (block.tokens + R - 1) / R : 1;
+  for (int64_t token = 0; token < (spread ? apart : block.tokens); token += spread ? 1 : R) {
     const Weight* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = block.first + std::min(token + r, block.tokens - 1) * block.stride;
+    int64_t index[R];
+    for (int r = 0; r < R; ++r) {
+      index[r] = std::min(token + r * apart, block.tokens - 1);
+      rows[r] = block.first + index[r] * block.stride;
+    }
     typename D::Acc acc[padded];
 #pragma GCC unroll 32
     for (int i = 0; i < padded; ++i) acc[i] = D::zero();
@@ -93,7 +101,7 @@ __attribute__((noinline)) void multiply_group(const WeightBlock<D>& block, const
       typename D::Total sums[D::parts][4];
       D::sum4(acc + i, sums);
       for (int p = 0; p < D::parts; ++p)
-        for (int j = 0; j < 4 && i + j < pairs; ++j) totals[(i + j) / R][p][token + (i + j) % R] = sums[p][j];
+        for (int j = 0; j < 4 && i + j < pairs; ++j) totals[(i + j) / R][p][index[(i + j) % R]] = sums[p][j];
     }
   }
 }
