@@ -90,7 +90,12 @@ def _triton() -> dict[str, Any]:
 
 def _warmup() -> dict[str, Any]:
     """The records of this host by state; those of older builds or drivers are counted apart."""
+    from contextlib import suppress
+
+    from latentforge.errors import RefusedError
+    from latentforge.kernels.guard.composite import composites
     from latentforge.kernels.guard.key import key_of
+    from latentforge.kernels.guard.ladder import choose, read_states
     from latentforge.kernels.guard.records import DamagedRecordError, Records
     from latentforge.kernels.guard.table import table
     from latentforge.kernels.guard.warmup import Limits, look_in_child
@@ -100,7 +105,13 @@ def _warmup() -> dict[str, Any]:
     if not everything:
         return {"variants": {}, "text": "no records:  latentforge kernels warmup"}
     machine = look_in_child(Limits())
-    current = {key_of(variant, machine).digest for variant in table(machine)}
+    variants = table(machine)
+    held = read_states(variants, machine, records)
+    choices = []
+    for op, dtype in dict.fromkeys((variant.op, variant.dtype) for variant in variants):
+        with suppress(RefusedError):  # not everything has been tried
+            choices.append(choose(op, dtype, variants, held))
+    current = {key_of(variant, machine).digest for variant in (*variants, *composites(machine, choices))}
     whole = [record for record in everything if not isinstance(record, DamagedRecordError)]
     states = {record.variant: record.state for record in whole if record.key in current}
     count = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}

@@ -280,7 +280,7 @@ def combinations() -> Iterator[Ahead]:
 
 
 def candidates() -> Iterator[Ahead]:
-    """The tiles that the guard may time instead of the table's."""
+    """The tiles worth measuring beside the table's."""
     for kernel, configs in CANDIDATES.items():
         for config in configs:
             yield kd_variant("bf16", kernel.removeprefix("kd_"), "forward", config=config)

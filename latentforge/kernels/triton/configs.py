@@ -1,7 +1,7 @@
 """Tiles of the kernels: which are worth trying, and which is taken where nothing has been measured.
 
-Nothing is tuned at run time. The warm-up guard may time CANDIDATES and pass its choice as ``config``; a choice is part
-of what determines the bits of a row, so it is frozen for a run.
+Nothing is tuned, neither at run time nor by the warm-up guard: the static table is what runs and what the guard proves.
+CANDIDATES are tiles worth measuring by hand, as ``config``; a tile is part of what determines the bits of a row.
 """
 
 from __future__ import annotations

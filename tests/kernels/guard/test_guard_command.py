@@ -12,7 +12,9 @@ from conftest import stub
 
 from latentforge.cli import main
 from latentforge.kernels.guard import table as tables
+from latentforge.kernels.guard.composite import OPS, composites
 from latentforge.kernels.guard.key import key_of
+from latentforge.kernels.guard.ladder import Choice
 from latentforge.kernels.guard.machine import look
 from latentforge.kernels.guard.records import Record, Records
 
@@ -100,3 +102,17 @@ def test_info_counts_what_was_proven(only_stubs: Any, capsys: pytest.CaptureFixt
     said = json.loads(capsys.readouterr().out)["warmup"]
     assert said["variants"] == {"cpu/kd_loss.fp32.dense.forward": "ok"}
     assert (said["older"], said["damaged"]) == (1, 1)
+
+
+def test_info_counts_the_micro_step_of_the_chosen_kernels_as_of_now(capsys: pytest.CaptureFixture[str]) -> None:
+    machine, records = look(), Records()
+    records.prepare()
+    everything = tables.table(machine)
+    together = composites(machine, [Choice(op, "bf16", "cpu") for op in OPS])
+    for variant in (*everything, *together):
+        key = key_of(variant, machine).digest
+        records.write(Record(variant.name, key, "ok", finished=time.time()))
+    assert main(["kernels", "info", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["warmup"]
+    assert said["variants"]["cpu/composite.bf16"] == "ok"
+    assert (said["older"], said["damaged"]) == (0, 0)

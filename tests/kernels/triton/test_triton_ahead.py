@@ -46,7 +46,7 @@ def test_every_combination_of_switches_fits() -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", TILES)
-def test_every_tile_that_the_guard_may_try_fits(name: str) -> None:
+def test_every_tile_worth_measuring_fits(name: str) -> None:
     assert problems(compile_ahead(TILES[name])) == []
 
 
