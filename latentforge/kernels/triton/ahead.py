@@ -22,7 +22,7 @@ from latentforge.kernels.triton.configs import CANDIDATES, DECODE_CANDIDATES, ST
 from latentforge.kernels.triton.decode import PICK_BLOCK, PICK_LAUNCH, PIECE, SMALL_LAUNCH
 
 # What a block may have on each architecture, in bytes; opt-in, as Triton asks for it.
-SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_every_tile_worth_measuring_fits(name: str) -> None:
     assert problems(compile_ahead(TILES[name])) == []
 
 
-@pytest.mark.parametrize("arch", [89, 90, 120])
+@pytest.mark.parametrize("arch", [86, 89, 90, 120])
 def test_other_architectures_get_code_of_their_own(arch: int) -> None:
     report = compile_ahead(ahead.kd_variant("bf16", "dense", "forward"), arch)
     assert [target.rstrip("a") for target in report.targets] == [f"sm_{arch}"]
