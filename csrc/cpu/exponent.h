@@ -53,7 +53,7 @@ struct Exponent {
   }
 
   // The same for one logit, in double precision.
-  double exactly(double x) const { return std::exp2(x * per_logit - origin); }
+  double exactly(double x) const { return std::exp2((x - m) * per_logit); }
 
   float c = 0.0f, m = 0.0f, hi = 0.0f, lo = 0.0f, lowest = 0.0f;
   double per_logit = 0.0;  // powers of two per logit

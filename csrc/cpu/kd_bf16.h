@@ -149,8 +149,8 @@ struct Bf16Student {
     }
     return lost;
   }
-  // Far from zero, c x has few digits left behind the point; without fused multiply-add fewer.
-  static constexpr double kFarthest = Simd::fused ? 4096.0 : 64.0;
+  // Far from zero, c x and the gaps have few digits left behind the point; without fused multiply-add fewer.
+  static constexpr double kFarthest = Simd::fused ? 256.0 : 64.0;
   bool reachable() const {
     return std::fabs(at_t.base) < kFarthest && (ce != Ce::separate || std::fabs(at_one.base) < kFarthest);
   }

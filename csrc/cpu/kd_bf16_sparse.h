@@ -102,13 +102,14 @@ bool bf16_sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   float* lows = scratch.lowest.data();
 
   // The mass outside the top-k is a sum and not a difference: lines of a block that hold some of the top-k are swept
-  // from a copy in which those are as low as this kernel can go.
+  // from a copy in which those are as low as this kernel can go, or minus infinity.
   Bf16Sparse<ce> sums(call, row);
   auto& student = sums.student;
   uint16_t patch[kBlock];
   const auto patch_block = [&](const uint16_t* p, int64_t start, int64_t n) {
     uint32_t patched = 0;
-    const uint16_t least = at_least(student.lowest());
+    // Where two temperatures are apart, what is as low as this kernel can go at one of them is not low at the other.
+    const uint16_t least = ce == Ce::separate ? uint16_t{0xff80} : at_least(student.lowest());
     entries.in_block(start / kBlock, [&](int32_t, int64_t id) {
       const int64_t offset = id - start;
       if (offset < 0 || offset >= n) return;
@@ -136,8 +137,9 @@ bool bf16_sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
     if (!student.reachable()) return false;
     low = found.low;
     const uint32_t patched = has_entries ? patch_block(p, start, n) : 0u;
-    sums.add(low < student.lowest() ? sums.template sums_of<true>(p, n, patched, patch)
-                                    : sums.template sums_of<false>(p, n, patched, patch));
+    const bool excluded = ce == Ce::separate && patched != 0;
+    sums.add(low < student.lowest() || excluded ? sums.template sums_of<true>(p, n, patched, patch)
+                                                : sums.template sums_of<false>(p, n, patched, patch));
     return true;
   };
   for (int64_t b = 0; b < blocks; ++b)

@@ -39,15 +39,14 @@ struct DenseRow {
     const Simd::V above = Simd::sub(y, Simd::set(teacher.m));
     return Simd::fnma(above, Simd::set(ratio), Simd::sub(x, Simd::set(student.at_t.m)));
   }
-  double exact_gap(double x, double y) const {
-    return x - student.at_t.m - static_cast<double>(ratio) * (y - teacher.m);
-  }
+  // Of one pair, with the same roundings as in the sums: the mean that is taken off it has them.
+  double gap_of(float x, float y) const { return Simd::highest(gap(Simd::set(x), Simd::set(y))); }
 
   // Moving a reference moves the gaps.
   void move_student(float reference) {
     const double before = student.at_t.origin, moved = static_cast<double>(reference) - student.at_t.m;
     student.move_to(reference);
-    if (by_student && cross != 0.0) cross *= std::exp2(before - student.at_t.origin);
+    if (by_student) scale_cross(std::exp2(before - student.at_t.origin));
     move_gaps(moved);
   }
   void move_teacher(float reference) {
@@ -55,9 +54,11 @@ struct DenseRow {
     const double moved = static_cast<double>(reference) - teacher.m;
     teacher.move_to(reference);
     if (teacher_sum != 0.0) teacher_sum *= factor;
-    if (!by_student && cross != 0.0 && !std::isinf(cross)) cross *= factor;
+    if (!by_student) scale_cross(factor);
     move_gaps(-static_cast<double>(ratio) * moved);
   }
+  // What falls this far behind has no probability left, and an infinite gap there costs nothing.
+  void scale_cross(double factor) { cross = factor < 0x1p-149 ? 0.0 : cross == 0.0 ? 0.0 : cross * factor; }
   void move_gaps(double by) {
     const double mass = by_student ? student.sum : teacher_sum;
     if (mass != 0.0) cross -= mass * by;
@@ -210,17 +211,19 @@ void dense_row(const KdCall& call, const Row& row) {
   }
   call.kd_rows[row.index] = sums.divergence(call, row);
   if (g == nullptr) return;
-  if (sums.by_student && std::isinf(call.kd_rows[row.index])) return fill_row(g, vocab, kNaN);
+  // A divergence without weight has no gradient, not even where it is infinite.
+  const bool reverse = sums.by_student && call.kd_scale != 0.0;
+  if (reverse && std::isinf(call.kd_rows[row.index])) return fill_row(g, vocab, kNaN);
 
-  const bool reverse = sums.by_student;
   const double kd_scale = row.chain * call.kd_scale / call.temperature, mean = sums.cross / student_sum;
   const double of_student = kd_scale / student_sum * (reverse ? row.logit_scale / call.temperature : 1.0);
   const double of_teacher = reverse ? 0.0 : kd_scale / teacher_sum;
   double g_label = 0.0;
   if (label >= 0) {
-    const double x = s[label], y = t[label], e = student.at_t.exactly(x);
+    const float x = s[label], y = t[label];
+    const double e = student.at_t.exactly(x);
     const double pull = !reverse  ? of_student * e - of_teacher * sums.teacher.exactly(y)
-                        : e > 0.0 ? of_student * e * (sums.exact_gap(x, y) - mean)
+                        : e > 0.0 ? of_student * e * (sums.gap_of(x, y) - mean)
                                   : 0.0;
     g_label = (pull + of_one * student.at_one.exactly(x) - row.chain * call.ce_scale) * slope(x, row.cap);
   }

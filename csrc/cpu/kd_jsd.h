@@ -46,6 +46,7 @@ inline float against_mixture(float weight, float other, float share) {
 inline double against_mixture(double weight, double other, double share) {
   if (!(weight > 0.0)) return 0.0;
   const double mixture = share * other + (1.0 - share) * weight;
+  if (!(mixture > 0.0)) return 0.0;  // too small a number for its parts
   const double ratio = weight / mixture;
   return weight * (ratio > 0.5 ? std::log1p(share * (weight - other) / mixture) : std::log(ratio));
 }

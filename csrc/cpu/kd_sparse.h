@@ -147,17 +147,23 @@ void sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
 
   const auto& student = sums.student;
   const double minus_infinite = -std::numeric_limits<double>::infinity();
-  // NaN in a sum survives: only an exact zero becomes minus infinity.
-  const double outside = student.sum == 0.0 ? minus_infinite : student.at_t.origin + std::log2(student.sum);
+  // Counted from the highest logit: two of 1e30 are told apart as logits, not as powers of two. NaN in a sum survives:
+  // only an exact zero becomes minus infinity.
+  double reference = student.at_t.m;
+  for (int64_t j = 0; j < entries.k; ++j)
+    reference = std::max(reference, static_cast<double>(scratch.raw[static_cast<size_t>(j)]));
+  const double moved = reference - student.at_t.m;
+  const Units units{student.at_t.per_logit, student.at_one.per_logit, reference};
+  const double outside = student.sum == 0.0 ? minus_infinite : std::log2(student.sum) - moved * units.at_t;
   const double one_sum = student.ce_sum();
-  const double one_outside = one_sum == 0.0 ? minus_infinite : student.at_one.origin + std::log2(one_sum);
+  const double one_outside = one_sum == 0.0 ? minus_infinite : std::log2(one_sum) - moved * units.at_one;
   Folded folded;
-  folded.fold(call, row.index, {student.at_t.per_logit, student.at_one.per_logit}, outside, one_outside, scratch);
+  folded.fold(call, row.index, units, outside, one_outside, scratch);
   if (!folded.usable) return refuse_row<G>(call, row);
   call.kd_rows[row.index] = folded.kd;
   const int64_t label = call.labels == nullptr ? -1 : call.labels[row.index];
   const float s_label = label < 0 ? 0.0f : s[label];
-  call.ce_rows[row.index] = label < 0 ? 0.0 : kLn2 * folded.one_all - student.logit_scale * s_label;
+  call.ce_rows[row.index] = label < 0 ? 0.0 : kLn2 * folded.one_all + student.logit_scale * (reference - s_label);
   if (g == nullptr) return;
   if (folded.without_gradient(call)) return fill_row(g, vocab, kNaN);
 
@@ -165,7 +171,7 @@ void sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   const double of_student =
       student.sum > 0.0 ? row.chain * call.kd_scale / call.temperature * folded.outside / student.sum : 0.0;
   const double of_one =
-      one_sum > 0.0 ? row.chain * call.ce_scale * std::exp2(student.at_one.origin - folded.one_all) : 0.0;
+      one_sum > 0.0 ? row.chain * call.ce_scale * std::exp2(-moved * units.at_one - folded.one_all) : 0.0;
   const float kd = static_cast<float>(of_student + (ce == Ce::same ? of_one : 0.0)), one = static_cast<float>(of_one);
   const float inverse_cap = row.cap == 0.0 ? 0.0f : static_cast<float>(1.0 / row.cap);
   const int64_t whole = vocab - vocab % kStep, rest = vocab - whole;
@@ -182,8 +188,10 @@ void sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   };
   row.cap == 0.0 ? sweep(sparse_gradient<false, ce, G>) : sweep(sparse_gradient<true, ce, G>);
   write_entries(call, row, folded, entries, g, s_label, label, [&](double x) {
-    return std::pair{std::exp2(x * student.at_t.per_logit - outside),
-                     std::exp2(x * student.at_one.per_logit - folded.one_all)};
+    // A label of minus infinity has no share, even where nothing outside the top-k has any.
+    if (std::isinf(x)) return std::pair{0.0, 0.0};
+    return std::pair{std::exp2((x - reference) * units.at_t - outside),
+                     std::exp2((x - reference) * units.at_one - folded.one_all)};
   });
 }
 

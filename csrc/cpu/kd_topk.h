@@ -56,9 +56,11 @@ inline double log2_shares(const double* values, int64_t n, double extra, double*
   return best + std::log2(sum);
 }
 
-// The student's numbers are powers of two: `at_t` and `at_one` those of one unit of its logits.
+// The student's numbers are powers of two, `at_t` and `at_one` those of one unit of its logits, counted from
+// `reference`.
 struct Units {
   double at_t, at_one;
+  double reference = 0.0;
 };
 
 struct Folded {
@@ -79,9 +81,9 @@ struct Folded {
     auto& d = scratch.derivative;
     auto& z = scratch.gaps;
     for (auto* each : {&q, &one, &p, &d, &z}) each->resize(k);
-    for (size_t j = 0; j < k; ++j) z[j] = scratch.raw[j] * units.at_one;
+    for (size_t j = 0; j < k; ++j) z[j] = (scratch.raw[j] - units.reference) * units.at_one;
     one_all = log2_shares(z.data(), call.k, one_outside, one.data());
-    for (size_t j = 0; j < k; ++j) z[j] = scratch.raw[j] * units.at_t;
+    for (size_t j = 0; j < k; ++j) z[j] = (scratch.raw[j] - units.reference) * units.at_t;
     all = log2_shares(z.data(), call.k, log2_outside, q.data());
     if (!std::isfinite(all) || !std::isfinite(one_all)) return;
     if (call.topk_tail == nullptr) {
@@ -124,10 +126,16 @@ struct Folded {
         break;
       }
     }
+    if (call.kd_scale != 0.0) return;
+    // A divergence without weight has no gradient, not even where it is infinite.
+    std::fill(d.begin(), d.end(), 0.0);
+    outside = 0.0;
   }
 
   // The teacher excludes what the student does not, under reverse KL: the loss is infinite and has no gradient.
-  bool without_gradient(const KdCall& call) const { return call.direction == Direction::reverse && std::isinf(kd); }
+  bool without_gradient(const KdCall& call) const {
+    return call.direction == Direction::reverse && call.kd_scale != 0.0 && std::isinf(kd);
+  }
 };
 
 }  // namespace
