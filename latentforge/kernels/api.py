@@ -62,11 +62,13 @@ def kd_loss(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     check_scalars(ce_weight, kd_weight, denominator)
     KDSettings(temperature, teacher_temperature, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
+    if labels is None:
+        raise RefusedError("labels are None", next="pass int64 labels, ignore_index where a row does not count")
     check_tensors(student_logits, targets, labels, bias)
     if targets is None and kd_weight != 0:
         raise RefusedError(f"kd_weight = {kd_weight:g}, but there are no targets", next="pass targets or kd_weight=0")
     dense = targets.logits if isinstance(targets, DenseTargets) else None
-    chosen = backends.choose("kd_loss", student_logits, dense, backend=backend, direction=direction)
+    chosen = backends.choose("kd_loss", student_logits, dense, bias, backend=backend, direction=direction)
     topk = (targets.ids, targets.logprobs, targets.tail) if isinstance(targets, TopKTargets) else (None, None, None)
     tensors = (dense, *topk, labels)
     settings = (
@@ -87,6 +89,7 @@ def kd_loss(
     if student_logits.requires_grad and torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
             autograd.refuse_logits_of_others(student_logits)
+            autograd.refuse_a_teacher_in_the_logits(student_logits, dense)
         loss, parts = autograd.KDFunction.apply(student_logits, bias, tensors, settings, weights)
     else:
         parts = autograd.kd_parts(student_logits, *tensors, bias, *settings)

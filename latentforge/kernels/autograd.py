@@ -265,3 +265,13 @@ def refuse_logits_of_others(logits: Tensor) -> None:
         raise RefusedError("the logits are a part of a larger storage, which kd_loss would write over", next=fresh)
     if not logits.is_contiguous():
         raise RefusedError(f"the logits are not contiguous (strides {logits.stride()})", next=fresh)
+
+
+def refuse_a_teacher_in_the_logits(logits: Tensor, teacher: Tensor | None) -> None:
+    """Refuse teacher logits that lie where the gradient will be written: nobody expects their teacher to change."""
+    if teacher is not None and teacher.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() != 0:
+        raise RefusedError(
+            f"the teacher's logits of shape {tuple(teacher.shape)} share the storage of the student's, "
+            "over which kd_loss would write its gradient",
+            next="pass a copy: DenseTargets(logits.detach().clone())",
+        )

@@ -179,3 +179,53 @@ def test_a_missing_extension_is_an_error_with_a_remedy_and_not_an_import_error(m
         kd_loss(logits(), DenseTargets(logits()), LABELS, backend="reference", **GOOD)
     finally:
         native.native.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_teacher_that_is_the_student_is_refused_and_left_as_it_is(backend: str) -> None:
+    logits = torch.randn(3, 8, requires_grad=True) * 1.0
+    teacher = logits.detach()
+    before = teacher.clone()
+    with pytest.raises(RefusedError, match=r"teacher's logits of shape \(3, 8\) share the storage"):
+        kd_loss(
+            logits,
+            DenseTargets(teacher),
+            torch.zeros(3, dtype=torch.int64),
+            temperature=2.0,
+            ce_weight=0.3,
+            kd_weight=0.7,
+            denominator=3.0,
+            backend=backend,
+        )
+    assert torch.equal(teacher, before)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_fp64_bias_is_not_rounded_unasked(wanted: bool) -> None:
+    logits = torch.randn(3, 8, requires_grad=wanted) * 1.0
+    with pytest.raises(RefusedError, match="fp64 tensors, and the backend is 'cpu'"):
+        kd_loss(
+            logits,
+            DenseTargets(torch.randn(3, 8)),
+            torch.zeros(3, dtype=torch.int64),
+            temperature=2.0,
+            ce_weight=0.3,
+            kd_weight=0.7,
+            denominator=3.0,
+            bias=torch.zeros(8, dtype=torch.float64),
+            backend="cpu",
+        )
+
+
+def test_labels_are_not_left_out() -> None:
+    missing: Any = None
+    with pytest.raises(RefusedError, match="labels are None"):
+        kd_loss(
+            torch.randn(3, 8),
+            DenseTargets(torch.randn(3, 8)),
+            missing,
+            temperature=2.0,
+            ce_weight=0.3,
+            kd_weight=0.7,
+            denominator=3.0,
+        )
