@@ -189,6 +189,8 @@ def check_scalars(ce_weight: float, kd_weight: float, denominator: float) -> Non
 
 def check_tensors(student: Tensor, targets: Targets | None, labels: Tensor | None, bias: Tensor | None = None) -> None:
     """Refuse tensors whose shapes, dtypes or devices do not fit each other."""
+    if not isinstance(student, Tensor):
+        raise RefusedError(f"student logits = {student!r}, not a tensor of shape [N, V]")
     if student.dim() != 2:
         raise RefusedError(f"student logits have shape {tuple(student.shape)}, not [N, V]")
     rows, vocab = student.shape
@@ -222,7 +224,9 @@ def check_targets(targets: Targets | None, rows: int, vocab: int, device: torch.
 def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    """Refuse a tensor of another shape, dtype or device than is named."""
+    """Refuse what is no tensor, and one of another shape, dtype or device than is named."""
+    if not isinstance(tensor, Tensor):
+        raise RefusedError(f"{name} = {tensor!r}, not a tensor of shape {shape}")
     if tuple(tensor.shape) != shape:
         raise RefusedError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype not in dtypes:

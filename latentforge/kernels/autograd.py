@@ -20,6 +20,9 @@ from latentforge.kernels.reference.kd import compute_dtype
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 
+# Rows whose gradient is widened at a time where a bias wants its sums.
+COLUMN_SUM_ROWS = 64
+
 
 def targets_from(
     dense: Tensor | None, ids: Tensor | None, logprobs: Tensor | None, tail: Tensor | None
@@ -204,6 +207,23 @@ def _(gradient: Tensor, factor: Tensor) -> None:
     return None
 
 
+def refuse_graph_of_gradient(op: str) -> None:
+    """Refuse ``create_graph=True``: the gradient was computed outside of autograd and has no derivative of its own."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RefusedError(
+            f"a backward with create_graph=True through {op}: its gradient has no derivative",
+            next="call backward without create_graph, or use torch's own losses where a second derivative is needed",
+        )
+
+
+def _column_sums(gradient: Tensor) -> Tensor:
+    """Sums over the rows, [V] fp32 (fp64 where the gradient is): some rows at a time, as torch widens what it sums."""
+    sums = gradient.new_zeros(gradient.shape[1], dtype=compute_dtype(gradient))
+    for rows in gradient.split(COLUMN_SUM_ROWS):
+        sums += rows.sum(0, dtype=sums.dtype)
+    return sums
+
+
 class KDFunction(torch.autograd.Function):
     """Loss forward, stored gradient backward; once."""
 
@@ -224,8 +244,8 @@ class KDFunction(torch.autograd.Function):
         return weighted(parts, *weights, compute_dtype(logits)), parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor, d_parts: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph_of_gradient("kd_loss")
         if not torch.compiler.is_compiling():
             if ctx.spent:
                 raise RefusedError(
@@ -238,7 +258,7 @@ class KDFunction(torch.autograd.Function):
         kd_scale_(gradient, d_loss)
         d_bias = None
         if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
-            d_bias = gradient.sum(0, dtype=compute_dtype(gradient)).to(ctx.bias_dtype)
+            d_bias = _column_sums(gradient).to(ctx.bias_dtype)
         return gradient, d_bias, None, None, None
 
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels import backends, linear_sweeps
-from latentforge.kernels.autograd import kd_scale_, kernel_settings, parts_of, targets_from, weighted
+from latentforge.kernels.autograd import (
+    kd_scale_,
+    kernel_settings,
+    parts_of,
+    refuse_graph_of_gradient,
+    targets_from,
+    weighted,
+)
 from latentforge.kernels.indices import check_indices, refuse_mass_outside_everything
 from latentforge.kernels.reference import linear as reference
 from latentforge.kernels.reference.kd import compute_dtype
@@ -142,8 +149,8 @@ class LinearKDFunction(torch.autograd.Function):
         return weighted(parts, *weights, compute_dtype(hidden)), parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor, d_parts: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph_of_gradient("linear_kd_loss")
         if not torch.compiler.is_compiling():
             if ctx.spent:
                 raise RefusedError(

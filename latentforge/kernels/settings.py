@@ -34,13 +34,17 @@ class KDSettings:
     def __post_init__(self) -> None:
         for name in ("temperature", "teacher_temperature", "logit_scale", "soft_cap"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise RefusedError(f"{name} = {value} is not a positive number")
+            if value is None and name == "soft_cap":
+                continue
+            if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+                raise RefusedError(f"{name} = {value!r} is not a positive number")
+        if not isinstance(self.ignore_index, int):
+            raise RefusedError(f"ignore_index = {self.ignore_index!r} is not a whole number")
         if self.direction not in DIRECTIONS:
             raise RefusedError(f"direction {self.direction!r} is not one of {', '.join(DIRECTIONS)}")
-        if self.direction == "jsd" and not 0 < self.beta < 1:
+        if self.direction == "jsd" and not (isinstance(self.beta, (int, float)) and 0 < self.beta < 1):
             raise RefusedError(
-                f"beta = {self.beta} is not between 0 and 1",
+                f"beta = {self.beta!r} is not between 0 and 1",
                 next="use direction='forward' for beta 0 and direction='reverse' for beta 1",
             )
 

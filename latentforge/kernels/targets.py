@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentforge.errors import RefusedError
+
 
 @dataclass(frozen=True)
 class DenseTargets:
@@ -53,6 +55,10 @@ Targets = DenseTargets | TopKTargets
 
 def topk_targets(logits: Tensor, k: int, temperature: float) -> TopKTargets:
     """Top-k targets of dense teacher logits [N, V], with the exact tail at ``temperature``; computed in fp64."""
+    if not 1 <= k <= logits.shape[-1]:
+        raise RefusedError(f"k = {k} is not between 1 and the vocabulary's size {logits.shape[-1]}")
+    if not 0 < temperature < float("inf"):
+        raise RefusedError(f"temperature = {temperature} is not a positive number")
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     values, ids = logprobs.topk(k, dim=-1)
     tail = torch.logsumexp(logprobs.scatter(-1, ids, -torch.inf) / temperature, dim=-1)

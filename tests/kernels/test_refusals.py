@@ -229,3 +229,48 @@ def test_labels_are_not_left_out() -> None:
             kd_weight=0.7,
             denominator=3.0,
         )
+
+
+def test_the_gradient_of_a_bias_is_summed_without_a_copy_of_the_logits() -> None:
+    """Of bf16 gradients torch's own sum makes an fp32 copy: twice what the caller passed."""
+    from torch.profiler import ProfilerActivity, profile
+
+    rows, vocab = 512, 4096
+    logits = torch.randn(rows, vocab).bfloat16().requires_grad_()
+    bias = torch.randn(vocab).bfloat16().requires_grad_()
+    teacher, labels = torch.randn(rows, vocab).bfloat16(), torch.randint(0, vocab, (rows,))
+    given = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5, "denominator": float(rows)}
+    loss = kd_loss(logits * 1, DenseTargets(teacher), labels, bias=bias, **given).loss
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss.backward()
+    largest = max(event.cpu_memory_usage for event in seen.events())
+    assert largest <= rows * vocab * 2  # the gradient that `logits * 1` hands on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as planted:
+        teacher.sum(0, dtype=torch.float32)
+    assert max(event.cpu_memory_usage for event in planted.events()) >= rows * vocab * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": None}, "temperature = None"),
+        ({"temperature": "2"}, "temperature = '2'"),
+        ({"ignore_index": 2.5}, "ignore_index = 2.5"),
+        ({"direction": "jsd", "beta": None}, "beta = None"),
+        ({"targets": DenseTargets(None)}, "teacher logits = None"),  # type: ignore[arg-type]
+        ({"targets": TopKTargets(torch.zeros(2, 1).long(), torch.zeros(2, 1), None)}, "tail = None"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_number_or_no_tensor_is_named(change: dict[str, object], words: str) -> None:
+    given: dict[str, object] = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 0.5, "denominator": 2.0}
+    given |= {"targets": DenseTargets(torch.randn(2, 5)), "labels": torch.tensor([1, 2]), **change}
+    with pytest.raises(RefusedError, match=words):
+        kd_loss(torch.randn(2, 5), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(0, 1.0), (6, 1.0), (2, 0.0)])
+def test_no_topk_is_made_of_nothing(k: int, temperature: float) -> None:
+    from latentforge.kernels.targets import topk_targets
+
+    with pytest.raises(RefusedError, match=r"k = |temperature = "):
+        topk_targets(torch.randn(2, 5), k, temperature)
