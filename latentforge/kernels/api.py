@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from latentforge.errors import RefusedError
 from latentforge.kernels import autograd, backends
+from latentforge.kernels.arguments import LARGEST, check_dense, check_number, check_positive
 from latentforge.kernels.reference.kd import compute_dtype
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
@@ -62,6 +62,7 @@ def kd_loss(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     check_scalars(ce_weight, kd_weight, denominator)
     KDSettings(temperature, teacher_temperature, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
+    backends.check_backend("kd_loss", backend)
     if labels is None:
         raise RefusedError("labels are None", next="pass int64 labels, ignore_index where a row does not count")
     check_tensors(student_logits, targets, labels, bias)
@@ -115,8 +116,11 @@ def kd_divergence(
     For evaluation: nothing is written and nothing is differentiable. Arguments as in ``kd_loss``.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    settings = KDSettings(temperature, teacher_temperature, direction=direction, beta=beta)
+    KDSettings(temperature, teacher_temperature, direction=direction, beta=beta)
+    settings = KDSettings(float(temperature), float(teacher_temperature), direction=direction, beta=float(beta))
     check_tensors(student_logits, targets, None)
+    if targets is None:
+        raise RefusedError("targets are None: there is nothing to diverge from")
     dense = targets.logits if isinstance(targets, DenseTargets) else None
     chosen = backends.choose("kd_loss", student_logits, dense, backend=backend, direction=direction)
     return backends.kd_rows(chosen, student_logits, targets, None, settings)[1].to(compute_dtype(student_logits))
@@ -142,6 +146,7 @@ class KDCriterion(nn.Module):
         super().__init__()
         of_teacher = temperature if teacher_temperature is None else teacher_temperature
         check_scalars(ce_weight, kd_weight, 1.0)
+        backends.check_backend("kd_loss", backend)
         KDSettings(temperature, of_teacher, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
@@ -176,21 +181,15 @@ class KDCriterion(nn.Module):
 def check_scalars(ce_weight: float, kd_weight: float, denominator: float) -> None:
     """Refuse weights and denominators of which no loss can be made."""
     for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
-        if not (math.isfinite(value) and value >= 0):
-            raise RefusedError(f"{name} = {value} is not a number of at least 0")
+        check_number(name, value, 0, LARGEST, f"a number from 0 to {LARGEST:g}")
     if ce_weight == 0 and kd_weight == 0:
         raise RefusedError(f"ce_weight = {ce_weight} and kd_weight = {kd_weight}: nothing is left of the loss")
-    if not (math.isfinite(denominator) and denominator > 0):
-        raise RefusedError(
-            f"denominator = {denominator} is not a positive number",
-            next="pass the number of valid labels of the whole optimiser step",
-        )
+    check_positive("denominator", denominator, next="pass the number of valid labels of the whole optimiser step")
 
 
 def check_tensors(student: Tensor, targets: Targets | None, labels: Tensor | None, bias: Tensor | None = None) -> None:
     """Refuse tensors whose shapes, dtypes or devices do not fit each other."""
-    if not isinstance(student, Tensor):
-        raise RefusedError(f"student logits = {student!r}, not a tensor of shape [N, V]")
+    check_dense("student logits", student, "a tensor of shape [N, V]")
     if student.dim() != 2:
         raise RefusedError(f"student logits have shape {tuple(student.shape)}, not [N, V]")
     rows, vocab = student.shape
@@ -209,6 +208,7 @@ def check_targets(targets: Targets | None, rows: int, vocab: int, device: torch.
     if isinstance(targets, DenseTargets):
         check_tensor("teacher logits", targets.logits, (rows, vocab), LOGIT_DTYPES, device)
     elif isinstance(targets, TopKTargets):
+        check_dense("top-k ids", targets.ids, "a tensor of shape [N, k]")
         if targets.ids.dim() != 2:
             raise RefusedError(f"top-k ids have shape {tuple(targets.ids.shape)}, not [N, k]")
         k = targets.ids.shape[1]
@@ -225,8 +225,7 @@ def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """Refuse what is no tensor, and one of another shape, dtype or device than is named."""
-    if not isinstance(tensor, Tensor):
-        raise RefusedError(f"{name} = {tensor!r}, not a tensor of shape {shape}")
+    check_dense(name, tensor, f"a tensor of shape {shape}")
     if tuple(tensor.shape) != shape:
         raise RefusedError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype not in dtypes:

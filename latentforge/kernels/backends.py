@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
+from latentforge.kernels.arguments import check_name
 from latentforge.kernels.indices import check_indices
 from latentforge.kernels.settings import KDSettings
 from latentforge.kernels.targets import Targets
@@ -34,10 +35,7 @@ def choose(op: str, tensor: Tensor, *others: Tensor | None, backend: str, direct
     of a CUDA device, what the warm-up guard has passed there; it never tries anything out. ``direction`` jsd is in
     ``reference`` and ``cpu`` alone: on a GPU it has to be asked of ``reference`` by name.
     """
-    if backend not in BACKENDS:
-        raise RefusedError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend not in ("auto", *OPS[op]):
-        raise RefusedError(f"backend {backend!r} has no {op}", next=f"use one of {', '.join(OPS[op])}")
+    check_backend(op, backend)
     exact = any(t is not None and t.dtype == torch.float64 for t in (tensor, *others))
     device = tensor.device.type
     if backend == "reference":
@@ -68,6 +66,13 @@ def choose(op: str, tensor: Tensor, *others: Tensor | None, backend: str, direct
             next="pass backend='cpu', or set TRITON_INTERPRET=1 to run Triton's interpreter",
         )
     return "cpu" if backend == "auto" else backend
+
+
+def check_backend(op: str, backend: str) -> None:
+    """Refuse what is no backend, and one that does not implement ``op``."""
+    check_name("backend", backend, BACKENDS)
+    if backend not in ("auto", *OPS[op]):
+        raise RefusedError(f"backend {backend!r} has no {op}", next=f"use one of {', '.join(OPS[op])}")
 
 
 def _on_cuda(op: str, tensor: Tensor, backend: str) -> str:

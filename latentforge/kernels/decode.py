@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels import backends
+from latentforge.kernels.arguments import check_dense, check_whole
 from latentforge.kernels.decode_settings import DecodeSettings
 from latentforge.kernels.weights import Int8Weight
 
@@ -54,16 +55,23 @@ def latent_decode(
     scales = weight.scales if isinstance(weight, Int8Weight) else None
     _check_matrices(hidden, matrix, scales)
     columns = matrix.shape[0] if vocab is None else vocab
-    if isinstance(columns, bool) or columns != int(columns) or not 1 <= columns <= matrix.shape[0]:
-        raise RefusedError(f"vocab = {columns} is not between 1 and the weight's {matrix.shape[0]} rows")
-    settings = DecodeSettings(columns, float(temperature), top_k, top_p, float(logit_scale), soft_cap)
+    check_whole("vocab", columns, f"between 1 and the weight's {matrix.shape[0]} rows", low=1, high=matrix.shape[0])
+    DecodeSettings(columns, temperature, top_k, top_p, logit_scale, soft_cap)
+    settings = DecodeSettings(
+        int(columns),
+        float(temperature),
+        None if top_k is None else int(top_k),
+        None if top_p is None else float(top_p),
+        float(logit_scale),
+        None if soft_cap is None else float(soft_cap),
+    )
     if bias is not None:
         _check_bias(bias, matrix)
+    for name, key in (("seeds", seeds), ("positions", positions)):
+        if key is not None or not settings.greedy:
+            _check_key(name, key, hidden)
     if settings.greedy:
         seeds = positions = None
-    else:
-        _check_key("seeds", seeds, hidden)
-        _check_key("positions", positions, hidden)
     chosen = backends.choose("latent_decode", hidden, matrix, bias, backend=backend)
     return Decoded(
         *torch.ops.latentforge.latent_decode(
@@ -85,6 +93,8 @@ def latent_decode(
 
 
 def _check_matrices(hidden: Tensor, matrix: Tensor, scales: Tensor | None) -> None:
+    check_dense("hidden", hidden, "a tensor [N, H]")
+    check_dense("weight", matrix, "a tensor [V, H] or an Int8Weight")
     if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1]:
         raise RefusedError(
             f"hidden {list(hidden.shape)} and weight {list(matrix.shape)} do not match; they must be [N, H] and [V, H]"
@@ -103,6 +113,7 @@ def _check_matrices(hidden: Tensor, matrix: Tensor, scales: Tensor | None) -> No
 
 
 def _check_bias(bias: Tensor, matrix: Tensor) -> None:
+    check_dense("bias", bias, "a tensor [V]")
     if bias.shape != matrix.shape[:1]:
         raise RefusedError(
             f"bias is {list(bias.shape)}; it must be [{matrix.shape[0]}], one for each row of the weight"
@@ -119,6 +130,7 @@ def _check_key(name: str, key: Tensor | None, hidden: Tensor) -> None:
             f"{name} = None with a temperature above 0: a draw needs them",
             next="pass int64 seeds and positions, one for each row, or temperature=0",
         )
+    check_dense(name, key, "an int64 tensor [N]")
     if key.dtype != torch.int64 or key.shape != hidden.shape[:1]:
         raise RefusedError(f"{name} are {key.dtype} {list(key.shape)}; they must be int64 [{hidden.shape[0]}]")
     if key.device != hidden.device:

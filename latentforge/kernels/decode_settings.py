@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from latentforge.errors import RefusedError
-
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-4, 1e4
+from latentforge.kernels.arguments import (
+    HIGHEST_TEMPERATURE,
+    LARGEST,
+    LOWEST_TEMPERATURE,
+    check_number,
+    check_positive,
+    check_whole,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -27,20 +33,20 @@ class DecodeSettings:
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("logit_scale", "soft_cap"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise RefusedError(f"{name} = {value} is not a positive number")
-        t = self.temperature
-        if t != 0 and not LOWEST_TEMPERATURE <= t <= HIGHEST_TEMPERATURE:
+        check_whole("vocab", self.vocab, "a whole number from 1 on", low=1)
+        check_positive("logit_scale", self.logit_scale)
+        if self.soft_cap is not None:
+            check_positive("soft_cap", self.soft_cap, next="pass None for no cap")
+        said = f"0 or a number from {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE:g}"
+        check_number("temperature", self.temperature, -LARGEST, LARGEST, said, next="pass 0 for greedy decoding")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
             raise RefusedError(
-                f"temperature = {t} is neither 0 nor between {LOWEST_TEMPERATURE} and {HIGHEST_TEMPERATURE}",
-                next="pass 0 for greedy decoding",
+                f"temperature = {shown(self.temperature)} is not {said}", next="pass 0 for greedy decoding"
             )
-        if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k != int(self.top_k) or self.top_k < 1):
-            raise RefusedError(f"top_k = {self.top_k} is not a whole number from 1 on", next="pass None for no limit")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RefusedError(f"top_p = {self.top_p} is not in (0, 1]", next="pass None for no limit")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, "a whole number from 1 on", low=1, next="pass None for no limit")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 1e-30, 1, "in (0, 1]", next="pass None for no limit")
 
     @property
     def greedy(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from latentforge.errors import RefusedError
 from latentforge.kernels import backends
 from latentforge.kernels.api import LOGIT_DTYPES, KDLoss, check_scalars, check_targets, check_tensor
+from latentforge.kernels.arguments import check_dense, check_positive, check_whole
 from latentforge.kernels.autograd import weighted
 from latentforge.kernels.linear_autograd import LinearKDFunction, linear_kd
 from latentforge.kernels.reference.kd import compute_dtype
@@ -51,8 +52,15 @@ def linear_kd_loss(
     check_scalars(ce_weight, kd_weight, denominator)
     KDSettings(temperature, teacher_temperature, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
     check_chunk_rows(chunk_rows)
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        narrow = torch.get_autocast_dtype(hidden.device.type)
+    backends.check_backend("linear_kd_loss", backend)
+    check_dense("hidden states", hidden, "a tensor of shape [N, H]")
+    check_dense("weight", weight, "a tensor of shape [V, H]")
+    if bias is not None:
+        check_dense("bias", bias, "a tensor of shape [V]")
+    device = hidden.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        narrow = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow)
     _check_tensors(hidden, weight, bias, targets, labels)
     if targets is None and kd_weight != 0:
@@ -82,7 +90,7 @@ def linear_kd_loss(
         float(logit_scale),
         None if soft_cap is None else float(soft_cap),
         int(ignore_index),
-        chunk_rows,
+        None if chunk_rows is None else int(chunk_rows),
         chosen,
     )
     dtype = compute_dtype(hidden)
@@ -119,6 +127,7 @@ class LinearKDCriterion(nn.Module):
         super().__init__()
         of_teacher = temperature if teacher_temperature is None else teacher_temperature
         check_scalars(ce_weight, kd_weight, 1.0)
+        backends.check_backend("linear_kd_loss", backend)
         KDSettings(temperature, of_teacher, 0.0, 0.0, direction, beta, logit_scale, soft_cap, ignore_index)
         check_chunk_rows(chunk_rows)
         self.temperature = temperature
@@ -165,8 +174,10 @@ class LinearKDCriterion(nn.Module):
 
 def check_chunk_rows(chunk_rows: int | None) -> None:
     """Refuse a chunk that is no positive number of rows."""
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
-        raise RefusedError(f"chunk_rows = {chunk_rows!r} is not a positive number of rows")
+    if chunk_rows is not None:
+        check_whole(
+            "chunk_rows", chunk_rows, "a positive number of rows", low=1, next="pass None for what suits the machine"
+        )
 
 
 def _check_tensors(
@@ -187,6 +198,7 @@ def _check_tensors(
     if not isinstance(targets, LinearTargets):
         check_targets(targets, rows, vocab, device)
         return
+    check_dense("teacher hidden states", targets.hidden, "a tensor of shape [N, H_t]")
     if targets.hidden.dim() != 2:
         raise RefusedError(f"teacher hidden states have shape {tuple(targets.hidden.shape)}, not [N, H_t]")
     inner = targets.hidden.shape[1]
@@ -194,5 +206,6 @@ def _check_tensors(
     check_tensor("teacher weight", targets.weight, (vocab, inner), LOGIT_DTYPES, device)
     if targets.bias is not None:
         check_tensor("teacher bias", targets.bias, (vocab,), LOGIT_DTYPES, device)
-    # The scale and the cap of the teacher obey the rules of the student's.
-    KDSettings(1.0, 1.0, logit_scale=targets.logit_scale, soft_cap=targets.soft_cap)
+    check_positive("teacher logit_scale", targets.logit_scale)
+    if targets.soft_cap is not None:
+        check_positive("teacher soft_cap", targets.soft_cap, next="pass None for no cap")

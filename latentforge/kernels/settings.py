@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from latentforge.errors import RefusedError
+from latentforge.kernels.arguments import (
+    check_name,
+    check_number,
+    check_positive,
+    check_temperature,
+    check_whole,
+    shown,
+)
 
 DIRECTIONS = ("forward", "reverse", "jsd")
 
@@ -32,19 +39,17 @@ class KDSettings:
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "teacher_temperature", "logit_scale", "soft_cap"):
-            value = getattr(self, name)
-            if value is None and name == "soft_cap":
-                continue
-            if not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-                raise RefusedError(f"{name} = {value!r} is not a positive number")
-        if not isinstance(self.ignore_index, int):
-            raise RefusedError(f"ignore_index = {self.ignore_index!r} is not a whole number")
-        if self.direction not in DIRECTIONS:
-            raise RefusedError(f"direction {self.direction!r} is not one of {', '.join(DIRECTIONS)}")
-        if self.direction == "jsd" and not (isinstance(self.beta, (int, float)) and 0 < self.beta < 1):
+        check_temperature("temperature", self.temperature)
+        check_temperature("teacher_temperature", self.teacher_temperature)
+        check_positive("logit_scale", self.logit_scale)
+        if self.soft_cap is not None:
+            check_positive("soft_cap", self.soft_cap, next="pass None for no cap")
+        check_whole("ignore_index", self.ignore_index, "a whole number of 64 bits")
+        check_name("direction", self.direction, DIRECTIONS)
+        check_number("beta", self.beta, 0, 1, "between 0 and 1")
+        if self.direction == "jsd" and not 0 < self.beta < 1:
             raise RefusedError(
-                f"beta = {self.beta!r} is not between 0 and 1",
+                f"beta = {shown(self.beta)} is not between 0 and 1",
                 next="use direction='forward' for beta 0 and direction='reverse' for beta 1",
             )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
+from latentforge.kernels.arguments import check_dense
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Int8Weight:
     scales: Tensor
 
     def __post_init__(self) -> None:
+        check_dense("values", self.values, "an int8 tensor [V, H]")
+        check_dense("scales", self.scales, "a float32 tensor [V]")
         if self.values.dtype != torch.int8 or self.values.dim() != 2:
             raise RefusedError(f"values are {self.values.dtype} {list(self.values.shape)}; they must be int8 [V, H]")
         if self.scales.dtype != torch.float32 or self.scales.shape != self.values.shape[:1]:
@@ -34,6 +37,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     The error of an entry is at most half a scale. A row of zeros has the scale 0. RefusedError where an entry is not
     finite.
     """
+    check_dense("weight", weight, "a floating point tensor [V, H]")
     if weight.dim() != 2 or not weight.dtype.is_floating_point:
         raise RefusedError(f"weight is {weight.dtype} {list(weight.shape)}; it must be floating point [V, H]")
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
