@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from latentforge.contracts.runner import Checked
     from latentforge.contracts.schema import Contract, Falsifier
@@ -115,18 +118,19 @@ def check(
     machine = this_machine()
     table = _Table(max(len(falsifier.id) for _, falsifier in contracts.falsifiers()), quiet=json)
     results: list[Checked] = []
-    for contract in contracts:
-        if contract.contract not in wanted:
-            continue
-        table.contract(contract)
-        results += check_contract(
-            contract,
-            contracts,
-            only=wanted[contract.contract],
-            machine=machine,
-            begin=table.begin,
-            end=table.end,
-        )
+    with _one_thread():
+        for contract in contracts:
+            if contract.contract not in wanted:
+                continue
+            table.contract(contract)
+            results += check_contract(
+                contract,
+                contracts,
+                only=wanted[contract.contract],
+                machine=machine,
+                begin=table.begin,
+                end=table.end,
+            )
     code = overall(results)
     if json:
         print_json(
@@ -140,6 +144,28 @@ def check(
     else:
         print(summary(results), flush=True)
     return code
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes with one thread, unless OMP_NUM_THREADS asks for more.
+
+    The checks' tensors are small, each of their many operators would wait for its slowest thread, and where another
+    process wants a core that takes ten times as long as one thread does.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read where torch is imported, which only some checks do
+    torch = sys.modules.get("torch") if asked is None else None
+    before = torch.get_num_threads() if torch else 0
+    try:
+        if torch:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
+        if asked is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 class _Table:

@@ -5,12 +5,14 @@ Each takes ``mutant``: the planted mistake with which it must fail. A mutant cha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from latentforge.contracts import Finding
+    from latentforge.kernels.targets import Targets
 
 
 # The mistake that is planted for each direction: another direction's gradient, or the other way of mixing.
@@ -23,40 +25,17 @@ def loss_gradient_consistent(*, direction: str = "forward", beta: float = 0.3, m
     Dense and top-k targets, T in {1, 2, 4}, five pairs of weights (two for reverse KL and JSD: the cross-entropy is the
     same), once with a teacher temperature of its own.
     """
-    import torch
-
     from latentforge.contracts import Finding
-    from latentforge.kernels.fixtures import (
-        TEMPERATURES,
-        WEIGHTS,
-        gradient_of,
-        known_mutant,
-        labels_of,
-        normal,
-        value_of,
-    )
-    from latentforge.kernels.targets import DenseTargets, topk_targets
+    from latentforge.kernels.fixtures import TEMPERATURES, WEIGHTS, gradient_of, known_mutant
 
     known_mutant(mutant, (_DIRECTION_MUTANTS[direction],))
-    rows, vocab, step = (3, 7, 1e-5) if direction == "forward" else (2, 6, 1e-5)
-    student, teacher = normal(1, rows, vocab, scale=1.5), normal(2, rows, vocab, scale=2.0)
-    labels = labels_of(3, rows, vocab)
+    student, teacher, labels = _pair(direction)
     worst, at = 0.0, ""
     for temperature in TEMPERATURES:
         for ce_weight, kd_weight in WEIGHTS if direction == "forward" else ((0.3, 0.7), (0.0, 1.0)):
             for kind, teacher_temperature in (("dense", None), ("dense", 1.5), ("topk", None)):
                 t_teacher = teacher_temperature or temperature
-                targets = DenseTargets(teacher) if kind == "dense" else topk_targets(teacher, 3, t_teacher)
-                settings = {
-                    "temperature": temperature,
-                    "teacher_temperature": t_teacher,
-                    "ce_weight": ce_weight,
-                    "kd_weight": kd_weight,
-                    "denominator": float(rows),
-                    "direction": direction,
-                    "beta": beta,
-                    "backend": "reference",
-                }
+                targets, settings = _asked(direction, beta, temperature, ce_weight, kd_weight, kind, t_teacher)
                 planted = {"forward_kl": {"direction": "forward"}, "beta_swapped": {"beta": 1 - beta}}
                 given = settings | planted.get(mutant or "", {})
                 analytic = gradient_of(student, targets, labels, **given)
@@ -64,15 +43,7 @@ def loss_gradient_consistent(*, direction: str = "forward", beta: float = 0.3, m
                     analytic = _reverse_kl_gradient(
                         student, teacher, labels, temperature, t_teacher, ce_weight, kd_weight
                     )
-                numeric = torch.zeros_like(student)
-                for i in range(rows):
-                    for j in range(vocab):
-                        values = []
-                        for sign in (1.0, -1.0):
-                            moved = student.clone()
-                            moved[i, j] += sign * step
-                            values.append(value_of(moved, targets, labels, **settings))
-                        numeric[i, j] = (values[0] - values[1]) / (2 * step)
+                numeric = _numeric_gradient(direction, beta, temperature, ce_weight, kd_weight, kind, t_teacher)
                 error = float((analytic - numeric).abs().max())
                 if not error <= worst:
                     worst, at = error, f"T={temperature:g}, weights {ce_weight:g}/{kd_weight:g}, {kind}"
@@ -81,6 +52,69 @@ def loss_gradient_consistent(*, direction: str = "forward", beta: float = 0.3, m
         f"max |analytic − numeric| {worst:.1e} (bound 1e-6; worst at {at})",
         {"max_abs_error": worst, "bound": 1e-6, "worst_at": at},
     )
+
+
+def _pair(direction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher and labels of the comparison with central differences."""
+    from latentforge.kernels.fixtures import labels_of, normal
+
+    rows, vocab = (3, 7) if direction == "forward" else (2, 6)
+    return normal(1, rows, vocab, scale=1.5), normal(2, rows, vocab, scale=2.0), labels_of(3, rows, vocab)
+
+
+def _asked(
+    direction: str,
+    beta: float,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    kind: str,
+    teacher_temperature: float,
+) -> tuple[Targets, dict[str, Any]]:
+    """Targets and settings of one such comparison."""
+    from latentforge.kernels.targets import DenseTargets, topk_targets
+
+    _, teacher, labels = _pair(direction)
+    targets = DenseTargets(teacher) if kind == "dense" else topk_targets(teacher, 3, teacher_temperature)
+    return targets, {
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "ce_weight": ce_weight,
+        "kd_weight": kd_weight,
+        "denominator": float(len(labels)),
+        "direction": direction,
+        "beta": beta,
+        "backend": "reference",
+    }
+
+
+@cache
+def _numeric_gradient(
+    direction: str,
+    beta: float,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    kind: str,
+    teacher_temperature: float,
+) -> Tensor:
+    """Central differences of the reported loss; a check and its control need the same ones, and they are the cost."""
+    import torch
+
+    from latentforge.kernels.fixtures import value_of
+
+    student, _, labels = _pair(direction)
+    targets, settings = _asked(direction, beta, temperature, ce_weight, kd_weight, kind, teacher_temperature)
+    numeric, step = torch.zeros_like(student), 1e-5
+    for i in range(student.shape[0]):
+        for j in range(student.shape[1]):
+            values = []
+            for sign in (1.0, -1.0):
+                moved = student.clone()
+                moved[i, j] += sign * step
+                values.append(value_of(moved, targets, labels, **settings))
+            numeric[i, j] = (values[0] - values[1]) / (2 * step)
+    return numeric
 
 
 def _reverse_kl_gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,34 @@ def test_what_a_check_prints_stays_out_of_the_table(
     contract(noisy)
     main(["contracts", "check"])
     assert "step 1/10" not in capsys.readouterr().out
+
+
+def test_checks_compute_in_one_thread_unless_more_are_asked_for(
+    contract: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of two threads one waits for the other at each small operator: 20 s became 3 minutes on a busy machine.
+    torch = pytest.importorskip("torch")
+    seen: list[int] = []
+
+    def counting(*, mutant: str | None = None) -> Finding:
+        seen.append(torch.get_num_threads())
+        return honest(mutant=mutant)
+
+    contract(counting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for asked, threads in ((None, 1), ("3", 3)):
+            if asked is None:
+                monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            else:
+                monkeypatch.setenv("OMP_NUM_THREADS", asked)
+            assert main(["contracts", "check"]) == 0
+            assert seen[-2:] == [threads, threads]
+            assert torch.get_num_threads() == 3
+            assert os.environ.get("OMP_NUM_THREADS") == asked
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_falsifier_can_be_checked_by_its_id(
