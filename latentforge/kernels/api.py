@@ -54,7 +54,8 @@ def kd_loss(
     nothing. ``denominator`` is the number of valid rows of the whole optimiser step. ``teacher_temperature`` is that of
     the teacher's distribution where it differs from ``temperature``. ``direction`` is ``forward``, KL(teacher ||
     student), ``reverse`` or ``jsd`` with ``beta`` in (0, 1) (backends ``reference`` and ``cpu``). The loss sees
-    ``soft_cap * tanh(logit_scale * (logits + bias) / soft_cap)``; ``bias`` [V] receives its own gradient.
+    ``soft_cap * tanh(logit_scale * (logits + bias) / soft_cap)``; ``bias`` [V] receives its own gradient, together with
+    the logits. The teacher gets none.
 
     Where a gradient is wanted **the logits are overwritten by it**; leaves, views and parts of larger tensors are
     refused. Without grad nothing is written. RefusedError names what is refused. Definition and source: ``reference``.
@@ -93,8 +94,15 @@ def kd_loss(
             autograd.refuse_a_teacher_in_the_logits(student_logits, dense)
         loss, parts = autograd.KDFunction.apply(student_logits, bias, tensors, settings, weights)
     else:
-        parts = autograd.kd_parts(student_logits, *tensors, bias, *settings)
-        loss = autograd.weighted(parts, *weights, dtype)
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            raise RefusedError(
+                "the bias requires grad and the logits do not: theirs, of which it is the sum, is not computed",
+                next="pass bias.detach(), or call under torch.no_grad() where only the loss is wanted",
+            )
+        # A teacher that requires grad gets none: the result must not claim one.
+        with torch.no_grad():
+            parts = autograd.kd_parts(student_logits, *tensors, bias, *settings)
+            loss = autograd.weighted(parts, *weights, dtype)
     ce, kd = parts[0].to(dtype), parts[1].to(dtype)
     # What was not computed must not look like agreement.
     return KDLoss(loss, ce, torch.full_like(kd, torch.nan) if targets is None else kd)

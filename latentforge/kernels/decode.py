@@ -73,8 +73,8 @@ def latent_decode(
     if settings.greedy:
         seeds = positions = None
     chosen = backends.choose("latent_decode", hidden, matrix, bias, backend=backend)
-    return Decoded(
-        *torch.ops.latentforge.latent_decode(
+    with torch.no_grad():  # there is no backward, and the result does not claim one
+        ids, logprobs = torch.ops.latentforge.latent_decode(
             hidden,
             matrix,
             scales,
@@ -89,7 +89,7 @@ def latent_decode(
             settings.vocab,
             chosen,
         )
-    )
+    return Decoded(ids, logprobs)
 
 
 def _check_matrices(hidden: Tensor, matrix: Tensor, scales: Tensor | None) -> None:

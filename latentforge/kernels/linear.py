@@ -99,8 +99,10 @@ def linear_kd_loss(
     if any(wanted) and torch.is_grad_enabled():
         loss, parts = LinearKDFunction.apply(hidden, weight, bias, tensors, settings, weights, wanted)
     else:
-        parts = linear_kd(hidden, weight, bias, *tensors, *settings, False, False, False)[0]
-        loss = weighted(parts, *weights, dtype)
+        # A teacher that requires grad gets none: the result must not claim one.
+        with torch.no_grad():
+            parts = linear_kd(hidden, weight, bias, *tensors, *settings, False, False, False)[0]
+            loss = weighted(parts, *weights, dtype)
     ce, kd = parts[0].to(dtype), parts[1].to(dtype)
     # What was not computed must not look like agreement.
     return KDLoss(loss, ce, torch.full_like(kd, torch.nan) if targets is None else kd)
