@@ -188,6 +188,11 @@ class Sshd:
 
     folder: Path
     port: int
+    address: str = "127.0.0.1"
+    options: str = ""
+    """Lines of sshd_config that go first, and so win."""
+    prefix: tuple[str, ...] = ()
+    """The command that starts the server in another namespace."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -197,6 +202,12 @@ class Sshd:
     @property
     def log(self) -> Path:
         return self.folder / "log"
+
+    def prepare(self) -> None:
+        """A user's key that is let in, and a host key."""
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
+        shutil.copy(self.key.with_suffix(".pub"), self.folder / "authorized_keys")
+        self.make_host_key()
 
     def make_host_key(self, kind: str = "ed25519") -> str:
         """A new host key; returns its fingerprint."""
@@ -212,21 +223,26 @@ class Sshd:
         config = self.folder / "sshd_config"
         keys = "".join(f"HostKey {path}\n" for path in sorted(self.folder.glob("host_*")) if path.suffix != ".pub")
         config.write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\n{keys}AuthorizedKeysFile {self.folder}/authorized_keys\n"
+            f"{self.options}\nPort {self.port}\nListenAddress {self.address}\n{keys}"
+            f"AuthorizedKeysFile {self.folder}/authorized_keys\n"
             "UsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             f"PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\nMaxStartups 50\n"
         )
         assert SSHD is not None
         self.process = subprocess.Popen(
-            [SSHD, "-D", "-f", str(config), "-E", str(self.log)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*self.prefix, SSHD, "-D", "-f", str(config), "-E", str(self.log)],
+            env={"PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         eventually(self._listens, "sshd listens")
 
     def _listens(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.log.read_text()
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+        with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), timeout=1):
+            return True
+        return False
 
     def stop(self) -> None:
         """Stop listening and cut every connection."""
@@ -278,11 +294,9 @@ def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S
 
     def make() -> Sshd:
         server = Sshd(tmp_path_factory.mktemp("sshd"), free_port())
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(server.key)], check=True)
-        shutil.copy(server.key.with_suffix(".pub"), server.folder / "authorized_keys")
-        server.make_host_key()
-        server.start()
         made.append(server)
+        server.prepare()
+        server.start()
         return server
 
     yield make
@@ -299,7 +313,7 @@ def shared_sshd(sshd_at: Callable[[], Sshd]) -> Sshd:
 def enrol_words(server: Sshd, name: str, root: Path) -> list[str]:
     """The command line that enrols a server."""
     return [
-        *("enrol", name, "--address", "127.0.0.1", "--port", str(server.port), "--user", getpass.getuser()),
+        *("enrol", name, "--address", server.address, "--port", str(server.port), "--user", getpass.getuser()),
         *("--identity", str(server.key), "--root", str(root), "--python", sys.executable, "--yes"),
     ]
 
