@@ -8,8 +8,9 @@ import signal
 import time
 from typing import Any
 
-from . import exitrec, journal, locks
+from . import journal, locks
 from .durable import read_json, write_json
+from .ending import write_for_the_dead
 from .paths import RunPaths
 from .processes import (
     AGENT,
@@ -101,42 +102,14 @@ def _end(run: RunPaths, grace: float, intent: dict[str, Any]) -> dict[str, Any]:
             break
         time.sleep(_PAUSE)
     if state["state"] == "lost":
-        _write_for_the_dead(run, intent)
+        # Nobody saw how the job ended, since its supervisor was gone; that it was cancelled is known, and is written.
+        reason = "its supervisor was gone, so nobody saw its exit status"
+        write_for_the_dead(run, "cancelled", "cancelled", reason, cancel=intent)
     survivors = [process.pid for process in _members(run)]
     used = boot_clock() - begun
     with contextlib.suppress(OSError):  # a full disk must not keep a cancel from answering
         journal.record(run, "cancelled", grace_used=used, forced=forced, survivors=survivors)
     return _answer(run, "ended", used=used, forced=forced, survivors=survivors)
-
-
-def _write_for_the_dead(run: RunPaths, intent: dict[str, Any]) -> None:
-    """Nobody saw how the job ended, since its supervisor was gone; that it was cancelled is known, and is written."""
-    lock = locks.take(run.lock)
-    if lock is None:
-        return
-    try:
-        if exitrec.read(run.exit) is None:
-            started = journal.read(run).started or {}
-            exitrec.write(
-                run.exit,
-                {
-                    "schema": 1,
-                    "run": run.id,
-                    "code": None,
-                    "signal": None,
-                    "outcome": "cancelled",
-                    "reason": "its supervisor was gone, so nobody saw its exit status",
-                    "oom": None,
-                    "cancel": intent,
-                    "started": started.get("wall"),
-                    "ended": time.time(),
-                    "seconds": boot_clock() - float(started.get("clock", boot_clock())),
-                    "boot_id": boot_id(),
-                    "artifacts": None,
-                },
-            )
-    finally:
-        locks.release(lock)
 
 
 def _members(run: RunPaths) -> list[Process]:

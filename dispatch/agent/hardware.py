@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -23,11 +24,13 @@ _GPU_FIELDS = {
     "power.draw": float,
 }
 _GPU_SECONDS = 15
+#: Where nvidia-smi lies when a non-interactive login has a short PATH.
+PROGRAM_PATHS = "/usr/bin:/usr/local/bin:/usr/lib/wsl/lib"
 
 
 def host(root: Path) -> dict[str, Any]:
     """The `host` object of a probe: sizes in bytes, GPU memory in MiB, temperatures in degrees Celsius, power in W."""
-    memory = _meminfo()
+    memory = meminfo()
     disk = _disk(root)
     gpus = _gpus()
     return {
@@ -103,7 +106,8 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _meminfo() -> dict[str, int]:
+def meminfo() -> dict[str, int]:
+    """The sizes that /proc/meminfo names, in bytes; empty where there is none."""
     found = {}
     for line in (_line("/proc/meminfo") or "").splitlines():
         name, _, value = line.partition(":")
@@ -125,7 +129,7 @@ def _disk(root: Path) -> tuple[int | None, int | None]:
 
 def _query(question: str) -> list[list[str]] | None:
     """Rows of nvidia-smi's answer; None when there is no such program or it failed."""
-    program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/bin:/usr/local/bin:/usr/lib/wsl/lib")
+    program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=PROGRAM_PATHS)
     if program is None:
         return None
     import subprocess
@@ -157,12 +161,16 @@ def _gpus() -> list[dict[str, Any]]:
 def _value(cell: str, kind: type) -> Any:
     if not cell or cell.strip("[]").lower() in ("n/a", "not supported", "unknown error"):
         return None
-    if kind is str:
-        return cell
+    return cell if kind is str else number(cell)
+
+
+def number(cell: str) -> float | None:
+    """A reading of nvidia-smi; None for what is none: `[N/A]`, `[Not Supported]`, `nan`."""
     try:
-        return float(cell)
+        value = float(cell)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def _gpu_processes() -> list[dict[str, Any]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import select
@@ -12,11 +13,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import collecting, exitrec, journal, memory_evidence
+from . import collecting, ending, exitrec, journal, memory_evidence
 from .durable import read_json
 from .paths import RunPaths
 from .processes import Process, boot_clock, boot_id, descendants, look, send, table
-from .state import outcome_of
+from .stopping import Stop
+from .telemetry import Telemetry, total_memory
+from .watchdog import Floors, Watchdog
 
 BEAT_SECONDS = 5.0
 # fmt: off
@@ -55,13 +58,17 @@ class Job:
         self._last_beat = 0.0
         self._wall = time.time()
         self._clock = boot_clock()
+        self._monotonic = time.monotonic()
+        self._leader: int | None = None
+        self._telemetry = Telemetry()
+        self.stop = Stop(self._members)
 
     def execute(self, before_exit: Callable[[RunPaths, str], None]) -> str:
         """Start, wait, sweep, take inventory, write the exit record; returns the outcome."""
         run = self.run
         before = memory_evidence.counters()
         exitrec.preallocate(run.exit)
-        reason = None
+        failure = None
         ended: dict[str, Any] = {"code": None, "signal": None, "leftovers": 0, "survivors": [], "usage": None}
         try:
             launch = read_json(run.launch)
@@ -71,18 +78,25 @@ class Job:
             exitrec.preallocate(run.beat)
             pid = self._spawn(launch)
         except OSError as error:
-            reason = f"it could not be started: {error.strerror or error}" + (
+            failure = f"it could not be started: {error.strerror or error}" + (
                 f": {error.filename}" if error.filename else ""
             )
-            outcome = "crashed"
         else:
-            self._wait(pid)
+            self._watch(pid, launch)
             ended = self._clean_up(pid)
-            outcome = outcome_of(ended["code"], ended["signal"])
         cancel = read_json(run.cancel)
-        if cancel is not None:
-            outcome = "cancelled"
-        oom, evidence = memory_evidence.judge(ended["signal"], before, memory_evidence.counters())
+        oom, evidence = memory_evidence.judge(
+            ended["signal"], before, memory_evidence.counters(), self._kernel_line if failure is None else lambda: None
+        )
+        outcome, kind, reason = ending.judge(
+            ended["code"],
+            ended["signal"],
+            failure=failure,
+            cancelled=cancel is not None,
+            stopped=self.stop.why,
+            oom=oom,
+            evidence=evidence,
+        )
         artifacts = None
         try:
             artifacts = collecting.take_inventory(run, self._beat)
@@ -97,9 +111,10 @@ class Job:
             "run": run.id,
             **ended,
             "outcome": outcome,
-            "reason": None if reason is None else reason[:300],
+            "class": kind,
+            "reason": None if reason is None else reason[: ending.LONGEST_REASON],
             "oom": oom,
-            "oom_evidence": evidence,
+            "oom_evidence": None if evidence is None else evidence[: ending.LONGEST_REASON],
             "cancel": None if cancel is None else {key: cancel.get(key) for key in ("by", "wall", "grace")},
             "started": self._wall,
             "ended": time.time(),
@@ -108,9 +123,39 @@ class Job:
             "artifacts": artifacts,
         }
         with contextlib.suppress(OSError):
-            journal.record(run, "ended", outcome=outcome, code=ended["code"], signal=ended["signal"], reason=reason)
+            journal.record(
+                run,
+                "ended",
+                **{"class": kind},
+                outcome=outcome,
+                code=ended["code"],
+                signal=ended["signal"],
+                reason=reason,
+            )
         exitrec.write(run.exit, record)
         return outcome
+
+    def _watch(self, pid: int, launch: dict[str, Any]) -> None:
+        """Wait for the end of the leader with the watchdog beside it."""
+        dog = Watchdog(Floors.of(launch, total_memory()), self.stop, functools.partial(journal.record, self.run))
+        dog.start()
+        try:
+            self._wait(pid)
+        finally:
+            dog.finish()
+            self._telemetry.close()
+
+    def _kernel_line(self) -> str | None:
+        return None if self._leader is None else memory_evidence.kernel_line(self._leader, self._monotonic)
+
+    def _members(self) -> list[Process]:
+        """The living processes of the job: what descends from here or from its leader's session."""
+        assert self._leader is not None
+        processes = table()
+        mine = descendants(os.getpid(), processes)
+        mine |= {process.pid for process in processes.values() if process.session == self._leader}
+        mine -= {os.getpid(), self._telemetry.gpu.pid or -1}
+        return [processes[pid] for pid in mine if processes[pid].alive]
 
     def _spawn(self, launch: dict[str, Any]) -> int:
         """Fork the leader behind a gate that opens when `started` is on disk; its pid, or OSError if it cannot run."""
@@ -132,7 +177,8 @@ class Job:
             os.close(fd)
         try:
             leader = look(pid)
-            self._wall, self._clock = time.time(), boot_clock()
+            self._leader = pid
+            self._wall, self._clock, self._monotonic = time.time(), boot_clock(), time.monotonic()
             journal.record(run, "started", pid=pid, ticks=None if leader is None else leader.ticks, argv=launch["argv"])
             self._beat()
             os.write(gate_write, b"1")
@@ -188,7 +234,9 @@ class Job:
                 poll.poll(_LOOK_MILLISECONDS if fd is not None else 50)
                 if boot_clock() - self._last_beat >= BEAT_SECONDS:
                     self._beat()
-                    _reap_children(table(), but=pid)
+                    self._reap(table())
+                if self.stop.why is not None:
+                    self.stop.advance()
                 self._on_idle()
         finally:
             if fd is not None:
@@ -203,7 +251,13 @@ class Job:
             size = self.run.log.stat().st_size
             exitrec.write(
                 self.run.beat,
-                {"count": self._beats, "clock": boot_clock(), "wall": time.time(), "log": size},
+                {
+                    "count": self._beats,
+                    "clock": boot_clock(),
+                    "wall": time.time(),
+                    "log": size,
+                    **self._telemetry.read(self._leader),
+                },
                 sync=False,
             )
 
@@ -212,7 +266,8 @@ class Job:
         killed: set[tuple[int, int]] = set()
         begun = boot_clock()
         while True:
-            left = _leftovers(leader)
+            left = [process for process in self._members() if process.pid != leader]
+            self._reap(table())  # after the look: whatever it found dead can be reaped now
             if not left or boot_clock() - begun > _SWEEP_SECONDS:
                 break
             # A moment of their own first: Python's resource tracker, for one, ends after its parent, tidying up.
@@ -231,17 +286,10 @@ class Job:
             "usage": {"user": usage.ru_utime, "system": usage.ru_stime, "peak_rss_bytes": usage.ru_maxrss * 1024},
         }
 
-
-def _leftovers(leader: int) -> list[Process]:
-    processes = table()
-    _reap_children(processes, but=leader)
-    mine = descendants(os.getpid(), processes)
-    mine |= {process.pid for process in processes.values() if process.session == leader}
-    return [processes[pid] for pid in mine if pid not in (leader, os.getpid()) and processes[pid].alive]
-
-
-def _reap_children(processes: dict[int, Process], *, but: int) -> None:
-    for process in processes.values():
-        if process.parent == os.getpid() and not process.alive and process.pid != but:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(process.pid, os.WNOHANG)
+    def _reap(self, processes: dict[int, Process]) -> None:
+        """Take leave of adopted orphans; the leader keeps its pid to the end, and a question to the GPU is heard."""
+        kept = (self._leader, self._telemetry.gpu.pid)
+        for process in processes.values():
+            if process.parent == os.getpid() and not process.alive and process.pid not in kept:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)

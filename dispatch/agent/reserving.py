@@ -85,6 +85,18 @@ def check_launch(run_id: str, launch: dict[str, Any]) -> None:
             raise AgentError("refused", f"{text[:40]!r}… of {run_id} is longer than {_LARGEST_ARGUMENT} bytes")
     if not isinstance(lease, list) or any(name != "device" for name in lease):
         raise AgentError("refused", f"lease={lease!r} of {run_id} is not [] or ['device']")
+    for name in ("memory_floors", "disk_floors"):
+        _check_floors(run_id, name, launch.get(name))
+
+
+def _check_floors(run_id: str, name: str, floors: Any) -> None:
+    if floors is None:
+        return
+    if not isinstance(floors, dict) or not set(floors) <= {"warn", "kill"}:
+        raise AgentError("refused", f"{name}={floors!r} of {run_id} is not an object with warn and kill")
+    for key, value in floors.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise AgentError("refused", f"{name}.{key}={value!r} of {run_id} is not a number of bytes (0: never)")
 
 
 def never_started(run: RunPaths) -> bool:

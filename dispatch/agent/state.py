@@ -13,6 +13,8 @@ from .protocol import CRASHED, FAIL, PASS, REFUSED, UNKNOWN
 
 #: States in which nothing more will happen to a run by itself.
 RESTING = frozenset({"absent", "reserved", "finished", "lost", "interrupted"})
+#: Events of a journal that tell what a supervisor found amiss while its job goes on.
+WARNINGS = frozenset({"memory-low", "disk-low", "watchdog-blind"})
 _EXIT_CODES = {
     "pass": PASS,
     "fail": FAIL,
@@ -82,6 +84,7 @@ def _report(
         "code": None,
         "signal": None,
         "oom": None,
+        "class": None,
         "outcome": None,
         "exit": None,
         "reason": None,
@@ -93,9 +96,11 @@ def _report(
         "supervisor_pid": (supervisor or {}).get("pid") if supervised else None,
         "cancel_requested": run.cancel.is_file(),
         "beat_age": None,
+        "beat": None,
+        "warning": None,
     }
     if ended is not None:
-        for name in ("code", "signal", "oom", "outcome", "reason", "started", "ended", "seconds"):
+        for name in ("code", "signal", "oom", "class", "outcome", "reason", "started", "ended", "seconds"):
             report[name] = ended.get(name)
         report["exit"] = exit_code(ended.get("outcome"))
         report["supervisor_pid"] = None  # it has nothing more to do for this run
@@ -111,6 +116,11 @@ def _report(
         beat = exitrec.read(run.beat)
         if beat is not None:
             report["beat_age"] = max(0.0, boot_clock() - float(beat["clock"]))
+            report["beat"] = beat
+        if past is not None:
+            report["warning"] = next(
+                (e.get("reason") for e in reversed(past.events) if e.get("event") in WARNINGS), None
+            )
         if state == "unsupervised":
             report["reason"] = "its supervisor is gone; it goes on, but its exit status will not be known"
     return report

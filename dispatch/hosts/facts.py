@@ -20,10 +20,14 @@ class Fact(BaseModel):
 class RunState(Fact):
     """A run on its host, as the agent derived it at the moment of asking."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
     state: str
     code: int | None = None
     signal: int | None = None
     oom: Any = None
+    class_: str | None = Field(None, alias="class")
+    """exited, signal, oom, killed-unknown, watchdog, cancelled or not-started; None while it goes on."""
     outcome: str | None = None
     exit: int | None = None
     reason: str | None = None
@@ -33,6 +37,11 @@ class RunState(Fact):
     chain: tuple[str, ...] = ()
     pid: int | None = None
     cancel_requested: bool = False
+    beat_age: float | None = None
+    beat: dict[str, Any] | None = None
+    """What its tree used when it was last looked at (see the agent's telemetry); None unless it runs."""
+    warning: str | None = None
+    """The last thing that its supervisor found amiss while it runs: memory or disk running low."""
 
     @property
     def going_on(self) -> bool:

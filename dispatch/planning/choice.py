@@ -170,9 +170,13 @@ def told_end(state: RunState) -> str:
         return f"interrupted: {state.reason or 'the host was restarted'}"
     if state.state in ("absent", "reserved"):
         return "was cancelled before it started"
+    if state.outcome == "killed" and (state.class_ == "watchdog" or state.signal is None):
+        return f"killed{when}: {state.reason}"
     if state.outcome == "killed":
-        oom = ", out of memory" if state.oom else ""
-        return f"killed by signal {state.signal}{oom}{when}"
+        why = {"oom": ", out of memory", "killed-unknown": ", cause unknown"}.get(state.class_ or "", "")
+        return f"killed by signal {state.signal}{why}{when}"
+    if state.class_ == "not-started":
+        return f"was not started: {state.reason}"
     if state.outcome == "crashed":
         return f"crashed with status {state.code}{when}"
     return f"{state.outcome or state.state}{when}"

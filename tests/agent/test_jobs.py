@@ -14,34 +14,65 @@ from typing import Any
 
 import pytest
 
-from dispatch.agent import exitrec, journal, memory_evidence
+from dispatch.agent import ending, exitrec, journal, memory_evidence
 from dispatch.agent.memory_evidence import Counters
+from dispatch.hosts.facts import RunState
 
 from .conftest import MARK, AgentHost, wait_for
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "number", "outcome", "status"),
+    ("program", "code", "number", "outcome", "kind", "status"),
     [
-        ("raise SystemExit(0)", 0, None, "pass", 0),
-        ("raise SystemExit(1)", 1, None, "fail", 1),
-        ("raise SystemExit(2)", 2, None, "refused", 2),
-        ("raise SystemExit(3)", 3, None, "unknown", 3),
-        ("raise SystemExit(7)", 7, None, "crashed", 5),
-        ("raise SystemExit(137)", 137, None, "crashed", 5),
-        ("import os; os.kill(os.getpid(), 9)", None, signal.SIGKILL, "killed", 5),
-        ("import os; os.kill(os.getpid(), 11)", None, signal.SIGSEGV, "killed", 5),
-        ("import os; os.kill(os.getpid(), 15)", None, signal.SIGTERM, "killed", 5),
+        ("raise SystemExit(0)", 0, None, "pass", "exited", 0),
+        ("raise SystemExit(1)", 1, None, "fail", "exited", 1),
+        ("raise SystemExit(2)", 2, None, "refused", "exited", 2),
+        ("raise SystemExit(3)", 3, None, "unknown", "exited", 3),
+        ("raise SystemExit(7)", 7, None, "crashed", "exited", 5),
+        ("raise SystemExit(137)", 137, None, "crashed", "exited", 5),
+        ("import os; os.kill(os.getpid(), 9)", None, signal.SIGKILL, "killed", "killed-unknown", 5),
+        ("import os; os.kill(os.getpid(), 11)", None, signal.SIGSEGV, "killed", "signal", 5),
+        ("import os; os.kill(os.getpid(), 15)", None, signal.SIGTERM, "killed", "signal", 5),
     ],
 )
 def test_each_way_to_end_is_told_from_the_others(
-    host: AgentHost, program: str, code: int | None, number: int | None, outcome: str, status: int
+    host: AgentHost, program: str, code: int | None, number: int | None, outcome: str, kind: str, status: int
 ) -> None:
     state = host.ran(program)
     assert (state["code"], state["signal"], state["outcome"], state["exit"]) == (code, number, outcome, status)
+    assert state["class"] == RunState.model_validate(state).class_ == kind
     record = exitrec.read(host.paths(state["run"]).exit)
     assert record is not None
-    assert (record["code"], record["signal"], record["outcome"]) == (code, number, outcome)
+    assert (record["code"], record["signal"], record["outcome"], record["class"]) == (code, number, outcome, kind)
+
+
+_WATCHDOG = ("watchdog", "memory watchdog: 1.0 GiB available")
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "known", "end"),
+    [
+        (None, 9, {}, ("killed", "killed-unknown", None)),
+        (None, 9, {"oom": None, "evidence": "host oom_kill +1"}, ("killed", "killed-unknown", None)),
+        (None, 9, {"oom": True, "evidence": "oom_kill +1"}, ("killed", "oom", "out of memory: oom_kill +1")),
+        (0, None, {"stopped": _WATCHDOG}, ("killed", *_WATCHDOG)),
+        (None, 9, {"stopped": _WATCHDOG, "cancelled": True}, ("cancelled", "cancelled", None)),
+        (0, None, {"cancelled": True}, ("cancelled", "cancelled", None)),
+        (None, None, {"failure": "no such file"}, ("crashed", "not-started", "no such file")),
+        (1, None, {"evidence": "e"}, ("fail", "exited", "meanwhile a process was killed for memory: e")),
+        (0, None, {"evidence": "host oom_kill +1"}, ("pass", "exited", None)),
+    ],
+)  # fmt: skip
+def test_what_is_known_beside_the_exit_status_decides_the_class(
+    code: int | None, number: int | None, known: dict[str, Any], end: tuple[str, str, str | None]
+) -> None:
+    assert ending.judge(code, number, **known) == end
+
+
+def test_a_state_keeps_its_class_through_the_laptop() -> None:
+    state = RunState.model_validate({"state": "finished", "class": "oom"})
+    assert RunState.model_validate(state.model_dump()) == state
+    assert state.model_dump()["class"] == "oom"
 
 
 def test_a_kill_is_not_called_out_of_memory_without_evidence(host: AgentHost) -> None:
@@ -66,6 +97,32 @@ def test_out_of_memory_is_what_the_kernel_counted(
     judged, evidence = memory_evidence.judge(number, before, after)
     assert judged is oom
     assert (evidence is not None) == (before != after)
+
+
+_KERNEL = [
+    (10.0, "oom-kill:constraint=CONSTRAINT_NONE,nodemask=(null),task=python3,pid=77,uid=1000"),
+    (10.0, "Out of memory: Killed process 77 (python3) total-vm:9kB, anon-rss:8kB"),
+    (90.0, "Memory cgroup out of memory: Killed process 88 (python3) total-vm:9kB"),
+    (95.0, "Out of memory: Kill process 99 (python3) score 5 or sacrifice child"),
+]
+
+
+@pytest.mark.parametrize(
+    ("pid", "since", "found"), [(77, 5.0, True), (77, 50.0, False), (88, 50.0, True), (99, 0, True), (7, 0, False)]
+)
+def test_the_kernels_log_counts_for_the_process_and_the_time_that_it_names(pid: int, since: float, found: bool) -> None:
+    line = memory_evidence.kernel_line(pid, since, records=lambda: _KERNEL)
+    assert (line is not None) is found
+    assert line is None or f"process {pid} " in line
+
+
+def test_a_line_of_the_kernels_log_is_evidence_where_counters_are_not() -> None:
+    before, after = Counters(None, 5), Counters(None, 6)
+    oom, evidence = memory_evidence.judge(9, before, after, lambda: "Out of memory: Killed process 77 (python3)")
+    assert oom is True
+    assert evidence == "host oom_kill +1, kernel: Out of memory: Killed process 77 (python3)"
+    assert memory_evidence.judge(15, before, after, lambda: "never asked")[0] is None
+    assert memory_evidence.judge(9, Counters(3, 5), Counters(3, 5), lambda: "never asked")[0] is False
 
 
 _GRANDCHILD = """
