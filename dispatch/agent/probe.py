@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from . import folders, hardware, locks
+from . import folders, hardware, journal, locks
 from .durable import read_json
 from .paths import NAME, Root, expand, filesystem_of
 from .protocol import AgentError, Arguments
@@ -59,6 +59,9 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
                 "code_sha256": identity.get("code"),
                 "attempt": identity.get("attempt"),
                 "ended": state["ended"],
+                # Under which boot and driver it ran: a canary vouches for no other.
+                "boot_id": (journal.read(run).started or {}).get("boot_id"),
+                "driver": ((read_json(run.launch) or {}).get("host") or {}).get("driver"),
             }
         )
     return found

@@ -67,6 +67,8 @@ class KinRun(Fact):
     outcome: str | None = None
     attempt: int = 1
     ended: Any = None
+    boot_id: str | None = None
+    driver: str | None = None
 
 
 class PathFact(Fact):

@@ -8,8 +8,7 @@ from typing import Literal
 
 from dispatch.hosts.facts import HostFacts, KinRun, RunState, moment
 from latentforge.errors import RefusedError
-from latentforge.spec.identity import Kind
-from latentforge.spec.pipeline import PlannedRun
+from latentforge.spec.pipeline import PlannedRun, Role
 from latentforge.spec.run import InputRef
 
 RunWill = Literal["keep", "run", "follow", "ended", "skip"]
@@ -48,7 +47,7 @@ def choose(planned: Sequence[PlannedRun], facts: HostFacts, *, attempt_next: boo
     A bare ``go`` never starts an ended run again. ``attempt_next`` gives a next attempt to the first run that ended
     without passing, or to the last run of the pipeline where all passed.
     """
-    found: dict[Kind, _Found] = {run.kind: _Found(run, facts) for run in planned}
+    found: dict[Role, _Found] = {run.role: _Found(run, facts) for run in planned}
     last = planned[-1]
     needed = _needed(planned, found, attempt_next)
     again = _again(planned, found, needed) if attempt_next else None
@@ -59,13 +58,13 @@ def choose(planned: Sequence[PlannedRun], facts: HostFacts, *, attempt_next: boo
         resolved = {
             name: {"run": replaced[ref["run"]]} if "run" in ref else dict(ref) for name, ref in run.resolved.items()
         }
-        one = _chosen(run, found[run.kind], resolved, again=run.kind == again, needed=run.kind in needed)
+        one = _chosen(run, found[run.role], resolved, again=run.role == again, needed=run.role in needed)
         if stopped is not None and one.will == "run":
             one = _as(one, "skip", f"{stopped.run} ended before it")
         if one.will == "ended":
             stopped = one
         chosen.append(one)
-    assert chosen[-1].kind == last.kind
+    assert chosen[-1].kind == last.role
     return chosen
 
 
@@ -83,52 +82,71 @@ class _Found:
         self.state = facts.runs.get(self.run, RunState(state="absent"))
         self.identity = planned.identity.at_attempt(self.attempt)
         passed = sorted(kin.id for kin in kin_runs if kin.state == "finished" and kin.outcome == "pass")
-        # Runs that train the final student are never taken over from other code.
+        # Runs that train the final student, or vouch for that, are never taken over from other code.
         self.kin = next((run for run in passed if run not in ids), None) if planned.kind != "distill" else None
+        mine = next((kin for kin in kin_runs if kin.id == self.run), None)
+        self.stale = stale_canary(mine, facts) if planned.role == "canary" and self.state.passed else None
+
+    @property
+    def expands(self) -> bool:
+        """Whether its own inputs are wanted, so that it can be started."""
+        absent = self.is_absent and self.kin is None
+        return absent or self.stale is not None or self.state.state in ("queued", "starting")
 
     @property
     def is_absent(self) -> bool:
         return self.state.state in ("absent", "reserved")
 
 
-def _needed(planned: Sequence[PlannedRun], found: Mapping[Kind, _Found], attempt_next: bool) -> set[str]:
-    """The kinds whose products something still wants: the last run, and the inputs of each run that will be started."""
-    needed: set[str] = {planned[-1].kind}
-    by_id = {run.run_id: run.kind for run in planned}
+def stale_canary(ran: KinRun | None, facts: HostFacts) -> str | None:
+    """Why a canary that passed vouches for nothing now; None where it does. It is fresh under its boot and driver."""
+    if ran is None or ran.boot_id is None:
+        return "under which boot it ran is not known"
+    if ran.boot_id != facts.host.boot_id:
+        return "the host was restarted since"
+    if ran.driver != facts.host.driver:
+        return f"the driver was {ran.driver or 'none'}, is {facts.host.driver or 'none'}"
+    return None
+
+
+def _needed(planned: Sequence[PlannedRun], found: Mapping[Role, _Found], attempt_next: bool) -> set[str]:
+    """The roles whose products something still wants: the last run, and the inputs of each run that will be started."""
+    needed: set[str] = {planned[-1].role}
+    by_id = {run.run_id: run.role for run in planned}
     for run in reversed(planned):
-        one = found[run.kind]
-        expands = (one.is_absent and one.kin is None) or one.state.state in ("queued", "starting")
-        if run.kind in needed and (attempt_next or expands):
+        if run.role in needed and (attempt_next or found[run.role].expands):
             needed |= {by_id[ref["run"]] for ref in run.resolved.values() if "run" in ref}
     return needed
 
 
-def _again(planned: Sequence[PlannedRun], found: Mapping[Kind, _Found], needed: set[str]) -> str:
+def _again(planned: Sequence[PlannedRun], found: Mapping[Role, _Found], needed: set[str]) -> str:
     for run in planned:
-        one = found[run.kind]
-        if run.kind in needed and one.state.going_on:
+        one = found[run.role]
+        if run.role in needed and one.state.going_on:
             raise RefusedError(
                 f"{one.run} goes on; another attempt would race with it",
                 next=f"latentforge dispatch watch {one.run}   or   latentforge dispatch cancel {one.run}",
             )
-        if run.kind in needed and one.state.has_ended and not one.state.passed:
-            return run.kind
+        if run.role in needed and one.state.has_ended and not one.state.passed:
+            return run.role
     last = planned[-1]
-    if found[last.kind].is_absent:
+    if found[last.role].is_absent:
         raise RefusedError(
             f"there is no attempt of {last.run_id} to follow", next="the same command without --attempt next"
         )
-    return last.kind
+    return last.role
 
 
 def _chosen(
     planned: PlannedRun, found: _Found, resolved: dict[str, InputRef], *, again: bool, needed: bool
 ) -> ChosenRun:
-    def chosen(will: RunWill, because: str, *, run: str = found.run, predecessor: str | None = None) -> ChosenRun:
-        identity = found.identity if predecessor is None else planned.identity.at_attempt(found.attempt + 1)
+    def chosen(
+        will: RunWill, because: str, *, run: str = found.run, predecessor: str | None = None, anew: bool = False
+    ) -> ChosenRun:
+        identity = planned.identity.at_attempt(found.attempt + 1) if anew else found.identity
         return ChosenRun(
-            kind=planned.kind,
-            run=run,
+            kind=planned.role,
+            run=identity.run_id if anew else run,
             identity=identity.canonical.decode(),
             kin=planned.kin,
             resolved=resolved,
@@ -139,9 +157,14 @@ def _chosen(
         )
 
     state = found.state
-    if again:
-        run = planned.identity.at_attempt(found.attempt + 1).run_id
-        return chosen("run", f"attempt {found.attempt + 1}, after {found.run}", run=run, predecessor=found.run)
+    if again or (found.stale is not None and needed):
+        if found.attempt >= MAX_ATTEMPTS:
+            raise RefusedError(f"{found.run} is attempt {found.attempt}, the last that there can be")
+        if found.stale is not None:
+            return chosen("run", f"{found.run} passed, but {found.stale}", anew=True)
+        # A canary begins at step 0 again: what it vouches for is the beginning.
+        before = found.run if planned.role != "canary" else None
+        return chosen("run", f"attempt {found.attempt + 1}, after {found.run}", predecessor=before, anew=True)
     if state.passed:
         return chosen("keep", f"passed {moment(state.ended)}")
     if state.going_on:
@@ -152,7 +175,8 @@ def _chosen(
         return chosen("keep", "already there; made by other code from the same spec", run=found.kin)
     if not needed:
         return chosen("keep", "not needed")
-    predecessor = planned.identity.at_attempt(found.attempt - 1).run_id if found.attempt > 1 else None
+    resumes = found.attempt > 1 and planned.role != "canary"
+    predecessor = planned.identity.at_attempt(found.attempt - 1).run_id if resumes else None
     one = chosen("run", "reserved, never started" if state.state == "reserved" else "not there yet")
     return one if predecessor is None else _as(one, one.will, one.because, predecessor=predecessor)
 

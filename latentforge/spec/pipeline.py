@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from latentforge.errors import RefusedError
+from latentforge.spec.canary import canary_key, canary_of
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
 from latentforge.spec.sections import PipelineSpec
 
 BUILTIN_CORPUS = "stdlib"
+
+Role = Literal["data", "teacher", "score", "canary", "distill"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class ExternalPath:
 class PlannedRun:
     """One run of a pipeline: its identity, where its inputs lie, and its kin.
 
-    ``kin`` is the sha256 of the meaning without the code: runs of one kin differ in code alone.
+    ``kin`` is the sha256 of the meaning without the code: runs of one kin differ in code alone. ``role`` is what the
+    run is in its pipeline: its kind, or ``canary`` for the short distill run that goes before a full one.
     """
 
     identity: RunIdentity
     resolved: dict[str, InputRef]
     kin: str
+    role: Role
 
     @property
     def kind(self) -> Kind:
@@ -88,11 +93,13 @@ def pipeline_runs(
 ) -> list[PlannedRun]:
     """The runs of an effective pipeline in the order in which they depend on each other, each at attempt 1.
 
-    ``digests`` maps each external path to the sha256 (hex) of its content.
+    ``digests`` maps each external path to the sha256 (hex) of its content. A ``full`` pipeline has a canary before its
+    distill run, which takes it as an input: without a canary that passed it does not start.
     """
     check_profile(spec)
-    runs: dict[Kind, PlannedRun] = {}
-    for kind, section, inputs in _wanted(spec):
+    runs: dict[Role, PlannedRun] = {}
+    for role, section, inputs in _wanted(spec):
+        kind: Kind = "distill" if role == "canary" else role
         named: dict[str, str] = {}
         kin_named: dict[str, str] = {}
         resolved: dict[str, InputRef] = {}
@@ -109,19 +116,22 @@ def pipeline_runs(
                 named[name], kin_named[name] = f"run:{other.run_id}", f"kin:{other.kin}"
                 resolved[name] = {"run": other.run_id}
         content = _section_by_content(section, digests)
+        if role == "canary":
+            asked = _section_by_content({"distill": _json(spec.distill)}, digests)["distill"]
+            named["stands_for"] = kin_named["stands_for"] = f"sha256:{canary_key(spec.seed, asked)}"
         identity = RunIdentity(kind=kind, spec=content, inputs=named, code=code, lock=lock)
         kin = canonical_sha256({"kind": kind, "spec": content, "inputs": kin_named, "lock": lock})
-        runs[kind] = PlannedRun(identity, resolved, kin)
-        if kind == through:
+        runs[role] = PlannedRun(identity, resolved, kin, role)
+        if role == through:
             break
     return list(runs.values())
 
 
-_Sources = dict[str, "ExternalPath | Kind | str"]
+_Sources = dict[str, "ExternalPath | Role | str"]
 
 
-def _wanted(spec: PipelineSpec) -> Iterator[tuple[Kind, dict[str, Any], dict[str, Any]]]:
-    """(kind, its part of the spec, its inputs) of each run that the pipeline needs."""
+def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
+    """(role, its part of the spec, its inputs) of each run that the pipeline needs."""
     external = {path.field: path for path in external_paths(spec)}
     teacher_folder = external.get("teacher.model")
 
@@ -130,7 +140,7 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Kind, dict[str, Any], dict[str
         data_inputs["tokenizer"] = teacher_folder
     yield "data", {"seed": spec.seed, "data": _json(spec.data)}, data_inputs
 
-    teacher: ExternalPath | Kind = "teacher"
+    teacher: ExternalPath | Role = "teacher"
     if teacher_folder is not None:
         teacher = teacher_folder
     else:
@@ -144,6 +154,10 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Kind, dict[str, Any], dict[str
         inputs["targets"] = "score"
     if (init := external.get("distill.student.init")) is not None:
         inputs["student_init"] = init
+    if spec.profile == "full":
+        short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of(spec.distill))}
+        yield "canary", short, dict(inputs)
+        inputs["canary"] = "canary"
     yield "distill", {"profile": spec.profile, "seed": spec.seed, "distill": _json(spec.distill)}, inputs
 
 

@@ -278,6 +278,13 @@ def saved_tensors_moved(*, frozen: bool = False) -> Finding:
     return _finding(falsifiers.artefact_moved_001(tiny_events(frozen=frozen)))
 
 
+def canary_gates_hold(*, frozen: bool = False) -> Finding:
+    """An early checkpoint is whole, all of it moved, and the teacher differs at step 0; ``frozen`` plants a student at
+    rest.
+    """
+    return _finding(falsifiers.canary_001(tiny_events(frozen=frozen)))
+
+
 def resume_repeats_the_losses(*, mutant: str | None = None) -> Finding:
     """Three steps, a checkpoint, three more: bit for bit the losses of six. ``mutant`` "moments" forgets AdamW's."""
     whole = small_trainer()

@@ -12,8 +12,9 @@ import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
-from latentforge.errors import FailedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog, read_events
+from latentforge.spec.canary import CANARY
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
@@ -31,7 +32,7 @@ from latentforge.train.assembly import (
     values_in_force,
 )
 from latentforge.train.checkpoint import Checkpoint, save_checkpoint
-from latentforge.train.falsifiers import judge
+from latentforge.train.falsifiers import SAME_KL, judge
 from latentforge.train.flops import training_flops
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.products import save_model, start_digests
@@ -43,8 +44,6 @@ from latentforge.train.stopping import Interrupted, deferred_stop, stop_requeste
 
 TWIN = "F-DISTILL-SMOKE-002"
 CHECKPOINTS = {"student": "", "twin": "twin"}
-SAME_KL = 1e-6
-"""Below this many nats a token, student and teacher give the same answers (two fp32 passes differ by less)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,11 @@ def run(run: RunDir, log: EventLog) -> None:
             same = check_unlike(teacher, run.input_path("student_init"), profile=profile)
             if same:
                 log.warning(same)
+        if profile == "full" and CANARY not in spec.require and not run.has_input("canary"):
+            raise RefusedError(
+                f"{run.run} is a full run without a canary",
+                next="plan it as a pipeline:  latentforge dispatch go PIPELINE",
+            )
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         job = Job(run, log, spec, data, order, targets_function(source, spec, data), device, kernel)
         trainer = make_trainer(job, start, kd_weight=spec.kd_weight, ce_weight=spec.ce_weight)

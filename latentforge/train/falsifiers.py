@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from latentforge.events import Event
+from latentforge.spec.canary import CANARY
 from latentforge.train.effective import differences
 from latentforge.train.optimiser import warmup_cosine
 from latentforge.verdicts import Outcome, Verdict
 
 Events = Sequence[Event]
+
+SAME_KL = 1e-6
+"""Below this many nats a token, student and teacher give the same answers (two fp32 passes differ by less)."""
 
 
 def smoke_001(events: Events) -> Verdict:
@@ -161,6 +165,41 @@ def kernel_nojit_001(events: Events) -> Verdict:
     return _verdict(events, name, False, text, measured)
 
 
+def canary_001(events: Events) -> Verdict:
+    """F-DISTILL-CANARY-001: a checkpoint before the last step is whole and every tensor in it moved; the teacher has
+    something to teach at step 0, so held-out KL and the first step's KD term are above what rounding leaves.
+    """
+    name = CANARY
+    last = max(_steps(events, "student"), default=0)
+    early = [e.fields for e in events if e.kind == "checkpoint" and 0 < e.fields["step"] < last]
+    start, first = _metric(events, "val_kl", "student"), _steps(events, "student").get(1, {})
+    if not early or not start or start[0][0] != 0 or "kd" not in first:
+        missing = "a checkpoint before the last step" if not early else "KL to the teacher at step 0"
+        return _verdict(events, name, None, f"{missing} is not in the events")
+    one, kl, kd = early[0], start[0][1], first["kd"]
+    measured = {
+        "checkpoint_step": one["step"],
+        **{field: one[field] for field in ("bytes", "expected_bytes", "moved", "tensors")},
+        "val_kl": kl,
+        "kd": kd,
+    }
+    if not one["bytes"] >= one["expected_bytes"] > 0:
+        text = f"checkpoint of step {one['step']} has {one['bytes']} bytes, its tensors need {one['expected_bytes']}"
+        return _verdict(events, name, False, text, measured)
+    if not one["moved"] == one["tensors"] > 0:
+        text = f"{one['moved']} of {one['tensors']} tensors moved by step {one['step']}"
+        return _verdict(events, name, False, text, measured)
+    # Without KD in the objective there is no such term; the distance to the teacher is measured all the same.
+    if not (kl > SAME_KL and (kd is None or kd > SAME_KL)):
+        return _verdict(events, name, False, f"KD term {_told(kd)}, held-out KL {kl:.2e} at step 0", measured)
+    text = f"checkpoint of step {one['step']} whole, {one['moved']} of {one['tensors']} tensors moved, KL {kl:.3f}"
+    return _verdict(events, name, True, text, measured)
+
+
+def _told(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2e}"
+
+
 ALWAYS: tuple[Callable[[Events], Verdict], ...] = (
     effective_config_001,
     effective_lr_001,
@@ -175,6 +214,7 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-DISTILL-SMOKE-001": smoke_001,
     "F-DISTILL-SMOKE-002": smoke_002,
     "F-DISTILL-PIPELINE-001": pipeline_001,
+    CANARY: canary_001,
     "F-EFFECTIVE-CONFIG-001": effective_config_001,
     "F-EFFECTIVE-LR-001": effective_lr_001,
     "F-BATCH-ROWS-001": batch_rows_001,

@@ -14,7 +14,7 @@ from latentforge.errors import FailedError
 from latentforge.evidence.digests import file_sha256, tree_files, tree_sha256
 from latentforge.spec.code import running_code
 from latentforge.spec.identity import Kind
-from latentforge.spec.pipeline import PlannedRun, effective_pipeline, external_paths, pipeline_runs
+from latentforge.spec.pipeline import PlannedRun, Role, effective_pipeline, external_paths, pipeline_runs
 from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train.run import execute
@@ -38,15 +38,15 @@ def execute_pipeline(
     through: Kind = "distill",
     text: TextIO | None = None,
     accept: Callable[[Kind, ExitCode], bool] = lambda kind, code: code in (ExitCode.PASS, ExitCode.FAIL),
-) -> dict[Kind, RunDir]:
+) -> dict[Role, RunDir]:
     """Run a pipeline below ``root``/runs; runs that passed there before are kept.
 
-    Returns the folders by kind. FailedError where a run ends with a code that ``accept`` does not take: by default
+    Returns the folders by role. FailedError where a run ends with a code that ``accept`` does not take: by default
     only the last run may fail a falsifier, since what builds on a failed run is refused anyway.
     """
     runs = root / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    folders: dict[Kind, RunDir] = {}
+    folders: dict[Role, RunDir] = {}
     for planned in plan(spec, through=through):
         folder = RunDir(runs / planned.run_id)
         if not folder.artifacts_file.is_file():
@@ -58,7 +58,7 @@ def execute_pipeline(
             if not accept(planned.kind, code):
                 raise FailedError(f"{planned.run_id} ended with {code.name.lower()}: {_reason(folder)}", code=code)
             record_artifacts(folder)
-        folders[planned.kind] = folder
+        folders[planned.role] = folder
     return folders
 
 

@@ -17,7 +17,16 @@ from latentforge.verdicts import Outcome, parse_line
 
 RUN = "distill-" + "a" * 20
 ASKED = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "steps": 6}
-OURS = ("pipeline", "smoke", "student", "effective-configuration", "artefacts", "batch-honesty", "kernel-warmup")
+OURS = (
+    "pipeline",
+    "smoke",
+    "student",
+    "effective-configuration",
+    "artefacts",
+    "batch-honesty",
+    "kernel-warmup",
+    "canary",
+)
 
 
 def good_events() -> list[Event]:
@@ -38,10 +47,11 @@ def good_events() -> list[Event]:
         told += [("metric", _metric(model, "val_loss", 0, 5.0)), ("metric", _metric(model, "val_kl", 0, 2.0))]
         for step in range(1, 7):
             rate = 1e-3 * schedule(step - 1)
-            rows = {"rows": 28, "denominator": 28, "sequences": 4, "batch_sha256": f"{step}", "compiles": 0}
+            rows = {"rows": 28, "denominator": 28, "sequences": 4, "batch_sha256": f"{step}", "compiles": 0, "kd": 2.0}
             told.append(("step", {"model": model, "step": step, "steps": 6, "learning_rate": rate, **rows}))
         told += [("metric", _metric(model, "val_loss", 6, 3.0)), ("metric", _metric(model, "val_kl", 6, last))]
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
+    told.append(("checkpoint", {"step": 3, **weight}))
     told.append(("checkpoint", {"step": 6, "product": True, **weight}))
     return [Event(seq, float(seq), "", RUN, kind, fields) for seq, (kind, fields) in enumerate(told)]
 
@@ -135,6 +145,11 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("F-KERNEL-NOJIT-001", "step", {"step": 3, "model": "student"}, {"compiles": 2}, "2 compiles since ready"),
     ("F-ARTEFACT-MOVED-001", "checkpoint", {}, {"moved": 0, "tensors": 0}, "0 of 0"),
+    ("F-DISTILL-CANARY-001", "checkpoint", {"step": 3}, {"bytes": 200}, "200 bytes, its tensors need 800"),
+    ("F-DISTILL-CANARY-001", "checkpoint", {"step": 3}, {"moved": 8}, "8 of 9 tensors moved by step 3"),
+    ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": 1e-9}, "held-out KL 1.00e-09"),
+    ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": "nan"}, "held-out KL nan"),
+    ("F-DISTILL-CANARY-001", "step", {"step": 1, "model": "student"}, {"kd": 3e-8}, "KD term 3.00e-08"),
     (
         "F-EFFECTIVE-CONFIG-001",
         "phase",
@@ -156,6 +171,12 @@ def test_a_run_without_its_last_metric_is_unknown_not_pass() -> None:
     events = [e for e in good_events() if not (e.kind == "metric" and e.fields["step"] == 6)]
     assert REQUIRABLE["F-DISTILL-SMOKE-001"](events).outcome is Outcome.UNKNOWN
     assert REQUIRABLE["F-DISTILL-SMOKE-002"](events).outcome is Outcome.UNKNOWN
+
+
+def test_a_canary_without_an_early_checkpoint_is_unknown_not_pass() -> None:
+    events = [e for e in good_events() if not (e.kind == "checkpoint" and e.fields["step"] == 3)]
+    found = REQUIRABLE["F-DISTILL-CANARY-001"](events)
+    assert (found.outcome, "before the last step" in found.text) == (Outcome.UNKNOWN, True)
 
 
 @pytest.mark.parametrize("name", ["F-DISTILL-SMOKE-001", "F-DISTILL-SMOKE-002"])
