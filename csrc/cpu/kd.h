@@ -69,8 +69,9 @@ struct Row {
 
 // Per-thread working memory of the row kernels.
 struct Scratch {
-  std::vector<float> student, teacher, gradient;  // rows that cannot be used where they lie
-  std::vector<float> lowest;                      // of each block, both sides
+  std::vector<float> student, teacher, gradient;           // rows that cannot be used where they lie
+  std::vector<uint16_t> student16, teacher16, gradient16;  // the same in bf16
+  std::vector<float> lowest;                               // of each block, both sides
   std::vector<int32_t> block_head, entry_next;
   std::vector<float> raw;
   std::vector<double> gaps, student_share, one_share, teacher_share, derivative;

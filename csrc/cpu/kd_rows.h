@@ -1,6 +1,6 @@
-// Which kernel a row gets, for whichever Simd was included before this header: bf16 rows that lie ready go to the bf16
-// kernels; what these decline, and everything else, goes to the fp32 kernels, from a copy of the row where it has to be
-// widened, gathered or shaped.
+// Which kernel a row gets, for whichever Simd was included before this header: rows of bf16 alone go to the bf16
+// kernels, from a copy where their columns lie apart; what these decline, and everything else, goes to the fp32
+// kernels, from a copy of the row where it has to be widened, gathered or shaped.
 #pragma once
 
 #include "kd_bf16.h"
@@ -35,11 +35,28 @@ void f32_row(const KdCall& call, const Row& row, Scratch& scratch) {
   });
 }
 
-inline void kd_row(const KdCall& call, int64_t index, int64_t ahead, Scratch& scratch) {
+// A row by the fp32 kernels, from a copy where it has to be widened, gathered or shaped.
+template <class G>
+void fp32_row(const KdCall& call, Row& row, Scratch& scratch) {
+  const bool shaped = call.bias != nullptr || call.soft_cap != 0.0;
+  const auto in_fp32 = [&](const Logits& logits, bool copied, std::vector<float>& copy) -> const void* {
+    if (!copied && logits.plain(Dtype::f32)) return row_address(logits, row.index);
+    copy.resize(static_cast<size_t>(call.vocab));
+    gather_row(logits, row.index, copy.data(), call.vocab);
+    return copy.data();
+  };
+  row.student = in_fp32(call.student, shaped, scratch.student);
+  if (shaped) shape_row(scratch.student.data(), call.vocab, call.bias, call.logit_scale, call.soft_cap);
+  if (call.teacher.data != nullptr) row.teacher = in_fp32(call.teacher, false, scratch.teacher);
+  f32_row<G>(call, row, scratch);
+}
+
+template <class G>
+void kd_row_into(const KdCall& call, int64_t index, int64_t ahead, Scratch& scratch, std::vector<G>& copy) {
   const bool dense = call.teacher.data != nullptr, wanted = call.gradient.data != nullptr;
   if (call.labels != nullptr && call.labels[index] == call.ignore_index) {
     call.ce_rows[index] = call.kd_rows[index] = 0.0;
-    if (wanted) scatter_row(nullptr, call.gradient, index, call.vocab);
+    if (wanted) scatter_row<G>(nullptr, call.gradient, index, call.vocab);
     return;
   }
   const bool shaped = call.bias != nullptr || call.soft_cap != 0.0;
@@ -48,37 +65,32 @@ inline void kd_row(const KdCall& call, int64_t index, int64_t ahead, Scratch& sc
   row.cap = call.soft_cap;
   row.chain = call.logit_scale;
   row.logit_scale = call.soft_cap == 0.0 ? call.logit_scale : 1.0;
-  const auto address = [](const Logits& logits, int64_t at) {
-    return logits.data == nullptr || at < 0 ? nullptr : row_address(logits, at);
+  const bool direct = !shaped && call.direction != Direction::jsd && call.student.dtype == Dtype::bf16 &&
+                      (!dense || call.teacher.dtype == Dtype::bf16) && (!wanted || call.gradient.dtype == Dtype::bf16);
+  const auto to_come = [&](const Logits& logits, bool used) -> const void* {
+    return used && logits.data != nullptr && logits.column_stride == 1 && ahead >= 0 ? row_address(logits, ahead)
+                                                                                     : nullptr;
   };
-  row.gradient = const_cast<void*>(address(call.gradient, index));
-  const bool direct = !shaped && call.direction != Direction::jsd && call.student.plain(Dtype::bf16) &&
-                      (!dense || call.teacher.plain(Dtype::bf16)) && (!wanted || call.gradient.plain(Dtype::bf16));
-  if (direct || (call.student.plain(Dtype::f32) && !shaped)) row.student_ahead = address(call.student, ahead);
-  if (direct || call.teacher.plain(Dtype::f32)) row.teacher_ahead = address(call.teacher, ahead);
+  row.student_ahead = to_come(call.student, direct || (call.student.dtype == Dtype::f32 && !shaped));
+  row.teacher_ahead = to_come(call.teacher, direct || call.teacher.dtype == Dtype::f32);
+  // The same kernel as for columns side by side, so that a row has the same bits wherever it lies.
+  const bool scattered = wanted && call.gradient.column_stride != 1;
+  if (scattered) copy.resize(static_cast<size_t>(call.vocab));
+  if (wanted) row.gradient = scattered ? copy.data() : const_cast<void*>(row_address(call.gradient, index));
+  bool done = false;
   if (direct) {
-    row.student = address(call.student, index);
-    row.teacher = address(call.teacher, index);
-    if (bf16_row(call, row, scratch)) return;
-    row.student_ahead = row.teacher_ahead = nullptr;
+    row.student = beside(call.student, index, scratch.student16, call.vocab);
+    if (dense) row.teacher = beside(call.teacher, index, scratch.teacher16, call.vocab);
+    done = bf16_row(call, row, scratch);
+    if (!done) row.student_ahead = row.teacher_ahead = nullptr;
   }
-  const auto in_fp32 = [&](const Logits& logits, bool copied, std::vector<float>& copy) -> const void* {
-    if (!copied && logits.plain(Dtype::f32)) return row_address(logits, index);
-    copy.resize(static_cast<size_t>(call.vocab));
-    gather_row(logits, index, copy.data(), call.vocab);
-    return copy.data();
-  };
-  row.student = in_fp32(call.student, shaped, scratch.student);
-  if (shaped) shape_row(scratch.student.data(), call.vocab, call.bias, call.logit_scale, call.soft_cap);
-  if (dense) row.teacher = in_fp32(call.teacher, false, scratch.teacher);
-  if (!wanted || call.gradient.column_stride == 1) {
-    call.gradient.dtype == Dtype::bf16 ? f32_row<uint16_t>(call, row, scratch) : f32_row<float>(call, row, scratch);
-    return;
-  }
-  scratch.gradient.resize(static_cast<size_t>(call.vocab));
-  row.gradient = scratch.gradient.data();
-  f32_row<float>(call, row, scratch);
-  scatter_row(scratch.gradient.data(), call.gradient, index, call.vocab);
+  if (!done) fp32_row<G>(call, row, scratch);
+  if (scattered) scatter_row<G>(copy.data(), call.gradient, index, call.vocab);
+}
+
+inline void kd_row(const KdCall& call, int64_t index, int64_t ahead, Scratch& scratch) {
+  call.gradient.dtype == Dtype::bf16 ? kd_row_into<uint16_t>(call, index, ahead, scratch, scratch.gradient16)
+                                     : kd_row_into<float>(call, index, ahead, scratch, scratch.gradient);
 }
 
 }  // namespace

@@ -34,17 +34,21 @@ inline void gather_row(const Logits& logits, int64_t row, float* out, int64_t n)
   }
 }
 
-// Puts `row` [n], or zeros where that is null, into a row of a matrix.
-inline void scatter_row(const float* row, const Logits& logits, int64_t index, int64_t n) {
-  auto* p = const_cast<void*>(row_address(logits, index));
-  const auto put = [&](auto* out) {
-    for (int64_t i = 0; i < n; ++i) narrow(row == nullptr ? 0.0 : row[i], out + i * logits.column_stride);
-  };
-  if (logits.dtype == Dtype::bf16) {
-    put(static_cast<uint16_t*>(p));
-  } else {
-    put(static_cast<float*>(p));
-  }
+// A row of a matrix of T: where it lies, or copied side by side.
+template <class T>
+const T* beside(const Logits& logits, int64_t row, std::vector<T>& copy, int64_t n) {
+  const T* p = static_cast<const T*>(row_address(logits, row));
+  if (logits.column_stride == 1) return p;
+  copy.resize(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) copy[static_cast<size_t>(i)] = p[i * logits.column_stride];
+  return copy.data();
+}
+
+// Puts `row` [n], or zeros where that is null, into a row of a matrix of T.
+template <class T>
+void scatter_row(const T* row, const Logits& logits, int64_t index, int64_t n) {
+  T* p = static_cast<T*>(const_cast<void*>(row_address(logits, index)));
+  for (int64_t i = 0; i < n; ++i) p[i * logits.column_stride] = row == nullptr ? T{0} : row[i];
 }
 
 // tanh to about one unit in the last place: an odd polynomial near zero, one exponential beyond (Cephes).

@@ -44,6 +44,7 @@ def linear_kd_loss(
     the machine. The logits are never rounded to bf16, and the sums of the gradient of the weight are fp32. What does
     not require grad costs no product. Ignored rows cost nothing, whatever they hold.
 
+    Any strides are read where they lie; only columns side by side have the same bits as a contiguous matrix has.
     Under autocast hidden, weight and bias are cast as ``F.linear`` casts them; the logits stay fp32 there too. Nothing
     that is passed is written. A second backward raises. The teacher gets no gradient. RefusedError names what is
     refused. Definition: ``reference.linear``; scheme, operations and memory: ``linear_sweeps``.

@@ -269,3 +269,30 @@ def test_the_cap_flattens_the_gradient_and_leaves_padding_alone(variant: str) ->
     assert gradient[0, 4].abs() < 1e-6
     assert (gradient[:, -9:] == 0).all()
     assert torch.allclose(gradient.double(), truth.gradient, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("k", [None, 7])
+def test_a_row_has_the_same_bits_wherever_its_columns_lie(k: int | None, direction: str, variant: str) -> None:
+    for dtype, shaping in ((BF16, {}), (FP32, {}), (BF16, {"bias": True}), (BF16, {"soft_cap": 20.0, "padding": 3})):
+        case = Case(1043, dtype, dtype, 2.0, k=k, rows=5, direction=direction, **(shaping if k is None else {}))
+        student, targets, labels = case.tensors()
+        labels[1] = -100
+        wanted = kernel(case, student, targets, labels, variant)
+        for outer, inner in ((1043, 1), (1050, 1), (1, 9), (2 * 1043, 2)):
+            memory = torch.full((5 * 2200,), 7.5, dtype=dtype)
+            place = memory.as_strided((5, 1043), (outer, inner), 3)
+            place.copy_(student)
+            elsewhere = targets
+            if isinstance(targets, DenseTargets):
+                elsewhere = DenseTargets(targets.logits.new_empty(6 * 2200).as_strided((5, 1043), (outer, inner)))
+                elsewhere.logits.copy_(targets.logits)
+            ce, kd = cpu.row_losses(
+                place, elsewhere, labels, case.settings, bias=case.bias_tensor(), write_gradient=True, isa=variant
+            )
+            assert torch.equal(ce, wanted[0])
+            assert torch.equal(kd, wanted[1])
+            assert torch.equal(place.nan_to_num(9.0), wanted[2].nan_to_num(9.0))
+            place.fill_(7.5)
+            assert (memory == 7.5).all()
