@@ -14,6 +14,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.cuda import decode as cuda_decode
 from latentforge.kernels.decode_settings import DecodeSettings
+from latentforge.kernels.fixtures import TIES_AT_TOP_P, ties_at_top_p
 from latentforge.kernels.reference import decode as reference
 from latentforge.kernels.weights import Int8Weight, quantize_int8
 
@@ -146,6 +147,12 @@ def test_tokens_and_logprobs_are_the_definition(emulation: Any) -> None:
 
 def test_of_equal_logits_the_lower_id_comes_first_everywhere(emulation: Any) -> None:
     equals(emulation)
+
+
+@pytest.mark.parametrize("case", TIES_AT_TOP_P)
+def test_of_equal_logits_at_the_top_p_crossing_the_fewest_are_kept_and_no_more(emulation: Any, case: str) -> None:
+    call, wanted = ties_at_top_p(case)
+    assert emulation.decode(*call)[0].tolist() == wanted
 
 
 def test_nan_infinities_and_padding_are_answered_row_by_row(emulation: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentforge.kernels.cpu import decode as cpu
 from latentforge.kernels.decode_settings import DecodeSettings
+from latentforge.kernels.fixtures import TIES_AT_TOP_P, ties_at_top_p
 from latentforge.kernels.native import native
 from latentforge.kernels.noise import philox_words
 from latentforge.kernels.reference import decode as reference
@@ -148,6 +149,17 @@ def test_the_questions_catch_a_set_that_is_one_too_large_or_too_small() -> None:
                 chosen = DecodeSettings(VOCAB, 1.0, top_k, None)
                 answers.append(int(cpu.decode(hidden, z[:, None].contiguous(), chosen, seed, zero, None)[0]))
             assert answers[0] != answers[1], (k, wrong)
+
+
+@pytest.mark.parametrize("case", TIES_AT_TOP_P)
+@pytest.mark.parametrize("backend", ["reference", *VARIANTS])
+def test_of_equal_logits_at_the_top_p_crossing_the_fewest_are_kept_and_no_more(backend: str, case: str) -> None:
+    call, wanted = ties_at_top_p(case)
+    found = reference.decode(*call) if backend == "reference" else cpu.decode(*call, isa=backend)
+    assert found[0].tolist() == wanted
+    if backend == "reference":
+        hidden, *rest = call
+        assert reference.decode(hidden.double(), *rest)[0].tolist() == wanted
 
 
 @pytest.mark.parametrize("top_p", [0.2, 0.9])

@@ -156,6 +156,30 @@ def test_rows_without_an_answer_say_so_and_leave_the_others_alone(
 
 
 @pytest.mark.parametrize("backend", ["reference", *VARIANTS])
+@pytest.mark.parametrize("limits", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+def test_one_logit_that_is_nan_leaves_a_row_without_an_answer(
+    backend: str, limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where all are NaN nothing is finite either: only one alone shows that NaN is looked for, with either sign.
+    if backend != "reference":
+        monkeypatch.setenv(VARIANT_VARIABLE, backend)
+    name = "reference" if backend == "reference" else "cpu"
+    for kind in ("bf16", "fp32", "int8"):
+        hidden, weight, seeds, positions = problem(3, 300, 40, kind)
+        options = {**limits, "backend": name} | ({"seeds": seeds, "positions": positions} if limits else {})
+        for place in (0, 137, 299):
+            for sign in (1.0, -1.0):
+                bias = torch.zeros(300)
+                bias[place] = math.copysign(math.nan, sign)
+                found = latent_decode(hidden, weight, bias=bias, **options)
+                assert found.ids.tolist() == [-1] * 3, (kind, place, sign)
+                assert bool(found.logprobs.isnan().all())
+        row = torch.zeros(300)
+        row[[137, 138]] = torch.tensor([math.nan, -INF])
+        assert latent_decode(hidden, weight, bias=row, **options).ids.tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("backend", ["reference", *VARIANTS])
 def test_equal_logits_give_the_lowest_id(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "reference":
         monkeypatch.setenv(VARIANT_VARIABLE, backend)

@@ -13,6 +13,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
 from latentforge.kernels.decode_settings import DecodeSettings
+from latentforge.kernels.fixtures import TIES_AT_TOP_P, ties_at_top_p
 from latentforge.kernels.noise import gumbel
 from latentforge.kernels.reference import decode as reference
 from latentforge.kernels.triton import decode as triton
@@ -108,6 +109,14 @@ def test_of_equal_logits_the_lower_ids_are_kept_and_chosen(top_k: int) -> None:
     found = triton.decode(*call, config=SMALL)
     agree(found, reference.decode(*call))
     assert set(found[0].tolist()) <= {199, 20, 70, 71, 130, 190} - set([130, 190][top_k - 3 :])
+
+
+@pytest.mark.parametrize("case", TIES_AT_TOP_P)
+def test_of_equal_logits_at_the_top_p_crossing_the_fewest_are_kept_and_no_more(
+    case: str,
+) -> None:
+    call, wanted = ties_at_top_p(case)
+    assert triton.decode(*call, config=SMALL)[0].tolist() == wanted
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3, "top_p": 0.9}], ids=str)
