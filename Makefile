@@ -25,9 +25,12 @@ smoke: setup  ## the main job on this machine: data, teacher, score, distill, ve
 	@printf 'set-up took %s s (when it last ran)\n\n' "$$(cat $(VENV)/.seconds)"
 	@$(BIN)/latentforge dispatch go smoke --host local
 
+# The kernels' tests compute and compile, each module for itself: two at a time, with a thread each (two threads on a
+# core that is taken wait for each other at every small operator). The others time what they start: one at a time.
 test: $(VENV)/.dev $(VENV)/.cuda  ## all tests
 	@$(MAKE) --no-print-directory setup
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest --ignore tests/kernels
 
 test-fast: $(VENV)/.dev $(VENV)/.cuda  ## the tests that need no more than seconds each
 	@$(MAKE) --no-print-directory setup

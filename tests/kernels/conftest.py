@@ -19,6 +19,17 @@ from tempfile import TemporaryDirectory
 import pytest
 
 Outcomes = dict[str, list[tuple[str, str]]]
+BUILT_ONCE = ("aarch64", "cuda")  # folders whose tests share what one of them builds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a module's tests (and those of a folder that builds something) on one worker where there are several."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            shared = item.path.parent.name in BUILT_ONCE
+            item.add_marker(pytest.mark.xdist_group(str(item.path.parent if shared else item.path)))
+    items.sort(key=lambda item: not isinstance(item, InterpretedTest))  # a minute each: not when all else is done
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
