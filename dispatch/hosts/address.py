@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import getpass
+import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -11,16 +13,23 @@ from pathlib import Path
 from dispatch.hosts.inventory import Host
 from latentforge.errors import TransportError
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.:@%+\[\]-]+")
+
 
 @dataclass(frozen=True)
 class Address:
-    """What a connection needs: host name, port, user, key files, and a proxy command or None."""
+    """What a connection needs: host name, port, user, keys, and the command that leads there, if one does."""
 
     hostname: str
     port: int
     user: str
     identities: tuple[str, ...]
-    proxy: str | None = None
+    proxy: tuple[str, ...] | None = None
+    jump: str | None = None
+    """The jump host that the proxy command goes by, in the user's words."""
+    agent: str | None = None
+    """The socket of the ssh-agent that may be asked."""
+    identities_only: bool = False
 
     def __str__(self) -> str:
         return f"{self.user}@{self.hostname}" + (f":{self.port}" if self.port != 22 else "")
@@ -40,12 +49,19 @@ def resolve(host: Host) -> Address:
             f"key file {host.identity!r} of host {host.name} does not exist",
             next=f"name another:  latentforge dispatch enrol {host.name} --identity FILE",
         )
+    hostname = _one(settings, "hostname") or host.address
+    port = host.port or int(_one(settings, "port") or 22)
+    user = host.user or _one(settings, "user") or getpass.getuser()
+    proxy, jump = _proxy(settings, hostname, port, user, host)
     return Address(
-        hostname=_one(settings, "hostname") or host.address,
-        port=host.port or int(_one(settings, "port") or 22),
-        user=host.user or _one(settings, "user") or getpass.getuser(),
+        hostname=hostname,
+        port=port,
+        user=user,
         identities=files,
-        proxy=_proxy(settings),
+        proxy=proxy,
+        jump=jump,
+        agent=_agent(settings),
+        identities_only=_one(settings, "identitiesonly") == "yes",
     )
 
 
@@ -72,11 +88,35 @@ def _one(settings: dict[str, list[str]], name: str) -> str | None:
     return settings[name][0] if settings.get(name) else None
 
 
-def _proxy(settings: dict[str, list[str]]) -> str | None:
+def _agent(settings: dict[str, list[str]]) -> str | None:
+    named = _one(settings, "identityagent") or "SSH_AUTH_SOCK"
+    if named == "none":
+        return None
+    if named == "SSH_AUTH_SOCK" or named.startswith("$"):
+        return os.environ.get(named.lstrip("$").strip("{}")) or None
+    return named
+
+
+# The first hop keeps watch over itself; the whole way is watched besides, from end to end.
+_JUMP = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2")
+
+
+def _proxy(
+    settings: dict[str, list[str]], hostname: str, port: int, user: str, host: Host
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """The command that leads to the host and the jump host it goes by, as OpenSSH would use them."""
     command, jump = _one(settings, "proxycommand"), _one(settings, "proxyjump")
     if jump and jump != "none":
         *before, last = jump.split(",")
-        return " ".join(
-            ["ssh", "-o", "BatchMode=yes", *(["-J", ",".join(before)] if before else []), "-W", "%h:%p", last]
-        )
-    return command if command and command != "none" else None
+        through = ("-J", ",".join(before)) if before else ()
+        # A port after the name is understood in an URI only.
+        target = last if "://" in last or ":" not in last else f"ssh://{last}"
+        return ("ssh", *_JUMP, *through, "-W", f"[{hostname}]:{port}", target), jump
+    if not command or command == "none":
+        return None, None
+    values = {"%": "%", "h": hostname, "n": host.address, "p": str(port), "r": user}
+    for value in (hostname, host.address, user):
+        if not _PLAIN.fullmatch(value):
+            raise TransportError(f"{value!r} of host {host.name} cannot be handed to the shell of its ProxyCommand")
+    expanded = re.sub(r"%(.)", lambda found: values.get(found[1], found[0]), command)
+    return ("sh", "-c", f"exec {expanded}"), None

@@ -12,7 +12,9 @@ import paramiko
 from dispatch.hosts.address import Address
 from dispatch.hosts.inventory import Host, PinnedKey
 from dispatch.places import Places, write_atomic
-from dispatch.transport.link import BANNER_SECONDS, CONNECT_SECONDS, classified, open_link
+from dispatch.transport.dial import open_link
+from dispatch.transport.failures import classified
+from dispatch.transport.link import EXCHANGE_SECONDS, GREETING_SECONDS, Failure
 from latentforge.errors import RefusedError, TransportError
 
 # Asked for one by one, so that every key the server has is shown and pinned.
@@ -34,12 +36,20 @@ def short_type(key_type: str) -> str:
 
 
 class HostKeyError(TransportError):
-    """A host key that is unknown or not the pinned one; raised before anything is authenticated or sent."""
+    """A host key that is unknown or not the pinned one; raised before anything is authenticated or sent.
+
+    No LinkError: asking again does not help, so nothing that waits for a link to come back waits for this.
+    """
+
+    def __init__(self, kind: Failure, what: str, *, next: str) -> None:
+        super().__init__(what, next=next)
+        self.kind = kind
 
 
 def unknown_key(host: Host, offered: paramiko.PKey) -> HostKeyError:
     """The refusal of a host that was never enrolled."""
     return HostKeyError(
+        "unknown host key",
         f"host key of {host.name} is not pinned\n"
         f"  offered  {short_type(offered.get_name())} {fingerprint(offered)}\n"
         f"  nothing was sent",
@@ -56,7 +66,9 @@ def changed_key(host: Host, offered: paramiko.PKey) -> HostKeyError:
     lines.append(f"  offered  {short_type(offered.get_name())} {fingerprint(offered)}")
     lines.append("  nothing was sent")
     return HostKeyError(
-        "\n".join(lines), next=f"if the machine was reinstalled:  latentforge dispatch enrol {host.name} --replace"
+        "changed host key",
+        "\n".join(lines),
+        next=f"if the machine was reinstalled:  latentforge dispatch enrol {host.name} --replace",
     )
 
 
@@ -99,14 +111,16 @@ def _offered(host: Host, address: Address, key_type: str) -> paramiko.PKey | Non
     try:
         transport = paramiko.Transport(link)
         try:
-            transport.banner_timeout = BANNER_SECONDS
+            transport.banner_timeout = GREETING_SECONDS
             transport.get_security_options().key_types = [key_type]
-            transport.start_client(timeout=CONNECT_SECONDS)
+            transport.start_client(timeout=EXCHANGE_SECONDS)
             return transport.get_remote_server_key()
         finally:
             transport.close()
-    except paramiko.ssh_exception.IncompatiblePeer:
-        return None
+    except paramiko.ssh_exception.IncompatiblePeer as error:
+        if "host key" in str(error):
+            return None
+        raise classified(host, address, error) from error
     except (paramiko.SSHException, OSError, EOFError) as error:
         raise classified(host, address, error) from error
     finally:

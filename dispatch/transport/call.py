@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from dispatch import agent_package
 from dispatch.agent.protocol import encode_request, find_frame
 from dispatch.hosts.inventory import Host
-from dispatch.transport.link import LinkError, LinkLostError
+from dispatch.transport.link import LinkError, LinkLostError, told
 from latentforge.errors import BusyError, LatentForgeError, RefusedError
 from latentforge.verdicts import ExitCode
 
@@ -17,7 +19,8 @@ READING = frozenset({"probe", "status", "read", "collect", "fetch"})
 """The verbs that create nothing on a host: all that a preview may use."""
 
 CALL_SECONDS = 30.0
-_SHOWN = 400
+# The words of nologin, of OpenSSH's internal-sftp, and of restricted shells.
+_NO_COMMANDS = re.compile(rb"(?i)account is (?:currently )?not available|sftp connections only|restricted")
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,37 @@ class Transport(ABC):
         return Reply(frame.document["result"], frame.payload, str(frame.document.get("agent", "")), frame.noise)
 
     def _no_reply(self, ended: Exchange) -> LatentForgeError:
-        name, said = self.host.name, _shown(ended.stderr or ended.stdout)
+        name, said = self.host.name, told(ended.stderr.strip() or ended.stdout)
         if ended.status is None or b"=LF-BEGIN" in ended.stdout:
             return LinkLostError(f"{name}: the connection ended within a reply")
-        if ended.status == 127 or b"not found" in ended.stderr[:_SHOWN]:
+        if ended.status in (126, 127) or _says_no(ended.stderr, self.host.python):
             return LinkError(
                 "no python",
                 f"{name}: {self.host.python!r} cannot be run there ({said})",
                 next=f"latentforge dispatch enrol {name} --python PATH --replace",
             )
+        by_hand = shlex.join(["ssh", *(["-p", str(self.host.port)] if self.host.port else []), _login(self.host)])
+        if _NO_COMMANDS.search(ended.stdout + ended.stderr):
+            return LinkError(
+                "no commands",
+                f"{name}: the account may log in there, but may not run commands; its shell said: {said}",
+                next=f"another user:  latentforge dispatch enrol {name} --user USER --replace",
+            )
         return LinkError(
             "shell noise",
             f"{name}: the login shell ended (status {ended.status}) without running the agent; it said: {said}",
-            next=f"ssh {name} true   must succeed and print nothing",
+            next=f"{by_hand} true   must succeed and print nothing; look for `exit`, `read` and `exec` in its rc files",
         )
+
+
+def _says_no(stderr: bytes, python: str) -> bool:
+    """Whether a shell says that it has no such program: csh does, and ends with 1."""
+    wanted = python.encode()
+    return any(wanted in line and re.search(rb"(?i)not found|no such file", line) for line in stderr.splitlines())
+
+
+def _login(host: Host) -> str:
+    return f"{host.user}@{host.address}" if host.user else host.address
 
 
 def _agent_error(error: dict[str, Any], host: Host) -> LatentForgeError:
@@ -126,9 +146,3 @@ def _agent_error(error: dict[str, Any], host: Host) -> LatentForgeError:
         message = f"{host.name}: {message}"
     kind = BusyError if code is ExitCode.BUSY else LatentForgeError
     return kind(message, next=error.get("next"), code=code)
-
-
-def _shown(output: bytes) -> str:
-    text = output.decode("utf-8", "replace").strip()
-    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
-    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…") if text else "nothing"

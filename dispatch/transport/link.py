@@ -1,33 +1,44 @@
-"""The socket below SSH: opened with deadlines, kept honest by keepalive, its failures told apart."""
+"""The socket below SSH: its deadlines, the names of its failures, and the keepalive that ends a silent one."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import shlex
 import socket
+import subprocess
+import time
 from typing import Literal
 
-import paramiko
-
-from dispatch.hosts.address import Address
-from dispatch.hosts.inventory import Host
 from latentforge.errors import TransportError
 
+# fmt: off
 Failure = Literal[
-    "name", "route", "refused", "host key", "authentication", "shell noise", "silent", "no python", "lost"
+    "name", "route", "refused",                      # before anything listens
+    "silent", "not ssh", "closed", "crowded",        # before SSH is spoken
+    "key exchange", "unknown host key", "changed host key", "authentication",
+    "no commands", "shell noise", "no python",       # logged in
+    "proxy", "lost",
 ]
+# fmt: on
 
 # What goes wrong is raised and told once; Paramiko's thread would print its own traceback beside it.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
-CONNECT_SECONDS = 6.0
-# Shorter than the whole, or Paramiko gives up on the connection before it can say that there was no banner.
-BANNER_SECONDS = 5.0
+# Whichever of them is used up, a connection that cannot be had has said so within ten seconds.
+RESOLVE_SECONDS = 5.0
+CONNECT_SECONDS = 5.0
+GREETING_SECONDS = 5.0
+PROXY_SECONDS = 9.0
+EXCHANGE_SECONDS = 8.0
+AUTHENTICATION_SECONDS = 8.0
+# A server that lets in no more for now (MaxStartups) is waited for: that is a queue.
+CROWDED_SECONDS = 30.0
 # A cut network is noticed within about this long: keepalive speaks up when nothing is in flight, and the user
 # timeout bounds what is. Either of the two alone leaves a link that hangs for good.
 DEAD_LINK_SECONDS = 15
+KEEPALIVE_SECONDS = 5
+
+_SHOWN = 400
 
 
 class LinkError(TransportError):
@@ -45,20 +56,56 @@ class LinkLostError(LinkError):
         super().__init__("lost", what)
 
 
-Link = socket.socket | paramiko.ProxyCommand
+def told(said: bytes) -> str:
+    """What a machine said, fit to be shown: printable, and not too long."""
+    text = said.decode("utf-8", "replace").strip()
+    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…") if text else "nothing"
 
 
-def open_link(host: Host, address: Address, *, timeout: float = CONNECT_SECONDS) -> Link:
-    """A connected socket (or proxy command) to the host's SSH port."""
-    if address.proxy is not None:
-        command = address.proxy.replace("%h", address.hostname).replace("%p", str(address.port))
-        return paramiko.ProxyCommand(command.replace("%r", address.user).replace("%%", "%"))
-    try:
-        link = socket.create_connection((address.hostname, address.port), timeout=timeout)
-    except OSError as error:
-        raise classified(host, address, error) from error
-    keep_honest(link)
-    return link
+class Unanswered(Exception):
+    """What came instead of an SSH server's greeting: nothing, an end, or other words."""
+
+    def __init__(self, kind: Failure, said: bytes = b"") -> None:
+        super().__init__(kind)
+        self.kind: Failure = kind
+        self.said = said
+
+
+class Link(socket.socket):
+    """A connected socket that knows when it last heard something, and the proxy command behind it, if there is one."""
+
+    def __init__(self, opened: socket.socket, proxy: subprocess.Popen[bytes] | None = None) -> None:
+        super().__init__(opened.family, opened.type, opened.proto, fileno=opened.detach())
+        self.heard = time.monotonic()
+        self.proxy = proxy
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As a socket's; what comes is a sign of life."""
+        data = super().recv(size, flags)
+        if data:
+            self.heard = time.monotonic()
+        return data
+
+    def close(self) -> None:
+        """Close the socket; a proxy command ends with it."""
+        super().close()
+        if self.proxy is not None and self.proxy.poll() is None:
+            with contextlib.suppress(OSError):
+                self.proxy.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.proxy.wait(2)
+            if self.proxy.poll() is None:
+                self.proxy.kill()
+                self.proxy.wait()
+
+
+class ProxyError(Exception):
+    """A proxy command that ended before the host's SSH server was heard; ``said`` is what it wrote to stderr."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = said
 
 
 def keep_honest(link: socket.socket) -> None:
@@ -66,67 +113,12 @@ def keep_honest(link: socket.socket) -> None:
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for option, value in (
-        ("TCP_KEEPIDLE", 5),
-        ("TCP_KEEPALIVE", 5),  # macOS's name of the same
-        ("TCP_KEEPINTVL", 5),
+        ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
+        ("TCP_KEEPALIVE", KEEPALIVE_SECONDS),  # macOS's name of the same
+        ("TCP_KEEPINTVL", KEEPALIVE_SECONDS),
         ("TCP_KEEPCNT", 2),
         ("TCP_USER_TIMEOUT", DEAD_LINK_SECONDS * 1000),
     ):
         if hasattr(socket, option):
             with contextlib.suppress(OSError):
                 link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def classified(host: Host, address: Address, error: BaseException) -> LinkError:
-    """What a failure to connect means, in words that say where to look."""
-    where = f"{host.name} ({address})" if str(address) != host.name else host.name
-    if isinstance(error, socket.gaierror):
-        return LinkError(
-            "name",
-            f"{where}: the name {address.hostname!r} does not resolve",
-            next=f"correct the address:  latentforge dispatch enrol {host.name} --address ADDRESS --replace",
-        )
-    if isinstance(error, ConnectionRefusedError):
-        return LinkError(
-            "refused",
-            f"{where}: nothing listens on port {address.port}",
-            next=f"is sshd running there? Another port:  latentforge dispatch enrol {host.name} --port PORT --replace",
-        )
-    if isinstance(error, paramiko.PasswordRequiredException):  # a kind of AuthenticationException: asked first
-        return LinkError(
-            "authentication", f"{where}: the key file is encrypted", next="load it into ssh-agent:  ssh-add"
-        )
-    if isinstance(error, paramiko.AuthenticationException):
-        keys = ", ".join(address.identities) or "none"
-        agent = "ssh-agent, " if host.identity is None else ""  # a key that was named is used, and no other
-        named = f"-i {host.identity}.pub " if host.identity is not None else ""
-        return LinkError(
-            "authentication",
-            f"{where}: no key of yours is accepted for user {address.user!r} (tried: {agent}key files: {keys})",
-            next=f"ssh-copy-id {named}-p {address.port} {address.user}@{address.hostname}",
-        )
-    if isinstance(error, paramiko.SSHException) and "banner" in str(error).lower():
-        return LinkError(
-            "silent",
-            f"{where}: port {address.port} is open but does not speak SSH ({error})",
-            next=f"latentforge dispatch enrol {host.name} --port PORT --replace",
-        )
-    if isinstance(error, TimeoutError) or getattr(error, "errno", None) in (
-        errno.EHOSTUNREACH,
-        errno.ENETUNREACH,
-        errno.ENETDOWN,
-        errno.ETIMEDOUT,
-    ):
-        return LinkError("route", f"{where}: no answer from the network ({error})", next=f"ping {address.hostname}")
-    # What Paramiko says of a file that it cannot read as a key has no type of its own; a peer's offers have one.
-    if type(error) is paramiko.SSHException and host.identity is not None and "key" in str(error).lower():
-        return LinkError(
-            "authentication",
-            f"{where}: key file {host.identity!r} cannot be used ({error})",
-            next=f"look whether it is a private key:  ssh-keygen -y -f {shlex.quote(host.identity)}",
-        )
-    return LinkError(
-        "silent",
-        f"{where}: SSH was not established ({type(error).__name__}: {error})",
-        next=f"ssh -v -p {address.port} {address.user}@{address.hostname}   shows where it stops",
-    )

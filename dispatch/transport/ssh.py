@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import threading
 import time
+from collections.abc import Iterator
 
 import fabric  # type: ignore[import-untyped]
 import paramiko
@@ -15,12 +16,21 @@ from dispatch.hosts.inventory import Host
 from dispatch.hosts.trust import HostKeyError, changed_key, pinned, unknown_key
 from dispatch.places import Places
 from dispatch.transport.call import Exchange, Transport
-from dispatch.transport.link import BANNER_SECONDS, CONNECT_SECONDS, LinkLostError, classified, open_link
+from dispatch.transport.dial import open_link
+from dispatch.transport.failures import classified, no_commands
+from dispatch.transport.keys import Keys
+from dispatch.transport.link import (
+    AUTHENTICATION_SECONDS,
+    EXCHANGE_SECONDS,
+    GREETING_SECONDS,
+    KEEPALIVE_SECONDS,
+    Link,
+    LinkLostError,
+)
+from dispatch.transport.pipe import Pipe
 from latentforge.errors import RefusedError
 
-_CHUNK = 256 * 1024
-_MAX_OUTPUT = 256 * 1024 * 1024
-_KEEPALIVE_SECONDS = 5
+CHANNEL_SECONDS = 8.0
 
 
 class _RefuseUnknown(paramiko.MissingHostKeyPolicy):
@@ -34,51 +44,102 @@ class _RefuseUnknown(paramiko.MissingHostKeyPolicy):
 
 
 class SshTransport(Transport):
-    """One connection to a host, opened at the first call, reopened after a loss; a channel for each call."""
+    """One connection to a host, opened at the first call, reopened after a loss; a channel for each call.
+
+    Calls may come from several threads: they share the connection, and wait for each other where the server permits
+    fewer sessions than that.
+    """
 
     def __init__(self, host: Host, places: Places, *, readonly: bool = False) -> None:
         super().__init__(host, readonly=readonly)
         self._places = places
         self._connection: fabric.Connection | None = None
+        self._link: Link | None = None
+        self._opening = threading.Lock()
+        self._sessions = 0
+        self._ended = threading.Condition()
 
     def exchange(self, argv: list[str], stdin: bytes, *, timeout: float) -> Exchange:
         """Run the program in a channel of its own, bytes in and bytes out, without a terminal."""
-        transport = self._opened()
-        deadline = time.monotonic() + timeout
+        transport, link, address = self._opened()
         try:
-            channel = transport.open_session(timeout=CONNECT_SECONDS)
-            with contextlib.closing(channel):
-                channel.settimeout(timeout)
+            with self._session(transport, address, timeout) as channel:
                 # The words are quoted for the login shell; values of the request never get near it.
-                channel.exec_command(shlex.join(argv))
-                return _pumped(channel, stdin, deadline)
+                self._started(channel, transport, address, shlex.join(argv))
+                return Pipe(channel, link, timeout).through(stdin)
         except (paramiko.SSHException, OSError, EOFError) as error:
-            self.close()
+            self._close(transport)
             raise LinkLostError(
                 f"{self.host.name}: the connection broke ({type(error).__name__}: {error})".rstrip(": ")
             ) from error
 
     def close(self) -> None:
         """Close the connection."""
-        if self._connection is not None:
-            with contextlib.suppress(Exception):
-                self._connection.close()
-            self._connection = None
+        self._close(None)
 
-    def _opened(self) -> paramiko.Transport:
-        if self._connection is not None:
+    def _close(self, broken: paramiko.Transport | None) -> None:
+        """Close the connection, unless another thread has opened a new one in place of the broken one."""
+        with self._opening:
+            if self._connection is None or (broken is not None and self._connection.transport is not broken):
+                return
+            _give_up(self._connection, self._link)
+            self._connection = self._link = None
+
+    def _opened(self) -> tuple[paramiko.Transport, Link, Address]:
+        with self._opening:
+            if self._connection is not None and not self._connection.transport.is_active():
+                _give_up(self._connection, self._link)
+                self._connection = None
+            if self._connection is None:
+                self._address = resolve(self.host)
+                self._connection, self._link = _connected(self.host, self._address, self._places)
             transport = self._connection.transport
-            if transport is not None and transport.is_active():
-                assert isinstance(transport, paramiko.Transport)
-                return transport
-            self.close()
-        self._connection = _connected(self.host, resolve(self.host), self._places)
-        transport = self._connection.transport
-        assert isinstance(transport, paramiko.Transport)
-        return transport
+            assert isinstance(transport, paramiko.Transport)
+            assert self._link is not None
+            return transport, self._link, self._address
+
+    @contextlib.contextmanager
+    def _session(self, transport: paramiko.Transport, address: Address, timeout: float) -> Iterator[paramiko.Channel]:
+        """A channel of the connection; a server that permits no further one now is asked again when one has ended."""
+        patience = time.monotonic() + timeout
+        alone = time.monotonic() + 2.0
+        while True:
+            try:
+                channel = transport.open_session(timeout=CHANNEL_SECONDS)
+                break
+            except paramiko.ChannelException as error:
+                with self._ended:
+                    if self._sessions == 0 and time.monotonic() > alone:
+                        raise no_commands(self.host, address, f"no session is opened: {error.text}") from None
+                    if time.monotonic() > patience:
+                        raise TimeoutError(f"no session was free within {timeout:.0f} s") from None
+                    # The server counts a session until it has reaped its process, which nobody is told of.
+                    self._ended.wait(0.2)
+        with self._ended:
+            self._sessions += 1
+        try:
+            yield channel
+        finally:
+            with contextlib.suppress(Exception):
+                channel.close()
+            with self._ended:
+                self._sessions -= 1
+                self._ended.notify_all()
+
+    def _started(
+        self, channel: paramiko.Channel, transport: paramiko.Transport, address: Address, command: str
+    ) -> None:
+        channel.settimeout(CHANNEL_SECONDS)
+        try:
+            channel.exec_command(command)
+        except paramiko.SSHException:
+            time.sleep(0.05)  # a broken connection closes its channels first, and says that it is broken next
+            if not transport.is_active():
+                raise
+            raise no_commands(self.host, address, "the server refuses to run one") from None
 
 
-def _connected(host: Host, address: Address, places: Places) -> fabric.Connection:
+def _connected(host: Host, address: Address, places: Places) -> tuple[fabric.Connection, Link]:
     """A Fabric connection that trusts pinned keys only and lists its own keys.
 
     Fabric reads no known_hosts and accepts every key; so its client is given ours and a policy that refuses, after
@@ -97,15 +158,13 @@ def _connected(host: Host, address: Address, places: Places) -> fabric.Connectio
         port=address.port,
         # Paramiko's reader of ~/.ssh/config is left out: OpenSSH's own has been asked already.
         config=fabric.Config(ssh_config=paramiko.SSHConfig(), overrides={"load_ssh_configs": False}),
-        connect_timeout=int(CONNECT_SECONDS),
+        connect_timeout=int(EXCHANGE_SECONDS),
         connect_kwargs={
             "sock": link,
-            "key_filename": list(address.identities),
-            "look_for_keys": False,
-            "allow_agent": host.identity is None,
-            "banner_timeout": BANNER_SECONDS,
-            "auth_timeout": CONNECT_SECONDS,
-            "channel_timeout": CONNECT_SECONDS,
+            "auth_strategy": Keys(host, address),
+            "banner_timeout": GREETING_SECONDS,
+            "auth_timeout": AUTHENTICATION_SECONDS,
+            "channel_timeout": CHANNEL_SECONDS,
         },
     )
     client: paramiko.SSHClient = connection.client
@@ -124,49 +183,24 @@ def _connected(host: Host, address: Address, places: Places) -> fabric.Connectio
     except (paramiko.SSHException, OSError, EOFError) as error:
         _give_up(connection, link)
         raise classified(host, address, error) from error
-    connection.transport.set_keepalive(_KEEPALIVE_SECONDS)
-    return connection
+    connection.transport.set_keepalive(KEEPALIVE_SECONDS)
+    if link.proxy is not None:
+        # No option of our socket reaches beyond the proxy: the host itself is asked for signs of life.
+        threading.Thread(target=_ask_for_life, args=(connection.transport, link), daemon=True).start()
+    return connection, link
 
 
-def _give_up(connection: fabric.Connection, link: object) -> None:
+def _ask_for_life(transport: paramiko.Transport, link: Link) -> None:
+    while transport.is_active():
+        time.sleep(1.0)
+        if time.monotonic() - link.heard > KEEPALIVE_SECONDS:
+            with contextlib.suppress(Exception):
+                transport.global_request("keepalive@openssh.com", wait=True)
+
+
+def _give_up(connection: fabric.Connection, link: Link | None) -> None:
     with contextlib.suppress(Exception):
         connection.client.close()
-    with contextlib.suppress(Exception):
-        link.close()  # type: ignore[attr-defined]
-
-
-def _pumped(channel: paramiko.Channel, stdin: bytes, deadline: float) -> Exchange:
-    """Write stdin, read both streams to their ends, take the exit status (None where the link ended first)."""
-    stderr: list[bytes] = []
-
-    def feed() -> None:
-        # A thread of its own: a program that answers before it has read everything must not deadlock with us.
-        try:
-            channel.sendall(stdin)
-            channel.shutdown_write()
-        except (OSError, EOFError, paramiko.SSHException):
-            pass  # the link is gone: the reader on the other side of this channel finds that out, and says so
-
-    def drain() -> None:
-        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-            while chunk := channel.recv_stderr(_CHUNK):
-                stderr.append(chunk)
-
-    threads = [threading.Thread(target=work, daemon=True) for work in (feed, drain)]
-    for thread in threads:
-        thread.start()
-    stdout, size = [], 0
-    while chunk := channel.recv(_CHUNK):
-        stdout.append(chunk)
-        size += len(chunk)
-        if size > _MAX_OUTPUT:
-            raise paramiko.SSHException(f"more than {_MAX_OUTPUT} bytes of output")
-        if time.monotonic() > deadline:
-            raise TimeoutError("no whole reply in time")
-    if not channel.status_event.wait(max(0.0, min(5.0, deadline - time.monotonic()))):
-        raise TimeoutError("no exit status")
-    for thread in threads:
-        thread.join(timeout=5)
-    status = channel.recv_exit_status()
-    # -1 is Paramiko's word for "the link is gone", never a program's status.
-    return Exchange(b"".join(stdout), b"".join(stderr), None if status == -1 else status)
+    if link is not None:
+        with contextlib.suppress(Exception):
+            link.close()

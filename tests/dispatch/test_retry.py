@@ -39,7 +39,12 @@ REFUSED = LinkError("refused", "box: nothing listens on port 22", next="is sshd 
         ("launch", [REFUSED], ExitCode.TRANSPORT, "nothing listens"),
         ("launch", [LOST, REFUSED], ExitCode.UNKNOWN, "whether 'launch' was done there is not known"),
         ("launch", [LOST] * ATTEMPTS, ExitCode.UNKNOWN, "whether 'launch' was done there is not known"),
-        ("launch", [LOST, HostKeyError("host key of box changed", next="enrol")], ExitCode.UNKNOWN, "changed"),
+        (
+            "launch",
+            [LOST, HostKeyError("changed host key", "host key of box changed", next="enrol")],
+            ExitCode.UNKNOWN,
+            "changed",
+        ),
         ("probe", [LOST, REFUSED], ExitCode.TRANSPORT, "nothing listens"),
     ],
 )

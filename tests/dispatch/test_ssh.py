@@ -178,7 +178,7 @@ def test_a_shell_that_runs_no_commands_is_told_with_its_words(shared_sshd: Any, 
     transport.exchange = through_a_bad_shell  # type: ignore[method-assign]
     with pytest.raises(LinkError, match="This account is not available") as failed:
         transport.call("probe", {})
-    assert failed.value.kind == "shell noise"
+    assert failed.value.kind == "no commands"
 
 
 def test_what_a_login_shell_prints_first_is_skipped(shared_sshd: Any, laptop: Any, enrolled: Make) -> None:
@@ -346,7 +346,7 @@ def test_a_server_that_stops_answering_is_noticed_within_the_call_s_deadline(
 
 def test_the_socket_notices_a_network_that_goes_silent(shared_sshd: Any, laptop: Any, enrolled: Make) -> None:
     from dispatch.hosts.address import resolve
-    from dispatch.transport.link import open_link
+    from dispatch.transport.dial import open_link
 
     host = enrolled(shared_sshd)
     link = open_link(host, resolve(host))
