@@ -22,6 +22,7 @@ Outcomes = dict[str, list[tuple[str, str]]]
 BUILT_ONCE = ("aarch64", "cuda")  # folders whose tests share what one of them builds
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a module's tests (and those of a folder that builds something) on one worker where there are several."""
     here = Path(__file__).parent
