@@ -13,9 +13,8 @@ struct FloatTile256 {
   using Source = float;
   using Total = float;
   using Acc = __m256;
-  static constexpr int rows = 4, parts = 1, offset_weight = 0, locality = 2;
+  static constexpr int rows = 4, parts = 1, offset_weight = 0;
   static constexpr int tokens(int k) { return k <= 2 ? 4 : 2; }
-  static constexpr int64_t tokens_ahead(int k) { return k < 3 ? 0 : 8; }
   static Acc zero() { return _mm256_setzero_ps(); }
   static void sum4(const Acc* acc, float (*out)[4]) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(acc[0], acc[1]), _mm256_unpackhi_ps(acc[0], acc[1]));
@@ -48,9 +47,8 @@ struct Bf16Dot : FloatTile256 {
       out[8 + i] = in[2 * i + 1];
     }
   }
-  static Acc add(Acc acc, Piece w, const float* h) {
-    return _mm256_fmadd_ps(w.b, _mm256_load_ps(h + 8), _mm256_fmadd_ps(w.a, _mm256_load_ps(h), acc));
-  }
+  static PairOf256 hidden(const float* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
+  static Acc add(Acc acc, Piece w, PairOf256 h) { return _mm256_fmadd_ps(w.b, h.b, _mm256_fmadd_ps(w.a, h.a, acc)); }
 };
 
 struct F32Dot : FloatTile256 {
@@ -60,9 +58,8 @@ struct F32Dot : FloatTile256 {
   static constexpr int step = 16, hidden_step = 16;
   static Piece weight(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void pack(const float* in, float* out) { std::memcpy(out, in, step * sizeof(float)); }
-  static Acc add(Acc acc, Piece w, const float* h) {
-    return _mm256_fmadd_ps(w.b, _mm256_load_ps(h + 8), _mm256_fmadd_ps(w.a, _mm256_load_ps(h), acc));
-  }
+  static PairOf256 hidden(const float* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
+  static Acc add(Acc acc, Piece w, PairOf256 h) { return _mm256_fmadd_ps(w.b, h.b, _mm256_fmadd_ps(w.a, h.a, acc)); }
 };
 
 struct Int8Dot {
@@ -71,9 +68,8 @@ struct Int8Dot {
   using Weight = int8_t;
   using Hidden = int16_t;
   using Piece = __m256i;
-  static constexpr int rows = 4, parts = 3, offset_weight = 0, locality = 2, step = 16, hidden_step = 48;
+  static constexpr int rows = 4, parts = 3, offset_weight = 0, step = 16, hidden_step = 48;
   static constexpr int tokens(int k) { return k == 1 ? 4 : k == 2 ? 2 : 1; }
-  static constexpr int64_t tokens_ahead(int k) { return k < 3 ? 0 : 8; }
   struct Acc {
     __m256i part[3];
   };
@@ -88,6 +84,7 @@ struct Int8Dot {
       for (int p = 0; p < 3; ++p) out[p * step + i] = static_cast<int16_t>(part[p]);
     }
   }
+  static const int16_t* hidden(const int16_t* h) { return h; }  // too few registers to hold it
   static Acc add(Acc acc, Piece w, const int16_t* h) {
     for (int p = 0; p < 3; ++p) {
       const __m256i row = _mm256_load_si256(reinterpret_cast<const __m256i*>(h + p * step));

@@ -28,12 +28,19 @@ inline __m128i sum4_vectors(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
+// Keeps a vector in its register: gcc repeats a load as the operand of every instruction that needs it, where a
+// processor may load one vector in the time of two products, and moves crowded accumulators to the stack and back.
+template <class V>
+inline V kept(V x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
 struct FloatTile512 {
   using Source = float;
   using Total = float;
-  static constexpr int rows = 8, parts = 1, offset_weight = 0, locality = 2;
-  static constexpr int tokens(int k) { return k <= 4 ? 4 : 2; }
-  static constexpr int64_t tokens_ahead(int k) { return k <= 4 ? 0 : 8; }
+  static constexpr int rows = 8, parts = 1, offset_weight = 0;
+  static constexpr int tokens(int k) { return k == 1 ? 8 : k <= 4 ? 4 : 3; }
   using Acc = __m512;
   static Acc zero() { return _mm512_setzero_ps(); }
   static void sum4(const Acc* acc, float (*out)[4]) {
@@ -62,8 +69,9 @@ struct Bf16Dot : FloatTile512 {
       out[16 + i] = in[2 * i + 1];
     }
   }
-  static Acc add(Acc acc, Piece w, const float* h) {
-    return _mm512_fmadd_ps(w.b, _mm512_load_ps(h + 16), _mm512_fmadd_ps(w.a, _mm512_load_ps(h), acc));
+  static PairOf512 hidden(const float* p) { return {kept(_mm512_load_ps(p)), kept(_mm512_load_ps(p + 16))}; }
+  static Acc add(Acc acc, Piece w, PairOf512 h) {
+    return kept(_mm512_fmadd_ps(w.b, h.b, kept(_mm512_fmadd_ps(w.a, h.a, acc))));
   }
 };
 
@@ -74,8 +82,9 @@ struct F32Dot : FloatTile512 {
   static constexpr int step = 32, hidden_step = 32;
   static Piece weight(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
   static void pack(const float* in, float* out) { std::memcpy(out, in, step * sizeof(float)); }
-  static Acc add(Acc acc, Piece w, const float* h) {
-    return _mm512_fmadd_ps(w.b, _mm512_load_ps(h + 16), _mm512_fmadd_ps(w.a, _mm512_load_ps(h), acc));
+  static PairOf512 hidden(const float* p) { return {kept(_mm512_load_ps(p)), kept(_mm512_load_ps(p + 16))}; }
+  static Acc add(Acc acc, Piece w, PairOf512 h) {
+    return kept(_mm512_fmadd_ps(w.b, h.b, kept(_mm512_fmadd_ps(w.a, h.a, acc))));
   }
 };
 
@@ -83,12 +92,12 @@ struct IntTile512 {
   using Source = int32_t;
   using Total = int32_t;
   using Weight = int8_t;
-  static constexpr int rows = 4, parts = 3, locality = 2;
-  static constexpr int tokens(int k) { return k == 1 ? 4 : k == 2 ? 2 : 1; }  // more spills: three sums a pair
-  static constexpr int64_t tokens_ahead(int k) { return k < 3 ? 0 : 8; }
+  static constexpr int rows = 4, parts = 3;
+  static constexpr int tokens(int k) { return k <= 2 ? 4 : 2; }  // more spills: three sums a pair
   struct Acc {
     __m512i part[3];
   };
+  using Row = Acc;
   static Acc zero() { return {{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}}; }
   static void sum4(const Acc* acc, int32_t (*out)[4]) {
     for (int p = 0; p < 3; ++p)
@@ -112,9 +121,11 @@ struct Int8Dot : IntTile512 {
       for (int p = 0; p < 3; ++p) out[p * step + i] = static_cast<int16_t>(part[p]);
     }
   }
-  static Acc add(Acc acc, Piece w, const int16_t* h) {
-    for (int p = 0; p < 3; ++p)
-      acc.part[p] = _mm512_add_epi32(acc.part[p], _mm512_madd_epi16(w, _mm512_load_si512(h + p * step)));
+  static Row hidden(const int16_t* h) {
+    return {{kept(_mm512_load_si512(h)), kept(_mm512_load_si512(h + step)), kept(_mm512_load_si512(h + 2 * step))}};
+  }
+  static Acc add(Acc acc, Piece w, Row h) {
+    for (int p = 0; p < 3; ++p) acc.part[p] = _mm512_add_epi32(acc.part[p], _mm512_madd_epi16(w, h.part[p]));
     return acc;
   }
 };
@@ -135,8 +146,11 @@ struct Int8VnniDot : IntTile512 {
       for (int p = 0; p < 3; ++p) out[p * step + i] = static_cast<int8_t>(part[p]);
     }
   }
-  static Acc add(Acc acc, Piece w, const int8_t* h) {
-    for (int p = 0; p < 3; ++p) acc.part[p] = _mm512_dpbusd_epi32(acc.part[p], w, _mm512_load_si512(h + p * step));
+  static Row hidden(const int8_t* h) {
+    return {{kept(_mm512_load_si512(h)), kept(_mm512_load_si512(h + step)), kept(_mm512_load_si512(h + 2 * step))}};
+  }
+  static Acc add(Acc acc, Piece w, Row h) {
+    for (int p = 0; p < 3; ++p) acc.part[p] = kept(_mm512_dpbusd_epi32(acc.part[p], w, h.part[p]));
     return acc;
   }
 };
@@ -153,9 +167,8 @@ struct Bf16PairDot : FloatTile512 {
   static void pack(const float* in, uint16_t* out) {
     for (int i = 0; i < step; ++i) out[i] = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, in[i]) >> 16);
   }
-  static Acc add(Acc acc, Piece w, const uint16_t* h) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_load_si512(h));
-  }
+  static __m512i hidden(const uint16_t* h) { return kept(_mm512_load_si512(h)); }
+  static Acc add(Acc acc, Piece w, __m512i h) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)h); }
 };
 #endif
 

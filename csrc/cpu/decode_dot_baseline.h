@@ -20,10 +20,10 @@ struct FloatTile128 {
   struct Piece {
     Float4 a, b;
   };
-  static constexpr int rows = 4, parts = 1, offset_weight = 0, locality = 2, step = 8, hidden_step = 8;
+  static constexpr int rows = 4, parts = 1, offset_weight = 0, step = 8, hidden_step = 8;
   static constexpr int tokens(int k) { return k <= 2 ? 4 : 2; }
-  static constexpr int64_t tokens_ahead(int) { return 0; }
   static Acc zero() { return Acc{}; }
+  static const float* hidden(const float* h) { return h; }  // too few registers to hold it
   static Acc add(Acc acc, Piece w, const float* h) {
     Float4 a, b;
     std::memcpy(&a, h, sizeof a);
@@ -67,9 +67,8 @@ struct Int8Dot {
   using Weight = int8_t;
   using Hidden = int32_t;
   using Piece = Int4;
-  static constexpr int rows = 4, parts = 3, offset_weight = 0, locality = 2, step = 4, hidden_step = 12;
+  static constexpr int rows = 4, parts = 3, offset_weight = 0, step = 4, hidden_step = 12;
   static constexpr int tokens(int k) { return k == 1 ? 4 : k == 2 ? 2 : 1; }
-  static constexpr int64_t tokens_ahead(int) { return 0; }
   struct Acc {
     Int4 part[3];
   };
@@ -82,6 +81,7 @@ struct Int8Dot {
       for (int p = 0; p < 3; ++p) out[p * step + i] = part[p];
     }
   }
+  static const int32_t* hidden(const int32_t* h) { return h; }
   static Acc add(Acc acc, Piece w, const int32_t* h) {
     for (int p = 0; p < 3; ++p) {
       Int4 row;

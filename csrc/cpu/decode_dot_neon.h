@@ -13,9 +13,8 @@ namespace latentforge {
 namespace {
 
 struct NeonTile {
-  static constexpr int rows = 4, locality = 2, offset_weight = 0;
+  static constexpr int rows = 4, offset_weight = 0;
   static constexpr int tokens(int k) { return k <= 2 ? 4 : 2; }
-  static constexpr int64_t tokens_ahead(int) { return 0; }
 };
 
 struct FloatTileNeon : NeonTile {
@@ -42,9 +41,8 @@ struct F32Dot : FloatTileNeon {
   static constexpr int step = 8, hidden_step = 8;
   static Piece weight(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
   static void pack(const float* in, float* out) { std::memcpy(out, in, step * sizeof(float)); }
-  static Acc add(Acc acc, Piece w, const float* h) {
-    return {vfmaq_f32(acc.a, w.a, vld1q_f32(h)), vfmaq_f32(acc.b, w.b, vld1q_f32(h + 4))};
-  }
+  static Piece hidden(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+  static Acc add(Acc acc, Piece w, Piece h) { return {vfmaq_f32(acc.a, w.a, h.a), vfmaq_f32(acc.b, w.b, h.b)}; }
 };
 
 // bf16 weights widened to fp32 by interleaving them with zeros.
@@ -88,8 +86,12 @@ struct Int8Dot : IntTileNeon {
   static constexpr int step = 8, hidden_step = 24;
   static Piece weight(const int8_t* p) { return vld1_s8(p); }
   static void pack(const int32_t* in, int8_t* out) { pack_bytes<step>(in, out); }
-  static Acc add(Acc acc, Piece w, const int8_t* h) {
-    for (int p = 0; p < parts; ++p) acc.part[p] = vpadalq_s16(acc.part[p], vmull_s8(w, vld1_s8(h + p * step)));
+  struct Row {
+    int8x8_t part[3];
+  };
+  static Row hidden(const int8_t* h) { return {{vld1_s8(h), vld1_s8(h + step), vld1_s8(h + 2 * step)}}; }
+  static Acc add(Acc acc, Piece w, Row h) {
+    for (int p = 0; p < parts; ++p) acc.part[p] = vpadalq_s16(acc.part[p], vmull_s8(w, h.part[p]));
     return acc;
   }
 };
@@ -100,8 +102,12 @@ struct Int8DotProduct : IntTileNeon {
   static constexpr int step = 16, hidden_step = 48;
   static Piece weight(const int8_t* p) { return vld1q_s8(p); }
   static void pack(const int32_t* in, int8_t* out) { pack_bytes<step>(in, out); }
-  static Acc add(Acc acc, Piece w, const int8_t* h) {
-    for (int p = 0; p < parts; ++p) acc.part[p] = vdotq_s32(acc.part[p], w, vld1q_s8(h + p * step));
+  struct Row {
+    int8x16_t part[3];
+  };
+  static Row hidden(const int8_t* h) { return {{vld1q_s8(h), vld1q_s8(h + step), vld1q_s8(h + 2 * step)}}; }
+  static Acc add(Acc acc, Piece w, Row h) {
+    for (int p = 0; p < parts; ++p) acc.part[p] = vdotq_s32(acc.part[p], w, h.part[p]);
     return acc;
   }
 };
@@ -123,9 +129,8 @@ struct Bf16PairDot : FloatTileNeon {
   static void pack(const float* in, uint16_t* out) {
     for (int i = 0; i < step; ++i) out[i] = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, in[i]) >> 16);
   }
-  static Acc add(Acc acc, Piece w, const uint16_t* h) {
-    return {vbfdotq_f32(acc.a, w.a, load(h)), vbfdotq_f32(acc.b, w.b, load(h + 8))};
-  }
+  static Piece hidden(const uint16_t* p) { return {load(p), load(p + 8)}; }
+  static Acc add(Acc acc, Piece w, Piece h) { return {vbfdotq_f32(acc.a, w.a, h.a), vbfdotq_f32(acc.b, w.b, h.b)}; }
 };
 #endif
 

@@ -180,14 +180,11 @@ void sweep_segment(Sweep& sweep, int64_t segment, std::vector<RowMemory>& memory
   BlockLogits logits;
   for (int64_t first = segment * kSegment; first < end; first += kBlock) {
     const int64_t tokens = std::min(kBlock, end - first);
-    WeightBlock<D> block{weight + first * call.weight_stride, call.weight_stride, call.width, tokens, 0, groups, 0};
+    WeightBlock<D> block{weight + first * call.weight_stride, call.weight_stride, call.width, tokens, true};
     const float* scales = call.scales == nullptr ? nullptr : call.scales + first;
     for (int64_t g = 0; g < groups; ++g) {
       const auto& group = sweep.packed.groups[static_cast<size_t>(g)];
-      // One small group waits for memory and has its prefetcher; larger ones ask early, each for its share.
-      const int64_t tokens_ahead = groups > 1 ? kBlock : D::tokens_ahead(group.size);
-      block.ahead = tokens_ahead * call.weight_stride * static_cast<int64_t>(sizeof(typename D::Weight));
-      block.turn = g;
+      block.cold = g == 0;
       multiply<D>(group.size, block, reinterpret_cast<const typename D::Hidden*>(sweep.packed.data + group.offset),
                   totals);
       for (int k = 0; k < group.size; ++k) {

@@ -7,12 +7,13 @@
 //   Source                what pack() reads: float, or int32_t for the 23-bit fixed point of the int8 products
 //   step                  columns of a piece
 //   hidden_step           packed elements of a piece
-//   rows, tokens(k)       the largest group of rows; the tile's tokens (1, 2 or 4) for a group of k rows
+//   rows, tokens(k)       the largest group of rows; the tile's tokens (1 to 8) for a group of k rows
 //   parts, Total          numbers that a product ends in (1 float; 3 int32_t for the bytes of the fixed point)
 //   offset_weight         what weight() adds to every int8 (0, or 128 where it makes them unsigned)
 //   Piece weight(const Weight*)                    loads `step` columns, from any address
 //   void pack(const Source*, Hidden*)              `step` columns in the order that add() reads them
-//   Acc zero();  Acc add(Acc, Piece, const Hidden*)
+//   Row hidden(const Hidden*)                      a packed row's `step` columns, or where they are
+//   Acc zero();  Acc add(Acc, Piece, Row)
 //   void sum4(const Acc*, Total (*out)[4])         four accumulators, out[part][accumulator]
 #pragma once
 
@@ -30,31 +31,32 @@ namespace {
 template <class D>
 using Totals = typename D::Total[D::rows][D::parts][kBlock];
 
-// Where the weight's rows of a block lie. `ahead` bytes further are those that come next; a piece is fetched early by
-// one group in `turns`.
+// Where the weight's rows of a block lie. `cold`: nobody has read them yet.
 template <class D>
 struct WeightBlock {
   const typename D::Weight* first;
   int64_t stride;
   int64_t width;
   int64_t tokens;
-  int64_t ahead;
-  int64_t turns, turn;
+  bool cold;
 };
 
-template <class D, int K>
+constexpr int64_t kLine = 64;        // bytes that memory is fetched in
+constexpr int64_t kLinesAhead = 16;  // fetched early at each place
+constexpr int64_t kFirstLines = 4;   // of each of the next block's places: its prefetcher must find them first
+
+inline void fetch(const void* at, int64_t bytes) { __builtin_prefetch(static_cast<const char*>(at) + bytes, 0, 3); }
+
+template <class D, int K, bool Cold>
 __attribute__((noinline)) void multiply_group(const WeightBlock<D>& block, const typename D::Hidden* hidden,
                                               Totals<D>& totals) {
   using Weight = typename D::Weight;
   constexpr int R = D::tokens(K);
   constexpr int pairs = R * K, padded = (pairs + 3) / 4 * 4;
   const int64_t pieces = block.width / D::step, rest = block.width % D::step;
-  const int64_t fetched = block.ahead == 0 ? 0 : pieces;
-  // Without prefetches of our own, a tile takes its tokens from all over the block: the hardware follows several
-  // streams faster than one.
-  const bool spread = block.ahead == 0;
-  const int64_t apart = spread ? (block.tokens + R - 1) / R : 1;
-  for (int64_t token = 0; token < (spread ? apart : block.tokens); token += spread ? 1 : R) {
+  // The tile takes its tokens from all over the block: the hardware follows several streams faster than one.
+  const int64_t apart = (block.tokens + R - 1) / R;
+  for (int64_t token = 0; token < apart; ++token) {
     const Weight* rows[R];
     int64_t index[R];
     for (int r = 0; r < R; ++r) {
@@ -67,26 +69,32 @@ __attribute__((noinline)) void multiply_group(const WeightBlock<D>& block, const
     const typename D::Hidden* h = hidden;
     const auto one_piece = [&](const Weight* const* at, int64_t offset) __attribute__((always_inline)) {
       typename D::Piece piece[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) piece[r] = D::weight(at[r] + offset);
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[k * R + r] = D::add(acc[k * R + r], piece[r], h + k * D::hidden_step);
+      for (int k = 0; k < K; ++k) {
+        const auto row = D::hidden(h + k * D::hidden_step);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[k * R + r] = D::add(acc[k * R + r], piece[r], row);
+      }
       h += K * D::hidden_step;
     };
-    int64_t turn = block.turn;
-    for (int64_t i = 0; i < fetched; ++i) {
-      if (turn == 0) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-          __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + i * D::step) + block.ahead, 0, D::locality);
-        turn = block.turns;
+    // Vectors narrower than half a line have more to do with the products than with waiting.
+    constexpr int64_t bytes = D::step * static_cast<int64_t>(sizeof(Weight));
+    for (int64_t i = 0; i < pieces; ++i) {
+      if constexpr (Cold && 2 * bytes >= kLine) {
+#pragma GCC unroll 2
+        for (int64_t line = 0; line < bytes; line += kLine)
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+            if (bytes >= kLine || i % (kLine / bytes) == 0) fetch(rows[r] + i * D::step, kLinesAhead * kLine + line);
       }
-      --turn;
       one_piece(rows, i * D::step);
     }
-    for (int64_t i = fetched; i < pieces; ++i) one_piece(rows, i * D::step);
+    if (Cold && token + 1 == apart)
+      for (int r = 0; r < R; ++r)
+        for (int64_t line = 0; line < kFirstLines; ++line)
+          fetch(block.first + (block.tokens + r * apart) * block.stride, line * kLine);
     if (rest != 0) {
       alignas(64) Weight last[R][D::step] = {};
       const Weight* tail[R];
@@ -109,7 +117,7 @@ __attribute__((noinline)) void multiply_group(const WeightBlock<D>& block, const
 template <class D, int K = 1>
 void multiply(int rows, const WeightBlock<D>& block, const typename D::Hidden* hidden, Totals<D>& totals) {
   if (rows == K)
-    multiply_group<D, K>(block, hidden, totals);
+    (block.cold ? multiply_group<D, K, true> : multiply_group<D, K, false>)(block, hidden, totals);
   else if constexpr (K < D::rows)
     multiply<D, K + 1>(rows, block, hidden, totals);
 }
