@@ -46,7 +46,7 @@ def apply(
     plan: Plan, ask: Ask, transport: Transport, places: Places, follower: Follower, *, say: Callable[[str], None]
 ) -> Applied:
     """Carry a plan out and follow it to its end."""
-    _facts, plan = launch(plan, ask, transport, places, follower, say=say)
+    plan = launch(plan, ask, transport, places, follower, say=say)
     followed: dict[str, RunState] = {}
     chain = plan.chain
     for position, one in enumerate(chain, start=1):
@@ -63,15 +63,23 @@ def apply(
 
 def launch(
     plan: Plan, ask: Ask, transport: Transport, places: Places, follower: Follower, *, say: Callable[[str], None]
-) -> tuple[HostFacts, Plan]:
-    """Do everything up to the moment at which the runs go on by themselves; returns the facts and plan acted upon."""
+) -> Plan:
+    """Do everything up to the moment at which the runs go on by themselves; returns the plan acted upon.
+
+    A plan that starts nothing is not asked about again: what goes on or has ended is followed or reported as it is.
+    """
     refuse(plan)
+    if not plan.starts_something:
+        if plan.chain:
+            follower.goal = plan.chain[-1].run
+            remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
+        return plan
     shown = plan
     plan, facts = survey(transport, ask, places)
     _same_judgements(shown, plan, ask)
     refuse(plan)
     if not plan.chain:
-        return facts, plan
+        return plan
     transport.install()
     if plan.build is not None:
         build(plan.build, ask, facts, transport, follower, plan, say=say)
@@ -84,7 +92,7 @@ def launch(
         _launch([one.run for one in plan.chain], ask, transport, follower, plan)
     follower.goal = plan.chain[-1].run  # from here on a command that is stopped leaves a run that goes on
     remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
-    return facts, plan
+    return plan
 
 
 def build(

@@ -17,7 +17,7 @@ from latentforge.events import read_events
 from latentforge.evidence.ledger import LEDGER, read_chain
 from latentforge.evidence.manifest import record
 from latentforge.evidence.statement import MANIFEST, build_statement
-from latentforge.evidence.verify import verify_evidence
+from latentforge.evidence.verify import Verification, verify_evidence
 from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
 
 
@@ -59,17 +59,19 @@ def conclude(
     if state.state != "finished":
         # Lost or interrupted: the host itself cannot say what the run left, so there is nothing to vouch for.
         return Conclusion(run, [], None, None, [], earned)
-    try:
-        copied = collect(transport, run, places)
-    except FailedError as error:
-        # What it left cannot be vouched for; how it ended is known all the same.
-        return Conclusion(run, [], None, None, [str(error)], worst([earned, ExitCode.FAIL]))
-    with locked(places, run):
-        folder = copied.folder
-        if not _is_recorded(places, run):
-            dispatched = {"carrier": "local" if transport.host.is_local else "ssh", "agent": transport.agent}
-            record(folder, build_statement(folder, plan=dict(plan), host=dict(facts), dispatched=dispatched))
-        verification = verify_evidence(folder)
+    folder = places.run(run)
+    copied, verification = None, _verified_here(places, run)
+    if verification is None:
+        try:
+            copied = collect(transport, run, places)
+        except FailedError as error:
+            # What it left cannot be vouched for; how it ended is known all the same.
+            return Conclusion(run, [], None, None, [str(error)], worst([earned, ExitCode.FAIL]))
+        with locked(places, run):
+            if not _is_recorded(places, run):
+                dispatched = {"carrier": "local" if transport.host.is_local else "ssh", "agent": transport.agent}
+                record(folder, build_statement(folder, plan=dict(plan), host=dict(facts), dispatched=dispatched))
+            verification = verify_evidence(folder)
     problems = [f"{problem.what}  {problem.text}" for problem in verification.problems]
     events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
     verdicts = [verdict for verdict in map(verdict_of, events) if verdict is not None]
@@ -81,6 +83,15 @@ def conclude(
         codes.append(exit_code(meet(verdict.outcome for verdict in verdicts)))
     reason = next((str(event.fields.get("reason") or "") for event in reversed(events) if event.kind == "end"), "")
     return Conclusion(run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes), reason)
+
+
+def _verified_here(places: Places, run: str) -> Verification | None:
+    """The verification of a copy that is whole and recorded, for which its host need not be asked; else None."""
+    if not (places.run(run) / MANIFEST).is_file():
+        return None
+    with locked(places, run):
+        verification = verify_evidence(places.run(run)) if _is_recorded(places, run) else None
+    return verification if verification is not None and verification.outcome is Outcome.PASS else None
 
 
 def check_evidence_folder(places: Places) -> None:

@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
 from dispatch.conclude import Conclusion, check_evidence_folder, conclude, earned_code
 from dispatch.following.follow import Follower
-from dispatch.following.live import LiveObserver
 from dispatch.following.watching import PlainObserver, phase_lines
 from dispatch.hosts.facts import HostFacts, RunState, moment
 from dispatch.places import Places
@@ -28,6 +28,9 @@ from latentforge.errors import RefusedError
 from latentforge.evidence.statement import MANIFEST
 from latentforge.verdicts import ExitCode
 
+if TYPE_CHECKING:
+    from dispatch.following.live import LiveObserver
+
 
 @dataclass
 class Session:
@@ -41,9 +44,13 @@ class Session:
         name = self.transport.host.name
         plain = self.json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb"
         # With --json standard output is for programs; the run's lines go to people on the other stream.
-        self.observer: PlainObserver | LiveObserver = (
-            PlainObserver(name, sys.stderr if self.json else None) if plain else LiveObserver(name)
-        )
+        self.observer: PlainObserver | LiveObserver
+        if plain:
+            self.observer = PlainObserver(name, sys.stderr if self.json else None)
+        else:
+            from dispatch.following.live import LiveObserver  # rich is slow to import, and not needed in a pipe
+
+            self.observer = LiveObserver(name)
         self.follower = Follower(self.transport, self.places, self.observer)
         self.concluding: str | None = None
 
@@ -59,7 +66,7 @@ class Session:
             self.say(render(plan, ask))
             refuse(plan)
             if detach and plan.chain:
-                _facts, plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
+                plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
                 return self._left(plan.chain[-1].run, "launched; it goes on by itself.", ExitCode.PASS)
             applied = apply(plan, ask, self.transport, self.places, self.follower, say=self.say)
             self.observer.close()

@@ -66,6 +66,11 @@ class Plan:
         return tuple(run for run in self.runs if run.will in ("run", "follow"))
 
     @property
+    def starts_something(self) -> bool:
+        """Whether a process is to be started on the host: a build or a run; following one that goes on is none."""
+        return any(run.will == "run" for run in self.runs) or (self.build is not None and self.build.will == "run")
+
+    @property
     def changes_nothing(self) -> bool:
         """Whether each step keeps what is there."""
         return all(step.will in ("keep", "check", "ended", "skip") for step in self.steps)

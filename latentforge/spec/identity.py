@@ -59,7 +59,11 @@ class RunIdentity:
 
     def at_attempt(self, attempt: int) -> RunIdentity:
         """The same meaning, run for the ``attempt``-th time."""
-        return replace(self, attempt=attempt)
+        other = replace(self, attempt=attempt)
+        # Sorted keys begin with the attempt: a plan asks for dozens of attempts, and need not write each one anew.
+        rest = self.canonical.removeprefix(b'{"attempt":%d,' % self.attempt)
+        other.__dict__["canonical"] = b'{"attempt":%d,' % attempt + rest
+        return other
 
     @classmethod
     def from_bytes(cls, content: bytes, *, run_id: str | None = None) -> RunIdentity:

@@ -246,10 +246,11 @@ def test_a_judgement_that_changed_since_the_preview_is_refused(
 
     dispatch = session()
     assert dispatch.go(ask()) is ExitCode.PASS
-    plan, _facts = survey(dispatch.transport, ask(), laptop.places)
+    more = ask(None, "distill.steps=61")
+    plan, _facts = survey(dispatch.transport, more, laptop.places)
     shutil.rmtree(Path(os.environ["XDG_STATE_HOME"]) / "latentforge/runs")
     with pytest.raises(RefusedError, match="changed since the plan was shown: data was 'keep', is now 'run'"):
-        apply(plan, ask(), dispatch.transport, laptop.places, dispatch.follower, say=print)
+        apply(plan, more, dispatch.transport, laptop.places, dispatch.follower, say=print)
 
 
 def test_a_held_lease_is_refused_with_7_and_names_its_holder(

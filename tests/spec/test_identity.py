@@ -91,3 +91,11 @@ def test_a_value_without_canonical_form_is_refused(value: float) -> None:
 
 def test_floats_are_written_as_rfc_8785_says() -> None:
     assert canonical_bytes([1.5e-5, 1e-7, 1.0, 1e21, 0.3]) == b"[0.000015,1e-7,1,1e+21,0.3]"
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 9, 10, 64])
+def test_another_attempt_has_the_canonical_bytes_that_it_would_have_by_itself(attempt: int) -> None:
+    for before in (identity(), identity().at_attempt(12)):
+        other = before.at_attempt(attempt)
+        assert other.canonical == canonical_bytes(other.as_json())
+        assert other.attempt == attempt

@@ -1,0 +1,93 @@
+"""How often a host is asked: once for what is finished, once for what goes on, and no more than it must be."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dispatch.transport.call import Transport
+from latentforge.verdicts import ExitCode
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def asked_verbs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The verbs that were sent to any host, in order."""
+    sent: list[str] = []
+    real = Transport.call
+
+    def call(self: Transport, verb: str, *rest: Any, **more: Any) -> Any:
+        sent.append(verb)
+        return real(self, verb, *rest, **more)
+
+    monkeypatch.setattr(Transport, "call", call)
+    return sent
+
+
+def test_a_finished_pipeline_takes_one_round_trip_and_changes_nothing_at_any_step(
+    jobs: Any, ask: Make, session: Make, asked_verbs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session().go(ask()) is ExitCode.PASS
+    capsys.readouterr()
+    asked_verbs.clear()
+    assert session().go(ask()) is ExitCode.PASS
+    assert asked_verbs == ["probe"]
+    out = capsys.readouterr().out
+    table = out[out.index("  step ") : out.index("\n\n", out.index("  step "))].splitlines()[1:]
+    wills = {line.split()[0]: line.split()[1] for line in table}
+    assert len(wills) == 11
+    assert {will for step, will in wills.items() if step != "preflight"} == {"keep"}
+    assert "\nno changes. distill-" in out
+
+
+def test_the_launch_of_a_run_that_goes_on_takes_at_most_two_round_trips(
+    jobs: Any, ask: Make, session: Make, asked_verbs: list[str]
+) -> None:
+    jobs.hold_at(5)
+    assert session().go(ask(), detach=True) is ExitCode.PASS
+    asked_verbs.clear()
+    assert session().go(ask(), detach=True) is ExitCode.PASS
+    assert asked_verbs == ["probe"]
+    asked_verbs.clear()
+    jobs.open()
+    assert session().go(ask()) is ExitCode.PASS
+    before = asked_verbs[: asked_verbs.index("read")]
+    assert before == ["probe"]
+    assert len(jobs.starts()) == 4
+
+
+def test_a_second_attempt_of_a_pipeline_on_files_of_the_user_s_is_found_in_two_round_trips(
+    jobs: Any, ask: Make, session: Make, asked_verbs: list[str], tmp_path: Any
+) -> None:
+    (tmp_path / "corpus.txt").write_text("one line of text after the other\n" * 2000)
+    words = f"data.corpus={tmp_path}/corpus.txt"
+    assert session().go(ask(None, words)) is ExitCode.PASS
+    asked_verbs.clear()
+    assert session().go(ask(None, words)) is ExitCode.PASS
+    assert asked_verbs == ["probe", "probe"]
+
+
+@pytest.mark.sshd
+def test_a_go_that_has_nothing_to_do_over_ssh_is_quick(
+    jobs: Any, ask: Make, session: Make, shared_sshd: Any, enrolled: Make, built: Make, laptop: Any, checkout: Any
+) -> None:
+    """Under 1.5 s on a quiet machine; what is bounded here is the command's processor time."""
+    host = enrolled(shared_sshd)
+    built(host, ask(host))
+    assert session(host).go(ask(host)) is ExitCode.PASS
+    spent: list[float] = []
+    for _ in range(3):
+        begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = laptop.cli("go", "tiny", "--host", "box", cwd=checkout, EVIDENCE_DIR=str(laptop.cwd / "runs"))
+        after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - begin
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        print(f"no-op go over ssh: {wall:.2f} s, {spent[-1]:.2f} s of processor time")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "no changes. distill-" in done.stdout
+    assert min(spent) < 1.5
+    assert len(jobs.starts()) == 4
