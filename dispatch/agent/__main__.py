@@ -29,6 +29,11 @@ def main(pyz: bytes | None = None) -> None:
 
         supervise()
         return
+    if sys.argv[1:2] in (["unit"], ["finalize"]):
+        from .unit import finalize, serve_unit
+
+        (serve_unit if sys.argv[1] == "unit" else finalize)(sys.argv[0], sys.argv[2])
+        return
     # Whatever a library prints must not get into the frame.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -146,8 +151,9 @@ def _launch(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Re
     from .protocol import Reply
 
     chain, wait_lease = args.texts("chain"), args.flag("wait_lease")
+    runner = args.optional_text("runner") or "detached"
     args.done()
-    return Reply(launch(root, chain, wait_lease, origin))
+    return Reply(launch(root, chain, wait_lease, origin, runner))
 
 
 def _collect(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:

@@ -8,7 +8,7 @@ import signal
 import time
 from typing import Any
 
-from . import journal, locks
+from . import journal, locks, systemd
 from .durable import read_json, write_json
 from .ending import write_for_the_dead
 from .paths import RunPaths
@@ -19,6 +19,7 @@ from .processes import (
     boot_clock,
     boot_id,
     descendants,
+    is_alive,
     look,
     name_of,
     send,
@@ -131,6 +132,11 @@ def _members(run: RunPaths) -> list[Process]:
         # Its supervisor adopts what the job orphans, and has only this one job at a time.
         found |= descendants(guardian.pid, processes)
     found |= _lock_holders(run)
+    if supervised and isinstance(supervisor.get("cgroup"), str) and supervisor.get("runner") == "systemd":
+        grouped = systemd.members(supervisor["cgroup"])
+        # While its supervisor lives, the group holds nothing but the run; afterwards `finalize` is in it.
+        if is_alive(supervisor["pid"], supervisor["ticks"]):
+            found |= grouped
     found -= {os.getpid()}
     if guardian is not None and supervised:
         found -= {guardian.pid}

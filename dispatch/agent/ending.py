@@ -52,7 +52,13 @@ def judge(
 
 
 def write_for_the_dead(
-    run: RunPaths, outcome: str, kind: str, reason: str, *, cancel: dict[str, Any] | None = None
+    run: RunPaths,
+    outcome: str,
+    kind: str,
+    reason: str,
+    *,
+    cancel: dict[str, Any] | None = None,
+    runner: str = "detached",
 ) -> bool:
     """Record the end of a job that no supervisor saw, as far as it is known; False where that is not ours to say."""
     lock = locks.take(run.lock)
@@ -67,6 +73,7 @@ def write_for_the_dead(
             {
                 "schema": 1,
                 "run": run.id,
+                "runner": runner,
                 "code": None,
                 "signal": None,
                 "outcome": outcome,

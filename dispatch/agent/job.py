@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import collecting, ending, exitrec, journal, memory_evidence
+from .disk_watch import DiskWatch
 from .durable import read_json
 from .paths import RunPaths
 from .processes import Process, boot_clock, boot_id, descendants, look, send, table
@@ -22,6 +23,9 @@ from .telemetry import Telemetry, total_memory
 from .watchdog import Floors, Watchdog
 
 BEAT_SECONDS = 5.0
+_SWEEP_SECONDS = 10.0
+_LEFTOVER_GRACE = 0.25
+_LOOK_MILLISECONDS = 200
 # fmt: off
 _HOST_ENVIRONMENT = frozenset({
     "PATH", "HOME", "LANG", "USER", "LOGNAME",
@@ -33,9 +37,11 @@ _HOST_ENVIRONMENT = frozenset({
 # fmt: on
 """What a job takes over from its host: where things lie there, and how the host reaches its package index."""
 _HOST_PREFIXES = ("PIP_",)
-_SWEEP_SECONDS = 10.0
-_LEFTOVER_GRACE = 0.25
-_LOOK_MILLISECONDS = 200
+
+
+def passes_to_jobs(name: str) -> bool:
+    """Whether a job takes this environment name over from its host."""
+    return name in _HOST_ENVIRONMENT or name.startswith(_HOST_PREFIXES)
 
 
 class Job:
@@ -49,8 +55,10 @@ class Job:
         *,
         started: Callable[[int], None],
         idle: Callable[[], None],
+        runner: str = "detached",
     ) -> None:
         self.run = run
+        self._runner = runner
         self._inherited = [lock] if lease is None else [lock, lease]
         self._on_started = started
         self._on_idle = idle
@@ -109,6 +117,7 @@ class Job:
         record = {
             "schema": 1,
             "run": run.id,
+            "runner": self._runner,
             **ended,
             "outcome": outcome,
             "class": kind,
@@ -137,10 +146,12 @@ class Job:
 
     def _watch(self, pid: int, launch: dict[str, Any]) -> None:
         """Wait for the end of the leader with the watchdog beside it."""
-        dog = Watchdog(Floors.of(launch, total_memory()), self.stop, functools.partial(journal.record, self.run))
+        tell = functools.partial(journal.record, self.run)
+        dog = Watchdog(Floors.of(launch, total_memory()), self.stop, tell)
+        disk = DiskWatch(self.run.dir, launch, self.stop, tell)
         dog.start()
         try:
-            self._wait(pid)
+            self._wait(pid, disk)
         finally:
             dog.finish()
             self._telemetry.close()
@@ -160,11 +171,7 @@ class Job:
     def _spawn(self, launch: dict[str, Any]) -> int:
         """Fork the leader behind a gate that opens when `started` is on disk; its pid, or OSError if it cannot run."""
         run = self.run
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name in _HOST_ENVIRONMENT or name.startswith(_HOST_PREFIXES)
-        }
+        environment = {name: value for name, value in os.environ.items() if passes_to_jobs(name)}
         environment.update(launch["env"])
         log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         gate_read, gate_write = os.pipe()
@@ -221,7 +228,7 @@ class Job:
         finally:
             os._exit(127)
 
-    def _wait(self, pid: int) -> None:
+    def _wait(self, pid: int, disk: DiskWatch) -> None:
         """Return when the leader has ended but is not yet reaped, so that its pid still means it."""
         fd = None
         with contextlib.suppress(AttributeError, OSError):
@@ -235,6 +242,7 @@ class Job:
                 if boot_clock() - self._last_beat >= BEAT_SECONDS:
                     self._beat()
                     self._reap(table())
+                disk.look()
                 if self.stop.why is not None:
                     self.stop.advance()
                 self._on_idle()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import sys
 import time
 from typing import Any
 
-from . import journal, locks
+from . import detached, journal, locks, runner, systemd
 from .cas import Origin, install
 from .durable import read_json
 from .paths import Root, RunPaths
@@ -19,17 +17,20 @@ from .reserving import never_started, remove
 from .state import derive
 
 LONGEST_CHAIN = 64
-# How long to wait for the owner of a lock to say who it is, and for a new supervisor to start its first run.
+# How long to wait for the owner of a lock to say who it is.
 _PATIENCE = 15.0
 _PAUSE = 0.02
 _SPACE_FLOOR = 16 << 20
 
 
-def launch(root: Root, chain: list[str], wait_lease: bool, origin: Origin) -> dict[str, Any]:
+def launch(
+    root: Root, chain: list[str], wait_lease: bool, origin: Origin, wanted_runner: str = "detached"
+) -> dict[str, Any]:
     """Start the reserved runs of `chain` in order under one supervisor, unless that has happened already.
 
     Finished passes are skipped. A run that ended otherwise blocks: reservations behind it that never started go.
     """
+    runner.check(wanted_runner)
     runs = _distinct(root, chain)
     deadline = time.monotonic() + _PATIENCE
     while True:
@@ -56,7 +57,7 @@ def launch(root: Root, chain: list[str], wait_lease: bool, origin: Origin) -> di
             _refuse_foreign(todo, owner)
         time.sleep(_PAUSE)
     try:
-        return _start(root, runs, todo, claimed, wait_lease, origin)
+        return _start(root, runs, todo, claimed, wait_lease, origin, wanted_runner)
     finally:
         for fd in claimed.values():
             locks.release(fd)
@@ -164,7 +165,13 @@ def _answer(
 
 
 def _start(
-    root: Root, runs: list[RunPaths], todo: list[RunPaths], claimed: dict[str, int], wait_lease: bool, origin: Origin
+    root: Root,
+    runs: list[RunPaths],
+    todo: list[RunPaths],
+    claimed: dict[str, int],
+    wait_lease: bool,
+    origin: Origin,
+    wanted_runner: str,
 ) -> dict[str, Any]:
     if not sys.platform.startswith("linux"):
         raise AgentError("refused", f"this host runs {sys.platform}; runs can be launched on Linux only")
@@ -173,14 +180,19 @@ def _start(
         raise AgentError(
             "disk-full", f"{root.dir} has {space.f_bavail * space.f_frsize >> 20} MiB free, a run needs 16"
         )
-    program = install(root, origin)
+    program = str(install(root, origin))
+    chosen = runner.choose(wanted_runner, program)
     lease = None
     if any(wants_device(run) for run in todo):
         lease = locks.take(root.device_lock)
         if lease is None and not wait_lease:
             _refuse_device(root)
     try:
-        ready = _spawn(root, str(program), todo, claimed, lease)
+        with_locks = [(run.id, claimed[run.id]) for run in todo]
+        if chosen == "systemd":
+            ready = systemd.spawn(todo[0], program, with_locks, lease)
+        else:
+            ready = detached.spawn(str(root.dir), program, with_locks, lease)
     finally:
         if lease is not None:
             locks.release(lease)
@@ -205,70 +217,3 @@ def _when(wall: object) -> str:
     if not isinstance(wall, (int, float)):
         return "unknown"
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(wall))
-
-
-def _spawn(
-    root: Root, program: str, todo: list[RunPaths], claimed: dict[str, int], lease: int | None
-) -> dict[str, Any]:
-    """Fork twice into a new session and execute the installed agent there, with the locks open; wait for its word."""
-    config = {"root": str(root.dir), "chain": [[run.id, claimed[run.id]] for run in todo], "lease": lease}
-    config_read, config_write = os.pipe()
-    os.write(config_write, json.dumps(config).encode())
-    os.close(config_write)
-    ready_read, ready_write = os.pipe()
-    keep = sorted([*claimed.values(), *([] if lease is None else [lease])])
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork() == 0:
-                _become_supervisor(program, todo[0].id, config_read, ready_write, keep)
-        finally:
-            os._exit(0)
-    os.close(config_read)
-    os.close(ready_write)
-    os.waitpid(child, 0)
-    try:
-        return _hear(ready_read)
-    finally:
-        os.close(ready_read)
-
-
-def _become_supervisor(program: str, first: str, config_read: int, ready_write: int, keep: list[int]) -> None:
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(config_read, 0)
-        os.dup2(null, 1)
-        os.dup2(ready_write, 2)
-        # A descriptor of the SSH session left open here would keep that session from ending.
-        position = 3
-        for fd in keep:
-            os.closerange(position, fd)
-            os.set_inheritable(fd, True)
-            position = fd + 1
-        os.closerange(position, os.sysconf("SC_OPEN_MAX"))
-        os.chdir("/")
-        os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", program, "supervise", first])
-    except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}".encode())
-    finally:
-        os._exit(1)
-
-
-def _hear(ready_read: int) -> dict[str, Any]:
-    deadline = time.monotonic() + _PATIENCE
-    heard = b""
-    poll = select.poll()
-    poll.register(ready_read, select.POLLIN | select.POLLHUP)
-    while (left := deadline - time.monotonic()) > 0 and not heard.endswith(b"\n\0"):
-        if poll.poll(left * 1000):
-            chunk = os.read(ready_read, 65536)
-            if not chunk:
-                break
-            heard += chunk
-    if heard.endswith(b"\n\0"):
-        document: dict[str, Any] = json.loads(heard[: heard.rindex(b"\n\0")].rpartition(b"\n")[2])
-        return document
-    if left <= 0:
-        return {}  # slow, not dead: the states in the reply say how far it is
-    return {"error": heard.decode("utf-8", "replace")[-2000:] or "it ended without a word"}

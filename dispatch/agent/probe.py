@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from . import folders, hardware, journal, locks
+from . import folders, hardware, journal, locks, runner
 from .durable import read_json
 from .paths import NAME, Root, expand, filesystem_of
 from .protocol import AgentError, Arguments
@@ -17,6 +17,7 @@ def probe(root: Root, args: Arguments) -> dict[str, Any]:
     """Facts of the host, and the state of every run, path, build, environment and object that the plan asks about."""
     runs, kins, paths = args.rows("runs"), args.texts("kins"), args.rows("paths")
     builds, venvs, objects = args.texts("builds"), args.texts("venvs"), args.texts("cas")
+    asks_runner = args.flag("runner")
     args.done()
     states = {}
     for row in runs:
@@ -35,6 +36,7 @@ def probe(root: Root, args: Arguments) -> dict[str, Any]:
         "cas": {sha256: root.object(sha256).is_file() for sha256 in objects},
         "lease": {"device": locks.holder(root.device_lock)},
         "state_filesystem": filesystem_of(root.dir),
+        **({"runner": runner.facts(root)} if asks_runner else {}),
         "clock": clock(),
     }
 

@@ -19,14 +19,15 @@ from .processes import SUPERVISOR, become_subreaper, boot_id, call_myself, look
 from .reserving import never_started, remove
 
 _LEASE_PAUSE = 0.1
+#: Between TERM and KILL when the service manager wants a run to end.
+STOP_GRACE = 10.0
 
 
 def supervise() -> None:
-    """Entry of the supervisor process: its orders are on stdin, its first word goes to stderr, then it is alone."""
+    """Entry of the detached supervisor: its orders are on stdin, its first word goes to stderr, then it is alone."""
     call_myself(SUPERVISOR)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE):
-        # At a shutdown the job gets its TERM too; whoever records how it ended must outlive it.
-        signal.signal(number, signal.SIG_IGN)
+    # At a shutdown the job gets its TERM too; whoever records how it ended must outlive it.
+    ignore(signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGPIPE)
     with open(0, "rb", closefd=False) as orders:
         config = json.load(orders)
     word = os.dup(2)
@@ -35,7 +36,17 @@ def supervise() -> None:
         os.dup2(null, fd)
     os.close(null)
     root = Root(config["root"])
-    chain = Chain(root, [(root.run(run), fd) for run, fd in config["chain"]], config["lease"], word)
+    work(Chain(root, [(root.run(run), fd) for run, fd in config["chain"]], config["lease"], word))
+
+
+def ignore(*numbers: signal.Signals) -> None:
+    """Let these signals pass."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def work(chain: Chain) -> None:
+    """Take a chain through; what goes wrong with the supervisor itself is told to the launcher and the journal."""
     try:
         chain.sign()
         chain.go()
@@ -49,7 +60,15 @@ def supervise() -> None:
 class Chain:
     """The runs that are still to do, the locks and the lease that this process holds for them."""
 
-    def __init__(self, root: Root, runs: list[tuple[RunPaths, int]], lease: int | None, word: int) -> None:
+    def __init__(
+        self,
+        root: Root,
+        runs: list[tuple[RunPaths, int]],
+        lease: int | None,
+        word: int,
+        *,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
         self.root = root
         self.left = runs
         self.lease = lease
@@ -60,6 +79,10 @@ class Chain:
             os.set_inheritable(fd, False)
         self._me = {"pid": os.getpid(), "ticks": _ticks(), "boot_id": boot_id(), "since": time.time()}
         self._me["subreaper"] = become_subreaper()
+        self._me |= identity or {"runner": "detached"}
+        self._job: Job | None = None
+        self.stopping: str | None = None
+        """Why all of it is to end; set from a signal handler."""
 
     def sign(self) -> None:
         """Leave in every run of the chain who takes care of it."""
@@ -82,10 +105,16 @@ class Chain:
             if not self._obtain_device(run):
                 continue
             self.current, self.left = run, self.left[1:]
-            job = Job(
-                run, lock, self.lease if wants_device(run) else None, started=self._started, idle=self._look_around
+            self._job = Job(
+                run,
+                lock,
+                self.lease if wants_device(run) else None,
+                started=self._started,
+                idle=self._look_around,
+                runner=str(self._me["runner"]),
             )
-            outcome = job.execute(before_exit=self._stop_after)
+            outcome = self._job.execute(before_exit=self._stop_after)
+            self._job = None
             self.say({})
             locks.release(lock)
             if outcome != "pass":
@@ -119,7 +148,12 @@ class Chain:
         return True
 
     def _look_around(self) -> None:
-        """Drop a waiting run that somebody cancelled, and what was to follow it."""
+        """Drop a waiting run that somebody cancelled, and what was to follow it; end all when that was asked for."""
+        if self.stopping is not None:
+            self._drop(0, self.stopping, None)
+            if self._job is not None:
+                self._job.stop.begin("signal", self.stopping, STOP_GRACE)
+            return
         for position, (run, _) in enumerate(self.left):
             if run.cancel.is_file():
                 self._drop(position, f"{run.id} was cancelled before it started", read_json(run.cancel))

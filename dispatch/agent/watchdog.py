@@ -18,7 +18,7 @@ GIB = 1 << 30
 MEMINFO = "/proc/meminfo"
 SECONDS = 0.5
 GRACE = 3.0
-_RECOVERY_SECONDS = 5.0
+_RECOVERY_SECONDS = 3.0
 _NAME = b"MemAvailable:"
 
 

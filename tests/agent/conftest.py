@@ -48,11 +48,16 @@ class AgentHost:
         self.mark = uuid.uuid4().hex
         self.environment = {**os.environ, MARK: self.mark}
         self.installed = False
+        self.prefix: list[str] = []
+        """What stands before the agent's command: how to get to this host, where that is not here."""
+        self.runner: str | None = None
 
     def start(self, verb: str, args: dict[str, Any], payload: bytes = b"") -> subprocess.Popen[bytes]:
         """Start one request without waiting for its reply."""
+        if verb == "launch" and self.runner is not None:
+            args = {"runner": self.runner, **args}
         process = subprocess.Popen(
-            agent_package.bootstrap_argv(sys.executable),
+            [*self.prefix, *agent_package.bootstrap_argv(sys.executable)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -24,8 +24,7 @@ def starts(host: AgentHost, run: str) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-@pytest.mark.parametrize("repetition", range(2))
-def test_thirty_racing_launches_start_each_run_once(host: AgentHost, repetition: int) -> None:
+def test_thirty_racing_launches_start_each_run_once(host: AgentHost) -> None:
     host.call("install")
     host.installed = True
     runs = [host.python(f"{_COUNT}; import time; time.sleep(0.2)", lease=["device"]) for _ in range(2)]
