@@ -29,7 +29,7 @@ smoke: setup  ## the main job on this machine: data, teacher, score, distill, ve
 # core that is taken wait for each other at every small operator). The others time what they start: one at a time.
 test: $(VENV)/.dev $(VENV)/.cuda  ## all tests
 	@$(MAKE) --no-print-directory setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --dist loadgroup --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --no-loadscope-reorder
 	@$(BIN)/python -m pytest --ignore tests/kernels
 
 test-fast: $(VENV)/.dev $(VENV)/.cuda  ## the tests that need no more than seconds each

@@ -15,22 +15,31 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
 Outcomes = dict[str, list[tuple[str, str]]]
-BUILT_ONCE = ("aarch64", "cuda")  # folders whose tests share what one of them builds
+BUILT_ONCE = ("/aarch64", "/cuda")  # folders whose tests share what one of them builds
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several workers: a module's tests on one of them, and those of a folder that builds something."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            folder = module.rpartition("/")[0]
+            return folder if folder.endswith(BUILT_ONCE) else module
+
+    return ByModule(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a module's tests (and those of a folder that builds something) on one worker where there are several."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            shared = item.path.parent.name in BUILT_ONCE
-            item.add_marker(pytest.mark.xdist_group(str(item.path.parent if shared else item.path)))
-    items.sort(key=lambda item: not isinstance(item, InterpretedTest))  # a minute each: not when all else is done
+    """The interpreted modules first: they take a minute each, and would be what is left when all else is done."""
+    items.sort(key=lambda item: not isinstance(item, InterpretedTest))
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
