@@ -19,6 +19,7 @@ from dispatch.planning.survey import survey
 from dispatch.records import remember
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
+from dispatch.transport.sending import send
 from latentforge.errors import BusyError, CrashedError, FailedError, LatentForgeError, RefusedError
 
 # A change of judgement that takes nothing away from what was shown: somebody else did the step meanwhile.
@@ -113,8 +114,8 @@ def build(
         program, sha256 = build_program()
         if not choice.bundle_there:
             say(f"sending {ask.code_label}, {ask.bundle.size / 1e6:.1f} MB")
-            call(transport, "put", {"sha256": ask.bundle.sha256}, ask.bundle.content, timeout=600.0)
-        call(transport, "put", {"sha256": sha256}, program)
+            send(transport, ask.bundle.sha256, ask.bundle.content)
+        send(transport, sha256, program)
         launch_json = {
             "run": choice.run,
             "kin": choice.names.kin,

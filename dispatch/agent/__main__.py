@@ -119,12 +119,18 @@ def _read(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Repl
 
 
 def _put(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
-    from .cas import put
+    from .cas import held, put
     from .protocol import Reply
 
-    sha256 = args.text("sha256")
+    sha256, ask = args.text("sha256"), args.flag("ask")
+    offset = int(args.number("offset", 0, low=0, high=1 << 50))
     args.done()
-    return Reply({"sha256": sha256, "stored": put(root, sha256, payload), "path": str(root.object(sha256))})
+    path = str(root.object(sha256))
+    if ask:
+        there, have = held(root, sha256)
+        return Reply({"sha256": sha256, "stored": False, "there": there, "have": have, "path": path})
+    stored, there = put(root, sha256, payload, offset)
+    return Reply({"sha256": sha256, "stored": stored, "there": there, "path": path})
 
 
 def _install(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:

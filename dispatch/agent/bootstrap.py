@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import sys
+import zlib
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, BinaryIO, Dict, NoReturn, Optional  # noqa: UP035
@@ -70,7 +71,7 @@ def begin(stream: BinaryIO) -> None:
         message = "python3 on this host is " + version + "; the agent needs 3.10 or later"
         refuse("old-python", message, "install a newer python3 on the host", 2)
     if how["mode"] == "carry":
-        data = stream.read(how["bytes"])
+        data = zlib.decompress(stream.read(how["bytes"]))
     else:
         root = how["root"]
         if root is None:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -190,7 +191,9 @@ def test_uploaded_content_is_kept_under_its_digest_or_not_at_all(host: AgentHost
     assert [path.name for path in host.root.cas.iterdir()] == [sha256]
 
 
-def test_an_upload_that_was_cut_leaves_nothing(host: AgentHost) -> None:
+def test_an_upload_that_was_cut_leaves_its_beginning_under_no_name_that_counts_and_the_rest_completes_it(
+    host: AgentHost,
+) -> None:
     data = b"bundle" * 100_000
     sha256 = hashlib.sha256(data).hexdigest()
     request = json.dumps({"verb": "put", "root": str(host.dir), "args": {"sha256": sha256}, "payload_bytes": len(data)})
@@ -203,7 +206,28 @@ def test_an_upload_that_was_cut_leaves_nothing(host: AgentHost) -> None:
     frame = protocol.find_frame(done.stdout)
     assert frame is not None
     assert "1000 of 600000" in frame.document["error"]["message"]
+    assert [path.name.split("-")[:2] for path in host.root.cas.iterdir()] == [[".part", sha256]]
+    asked = {"sha256": sha256, "ask": True}
+    assert host.call("put", **asked)["have"] == 1000
+    rest = host.frame("put", {"sha256": sha256, "offset": 1000}, data[1000:]).document["result"]
+    assert rest["there"] is True
+    assert [path.name for path in host.root.cas.iterdir()] == [sha256]
+    assert host.root.object(sha256).read_bytes() == data
+    assert host.call("put", **asked)["there"] is True
+
+
+def test_a_damaged_beginning_is_dropped_and_everything_is_sent_again(host: AgentHost) -> None:
+    data = os.urandom(5000)
+    sha256 = hashlib.sha256(data).hexdigest()
+    host.root.create()
+    part = host.root.cas / f".part-{sha256}-1-aa"
+    part.write_bytes(b"x" + data[1:1000])
+    told = host.frame("put", {"sha256": sha256, "offset": 1000}, data[1000:]).document["result"]
+    assert (told["stored"], told["there"]) == (False, False)
     assert list(host.root.cas.iterdir()) == []
+    told = host.frame("put", {"sha256": sha256, "offset": 1000}, data[1000:]).document["result"]
+    assert (told["stored"], told["there"]) == (False, False)
+    assert host.frame("put", {"sha256": sha256}, data).document["result"]["there"] is True
 
 
 def test_the_agent_is_written_for_python_3_10() -> None:

@@ -48,11 +48,6 @@ for _module in (_agent, _dispatch):
     globals().update({key: one for key, one in vars(_module).items() if isinstance(one, FixtureFunctionDefinition)})
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """The mark by which docs/faults.md and its tests are held together."""
-    config.addinivalue_line("markers", "fault(row): injects the fault of that row of docs/faults.md")
-
-
 # --- what a test may not leave behind --------------------------------------------------------------------------------
 
 
@@ -134,6 +129,14 @@ class Wire:
         """The wire is whole again."""
         self._far("ip", "link", "set", self.there, "up")
         self._far("ip", "neigh", "replace", self.laptop, "lladdr", _hardware(self.here), "dev", self.there)
+
+    def deafen(self) -> None:
+        """What the laptop sends still arrives; nothing that the host sends does, not even that it has arrived."""
+        self._far("ip", "route", "add", "blackhole", f"{self.laptop}/32")
+
+    def hear(self) -> None:
+        """Undo `deafen`."""
+        self._far("ip", "route", "del", "blackhole", f"{self.laptop}/32")
 
     def slow(self, kilobits: int) -> None:
         """So many kilobits a second in each direction."""
