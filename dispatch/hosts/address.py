@@ -97,8 +97,18 @@ def _agent(settings: dict[str, list[str]]) -> str | None:
     return named
 
 
-# The first hop keeps watch over itself; the whole way is watched besides, from end to end.
-_JUMP = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2")
+# The first hop keeps watch over itself (the whole way is watched besides, from end to end) and says what it meets.
+_JUMP = tuple(
+    word
+    for option in (
+        "BatchMode=yes",
+        "ConnectTimeout=5",
+        "ServerAliveInterval=5",
+        "ServerAliveCountMax=2",
+        "LogLevel=INFO",
+    )
+    for word in ("-o", option)
+)
 
 
 def _proxy(

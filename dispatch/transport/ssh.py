@@ -56,6 +56,7 @@ class SshTransport(Transport):
         self._connection: fabric.Connection | None = None
         self._link: Link | None = None
         self._opening = threading.Lock()
+        self._turn = threading.Lock()
         self._sessions = 0
         self._ended = threading.Condition()
 
@@ -105,7 +106,8 @@ class SshTransport(Transport):
         alone = time.monotonic() + 2.0
         while True:
             try:
-                channel = transport.open_session(timeout=CHANNEL_SECONDS)
+                with self._turn:  # Paramiko mixes up the answers of two that open at once
+                    channel = transport.open_session(timeout=CHANNEL_SECONDS)
                 break
             except paramiko.ChannelException as error:
                 with self._ended:
