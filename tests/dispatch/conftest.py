@@ -226,7 +226,9 @@ class Sshd:
             f"{self.options}\nPort {self.port}\nListenAddress {self.address}\n{keys}"
             f"AuthorizedKeysFile {self.folder}/authorized_keys\n"
             "UsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            f"PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\nMaxStartups 50\n"
+            f"PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\n"
+            + "MaxStartups 50\n"
+            * ("MaxStartups" not in self.options)  # of this one, the last counts
         )
         assert SSHD is not None
         self.process = subprocess.Popen(
