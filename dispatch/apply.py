@@ -73,7 +73,7 @@ def launch(
     if not plan.starts_something:
         if plan.chain:
             follower.goal = plan.chain[-1].run
-            remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
+            remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
         return plan
     shown = plan
     plan, facts = survey(transport, ask, places)
@@ -83,17 +83,22 @@ def launch(
         return plan
     transport.install()
     if plan.build is not None:
-        build(plan.build, ask, facts, transport, follower, plan, say=say)
+        build(plan.build, ask, facts, transport, follower, plan=plan.digest, say=say)
     if any(one.will == "run" for one in plan.chain):
         # Noted before the launch: if the reply is lost, the run can still be found by its name.
-        remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
+        remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
         for one in plan.chain:
             if one.will == "run":
                 reserve(one, ask, facts, plan, transport)
         _launch([one.run for one in plan.chain], ask, transport, follower, plan)
     follower.goal = plan.chain[-1].run  # from here on a command that is stopped leaves a run that goes on
-    remember(places, ask.host, [one.run for one in plan.chain], recipe=ask.recipe, plan=plan.digest)
+    remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
     return plan
+
+
+def _told(ask: Ask, plan: Plan) -> dict[str, Any]:
+    lanes = ask.lane.as_json() if ask.lane is not None else None
+    return {"recipe": ask.recipe, "plan": plan.digest, "lanes": lanes}
 
 
 def build(
@@ -102,8 +107,8 @@ def build(
     facts: HostFacts,
     transport: Transport,
     follower: Follower,
-    plan: Plan,
     *,
+    plan: str | None,
     say: Callable[[str], None],
 ) -> None:
     """Send the code and build it on the host, as a run of its own, unless that has been done."""
@@ -124,7 +129,7 @@ def build(
             "argv": choice.argv(ask, facts),
             "env": {"PYTHONUNBUFFERED": "1"},
             "lease": [],
-            "plan": plan.digest,
+            "plan": plan,
             "host": host_record(ask, facts),
         }
         call(transport, "reserve", {"run": choice.run, "identity": choice.identity, "launch": launch_json})

@@ -124,7 +124,10 @@ def earned_code(state: RunState) -> ExitCode:
 
 def worst(codes: list[ExitCode]) -> ExitCode:
     """The code that outranks the others: stalled, crashed and transport before fail, fail before unknown, pass last."""
-    order = (ExitCode.TRANSPORT, ExitCode.CRASHED, ExitCode.STALLED, ExitCode.FAIL, ExitCode.REFUSED, ExitCode.UNKNOWN)
+    order = (
+        *(ExitCode.TRANSPORT, ExitCode.CRASHED, ExitCode.STALLED, ExitCode.FAIL, ExitCode.REFUSED, ExitCode.UNKNOWN),
+        *(ExitCode.BUSY, ExitCode.DETACHED),
+    )
     return next((code for code in order if code in codes), ExitCode.PASS)
 
 

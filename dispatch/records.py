@@ -27,6 +27,12 @@ class Record:
     recipe: str
     plan: str
     at: str
+    lanes: dict[str, Any] | None = None
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What evidence says of the plan that a run was part of."""
+        return plan_context(self.plan, self.recipe, self.lanes)
 
     def at_host(self, host: Host) -> Host:
         """The host as it was named when the run was given to it."""
@@ -34,11 +40,24 @@ class Record:
         return host.model_copy(update={"root": self.root, **({"user": user} if user else {})})
 
 
-def remember(places: Places, host: Host, chain: Sequence[str], *, recipe: str, plan: str) -> None:
+def plan_context(digest: str, recipe: str, lanes: dict[str, Any] | None) -> dict[str, Any]:
+    """What evidence says of a plan: its digest, its recipe, and where it was for one of several lanes, the choice."""
+    return {"digest": digest, "recipe": recipe, **({"lanes": lanes} if lanes else {})}
+
+
+def remember(
+    places: Places,
+    host: Host,
+    chain: Sequence[str],
+    *,
+    recipe: str,
+    plan: str,
+    lanes: dict[str, Any] | None = None,
+) -> None:
     """Note the runs of a chain; a note that says the same already stays as it is."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     for run in chain:
-        record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at)
+        record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at, lanes)
         earlier = _read(places, run)
         if earlier is None or not _says(earlier, record):
             with writing():

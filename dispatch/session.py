@@ -20,7 +20,7 @@ from dispatch.planning.choice import told_end
 from dispatch.planning.plan import Plan
 from dispatch.planning.preview import ending, render
 from dispatch.planning.survey import survey
-from dispatch.records import remember
+from dispatch.records import plan_context, remember
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
@@ -121,7 +121,7 @@ class Session:
             applied.final,
             applied.state,
             self.places,
-            plan={"digest": plan.digest, "recipe": ask.recipe},
+            plan=plan_context(plan.digest, ask.recipe, ask.lane.as_json() if ask.lane else None),
             facts=host_record(ask, facts),
         )
         for line in phase_lines(self.observer.views):

@@ -54,10 +54,17 @@ class Host(BaseModel):
 class Inventory:
     """``hosts.toml``. It is edited by people too: a change here rewrites one host's table and keeps all else."""
 
-    def __init__(self, path: Path, hosts: Mapping[str, Host], default: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        hosts: Mapping[str, Host],
+        default: str | None = None,
+        lanes: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.path = path
         self.hosts = dict(hosts)
         self.default = default
+        self.lanes = dict(lanes or {})
 
     @classmethod
     def load(cls, places: Places) -> Inventory:
@@ -97,7 +104,14 @@ class Inventory:
         if flag is not None and not flag.strip():
             # A script's unset variable must not turn into another machine.
             raise RefusedError(f"--host {flag!r} names no host", next="latentforge dispatch hosts   lists them")
-        host = self.get(flag or env.get("GX10_HOST") or self.default or LOCAL)
+        name = flag or env.get("GX10_HOST") or self.default or LOCAL
+        if "," in name:
+            said = f"--host {name!r}" if flag else f"GX10_HOST={name!r}"
+            raise RefusedError(
+                f"{said} asks for one run spread over several hosts, and no recipe can be (distributed = none)",
+                next=f"one of them, the first that is fit:  --lanes {name}\nthe same on each:  --each {name}",
+            )
+        host = self.get(name)
         changes: dict[str, Any] = {}
         if (user := env.get("GX10_USER")) and not host.is_local:
             changes["user"] = user
@@ -113,7 +127,7 @@ class Inventory:
         except FileNotFoundError:
             text = ""
         changed = _with_table(text, host)
-        hosts, _default = _parsed(tomllib.loads(changed), self.path)
+        hosts, _default, _lanes = _parsed(tomllib.loads(changed), self.path)
         if hosts != {**self.hosts, host.name: host}:
             raise RefusedError(
                 f"{self.path} is written in a way that cannot be changed safely (table [hosts.{host.name}])",
@@ -132,10 +146,10 @@ def check_name(name: str) -> str:
     return name
 
 
-def _parsed(document: dict[str, Any], path: Path) -> tuple[dict[str, Host], str | None]:
+def _parsed(document: dict[str, Any], path: Path) -> tuple[dict[str, Host], str | None, dict[str, tuple[str, ...]]]:
     for key in document:
-        if key not in ("hosts", "default"):
-            raise RefusedError(f"{path}: unknown key {key!r} (known: default, hosts)")
+        if key not in ("hosts", "default", "lanes"):
+            raise RefusedError(f"{path}: unknown key {key!r} (known: default, hosts, lanes)")
     hosts: dict[str, Host] = {}
     for name, table in document.get("hosts", {}).items():
         check_name(name)
@@ -152,7 +166,27 @@ def _parsed(document: dict[str, Any], path: Path) -> tuple[dict[str, Host], str 
     default = document.get("default")
     if default is not None and default != LOCAL and default not in hosts:
         raise RefusedError(f"{path}: default = {default!r} is not one of its hosts")
-    return hosts, default
+    return hosts, default, _lanes(document.get("lanes", {}), hosts, path)
+
+
+def _lanes(table: Any, hosts: Mapping[str, Host], path: Path) -> dict[str, tuple[str, ...]]:
+    """The named lists of fallback hosts: ``[lanes]`` with a list of host names a name, in the order of preference."""
+    if not isinstance(table, dict):
+        raise RefusedError(f"{path}: lanes = {table!r} is not a table", next='[lanes]\nnight = ["gx10", "gx11"]')
+    for name, listed in table.items():
+        if name in hosts or name == LOCAL:
+            raise RefusedError(f"{path}: lanes.{name} has the name of a host", next="give the lane another name")
+        if not (isinstance(listed, list) and listed and all(isinstance(host, str) for host in listed)):
+            raise RefusedError(f"{path}: lanes.{name} = {listed!r} is not a list of host names")
+        for number, host in enumerate(listed):
+            if host in listed[:number]:
+                raise RefusedError(f"{path}: lanes.{name} names {host!r} twice")
+            if host != LOCAL and host not in hosts:
+                raise RefusedError(
+                    f"{path}: lanes.{name} names {host!r}, which is not one of its hosts",
+                    next=f"latentforge dispatch enrol {host}   or take it out of the lane",
+                )
+    return {name: tuple(listed) for name, listed in table.items()}
 
 
 def _with_table(text: str, host: Host) -> str:

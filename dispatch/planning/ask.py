@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dispatch.building.bundle import Bundle, code_label, pack
 from dispatch.hosts.inventory import Host
+from dispatch.planning.lane import LaneChoice
 from latentforge.errors import RefusedError
 from latentforge.spec.code import CodeSource, code_around, running_code
 from latentforge.spec.pipeline import BUILTIN_CORPUS, effective_pipeline
@@ -33,6 +34,7 @@ class Ask:
     attempt_next: bool = False
     wait: bool = False
     unfit: str | None = None
+    lane: LaneChoice | None = None
     command: str = ""
     """The command that does what is asked, to copy: with the flags and the environment that steered it."""
 
@@ -45,6 +47,7 @@ def asked(
     overrides: Sequence[str] = (),
     attempt_next: bool = False,
     wait: bool = False,
+    lanes: Sequence[str] = (),
     folder: Path | None = None,
     stale: Callable[[], str | None] = lambda: None,
 ) -> Ask:
@@ -67,7 +70,9 @@ def asked(
         bundle=None if host.is_local else pack(source),
         attempt_next=attempt_next,
         wait=wait,
-        command=_command(recipe, host, resolved, env, overrides),
+        command=_command(
+            recipe, f"--lanes {','.join(lanes)}" if lanes else f"--host {host.name}", resolved, env, overrides
+        ),
         unfit=(_unfit(source) or stale()) if host.is_local else None,
     )
 
@@ -77,14 +82,14 @@ _PLACES = ("GX10_USER", "GX10_REPO_PATH", "EVIDENCE_DIR")
 
 
 def _command(
-    recipe: str, host: Host, resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
+    recipe: str, where: str, resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
 ) -> str:
     sources = {origin.source for origin in resolved.origins.values()}
     names = sorted(source.partition(" ")[2] for source in sources if source.startswith("environment "))
     names = sorted({*names, *_PLACES})
     before = [f"{name}={shlex.quote(env[name])} " for name in names if env.get(name)]
     flags = [f" --set {shlex.quote(override)}" for override in overrides]
-    return f"{''.join(before)}latentforge dispatch go {shlex.quote(recipe)}{''.join(flags)} --host {host.name}"
+    return f"{''.join(before)}latentforge dispatch go {shlex.quote(recipe)}{''.join(flags)} {where}"
 
 
 def _unfit(source: CodeSource) -> str | None:

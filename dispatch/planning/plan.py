@@ -54,6 +54,8 @@ class Plan:
     memory: Judgement
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    busy: str | None = None
+    """Who holds the device lease that a run of this plan would have to wait for."""
 
     @property
     def final(self) -> ChosenRun:
@@ -110,7 +112,8 @@ def make_plan(
     """The plan that a request, the facts of its host and the copies on the laptop (``copied``: run ids) lead to."""
     judgements = judge(ask, facts, memory)
     refusals: list[Refusal] = []
-    steps = [_trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
+    lane = [Step("lane", "keep", ask.lane.text)] if ask.lane is not None else []
+    steps = [*lane, _trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
     chain = [run for run in runs if run.will in ("run", "follow")]
     busy = _lease_held(facts, chain)
     for run in runs:
@@ -134,6 +137,7 @@ def make_plan(
         memory=memory,
         notes=ask.notes,
         refusals=tuple(refusals),
+        busy=busy if any(run.will == "run" for run in chain) else None,
     )
 
 

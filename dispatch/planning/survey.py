@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dispatch.building.build import BuildNames, choose_build
+from dispatch.building.build import BuildChoice, BuildNames, choose_build
 from dispatch.hosts.facts import HostFacts, PathFact
 from dispatch.places import Places
 from dispatch.planning.ask import Ask
@@ -38,6 +38,12 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
             build = choose_build(ask, facts, wanted=True)
     plan = make_plan(ask, facts, runs, build=build, memory=judge_memory(ask, facts), copied=_copied(places))
     return plan, facts
+
+
+def survey_build(transport: Transport, ask: Ask) -> tuple[BuildChoice, HostFacts]:
+    """Ask a host about the build of a request's code alone."""
+    facts = _probe(transport, ask, [], BuildNames.of(ask))
+    return choose_build(ask, facts, wanted=True), facts
 
 
 def _digests(transport: Transport, ask: Ask) -> dict[str, str]:

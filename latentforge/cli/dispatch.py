@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentforge.cli import dispatch_hosts
+from latentforge.cli.dispatch_hosts import AbandonOption, EachOption, LanesOption
 from latentforge.verdicts.exitcode import ExitCode
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ PipelineArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A 
 def go(
     pipeline: PipelineArgument,
     host: HostOption = None,
+    lanes: LanesOption = None,
+    abandon: AbandonOption = False,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, change nothing (also DRY_RUN=1).")] = False,
     attempt: AttemptOption = None,
@@ -53,7 +58,7 @@ def go(
     from dispatch.session import Session, preview
     from dispatch.transport.open import open_transport
 
-    places, ask = _asked(pipeline, host, set_, attempt, wait)
+    places, ask = _asked(pipeline, host, set_, attempt, wait, lanes=lanes, abandon=abandon)
     if dry_run or _dry_run():
         return preview(ask, places, as_json=json)
     transport = open_transport(ask.host, places)
@@ -67,6 +72,8 @@ def go(
 def plan(
     pipeline: PipelineArgument,
     host: HostOption = None,
+    lanes: LanesOption = None,
+    abandon: AbandonOption = False,
     set_: SetOption = None,
     attempt: AttemptOption = None,
     json: JsonOption = False,
@@ -74,7 +81,7 @@ def plan(
     """Show what `go` would do, and why; nothing is created or changed anywhere."""
     from dispatch.session import preview
 
-    places, ask = _asked(pipeline, host, set_, attempt, False)
+    places, ask = _asked(pipeline, host, set_, attempt, False, lanes=lanes, abandon=abandon)
     return preview(ask, places, as_json=json)
 
 
@@ -87,8 +94,7 @@ def watch(run: RunArgument, host: HostOption = None) -> ExitCode:
     places, record, where = _located(run, host)
     transport = open_transport(where, places)
     try:
-        context = {"digest": record.plan, "recipe": record.recipe}
-        return Session(transport, places).watch(record.run, list(record.chain), context)
+        return Session(transport, places).watch(record.run, list(record.chain), record.context)
     finally:
         transport.close()
 
@@ -97,12 +103,17 @@ def watch(run: RunArgument, host: HostOption = None) -> ExitCode:
 def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run id, or the beginning of one.")] = None,
     host: HostOption = None,
+    each: EachOption = None,
     json: JsonOption = False,
 ) -> ExitCode:
     """Say how a run is, or all that this laptop knows of; asks the hosts, follows nothing."""
     from dispatch.records import recorded
     from dispatch.standing import print_standing
 
+    if each is not None:
+        records = recorded(_places()[0])
+        mine = [one for one in records if run is None or one.run.startswith(run)]
+        return dispatch_hosts.status_each(each, host, mine, as_json=json)
     if run is None:
         places, inventory = _places()
         if host is not None:
@@ -132,11 +143,26 @@ def cancel(
 
 
 @app.command()
-def collect(run: RunArgument, host: HostOption = None) -> ExitCode:
-    """Copy what a finished run left into ./runs (or $EVIDENCE_DIR), each file verified; resumes where it was cut."""
-    from dispatch.collect import collect as fetch
-    from dispatch.transport.open import open_transport
+def collect(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="A run id, or the beginning of one.")] = None,
+    host: HostOption = None,
+    each: EachOption = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON on standard output, with --each.")] = False,
+) -> ExitCode:
+    """Copy what a finished run left into ./runs (or $EVIDENCE_DIR), each file verified; resumes where it was cut.
 
+    With --each all finished runs of those hosts that this laptop knows of, or those that begin with RUN.
+    """
+    from dispatch.collect import collect as fetch
+    from dispatch.records import recorded
+    from dispatch.transport.open import open_transport
+    from latentforge.errors import RefusedError
+
+    if each is not None:
+        mine = [one for one in recorded(_places()[0]) if run is None or one.run.startswith(run)]
+        return dispatch_hosts.collect_each(each, host, mine, as_json=json)
+    if run is None:
+        raise RefusedError("collect: no RUN is named", next="latentforge dispatch status   lists them")
     places, record, where = _located(run, host)
     transport = open_transport(where, places)
     try:
@@ -193,25 +219,54 @@ def _places() -> tuple[Places, Inventory]:
 
 
 def _asked(
-    pipeline: str, host: str | None, overrides: list[str] | None, attempt: str | None, wait: bool
+    pipeline: str,
+    host: str | None,
+    overrides: list[str] | None,
+    attempt: str | None,
+    wait: bool,
+    *,
+    lanes: str | None = None,
+    abandon: bool = False,
 ) -> tuple[Places, Ask]:
-    from dispatch.planning.ask import asked
     from latentforge.errors import RefusedError
 
     if attempt not in (None, "next"):
         raise RefusedError(f"--attempt {attempt!r} is not known", next="--attempt next")
+    if abandon and lanes is None:
+        raise RefusedError("--abandon says that a lane may be left behind, and there are no --lanes")
     places, inventory = _places()
-    where = inventory.choose(host, os.environ)
-    ask = asked(
+    if lanes is None:
+        where = inventory.choose(host, os.environ)
+        return places, _asked_of(pipeline, where, overrides, attempt, wait, env=os.environ)
+
+    def ask_for(one: Host, names: Sequence[str]) -> Ask:
+        return _asked_of(pipeline, one, overrides, attempt, wait, env=os.environ, lanes=names)
+
+    return places, dispatch_hosts.lane_ask(ask_for, lanes, host, places, inventory, abandon=abandon)
+
+
+def _asked_of(
+    pipeline: str,
+    where: Host,
+    overrides: list[str] | None,
+    attempt: str | None,
+    wait: bool,
+    *,
+    env: Mapping[str, str],
+    lanes: Sequence[str] = (),
+) -> Ask:
+    from dispatch.planning.ask import asked
+
+    return asked(
         pipeline,
         where,
-        env=os.environ,
+        env=env,
         overrides=overrides or [],
         attempt_next=attempt == "next",
         wait=wait,
+        lanes=lanes,
         stale=_stale_extension,
     )
-    return places, ask
 
 
 def _located(run: str, host: str | None) -> tuple[Places, Record, Host]:
@@ -246,3 +301,6 @@ def _dry_run() -> bool:
     if value not in ("", "0", "1"):
         raise RefusedError(f"DRY_RUN={value!r} is neither 0 nor 1 (environment variable)")
     return value == "1"
+
+
+dispatch_hosts.add_to(app)

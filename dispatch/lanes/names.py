@@ -1,0 +1,21 @@
+"""Names of several hosts on a command line: a list, or a lane of the inventory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dispatch.hosts.inventory import Host, Inventory
+from latentforge.errors import RefusedError
+
+
+def several(text: str, flag: str, inventory: Inventory, env: Mapping[str, str]) -> tuple[Host, ...]:
+    """The hosts that ``a,b`` names, or a lane of ``hosts.toml``, in order; refused where one is unknown or twice."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) == 1 and words[0] in inventory.lanes:
+        words = list(inventory.lanes[words[0]])
+    if not all(words):
+        raise RefusedError(f"{flag} {text!r} holds an empty name", next="latentforge dispatch hosts   lists them")
+    twice = next((word for number, word in enumerate(words) if word in words[:number]), None)
+    if twice is not None:
+        raise RefusedError(f"{flag} {text!r} names {twice!r} twice")
+    return tuple(inventory.choose(word, env) for word in words)
