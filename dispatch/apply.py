@@ -15,6 +15,7 @@ from dispatch.places import Places
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import ChosenRun, told_end
 from dispatch.planning.plan import Plan
+from dispatch.planning.secrets import values
 from dispatch.planning.survey import survey
 from dispatch.records import remember
 from dispatch.transport.call import Transport
@@ -160,7 +161,11 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         "plan": plan.digest,
         "host": host_record(ask, facts),
     }
-    call(transport, "reserve", {"run": one.run, "identity": one.identity, "launch": record})
+    args = {"run": one.run, "identity": one.identity, "launch": record}
+    if names := sorted(ask.spec.secrets):
+        record["secrets"] = names
+        args["secrets"] = values(names, os.environ)
+    call(transport, "reserve", args)
 
 
 def job(one: ChosenRun, facts: HostFacts, plan: Plan) -> tuple[list[str], dict[str, str]]:

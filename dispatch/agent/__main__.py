@@ -147,8 +147,9 @@ def _reserve(root: Root, args: Arguments, payload: Payload, origin: Origin) -> R
     from .state import derive
 
     run, identity, launch = args.text("run"), args.text("identity"), args.table("launch", required=True)
+    secrets = args.table("secrets")
     args.done()
-    made = reserve(root, run, identity, launch)
+    made = reserve(root, run, identity, launch, secrets)
     return Reply({"created": made, "dir": str(root.run(run).dir), "state": derive(root.run(run))})
 
 

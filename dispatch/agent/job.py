@@ -173,6 +173,7 @@ class Job:
         run = self.run
         environment = {name: value for name, value in os.environ.items() if passes_to_jobs(name)}
         environment.update(launch["env"])
+        environment.update(self._secrets(launch))
         log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         gate_read, gate_write = os.pipe()
         word_read, word_write = os.pipe()
@@ -203,6 +204,15 @@ class Job:
             raise OSError(number, os.strerror(number), name)
         self._on_started(pid)
         return pid
+
+    def _secrets(self, launch: dict[str, Any]) -> dict[str, str]:
+        """The secrets that the run was given; from here on they are nowhere but in this process and in the job's."""
+        names = launch.get("secrets", [])
+        secrets = (read_json(self.run.secrets) or {}) if names else {}
+        self.run.secrets.unlink(missing_ok=True)
+        if sorted(secrets) != sorted(names):
+            raise OSError(errno.ENOENT, "its secrets are gone; dispatch it again", self.run.secrets.name)
+        return secrets
 
     def _become_job(self, argv: list[str], environment: dict[str, str], log: int, gate: int, word: int) -> None:
         try:

@@ -64,6 +64,7 @@ class RunPaths:
         self.supervisor = self.dir / "supervisor.json"
         self.lease = self.dir / "lease.json"
         self.cancel = self.dir / "cancel.json"
+        self.secrets = self.dir / "secrets.env.json"
         self.unit = self.dir / "unit.json"
 
 

@@ -21,11 +21,14 @@ _RESERVING = ".reserving-"
 _REMOVING = ".removing-"
 
 
-def reserve(root: Root, run_id: str, identity: str, launch: dict[str, Any]) -> bool:
+def reserve(
+    root: Root, run_id: str, identity: str, launch: dict[str, Any], secrets: dict[str, Any] | None = None
+) -> bool:
     """Make the run directory, or bring its launch up to date while it has not started; True when it was made now."""
     run = root.run(run_id)
     data = check_identity(run.id, identity)
     check_launch(run.id, launch)
+    given = check_secrets(run.id, launch, secrets or {})
     root.create()
     guard = locks.wait_for(root.reserve_lock, 30.0)
     if guard is None:
@@ -33,10 +36,10 @@ def reserve(root: Root, run_id: str, identity: str, launch: dict[str, Any]) -> b
     try:
         _sweep(root.runs)
         if run.dir.exists():
-            _update(run, data, launch)
+            _update(run, data, launch, given)
             return False
         try:
-            _make(root.runs, run, data, launch)
+            _make(root.runs, run, data, launch, given)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise AgentError(
@@ -99,6 +102,21 @@ def _check_floors(run_id: str, name: str, floors: Any) -> None:
             raise AgentError("refused", f"{name}.{key}={value!r} of {run_id} is not a number of bytes (0: never)")
 
 
+def check_secrets(run_id: str, launch: dict[str, Any], secrets: dict[str, Any]) -> bytes | None:
+    """The secrets as they will lie beside the run; refused, without a value in the message, where they do not fit."""
+    names = launch.get("secrets", [])
+    if not isinstance(names, list) or sorted(names) != sorted(secrets):
+        raise AgentError("refused", f"{run_id} names the secrets {names!r}, but was given {sorted(secrets)!r}")
+    if not secrets:
+        return None
+    for name, value in secrets.items():
+        if not name or "=" in name or "\0" in name or name in launch["env"]:
+            raise AgentError("refused", f"secret {name!r} of {run_id} cannot be the name of one more variable")
+        if not isinstance(value, str) or not value or "\0" in value or len(os.fsencode(value)) > _LARGEST_ARGUMENT - 64:
+            raise AgentError("refused", f"the value of secret {name!r} of {run_id} can be given to no program")
+    return json.dumps(secrets, sort_keys=True).encode() + b"\n"
+
+
 def never_started(run: RunPaths) -> bool:
     """Whether no process of this run has ever existed; meaningful to whoever holds its lock."""
     return journal.read(run).started is None and exitrec.read(run.exit) is None
@@ -113,12 +131,14 @@ def remove(run: RunPaths) -> None:
         shutil.rmtree(grave, ignore_errors=True)
 
 
-def _make(runs: Path, run: RunPaths, identity: bytes, launch: dict[str, Any]) -> None:
+def _make(runs: Path, run: RunPaths, identity: bytes, launch: dict[str, Any], secrets: bytes | None) -> None:
     cradle = runs / f"{_RESERVING}{run.id}-{os.urandom(4).hex()}"
     cradle.mkdir(mode=0o700)
     try:
         write_file(cradle / run.identity.name, identity, mode=0o400)
         write_file(cradle / run.launch.name, _launch_bytes(launch))
+        if secrets is not None:
+            write_file(cradle / run.secrets.name, secrets, mode=0o600)
         (cradle / run.lock.name).touch(mode=0o600)
         for name in (run.exit.name, run.beat.name):
             exitrec.preallocate(cradle / name)
@@ -131,14 +151,14 @@ def _make(runs: Path, run: RunPaths, identity: bytes, launch: dict[str, Any]) ->
         raise
 
 
-def _update(run: RunPaths, identity: bytes, launch: dict[str, Any]) -> None:
+def _update(run: RunPaths, identity: bytes, launch: dict[str, Any], secrets: bytes | None) -> None:
     if run.identity.read_bytes() != identity:
         raise AgentError(
             "refused",
             f"{run.id} on this host has another identity with the same first 20 digits",
             next="compare the two identity.json files",
         )
-    if read_json(run.launch) == launch:
+    if read_json(run.launch) == launch and secrets is None:
         return
     lock = locks.take(run.lock)
     if lock is None:
@@ -146,6 +166,8 @@ def _update(run: RunPaths, identity: bytes, launch: dict[str, Any]) -> None:
     try:
         if never_started(run):
             write_file(run.launch, _launch_bytes(launch))
+            if secrets is not None:
+                write_file(run.secrets, secrets, mode=0o600)
     finally:
         locks.release(lock)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from dispatch.building.bundle import Bundle, code_label, pack
 from dispatch.hosts.inventory import Host
 from dispatch.planning.lane import LaneChoice
+from dispatch.planning.secrets import check_names, values
 from latentforge.errors import RefusedError
 from latentforge.spec.code import CodeSource, code_around, running_code
 from latentforge.spec.pipeline import BUILTIN_CORPUS, effective_pipeline
@@ -35,6 +36,8 @@ class Ask:
     wait: bool = False
     unfit: str | None = None
     lane: LaneChoice | None = None
+    no_secrets: str | None = None
+    """Why the secrets that the pipeline names cannot be given, or None."""
     command: str = ""
     """The command that does what is asked, to copy: with the flags and the environment that steered it."""
 
@@ -57,6 +60,9 @@ def asked(
     """
     resolved = resolve_pipeline(recipe, env=env, overrides=overrides)
     spec, notes = effective_pipeline(_with_absolute_paths(resolved.spec, host))
+    check_names(spec.secrets)
+    if spec.secrets:
+        notes.append(f"secrets are given by name: {', '.join(sorted(spec.secrets))}")
     source = code_around(folder)
     return Ask(
         recipe=recipe,
@@ -73,8 +79,17 @@ def asked(
         command=_command(
             recipe, f"--lanes {','.join(lanes)}" if lanes else f"--host {host.name}", resolved, env, overrides
         ),
+        no_secrets=_missing(spec.secrets, env),
         unfit=(_unfit(source) or stale()) if host.is_local else None,
     )
+
+
+def _missing(names: Sequence[str], env: Mapping[str, str]) -> str | None:
+    try:
+        values(names, env)
+    except RefusedError as error:
+        return str(error)
+    return None
 
 
 # What says where, not what: left out of a copied command, it would do the same elsewhere.

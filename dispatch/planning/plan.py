@@ -126,6 +126,8 @@ def make_plan(
         refusals.append(
             Refusal(f"the device lease of {ask.host.name} is held by {busy}", f"{ask.command} --wait", ExitCode.BUSY)
         )
+    if ask.no_secrets is not None and any(run.will == "run" for run in chain):
+        refusals.append(Refusal(ask.no_secrets, f"set it in this shell, then:  {ask.command}"))
     final = next((run for run in runs if run.will == "ended"), runs[-1])
     steps += _aftermath(final, bool(chain), final.run in copied)
     return Plan(

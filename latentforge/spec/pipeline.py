@@ -119,8 +119,10 @@ def pipeline_runs(
         if role == "canary":
             asked = _section_by_content({"distill": _json(spec.distill)}, digests)["distill"]
             named["stands_for"] = kin_named["stands_for"] = f"sha256:{canary_key(spec.seed, asked)}"
-        identity = RunIdentity(kind=kind, spec=content, inputs=named, code=code, lock=lock)
-        kin = canonical_sha256({"kind": kind, "spec": content, "inputs": kin_named, "lock": lock})
+        secrets = tuple(sorted(spec.secrets))
+        identity = RunIdentity(kind=kind, spec=content, inputs=named, code=code, lock=lock, secrets=secrets)
+        meaning = {"kind": kind, "spec": content, "inputs": kin_named, "lock": lock}
+        kin = canonical_sha256(meaning | ({"secrets": list(secrets)} if secrets else {}))
         runs[role] = PlannedRun(identity, resolved, kin, role)
         if role == through:
             break

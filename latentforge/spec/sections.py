@@ -12,6 +12,7 @@ Profile = Literal["smoke", "full"]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 RUN_FALSIFIERS = (
@@ -152,9 +153,16 @@ class PipelineSpec(Section):
     teacher: TeacherSpec = TeacherSpec()
     score: ScoreSpec = ScoreSpec()
     distill: DistillSpec = DistillSpec()
+    secrets: tuple[EnvironmentName, ...] = Field(
+        (),
+        max_length=16,
+        description="names of the laptop's environment variables that the runs are given; never their values",
+    )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if len(set(self.secrets)) != len(self.secrets):
+            raise ValueError(f"secrets = {list(self.secrets)} names one twice")
         if self.teacher.model is None and self.score.k > self.data.vocab_size:
             raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
         return self

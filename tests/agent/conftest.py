@@ -103,7 +103,8 @@ class AgentHost:
     def reserve(self, argv: list[str], kind: str = "data", **fields: Any) -> str:
         """Reserve a fresh run of `argv`; its id."""
         run, identity = identity_of(kind)
-        self.call("reserve", run=run, identity=identity, launch=self.launch_of(run, argv, **fields))
+        given = {"secrets": fields.pop("given")} if "given" in fields else {}
+        self.call("reserve", run=run, identity=identity, launch=self.launch_of(run, argv, **fields), **given)
         return run
 
     def python(self, program: str, kind: str = "data", **fields: Any) -> str:

@@ -3,6 +3,7 @@
 Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -34,6 +35,8 @@ def main() -> int:
         spec = run.load_identity().spec
         run.effective_file.write_text(json.dumps({"requested": spec, "effective": spec, "seeds": {}, "timings": {}}))
         with log.phase("load"):
+            for name in how.get("digest_of", []):
+                (run.out / f"{name}.sha256").write_text(hashlib.sha256(os.environ[name].encode()).hexdigest())
             (run.out / "student").mkdir(parents=True, exist_ok=True)
             (run.out / "student" / "model.safetensors").write_bytes(b"weights " * 1000)
         for step in range(1, steps + 1):
