@@ -132,9 +132,10 @@ def build(
             "lease": [],
             "plan": plan,
             "host": host_record(ask, facts),
+            **plan.runner.launch_fields(),
         }
         call(transport, "reserve", {"run": choice.run, "identity": choice.identity, "launch": launch_json})
-        call(transport, "launch", {"chain": [choice.run]}, timeout=60.0)
+        call(transport, "launch", {"chain": [choice.run], "runner": plan.runner.name}, timeout=60.0)
     follower.goal = choice.run
     state = follower.follow(choice.run)
     follower.goal = None
@@ -160,6 +161,7 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         "lease": [] if one.kind == "data" else ["device"],
         "plan": plan.digest,
         "host": host_record(ask, facts),
+        **plan.runner.launch_fields(),
     }
     args = {"run": one.run, "identity": one.identity, "launch": record}
     if names := sorted(ask.spec.secrets):
@@ -189,7 +191,7 @@ def host_record(ask: Ask, facts: HostFacts) -> dict[str, Any]:
 
 
 def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower, plan: Plan) -> None:
-    args = {"chain": chain, "wait_lease": ask.wait}
+    args = {"chain": chain, "wait_lease": ask.wait, "runner": plan.runner.name}
     try:
         call(transport, "launch", args, timeout=90.0)
     except BusyError:

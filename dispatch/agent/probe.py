@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import folders, hardware, journal, locks, runner
@@ -31,7 +32,7 @@ def probe(root: Root, args: Arguments) -> dict[str, Any]:
         "runs": states,
         "kin_runs": _kin(root, sorted({*kins, *(str(row["kin"]) for row in runs if row.get("kin"))})),
         "paths": {str(row.get("path")): _path(row) for row in paths},
-        "builds": {name: (root.builds / _name(name) / ".complete.json").is_file() for name in builds},
+        "builds": {name: _build(root.builds / _name(name)) for name in builds},
         "venvs": {name: _venv(root, name) for name in venvs},
         "cas": {sha256: root.object(sha256).is_file() for sha256 in objects},
         "lease": {"device": locks.holder(root.device_lock)},
@@ -82,6 +83,21 @@ def _name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise AgentError("refused", f"{name!r} is not a plain name")
     return name
+
+
+def _build(build: Path) -> bool:
+    """Whether a build is there as it was marked: another file in the place of a compiled one makes it none."""
+    made = read_json(build / ".complete.json")
+    if made is None:
+        return False
+    for name, sha256 in (made.get("binaries") or {}).items():
+        try:
+            with open(build / "site" / name, "rb") as file:
+                if folders.hash_stream(file, lambda: None)[0] != sha256:
+                    return False
+        except OSError:
+            return False
+    return True
 
 
 def _venv(root: Root, name: str) -> bool:

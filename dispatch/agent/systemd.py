@@ -80,11 +80,6 @@ def obstacle(program: str) -> str | None:
     """Why no unit can carry a run on this host; None where one can. Reads only."""
     if not sys.platform.startswith("linux"):
         return "no systemd here"
-    found = version()
-    if found is None or shutil.which("systemd-run") is None:
-        return "no systemd here"
-    if found < OLDEST:
-        return f"systemd {found} is older than {OLDEST}"
     folder = runtime_dir()
     try:
         owner = os.stat(folder).st_uid
@@ -92,6 +87,11 @@ def obstacle(program: str) -> str | None:
         return f"no {folder}: this user has no service manager"
     if owner != os.getuid():
         return f"{folder} belongs to uid {owner}"
+    found = version()
+    if found is None or shutil.which("systemd-run") is None:
+        return "no systemd here"
+    if found < OLDEST:
+        return f"systemd {found} is older than {OLDEST}"
     state = (_ask(["systemctl", "--user", "is-system-running"], any_status=True) or "").strip()
     if state not in ("running", "degraded"):
         return f"the user's service manager does not answer ({state or 'silent'})"

@@ -7,6 +7,7 @@ Standard library only, nothing of the project imported. What it makes appears wh
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,10 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+
+GIB = 1 << 30
+ONE_JOB = 2 * GIB
+"""Bytes that the largest translation unit of this package takes to compile for a CPU, with room."""
 
 
 def main() -> int:
@@ -26,8 +31,9 @@ def main() -> int:
     builds.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(builds / f".lock-{asked['build']}", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if (final / ".complete.json").is_file():
+        if is_whole(final):
             say(f"build {asked['build']} is there already")
+            products(json.loads((final / ".complete.json").read_text()))
             return 0
         shutil.rmtree(work, ignore_errors=True)
         source = work / "source"
@@ -35,13 +41,19 @@ def main() -> int:
         say("step 1/4 unpack the code")
         unpack(Path(asked["bundle"]), source)
         environment(venv, source / "constraints" / f"{asked['lock_name']}.txt", asked["lock"])
-        say("step 3/4 build the package")
+        jobs, why = compile_jobs()
+        say(f"step 3/4 build the package: {why}")
         python = venv / "bin" / "python"
         site = work / "site"
         # The environment's own tools first: cmake and the build backend are pinned by the lock file.
         path = os.pathsep.join([str(venv / "bin"), os.environ.get("PATH", os.defpath)])
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-input", "--quiet"]
-        run([*pip, "--no-build-isolation", "--no-deps", "--target", str(site), str(source)], PATH=path)
+        run(
+            [*pip, "--no-build-isolation", "--no-deps", "--target", str(site), str(source)],
+            PATH=path,
+            MAX_JOBS=str(jobs),
+            CMAKE_BUILD_PARALLEL_LEVEL=str(jobs),
+        )
         say("step 4/4 try what was built")
         tried = "from latentforge.spec.code import running_code as r; print(r().digest)"
         found = run([str(python), "-P", "-c", tried], PYTHONPATH=str(site), shown=False).strip()
@@ -49,12 +61,63 @@ def main() -> int:
             raise SystemExit(f"error: the built package has the code digest {found[:16]}…, asked {asked['code'][:16]}…")
         run([str(python), "-P", "-m", "latentforge", "--version"], PYTHONPATH=str(site))
         shutil.rmtree(source)
-        mark(work, {"build": asked["build"], "code": asked["code"], "lock": asked["lock"], "venv": str(venv)})
+        made = {"build": asked["build"], "code": asked["code"], "lock": asked["lock"], "venv": str(venv)}
+        made |= {"jobs": jobs, "binaries": binaries(site)}
+        mark(work, made)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
         sync(builds)
+        products(made)
     say(f"build {asked['build']} is in place")
     return 0
+
+
+def compile_jobs(meminfo: str = "/proc/meminfo", cores: int | None = None) -> tuple[int, str]:
+    """How many compilers may run at once, and why: half the cores, 8 GiB of what is free for each, and a margin.
+
+    nvcc takes that much for a template kernel, and on unified memory a build that runs out takes the host down. On a
+    small host one compiler runs, if there is memory for one at all.
+    """
+    cores = cores or len(os.sched_getaffinity(0))
+    sizes = {}
+    with open(meminfo) as lines:
+        for line in lines:
+            name, _, rest = line.partition(":")
+            sizes[name] = int(rest.split()[0]) << 10
+    total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    if free < ONE_JOB:
+        raise SystemExit(
+            f"error: {free / GIB:.1f} GiB of memory are free, one compiler needs {ONE_JOB / GIB:.0f}: free some, then "
+            "build again"
+        )
+    margin = min(16 * GIB, total * 12 // 100)
+    jobs = max(1, min(cores // 2, (free - margin) // (8 * GIB)))
+    return jobs, f"{jobs} at once ({cores} cores, {free / GIB:.1f} GiB free)"
+
+
+def binaries(site: Path) -> dict[str, str]:
+    """sha256 of every compiled file below a folder, by its relative path."""
+    found = {}
+    for path in sorted(site.rglob("*.so")):
+        with open(path, "rb") as stream:
+            found[path.relative_to(site).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def is_whole(build: Path) -> bool:
+    """Whether a build has its marker, and its compiled files are those that were marked."""
+    try:
+        made = json.loads((build / ".complete.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(made.get("binaries", {}) == binaries(build / "site"))
+
+
+def products(made: dict[str, object]) -> None:
+    """Leave what was built, by digest, among the products of the run that built it."""
+    out = Path("out")
+    if out.is_dir():
+        (out / "build.json").write_text(json.dumps(made, sort_keys=True) + "\n")
 
 
 def unpack(bundle: Path, folder: Path) -> None:

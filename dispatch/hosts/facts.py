@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dispatch.hosts.runner import RunnerFacts
+
 GOING_ON = frozenset({"queued", "starting", "running", "finishing", "unsupervised"})
 ENDED = frozenset({"finished", "lost", "interrupted"})
 
@@ -134,6 +136,7 @@ class HostFacts(Fact):
     venvs: dict[str, bool] = Field(default_factory=dict)
     cas: dict[str, bool] = Field(default_factory=dict)
     lease: dict[str, Any] = Field(default_factory=dict)
+    runner: RunnerFacts | None = None
 
     @property
     def lease_holder(self) -> Holder | None:

@@ -8,7 +8,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -43,6 +43,9 @@ class Host(BaseModel):
     python: str = Field("python3", min_length=1, description="Python 3.11 or newer to build with")
     lock: str = Field("cpu", min_length=1, description="lock file in constraints/ to build from")
     gb10: bool = Field(False, description="declared as a GB10: its checks apply")
+    runner: Literal["auto", "detached", "systemd"] = Field("auto", description="what carries runs; 'auto' = probed")
+    warn_below_gib: Annotated[float, Field(ge=0)] | None = Field(None, description="available memory to warn at")
+    kill_below_gib: Annotated[float, Field(ge=0)] | None = Field(None, description="available memory to end a run at")
     keys: tuple[PinnedKey, ...] = ()
 
     @property
@@ -217,11 +220,11 @@ def _table(host: Host) -> list[str]:
     return lines
 
 
-def _toml(value: str | int | bool) -> str:
+def _toml(value: str | int | float | bool) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, int | float):
+        return repr(value)
     # A TOML basic string: quotes and backslashes escaped, control characters as \uXXXX.
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'

@@ -17,6 +17,7 @@ from dispatch.hosts.preflight import Judgement, judge
 from dispatch.hosts.trust import short_type
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import ChosenRun
+from dispatch.planning.runner import RunnerChoice, choose_runner
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.verdicts import ExitCode
 
@@ -52,6 +53,7 @@ class Plan:
     runs: tuple[ChosenRun, ...]
     build: BuildChoice | None
     memory: Judgement
+    runner: RunnerChoice
     notes: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     busy: str | None = None
@@ -95,6 +97,12 @@ class Plan:
                 for r in self.runs
             ],
             "memory": self.memory.text,
+            "runner": {
+                "name": self.runner.name,
+                "why": self.runner.why,
+                "warn_below_bytes": self.runner.floors.warn,
+                "kill_below_bytes": self.runner.floors.kill,
+            },
             "notes": list(self.notes),
             "refusals": [{"why": r.why, "next": r.next, "code": int(r.code)} for r in self.refusals],
         }
@@ -111,6 +119,7 @@ def make_plan(
 ) -> Plan:
     """The plan that a request, the facts of its host and the copies on the laptop (``copied``: run ids) lead to."""
     judgements = judge(ask, facts, memory)
+    runner = choose_runner(ask.host, facts)
     refusals: list[Refusal] = []
     lane = [Step("lane", "keep", ask.lane.text)] if ask.lane is not None else []
     steps = [*lane, _trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
@@ -119,7 +128,7 @@ def make_plan(
     for run in runs:
         because = run.because
         if run.will == "run" and run is chain[-1]:
-            because += "; detached runner, " + (f"device lease held by {busy}" if busy else "device lease free")
+            because += f"; {runner.words}, " + (f"device lease held by {busy}" if busy else "device lease free")
         shown = run.run if run.will != "skip" else "-"
         steps.append(Step(run.kind, run.will, f"{shown}  {because}", run.run))
     if busy and any(run.will == "run" for run in chain) and not ask.wait:
@@ -128,6 +137,14 @@ def make_plan(
         )
     if ask.no_secrets is not None and any(run.will == "run" for run in chain):
         refusals.append(Refusal(ask.no_secrets, f"set it in this shell, then:  {ask.command}"))
+    if runner.obstacle is not None and any(run.will == "run" for run in chain):
+        refusals.append(
+            Refusal(
+                f"runner = 'systemd' cannot work on {ask.host.name}: {runner.obstacle}",
+                "put that right there, or set runner = 'auto' in hosts.toml",
+                ExitCode.FAIL,
+            )
+        )
     final = next((run for run in runs if run.will == "ended"), runs[-1])
     steps += _aftermath(final, bool(chain), final.run in copied)
     return Plan(
@@ -137,6 +154,7 @@ def make_plan(
         runs=tuple(runs),
         build=build,
         memory=memory,
+        runner=runner,
         notes=ask.notes,
         refusals=tuple(refusals),
         busy=busy if any(run.will == "run" for run in chain) else None,

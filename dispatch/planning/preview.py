@@ -14,6 +14,8 @@ def render(plan: Plan, ask: Ask) -> str:
     lines.append(f"  {'step':<{width}}  {'will':<6}  because")
     lines += [f"  {step.name:<{width}}  {step.will:<6}  {step.because}" for step in plan.steps]
     lines += ["", f"  {plan.memory.text}"]
+    if plan.starts_something:
+        lines.append(f"  {plan.runner.text}")
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines) + "\n"
 

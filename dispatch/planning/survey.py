@@ -110,7 +110,7 @@ def _check_teacher(spec: PipelineSpec, found: PathFact, digests: dict[str, str])
 def _probe(transport: Transport, ask: Ask, planned: list[PlannedRun], names: BuildNames | None) -> HostFacts:
     kins = [run.kin for run in planned]
     wanted = [{"id": run.run_id, "kin": run.kin} for run in planned]
-    question: dict[str, object] = {"kins": kins, "runs": wanted}
+    question: dict[str, object] = {"kins": kins, "runs": wanted, "runner": True}
     if names is not None:
         assert ask.bundle is not None
         wanted.append({"id": names.identity.run_id, "kin": names.kin})

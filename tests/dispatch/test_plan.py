@@ -272,3 +272,18 @@ def test_the_bundle_has_the_same_bytes_for_the_same_files_and_others_for_one_byt
     assert pack(two) == first
     (tmp_path / "a").write_text("c")
     assert pack(one).sha256 != first.sha256
+
+
+def test_a_unit_that_cannot_be_is_refused_before_anything_is_launched(asks: dict[str, Ask]) -> None:
+    from dataclasses import replace
+
+    box = asks["box"]
+    wanted = replace(box, host=box.host.model_copy(update={"runner": "systemd"}))
+    seen = {"systemd": False, "why": "lingering is off: loginctl enable-linger", "linger": False}
+    plan = plan_of(wanted, facts_of(runner=seen))
+    assert "lingering is off" in plan.refusals[0].why
+    assert plan.refusals[0].code == ExitCode.FAIL
+    assert "runner: detached (lingering is off" in render(plan_of(box, facts_of(runner=seen)), box)
+    units = plan_of(box, facts_of(runner={"systemd": True, "why": "systemd 255, lingering is on", "linger": True}))
+    assert "; systemd unit, device lease free" in render(units, box)
+    assert (units.as_json()["runner"]["name"], units.refusals) == ("systemd", ())
