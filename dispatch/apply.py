@@ -15,6 +15,7 @@ from dispatch.places import Places
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import ChosenRun, told_end
 from dispatch.planning.plan import Plan
+from dispatch.planning.runner import choose_runner
 from dispatch.planning.secrets import values
 from dispatch.planning.survey import survey
 from dispatch.records import remember
@@ -117,6 +118,7 @@ def build(
         return
     if choice.will == "run":
         assert ask.bundle is not None
+        runner = choose_runner(ask.host, facts)
         program, sha256 = build_program()
         if not choice.bundle_there:
             say(f"sending {ask.code_label}, {ask.bundle.size / 1e6:.1f} MB")
@@ -132,10 +134,10 @@ def build(
             "lease": [],
             "plan": plan,
             "host": host_record(ask, facts),
-            **plan.runner.launch_fields(),
+            **runner.launch_fields(),
         }
         call(transport, "reserve", {"run": choice.run, "identity": choice.identity, "launch": launch_json})
-        call(transport, "launch", {"chain": [choice.run], "runner": plan.runner.name}, timeout=60.0)
+        call(transport, "launch", {"chain": [choice.run], "runner": runner.asked}, timeout=60.0)
     follower.goal = choice.run
     state = follower.follow(choice.run)
     follower.goal = None
@@ -191,7 +193,7 @@ def host_record(ask: Ask, facts: HostFacts) -> dict[str, Any]:
 
 
 def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower, plan: Plan) -> None:
-    args = {"chain": chain, "wait_lease": ask.wait, "runner": plan.runner.name}
+    args = {"chain": chain, "wait_lease": ask.wait, "runner": plan.runner.asked}
     try:
         call(transport, "launch", args, timeout=90.0)
     except BusyError:

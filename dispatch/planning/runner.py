@@ -23,6 +23,11 @@ class RunnerChoice:
     """Whether the inventory sets a floor."""
 
     @property
+    def asked(self) -> str:
+        """What the agent is asked for: one that cannot work is refused by it too, never replaced."""
+        return self.name if self.obstacle is None else "systemd"
+
+    @property
     def words(self) -> str:
         """The runner in the line of the run that is launched."""
         return "detached runner" if self.name == "detached" else "systemd unit"
