@@ -65,6 +65,9 @@ def unpack(data: bytes) -> Dict[str, bytes]:  # noqa: UP006
 def begin(stream: BinaryIO) -> None:
     """Read how the agent comes, check its digest, and hand the rest of stdin to it."""
     sys.dont_write_bytecode = True
+    # The first word: whoever waits for the answer learns that a program of ours, not a shell, is at work.
+    sys.stdout.buffer.write(b"\n=LF-HERE=\n")
+    sys.stdout.buffer.flush()
     how = json.loads(stream.readline().decode())
     if sys.version_info < (3, 10):  # noqa: UP036
         version = ".".join(str(part) for part in sys.version_info[:3])

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO, NamedTuple
 MAX_REQUEST_LINE = 32 << 20
 _BEGIN = re.compile(rb"\n=LF-BEGIN ([0-9]{1,12})=\n")
 _END = b"\n=LF-END=\n"
+HERE = b"\n=LF-HERE=\n"
+"""What the bootstrap says at once: the login shell is over, the agent begins."""
 
 # The exit codes of the command line, as far as the agent speaks of them.
 PASS, FAIL, REFUSED, UNKNOWN, CRASHED, BUSY = 0, 1, 2, 3, 5, 7
@@ -151,7 +153,7 @@ def find_frame(data: bytes) -> Frame | None:
         size = document.get("payload_bytes", 0)
         if not isinstance(size, int) or len(data) < body + size:
             return None
-        return Frame(data[: match.start()], document, data[body : body + size], data[body + size :])
+        return Frame(data[: match.start()].replace(HERE, b""), document, data[body : body + size], data[body + size :])
     return None
 
 

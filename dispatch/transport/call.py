@@ -19,6 +19,7 @@ READING = frozenset({"probe", "status", "read", "collect", "fetch"})
 """The verbs that create nothing on a host: all that a preview may use."""
 
 CALL_SECONDS = 30.0
+_CANNOT = re.compile(rb"(?i)not found|no such file|unknown command|permission denied|cannot execute|is a directory")
 # The words of nologin, of OpenSSH's internal-sftp, and of restricted shells.
 _NO_COMMANDS = re.compile(rb"(?i)account is (?:currently )?not available|sftp connections only|restricted")
 
@@ -106,7 +107,7 @@ class Transport(ABC):
         name, said = self.host.name, told(ended.stderr.strip() or ended.stdout)
         if ended.status is None or b"=LF-BEGIN" in ended.stdout:
             return LinkLostError(f"{name}: the connection ended within a reply")
-        if ended.status in (126, 127) or _says_no(ended.stderr, self.host.python):
+        if _says_no(ended.stderr, self.host.python):
             return LinkError(
                 "no python",
                 f"{name}: {self.host.python!r} cannot be run there ({said})",
@@ -127,9 +128,9 @@ class Transport(ABC):
 
 
 def _says_no(stderr: bytes, python: str) -> bool:
-    """Whether a shell says that it has no such program: csh does, and ends with 1."""
+    """Whether a shell says that it cannot run the program: each in its words, not all of them with status 127."""
     wanted = python.encode()
-    return any(wanted in line and re.search(rb"(?i)not found|no such file", line) for line in stderr.splitlines())
+    return any(wanted in line and _CANNOT.search(line) for line in stderr.splitlines())
 
 
 def _login(host: Host) -> str:

@@ -71,6 +71,16 @@ def no_commands(host: Host, address: Address, why: str) -> LinkError:
     )
 
 
+def stuck_shell(host: Host, address: Address, said: bytes, seconds: float) -> LinkError:
+    """A login shell that neither runs our program nor ends."""
+    return LinkError(
+        "shell noise",
+        f"{host.name}: logged in, but within {seconds:.0f} s the login shell did not come to run the agent; "
+        f"it said: {told(said)}",
+        next=f"{_ssh(address)} true   must end at once; look for what waits (`read`, `sleep`, a menu) in its rc files",
+    )
+
+
 def _unanswered(host: Host, where: str, address: Address, error: Unanswered) -> LinkError:
     port = f"latentforge dispatch enrol {host.name} --port PORT --replace"
     if error.kind == "crowded":

@@ -19,22 +19,36 @@ _LOOK_SECONDS = 0.5
 _SILENCE_SECONDS = DEAD_LINK_SECONDS + 3.0
 # The same for bytes that the other side does not take: a busy disk there is not a broken link.
 _STUCK_SECONDS = 60.0
-_BEGIN = b"=LF-BEGIN"
+_BEGIN = b"=LF-"
+
+
+class NoWordError(Exception):
+    """The program's first word did not come in time; ``said`` is what came instead."""
+
+    def __init__(self, said: bytes) -> None:
+        super().__init__("no first word")
+        self.said = said
 
 
 class Pipe:
     """One program's streams.
 
     The clock of a call runs while nothing moves: a request that is still on its way up, and a reply that is coming
-    down, take as long as the link does. Before the reply begins, what comes is noise, and buys no time.
+    down, take as long as the link does. Before the reply begins, what comes is noise, and buys no time. The first word
+    of a program that has one (the agent's) can be asked for within ``first_word`` seconds.
     """
 
-    def __init__(self, channel: paramiko.Channel, link: Link, timeout: float) -> None:
+    def __init__(
+        self, channel: paramiko.Channel, link: Link, timeout: float, *, first_word: float | None = None
+    ) -> None:
+        self._first_word = first_word
+        self.begun = False
         self._channel = channel
         self._link = link
         self._timeout = timeout
         self._moved = time.monotonic()
         self._fed = False
+        self._said: list[bytes] = []
         self._stderr: list[bytes] = []
 
     def through(self, stdin: bytes) -> Exchange:
@@ -60,8 +74,8 @@ class Pipe:
         return Exchange(stdout, b"".join(self._stderr), None if status == -1 else status)
 
     def _read(self) -> bytes:
-        chunks: list[bytes] = []
-        size, begun = 0, False
+        chunks = self._said
+        size = 0
         while True:
             try:
                 chunk = self._channel.recv(_CHUNK)
@@ -70,10 +84,10 @@ class Pipe:
                 continue
             if not chunk:
                 return b"".join(chunks)
-            begun = begun or _BEGIN in (chunks[-1][-len(_BEGIN) :] if chunks else b"") + chunk
+            self.begun = self.begun or _BEGIN in (chunks[-1][-len(_BEGIN) :] if chunks else b"") + chunk
             chunks.append(chunk)
             size += len(chunk)
-            if begun:
+            if self.begun:
                 self._moved = time.monotonic()
             if size > _MAX_OUTPUT:
                 raise paramiko.SSHException(f"more than {_MAX_OUTPUT} bytes of output")
@@ -82,6 +96,8 @@ class Pipe:
     def _look(self) -> None:
         """TimeoutError where the call or its link has been still for too long."""
         now = time.monotonic()
+        if self._first_word is not None and self._fed and not self.begun and now - self._moved > self._first_word:
+            raise NoWordError(b"".join(self._said))
         if self._fed and now - self._moved > self._timeout:
             raise TimeoutError(f"no whole reply within {self._timeout:.0f} s")
         if not self._fed and now - self._moved > max(self._timeout, _STUCK_SECONDS):

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import fabric  # type: ignore[import-untyped]
 import paramiko
 
+from dispatch import agent_package
 from dispatch.hosts.address import Address, resolve
 from dispatch.hosts.inventory import Host
 from dispatch.hosts.trust import HostKeyError, changed_key, pinned, unknown_key
 from dispatch.places import Places
 from dispatch.transport.call import Exchange, Transport
 from dispatch.transport.dial import open_link
-from dispatch.transport.failures import classified, no_commands
+from dispatch.transport.failures import classified, no_commands, stuck_shell
 from dispatch.transport.keys import Keys
 from dispatch.transport.link import (
     AUTHENTICATION_SECONDS,
@@ -27,10 +28,11 @@ from dispatch.transport.link import (
     Link,
     LinkLostError,
 )
-from dispatch.transport.pipe import Pipe
+from dispatch.transport.pipe import NoWordError, Pipe
 from latentforge.errors import RefusedError
 
 CHANNEL_SECONDS = 8.0
+FIRST_WORD_SECONDS = 8.5
 
 
 class _RefuseUnknown(paramiko.MissingHostKeyPolicy):
@@ -57,6 +59,7 @@ class SshTransport(Transport):
         self._link: Link | None = None
         self._opening = threading.Lock()
         self._turn = threading.Lock()
+        self._answered = False
         self._sessions = 0
         self._ended = threading.Condition()
 
@@ -67,7 +70,15 @@ class SshTransport(Transport):
             with self._session(transport, address, timeout) as channel:
                 # The words are quoted for the login shell; values of the request never get near it.
                 self._started(channel, transport, address, shlex.join(argv))
-                return Pipe(channel, link, timeout).through(stdin)
+                # Once a host has answered, slowness is no reason to doubt its login shell.
+                asks = argv[-1] == agent_package.BOOTSTRAP and not self._answered
+                pipe = Pipe(channel, link, timeout, first_word=FIRST_WORD_SECONDS if asks else None)
+                ended = pipe.through(stdin)
+                self._answered = self._answered or pipe.begun
+                return ended
+        except NoWordError as error:
+            self._close(transport)
+            raise stuck_shell(self.host, address, error.said, FIRST_WORD_SECONDS) from None
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._close(transport)
             raise LinkLostError(
