@@ -58,7 +58,9 @@ class InterpretedModule(pytest.File):
         """One item for each test function; its parameters are run together."""
         for node in ast.parse(self.path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                yield InterpretedTest.from_parent(self, name=node.name)
+                item = InterpretedTest.from_parent(self, name=node.name)
+                item.add_marker(pytest.mark.timeout(1500))  # the first one waits for all of the module
+                yield item
 
     def outcomes(self) -> Outcomes:
         """(outcome, detail) of each run of each test function."""

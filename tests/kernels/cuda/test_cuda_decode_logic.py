@@ -94,9 +94,9 @@ def equals(emulation: Any) -> None:
         assert len(set(ids.tolist())) > 2
         compare(emulation, hidden, weight, DecodeSettings(100, 1.0, **draw))
     # What underflows to minus zero ranks with zero.
-    weight[::2] = -1e-20
-    weight[1::2] = 1e-20
-    ids, _ = emulation.decode(hidden, weight, DecodeSettings(100, 1.0, top_k=7, logit_scale=1e-30), seeds, positions)
+    weight[::2] = -1e-36
+    weight[1::2] = 1e-36
+    ids, _ = emulation.decode(hidden, weight, DecodeSettings(100, 1.0, top_k=7, logit_scale=1e-12), seeds, positions)
     assert int(ids.max()) < 7
 
 
