@@ -93,7 +93,7 @@ class Session:
                     f"{last} is {state.state} on {self.transport.host.name}: it was never started there",
                     next="latentforge dispatch go RECIPE",
                 )
-            if last.startswith("build-"):
+            if last.startswith(("build-", "pull-")):
                 return self._told(last, state, None)
             self.concluding = last
             done = conclude(

@@ -78,10 +78,13 @@ def tree_digest(path: Path) -> tuple[str, int, int]:
     return whole.hexdigest(), len(names), total
 
 
-def inspect(path: str, purpose: str, like: str | None = None) -> dict[str, Any]:
+def inspect(
+    path: str, purpose: str, like: str | None = None, *, known: tuple[str, int, int] | None = None
+) -> dict[str, Any]:
     """What a probe says about one path: ok with its digest, or the reason and the remedy.
 
-    `like` is the folder of a model whose tokens this model must have.
+    `like` is the folder of a model whose tokens this model must have. `known` is the digest, files and bytes of a
+    folder that nobody has touched since it was read.
     """
     if purpose not in ("corpus", "model"):
         raise AgentError("protocol", f"purpose={purpose!r} is neither 'corpus' nor 'model'")
@@ -91,7 +94,7 @@ def inspect(path: str, purpose: str, like: str | None = None) -> dict[str, Any]:
         facts = check_corpus(place) if purpose == "corpus" else check_model(place)
         if like is not None:
             check_same_tokens(expand(like, "like"), place)
-        sha256, files, size = tree_digest(place)
+        sha256, files, size = known or tree_digest(place)
         report.update(facts, ok=True, sha256=sha256, files=files, bytes=size, path=str(place))
     except Unfit as unfit:
         report.update(reason=unfit.reason, next=unfit.remedy)

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from . import detached, journal, locks, runner, systemd
+from . import detached, journal, locks, pulling, runner, systemd
 from .cas import Origin, install
 from .durable import read_json
 from .paths import Root, RunPaths
@@ -180,6 +180,7 @@ def _start(
         raise AgentError(
             "disk-full", f"{root.dir} has {space.f_bavail * space.f_frsize >> 20} MiB free, a run needs 16"
         )
+    pulling.check_inputs(root, todo)
     program = str(install(root, origin))
     chosen = runner.choose(wanted_runner, program)
     lease = None

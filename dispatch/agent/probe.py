@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from . import folders, hardware, journal, locks, runner
+from . import folders, hardware, journal, locks, pulling, runner
 from .durable import read_json
 from .paths import NAME, Root, expand, filesystem_of
 from .protocol import AgentError, Arguments
@@ -18,7 +19,7 @@ def probe(root: Root, args: Arguments) -> dict[str, Any]:
     """Facts of the host, and the state of every run, path, build, environment and object that the plan asks about."""
     runs, kins, paths = args.rows("runs"), args.texts("kins"), args.rows("paths")
     builds, venvs, objects = args.texts("builds"), args.texts("venvs"), args.texts("cas")
-    asks_runner = args.flag("runner")
+    asks_runner, models = args.flag("runner"), args.texts("models")
     args.done()
     states = {}
     for row in runs:
@@ -31,10 +32,12 @@ def probe(root: Root, args: Arguments) -> dict[str, Any]:
         "python": {"executable": sys.executable, "version": ".".join(str(part) for part in sys.version_info[:3])},
         "runs": states,
         "kin_runs": _kin(root, sorted({*kins, *(str(row["kin"]) for row in runs if row.get("kin"))})),
-        "paths": {str(row.get("path")): _path(row) for row in paths},
+        "paths": {str(row.get("path")): _path(root, row) for row in paths},
         "builds": {name: _build(root.builds / _name(name)) for name in builds},
         "venvs": {name: _venv(root, name) for name in venvs},
         "cas": {sha256: root.object(sha256).is_file() for sha256 in objects},
+        "models": {name: pulling.look(root, name) for name in models},
+        **({"rsync": shutil.which("rsync")} if models else {}),
         "lease": {"device": locks.holder(root.device_lock)},
         "state_filesystem": filesystem_of(root.dir),
         **({"runner": runner.facts(root)} if asks_runner else {}),
@@ -70,8 +73,21 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _path(row: dict[str, Any]) -> dict[str, Any]:
+def _path(root: Root, row: dict[str, Any]) -> dict[str, Any]:
     path, purpose, like = row.get("path"), row.get("purpose"), row.get("like")
+    model, like_model = row.get("model"), row.get("like_model")
+    if model is not None:
+        found = pulling.look(root, model)
+        if not found["complete"]:
+            return {"ok": False, "reason": found["why"], "absent": True, "location": found["path"]}
+        if like_model is not None:
+            like = str(pulling.files_of(root, like_model))
+        report = folders.inspect(
+            found["path"], str(purpose), like, known=(found["sha256"], found["files"], found["bytes"])
+        )
+        return {**report, "location": found["path"]}
+    if like_model is not None:
+        like = str(pulling.files_of(root, like_model))
     if not isinstance(path, str) or not isinstance(purpose, str):
         raise AgentError("protocol", f"probe: paths holds {row!r}, which has no path and purpose")
     if like is not None and not isinstance(like, str):

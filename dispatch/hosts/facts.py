@@ -85,6 +85,23 @@ class PathFact(Fact):
     tokenizer: bool | None = None
     reason: str | None = None
     next: str | None = None
+    absent: bool = False
+    """A pulled model that is not (or no longer) there, whole."""
+    location: str | None = None
+    """Where a pulled model lies on its host."""
+
+
+class ModelFact(Fact):
+    """A pulled model as it lies on its host."""
+
+    complete: bool
+    path: str
+    why: str | None = None
+    sha256: str | None = None
+    files: int = 0
+    bytes: int = 0
+    bad: tuple[str, ...] = ()
+    present: dict[str, int] = Field(default_factory=dict)
 
 
 class Machine(Fact):
@@ -137,6 +154,9 @@ class HostFacts(Fact):
     cas: dict[str, bool] = Field(default_factory=dict)
     lease: dict[str, Any] = Field(default_factory=dict)
     runner: RunnerFacts | None = None
+    models: dict[str, ModelFact] = Field(default_factory=dict)
+    rsync: str | None = None
+    """Where rsync lies on the host; asked together with models."""
 
     @property
     def lease_holder(self) -> Holder | None:

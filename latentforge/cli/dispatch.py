@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentforge.cli import dispatch_hosts
+from latentforge.cli import dispatch_hosts, dispatch_pull
 from latentforge.cli.dispatch_hosts import AbandonOption, EachOption, LanesOption
 from latentforge.verdicts.exitcode import ExitCode
 
@@ -304,3 +304,4 @@ def _dry_run() -> bool:
 
 
 dispatch_hosts.add_to(app)
+dispatch_pull.add_to(app)
