@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,17 +39,29 @@ def main(pyz: bytes | None = None) -> None:
     os.dup2(2, 1)
     from .cas import Origin
 
-    with out:
-        out.write(serve(sys.stdin.buffer, Origin(pyz, None if pyz else sys.argv[0])))
+    try:
+        with out:
+            for part in answers(sys.stdin.buffer, Origin(pyz, None if pyz else sys.argv[0])):
+                out.write(part)
+                out.flush()
+    except BrokenPipeError:
+        os._exit(0)  # nobody listens any more: what was asked for has been done, or goes on without this process
 
 
 def serve(stream: Any, origin: Origin) -> bytes:
     """The whole framed answer to the request on `stream`; every failure is an answer too."""
-    from .paths import Root
-    from .protocol import AgentError, Arguments, encode_reply, read_request
+    return b"".join(answers(stream, origin))
 
-    payload = b""
-    document: dict[str, Any]
+
+def answers(stream: Any, origin: Origin) -> Iterator[bytes]:
+    """The framed answers to the request on `stream`: one, or as many as `follow` has to give."""
+    from .paths import Root
+    from .protocol import AgentError, Arguments, Reply, encode_reply, read_request
+
+    try:
+        agent: str | None = origin.sha256
+    except (AgentError, OSError):
+        agent = None
     try:
         request = read_request(stream)
         verb = VERBS.get(request.verb)
@@ -57,16 +69,12 @@ def serve(stream: Any, origin: Origin) -> bytes:
             raise AgentError("protocol", f"verb={request.verb!r} is not one of {', '.join(sorted(VERBS))}")
         arguments = Arguments(request.verb, request.args)
         reply = verb(Root(request.root), arguments, request.payload, origin)
-        document, payload = {"ok": True, "result": reply.result}, reply.payload
+        for one in [reply] if isinstance(reply, Reply) else reply:
+            yield encode_reply({"ok": True, "result": one.result, "agent": agent}, one.payload)
     except AgentError as error:
-        document = {"ok": False, "error": error.as_json()}
+        yield encode_reply({"ok": False, "error": error.as_json(), "agent": agent})
     except Exception as error:
-        document = {"ok": False, "error": _unforeseen(error).as_json()}
-    try:
-        document["agent"] = origin.sha256
-    except (AgentError, OSError):
-        document["agent"] = None
-    return encode_reply(document, payload)
+        yield encode_reply({"ok": False, "error": _unforeseen(error).as_json(), "agent": agent})
 
 
 def _unforeseen(error: Exception) -> AgentError:
@@ -116,6 +124,12 @@ def _read(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Repl
     from .reading import read
 
     return read(root, args)
+
+
+def _follow(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Iterator[Reply]:
+    from .reading import follow
+
+    return follow(root, args)
 
 
 def _put(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
@@ -188,10 +202,11 @@ def _cancel(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Re
     return Reply(cancel(run, grace, by))
 
 
-VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply]] = {
+VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply | Iterator[Reply]]] = {
     "probe": _probe,
     "status": _status,
     "read": _read,
+    "follow": _follow,
     "put": _put,
     "install": _install,
     "reserve": _reserve,
@@ -201,4 +216,4 @@ VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply]] = {
     "cancel": _cancel,
 }
 #: Verbs that create and change nothing on the host.
-READ_ONLY = frozenset({"probe", "status", "read", "collect", "fetch"})
+READ_ONLY = frozenset({"probe", "status", "read", "follow", "collect", "fetch"})

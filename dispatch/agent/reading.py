@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .paths import Root, RunPaths
+from .processes import boot_clock
 from .protocol import AgentError, Arguments, Reply
 from .state import RESTING, derive
 
 LARGEST_READ = 16 << 20
 LONGEST_WAIT = 20.0
+LONGEST_FOLLOW = 120.0
 _PAUSE = 0.03
 _STATE_EVERY = 0.15
+_STUCK_SECONDS = 60
+_GAP = 0.05
+_FIRST_ANSWER = 64 << 10
 _HEAD = 256
 
 
@@ -55,13 +62,64 @@ def read(root: Root, args: Arguments) -> Reply:
     return Reply({"run": run.id, "state": state, "streams": answers, "order": list(files)}, payload)
 
 
+def follow(root: Root, args: Arguments) -> Iterator[Reply]:
+    """What ``read`` answers, again and again over one channel, each as soon as there is something to say.
+
+    At least every `quiet` seconds an answer, so that silence means a lost link; after `seconds` the last one (`last`),
+    and the reader asks again: a process that nobody listens to any more does not outlive that by more than a minute.
+    Streams are read in the order in which they are named, each up to `max` bytes an answer; `clock` is the host's boot
+    clock, on which the events' `t` and the beat's `clock` are.
+    """
+    run = root.run(args.text("run"))
+    streams = args.table("streams")
+    most = int(args.number("max", 1 << 20, low=1, high=LARGEST_READ))
+    seconds = args.number("seconds", 30.0, low=0.0, high=LONGEST_FOLLOW)
+    quiet = args.number("quiet", 5.0, low=0.05, high=60.0)
+    args.done()
+    files = {name: _Stream(name, run, cursor) for name, cursor in streams.items()}
+    # A pipe that nobody empties blocks a write for as long as sshd holds it.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(int(seconds) + _STUCK_SECONDS)
+    end = time.monotonic() + seconds
+    told: str | None = None
+    size = min(most, _FIRST_ANSWER)
+    while True:
+        state = _wait_for_news(run, files, told, min(time.monotonic() + quiet, end))
+        told = state["state"]
+        payload, answers = [], {}
+        for name, stream in files.items():
+            data, answers[name] = stream.take(size, told in RESTING)
+            payload.append(data)
+        last = time.monotonic() >= end or all(answer["eof"] for answer in answers.values())
+        result = {"run": run.id, "state": state, "streams": answers, "order": list(files), "clock": boot_clock()}
+        yield Reply({**result, "last": last}, b"".join(payload))
+        if last:
+            return
+        if any(len(data) == size for data in payload):
+            size = min(most, 2 * size)  # over a slow link the first lines are not to wait for megabytes
+        else:
+            time.sleep(_GAP)  # a run that tells something all the time must not keep a core busy with telling it
+
+
+def _wait_for_news(run: RunPaths, files: dict[str, _Stream], told: str | None, until: float) -> dict[str, Any]:
+    """Wait for bytes, another state or the time; the state returned was sampled before any byte is read."""
+    state, sampled = derive(run), time.monotonic()
+    while told is not None and state["state"] == told and told not in RESTING and time.monotonic() < until:
+        if any(stream.has_news() for stream in files.values()):
+            return derive(run) if time.monotonic() - sampled > _PAUSE else state
+        time.sleep(_PAUSE)
+        if time.monotonic() - sampled >= _STATE_EVERY:
+            state, sampled = derive(run), time.monotonic()
+    return state
+
+
 class _Stream:
     """One file of a run and how far the reader has come in it."""
 
     def __init__(self, name: str, run: RunPaths, cursor: Any) -> None:
-        paths: dict[str, Path] = {"events.jsonl": run.events, "launch.log": run.log}
+        paths: dict[str, Path] = {"events.jsonl": run.events, "launch.log": run.log, "identity.json": run.identity}
         if name not in paths:
-            raise AgentError("protocol", f"read: stream {name!r} is neither events.jsonl nor launch.log")
+            raise AgentError("protocol", f"read: stream {name!r} is none of {', '.join(paths)}")
         cursor = {} if cursor is None else cursor
         if not isinstance(cursor, dict):
             raise AgentError("protocol", f"read: the cursor {cursor!r} of {name} is not an object")
@@ -119,13 +177,10 @@ def _count(value: Any, name: str) -> int | None:
 
 
 def _bytes(fd: int, offset: int, most: int) -> bytes:
-    data = bytearray()
-    while len(data) < most:
-        chunk = os.pread(fd, min(1 << 20, most - len(data)), offset + len(data))
-        if not chunk:
-            break
+    data = os.pread(fd, most, offset)
+    while data and len(data) < most and (chunk := os.pread(fd, most - len(data), offset + len(data))):
         data += chunk
-    return bytes(data)
+    return data
 
 
 def _head(fd: int, offset: int) -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 import shlex
 from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dispatch import agent_package
-from dispatch.agent.protocol import encode_request, find_frame
+from dispatch.agent.protocol import Frame, encode_request, find_frame
 from dispatch.hosts.inventory import Host
+from dispatch.transport.frames import FrameReader
 from dispatch.transport.link import LinkError, LinkLostError, told
 from latentforge.errors import BusyError, LatentForgeError, RefusedError
 from latentforge.verdicts import ExitCode
 
-READING = frozenset({"probe", "status", "read", "collect", "fetch"})
+READING = frozenset({"probe", "status", "read", "follow", "collect", "fetch"})
 """The verbs that create nothing on a host: all that a preview may use."""
 
 CALL_SECONDS = 30.0
 _CANNOT = re.compile(rb"(?i)not found|no such file|unknown command|permission denied|cannot execute|is a directory")
+_SEEN = 4096
 # The words of nologin, of OpenSSH's internal-sftp, and of restricted shells.
 _NO_COMMANDS = re.compile(rb"(?i)account is (?:currently )?not available|sftp connections only|restricted")
 
@@ -69,6 +72,13 @@ class Transport(ABC):
         """Run a program on the host with these bytes on stdin; LinkLostError where the link breaks."""
 
     @abstractmethod
+    def pieces(self, argv: list[str], stdin: bytes, *, silence: float) -> Generator[bytes, None, Exchange]:
+        """Run a program on the host and yield what it writes, as it comes; returns how it ended.
+
+        LinkLostError where the link breaks, or nothing comes for ``silence`` seconds. To close it ends the program.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what the connection holds; the next call opens it again."""
 
@@ -77,7 +87,7 @@ class Transport(ABC):
         if self.readonly and verb not in READING:
             raise RefusedError(f"verb {verb!r} was asked of {self.host.name} in a preview, which only reads")
         request = encode_request(verb, root=self.host.root, args=args, payload=payload)
-        argv = agent_package.bootstrap_argv(self.host.python)
+        argv = self._argv
         if self._installed:
             try:
                 return self._reply(
@@ -86,6 +96,41 @@ class Transport(ABC):
             except _AgentGoneError:
                 self._installed = False
         return self._reply(self.exchange(argv, agent_package.carried() + request, timeout=timeout))
+
+    @property
+    def _argv(self) -> list[str]:
+        return agent_package.bootstrap_argv(self.host.python)
+
+    def stream(self, verb: str, args: dict[str, Any], *, silence: float) -> Iterator[Reply]:
+        """One request to a verb that answers again and again, to the answer that says that it is the last."""
+        if self.readonly and verb not in READING:
+            raise RefusedError(f"verb {verb!r} was asked of {self.host.name} in a preview, which only reads")
+        request = encode_request(verb, root=self.host.root, args=args)
+        if self._installed:
+            try:
+                yield from self._replies(agent_package.installed(self.host.root) + request, silence)
+                return
+            except _AgentGoneError:
+                self._installed = False
+        yield from self._replies(agent_package.carried() + request, silence)
+
+    def _replies(self, stdin: bytes, silence: float) -> Iterator[Reply]:
+        frames, pieces, seen = FrameReader(), self.pieces(self._argv, stdin, silence=silence), bytearray()
+        try:
+            while True:
+                piece = next(pieces)
+                if len(seen) < _SEEN:
+                    seen += piece[: _SEEN - len(seen)]
+                for frame in frames.feed(piece):
+                    reply = self._taken(frame)
+                    yield reply
+                    if reply.result.get("last"):
+                        return
+        except StopIteration as ended:
+            how: Exchange = ended.value
+            raise self._no_reply(Exchange(bytes(seen), how.stderr, how.status)) from None
+        finally:
+            pieces.close()
 
     def install(self) -> None:
         """Put the agent on the host under its own digest; later calls run it from there."""
@@ -97,6 +142,9 @@ class Transport(ABC):
         frame = find_frame(ended.stdout)
         if frame is None:
             raise self._no_reply(ended)
+        return self._taken(frame)
+
+    def _taken(self, frame: Frame) -> Reply:
         if not frame.document["ok"]:
             if (frame.document.get("error") or {}).get("kind") in ("agent-missing", "agent-corrupt"):
                 raise _AgentGoneError

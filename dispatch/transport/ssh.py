@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import fabric  # type: ignore[import-untyped]
 import paramiko
@@ -33,6 +33,10 @@ from latentforge.errors import RefusedError
 
 CHANNEL_SECONDS = 8.0
 FIRST_WORD_SECONDS = 8.5
+_CHUNK = 256 * 1024
+_WINDOW = 8 * 1024 * 1024
+_TURN_SECONDS = 90.0
+"""How long a channel that goes on waits for a session, where others of its kind have all that the server permits."""
 
 
 class _RefuseUnknown(paramiko.MissingHostKeyPolicy):
@@ -85,6 +89,28 @@ class SshTransport(Transport):
                 f"{self.host.name}: the connection broke ({type(error).__name__}: {error})".rstrip(": ")
             ) from error
 
+    def pieces(self, argv: list[str], stdin: bytes, *, silence: float) -> Generator[bytes, None, Exchange]:
+        """Run the program in a channel of its own, and yield what it writes; no more than a window of it waits here."""
+        transport, _link, address = self._opened()
+        try:
+            with self._session(transport, address, _TURN_SECONDS, window=_WINDOW) as channel:
+                self._started(channel, transport, address, shlex.join(argv))
+                channel.settimeout(silence)
+                channel.sendall(stdin)
+                channel.shutdown_write()
+                while piece := channel.recv(_CHUNK):
+                    yield piece
+                stderr = channel.recv_stderr(_CHUNK)
+                if not channel.status_event.wait(5.0):
+                    raise TimeoutError("no exit status")
+                status = channel.recv_exit_status()
+                return Exchange(b"", stderr, None if status == -1 else status)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            self._close(transport)
+            raise LinkLostError(
+                f"{self.host.name}: the connection broke ({type(error).__name__}: {error})".rstrip(": ")
+            ) from error
+
     def close(self) -> None:
         """Close the connection."""
         self._close(None)
@@ -111,14 +137,16 @@ class SshTransport(Transport):
             return transport, self._link, self._address
 
     @contextlib.contextmanager
-    def _session(self, transport: paramiko.Transport, address: Address, timeout: float) -> Iterator[paramiko.Channel]:
+    def _session(
+        self, transport: paramiko.Transport, address: Address, timeout: float, *, window: int | None = None
+    ) -> Iterator[paramiko.Channel]:
         """A channel of the connection; a server that permits no further one now is asked again when one has ended."""
         patience = time.monotonic() + timeout
         alone = time.monotonic() + 2.0
         while True:
             try:
                 with self._turn:  # Paramiko mixes up the answers of two that open at once
-                    channel = transport.open_session(timeout=CHANNEL_SECONDS)
+                    channel = transport.open_session(window_size=window, timeout=CHANNEL_SECONDS)
                 break
             except paramiko.ChannelException as error:
                 with self._ended:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dispatch.agent import protocol
 
 from .conftest import AgentHost, Refusal, wait_for
 
@@ -188,7 +191,7 @@ def test_a_deleted_log_is_told_as_missing(host: AgentHost) -> None:
 
 def test_only_the_streams_of_a_run_can_be_read(host: AgentHost) -> None:
     state = host.ran("pass")
-    for bad in ({"identity.json": None}, {"../x": None}, {"launch.log": 3}, {"launch.log": {"offset": -1}}):
+    for bad in ({"launch.json": None}, {"../x": None}, {"launch.log": 3}, {"launch.log": {"offset": -1}}):
         with pytest.raises(Refusal, match="read: "):
             host.call("read", run=state["run"], streams=bad)
     with pytest.raises(Refusal, match="wait=60"):
@@ -231,3 +234,40 @@ def test_a_fetch_never_leads_outside_the_run(host: AgentHost, path: str) -> None
     with pytest.raises(Refusal) as refusal:
         host.frame("fetch", {"run": run, "path": path})
     assert refusal.value.code == 2
+
+
+def test_follow_answers_until_the_last_byte_and_says_which_answer_is_the_last(host: AgentHost) -> None:
+    run = host.python("import sys, time\nfor n in range(40):\n    print('line', n, flush=True); time.sleep(0.01)")
+    host.call("launch", chain=[run])
+    process = host.start("follow", {"run": run, "streams": {"launch.log": {}}, "seconds": 60.0, "quiet": 0.2})
+    out, err = process.communicate(timeout=60)
+    replies, content = [], b""
+    while (frame := protocol.find_frame(out)) is not None:
+        replies.append(frame.document["result"])
+        content, out = content + frame.payload, frame.rest
+    assert err == b""
+    assert [reply["last"] for reply in replies] == [False] * (len(replies) - 1) + [True]
+    assert replies[-1]["state"]["state"] == "finished"
+    assert content == host.paths(run).log.read_bytes()
+    assert all(later["clock"] >= earlier["clock"] for earlier, later in pairwise(replies))
+
+
+def test_follow_of_a_quiet_run_gives_a_sign_of_life_and_ends_after_its_seconds(host: AgentHost) -> None:
+    run = host.python("import time; time.sleep(60)")
+    host.call("launch", chain=[run])
+    host.wait(run, "running")
+    process = host.start("follow", {"run": run, "streams": {"launch.log": {}}, "seconds": 1.0, "quiet": 0.2})
+    out, _err = process.communicate(timeout=30)
+    assert 4 <= out.count(b"=LF-BEGIN") <= 8
+    host.call("cancel", run=run, grace=1.0)
+
+
+def test_follow_ends_when_nobody_listens_any_more(host: AgentHost) -> None:
+    run = host.python("import time; time.sleep(60)")
+    host.call("launch", chain=[run])
+    process = host.start("follow", {"run": run, "streams": {"launch.log": {}}, "seconds": 100.0, "quiet": 0.1})
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(10) == 0
+    host.call("cancel", run=run, grace=1.0)

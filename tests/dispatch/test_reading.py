@@ -25,7 +25,7 @@ def test_any_interruption_leaves_the_host_s_bytes_exactly(
     tmp_path_factory: Any, content: bytes, sizes: list[int], data: st.DataObject
 ) -> None:
     folder: Path = tmp_path_factory.mktemp("reading")
-    reading = Reading(folder)
+    reading = Reading(folder, every=0.0)
     while True:
         offset = int(reading.cursors["launch.log"].get("offset") or 0)
         if offset == len(content):
@@ -39,12 +39,12 @@ def test_any_interruption_leaves_the_host_s_bytes_exactly(
                 (folder / "cursor.json").unlink()
             else:
                 (folder / "cursor.json").write_bytes(saved)
-            reading = Reading(folder)
+            reading = Reading(folder, every=0.0)
             size += 1
             offset = int(reading.cursors["launch.log"].get("offset") or 0)
         reading.take(*reply("launch.log", content, offset, size))
         if data.draw(st.booleans()):
-            reading = Reading(folder)
+            reading = Reading(folder, every=0.0)
     assert Reading(folder).stored("launch.log") == content
 
 
@@ -71,15 +71,3 @@ def test_a_cursor_beyond_the_stored_bytes_is_not_believed(tmp_path: Path) -> Non
     (tmp_path / "cursor.json").write_text(json.dumps({"launch.log": {"inode": 1, "offset": 50, "head": "x"}}))
     (tmp_path / "launch.log").write_bytes(b"short")
     assert Reading(tmp_path).cursors["launch.log"] == {}
-
-
-def test_a_talkative_run_is_asked_less_often_and_a_quiet_one_at_once() -> None:
-    from dispatch.following.follow import _pause
-
-    pause, asked = 0.0, 0.0
-    for _ in range(20):
-        pause = _pause(pause, 0.15, 1000)
-        asked = 0.15 / (0.15 + pause)
-    assert asked < 0.12
-    assert _pause(pause, 5.0, 0) == 0.0
-    assert _pause(0.0, 0.001, 10) <= 0.008, "a quick answer costs little, and is asked for soon again"
