@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dispatch.collect import Collected, collect, locked
+from dispatch.following.lines import single_line
+from dispatch.following.record import WatchRecord, ending_of
 from dispatch.following.view import verdict_of
+from dispatch.following.watcher import judge_copy
 from dispatch.hosts.facts import RunState
 from dispatch.places import Places
 from dispatch.transport.call import Transport
@@ -56,11 +59,14 @@ def conclude(
 ) -> Conclusion:
     """Collect an ended run, write its evidence unless that was done, verify it, and say which exit code it earned."""
     earned = earned_code(state)
+    followed = places.followed(transport.host.name, run)
     if state.state != "finished":
+        if state.has_ended:
+            WatchRecord(run, *ending_of(state), reason=state.reason or "").save(followed)
         # Lost or interrupted: the host itself cannot say what the run left, so there is nothing to vouch for.
         return Conclusion(run, [], None, None, [], earned)
     folder = places.run(run)
-    copied, verification = None, _verified_here(places, run)
+    copied, verification, watched = None, _verified_here(places, run), None
     if verification is None:
         try:
             copied = collect(transport, run, places)
@@ -69,19 +75,26 @@ def conclude(
             return Conclusion(run, [], None, None, [str(error)], worst([earned, ExitCode.FAIL]))
         with locked(places, run):
             if not _is_recorded(places, run):
-                dispatched = {"carrier": "local" if transport.host.is_local else "ssh", "agent": transport.agent}
+                watched = judge_copy(folder, run, state)
+                carrier = "local" if transport.host.is_local else "ssh"
+                dispatched = {"carrier": carrier, "agent": transport.agent, "watched": watched.as_json()}
                 record(folder, build_statement(folder, plan=dict(plan), host=dict(facts), dispatched=dispatched))
             verification = verify_evidence(folder)
+    watched = watched or judge_copy(folder, run, state)
+    watched.save(followed)
     problems = [f"{problem.what}  {problem.text}" for problem in verification.problems]
     events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
-    verdicts = [verdict for verdict in map(verdict_of, events) if verdict is not None]
-    codes = [earned]
+    # An event that names another run is no word of this one's.
+    verdicts = [said for event in events if event.run == run and (said := verdict_of(event)) is not None]
+    codes = [earned, watched.code]
     if verification.outcome is not Outcome.PASS:
         codes.append(exit_code(verification.outcome))
     if verdicts and earned is ExitCode.PASS:
         # A trainer that ends with 0 beside a failed falsifier of its own is not believed.
         codes.append(exit_code(meet(verdict.outcome for verdict in verdicts)))
-    reason = next((str(event.fields.get("reason") or "") for event in reversed(events) if event.kind == "end"), "")
+    verdicts += watched.verdicts
+    ends = [event.fields.get("reason") for event in events if event.kind == "end"]
+    reason = single_line(ends[-1] or "") if ends else ""
     return Conclusion(run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes), reason)
 
 

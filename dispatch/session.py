@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
 from dispatch.conclude import Conclusion, check_evidence_folder, conclude, earned_code
 from dispatch.following.follow import Follower
+from dispatch.following.limits import Limits
+from dispatch.following.record import VERDICT_FILE, WatchEndedError
 from dispatch.following.watching import PlainObserver, phase_lines
 from dispatch.hosts.facts import HostFacts, RunState, moment
 from dispatch.places import Places
@@ -39,23 +41,23 @@ class Session:
     transport: Transport
     places: Places
     json: bool = False
+    adjust: Callable[[Limits], Limits] = field(default=lambda limits: limits)
+    observer: PlainObserver | LiveObserver = field(default=None)  # type: ignore[assignment]
+    """Who shows the runs; chosen by what standard output is, where nobody is named."""
+    tell: Callable[[str], None] | None = None
+    """Takes the lines for people, where they share a terminal with those of other runs."""
 
     def __post_init__(self) -> None:
-        name = self.transport.host.name
-        plain = self.json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb"
-        # With --json standard output is for programs; the run's lines go to people on the other stream.
-        self.observer: PlainObserver | LiveObserver
-        if plain:
-            self.observer = PlainObserver(name, sys.stderr if self.json else None)
-        else:
-            from dispatch.following.live import LiveObserver  # rich is slow to import, and not needed in a pipe
-
-            self.observer = LiveObserver(name)
-        self.follower = Follower(self.transport, self.places, self.observer)
+        if self.observer is None:
+            self.observer = _observer(self.transport.host.name, self.json)
+        self.follower = Follower(self.transport, self.places, self.observer, adjust=self.adjust)
         self.concluding: str | None = None
 
     def say(self, text: str) -> None:
         """A line for people."""
+        if self.tell is not None:
+            self.tell(text)
+            return
         print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
 
     def go(self, ask: Ask, *, detach: bool = False) -> ExitCode:
@@ -72,6 +74,8 @@ class Session:
             self.observer.close()
             self.concluding = applied.final
             return self._concluded(plan, ask, facts, applied)
+        except WatchEndedError as ended:
+            return self._stopped(ended)
         except KeyboardInterrupt:
             return self._detached(ask.command)
         finally:
@@ -100,6 +104,8 @@ class Session:
                 self.transport, last, state, self.places, plan=context, facts={"name": self.transport.host.name}
             )
             return self._told(last, state, done)
+        except WatchEndedError as ended:
+            return self._stopped(ended)
         except KeyboardInterrupt:
             return self._detached(f"latentforge dispatch watch {run}")
         finally:
@@ -156,6 +162,21 @@ class Session:
             self.say(line)
         return done.code if done else earned_code(state)
 
+    def _stopped(self, ended: WatchEndedError) -> ExitCode:
+        """Say why there is nothing to wait for; the run itself is left alone."""
+        self.observer.close()
+        record = ended.record
+        for verdict in record.verdicts:
+            self.say(verdict.line())
+        evidence = self.places.followed(self.transport.host.name, record.run) / VERDICT_FILE
+        first, *rest = (ended.next or "").splitlines()
+        self.say("\n".join([f"  the run was left alone; noted in {evidence}", f"  next: {first}"]))
+        for line in rest:
+            self.say(f"        {line}")
+        if self.json:
+            print(json.dumps({"run": record.run, "watch": record.as_json(), "code": int(ended.code)}, indent=2))
+        return ended.code
+
     def _detached(self, again: str) -> ExitCode:
         self.observer.close()
         run = self.follower.goal
@@ -175,6 +196,15 @@ class Session:
         where = run if self.places.record(run).is_file() else f"{run} --host {self.transport.host.name}"
         self.say(f"{how}   back:  latentforge dispatch watch {where}     stop:  latentforge dispatch cancel {where}")
         return code
+
+
+def _observer(host: str, as_json: bool) -> PlainObserver | LiveObserver:
+    if as_json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        # With --json standard output is for programs; the run's lines go to people on the other stream.
+        return PlainObserver(host, sys.stderr if as_json else None)
+    from dispatch.following.live import LiveObserver  # rich is slow to import, and not needed in a pipe
+
+    return LiveObserver(host)
 
 
 def preview(ask: Ask, places: Places, *, as_json: bool) -> ExitCode:

@@ -1,30 +1,35 @@
-"""Following a run to its end: by bytes from a cursor on, through losses of the link, never longer than it lasts."""
+"""Following a run to its end: by bytes from a cursor on, through losses of the link, never longer than it is worth."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
-
 from dispatch.following.cursor import STREAMS, Reading
+from dispatch.following.limits import Limits
+from dispatch.following.lines import LineReader
+from dispatch.following.record import WatchEndedError
+from dispatch.following.watcher import EventTail, Watcher
 from dispatch.hosts.facts import RunState
 from dispatch.hosts.trust import HostKeyError
 from dispatch.places import Places, writing
 from dispatch.transport.call import Reply, Transport
 from dispatch.transport.link import LinkError
-from latentforge.errors import RefusedError, UnknownOutcomeError
-from latentforge.events import Event, parse_event
+from latentforge.errors import UnknownOutcomeError
+from latentforge.events import Event
 from latentforge.verdicts import ExitCode
 
-LONG_POLL_SECONDS = 10.0
 PATIENCE_SECONDS = 900.0
 """How long an unreachable host is asked again before the command gives up; the run is not affected by either."""
 
-_CHUNK = 1 << 20
+_CHUNK = 4 << 20
+_CHANNEL_SECONDS = 60.0
+"""How long the host answers over one channel before it is asked again: what a lost reader leaves there ends by then."""
+_SILENCE_SECONDS = 15.0
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
 
 
 class Observer(Protocol):
@@ -39,8 +44,11 @@ class Observer(Protocol):
     def events(self, events: list[Event]) -> None:
         """New events, in order."""
 
-    def log(self, data: bytes, *, anew: bool) -> None:
-        """New bytes of the log; ``anew`` where the file was replaced or truncated and is read from its start."""
+    def log(self, lines: list[str]) -> None:
+        """New lines of the log, harmless to a terminal."""
+
+    def note(self, line: str) -> None:
+        """Something of the watcher's own: a warning, a verdict, a file that was replaced on the host."""
 
     def unreachable(self, seconds: float, error: BaseException, retry_in: float) -> None:
         """The host has not answered for so long."""
@@ -57,100 +65,147 @@ class Follower:
     places: Places
     observer: Observer
     patience: float = PATIENCE_SECONDS
-    poll: float = LONG_POLL_SECONDS
     goal: str | None = None
     """The run that a command is about, where it follows others on the way there."""
+    adjust: Callable[[Limits], Limits] = field(default=lambda limits: limits)
+    """What the user changed of the limits that the pipeline implies."""
 
     def follow(self, run: str, *, position: int = 1, of: int = 1) -> RunState:
         """Follow to the end; returns the last state, after which no byte comes.
 
-        UnknownOutcomeError where the host stays unreachable for longer than the patience. Ctrl-C passes through.
+        WatchEndedError where the run stands still, misses a deadline or says nothing; UnknownOutcomeError where the
+        host stays unreachable for longer than the patience. Both leave the run alone. Ctrl-C passes through.
         """
         reading = Reading(self.places.followed(self.transport.host.name, run))
-        tail = _EventTail()
+        one = _Following(run, reading, self.observer, self.adjust)
         self.observer.begin(run, position, of)
         for name in STREAMS:
-            if stored := reading.stored(name):
-                self._show(name, stored, False, tail)
-        known, pause = "", 0.0
-        while True:
-            time.sleep(pause)
-            begin = time.monotonic()
-            reply = self._read(run, reading, known)
-            pause = _pause(pause, time.monotonic() - begin, len(reply.payload))
-            state = RunState.model_validate(reply.result["state"])
-            known = state.state
-            with writing():
-                taken = reading.take(reply.result["streams"], reply.result["order"], reply.payload)
-            self.observer.state(state)
-            for name, (data, anew) in taken.items():
-                self._show(name, data, anew, tail)
-            if all(answer["eof"] for answer in reply.result["streams"].values()):
-                self.observer.end(state)
-                return state
-
-    def _show(self, name: str, data: bytes, anew: bool, tail: _EventTail) -> None:
-        if name == "launch.log" and (data or anew):
-            self.observer.log(data, anew=anew)
-        elif name == "events.jsonl" and (events := list(tail.feed(data, anew))):
-            self.observer.events(events)
-
-    def _read(self, run: str, reading: Reading, known: str) -> Reply:
-        args: dict[str, Any] = {"run": run, "streams": reading.cursors, "max": _CHUNK, "wait": self.poll}
-        if known:
-            args["known_state"] = known
-        else:
-            args["wait"] = 0.0
-        since = time.monotonic()
-
-        def tell(state: RetryCallState) -> None:
-            assert state.outcome is not None
-            error = state.outcome.exception()
-            assert error is not None
-            self.observer.unreachable(time.monotonic() - since, error, state.upcoming_sleep)
-
-        retrying = Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, LinkError)),
-            wait=wait_exponential(multiplier=0.25, max=10.0),
-            stop=stop_after_delay(self.patience),
-            before_sleep=tell,
-            reraise=True,
-        )
+            for chunk in reading.chunks(name):
+                one.show(name, chunk)
         try:
-            reply: Reply = retrying(self.transport.call, "read", args, timeout=self.poll + 20.0)
-        except HostKeyError as error:
-            # Not "nothing was sent" any more: the run was launched over the trusted key.
-            error.code = ExitCode.UNKNOWN
-            raise
-        except LinkError as error:
-            raise UnknownOutcomeError(
-                f"{self.transport.host.name} stayed unreachable for {time.monotonic() - since:.0f} s ({error}); "
-                f"the run is not affected",
-                next=f"latentforge dispatch watch {self.goal or run}",
-            ) from error
-        return reply
+            for reply in self._replies(one):
+                state = RunState.model_validate(reply.result["state"])
+                with writing():
+                    taken = reading.take(reply.result["streams"], reply.result["order"], reply.payload)
+                one.take(state, float(reply.result["clock"]), reply.result["streams"], taken)
+                if all(answer["eof"] for answer in reply.result["streams"].values()):
+                    one.finish()
+                    self.observer.end(state)
+                    return state
+                if (overdue := one.watcher.overdue()) is not None:
+                    overdue.save(reading.folder)
+                    raise WatchEndedError(overdue, self._named(run))
+        finally:
+            with writing():
+                reading.save()
+        raise AssertionError("a run is followed to its end or to an error")
+
+    def _replies(self, one: _Following) -> Iterator[Reply]:
+        """What the host has to say, channel after channel, through losses of the link."""
+        lost_at, wait = 0.0, 0.0
+        while True:
+            streams = {name: one.reading.cursors[name] for name in STREAMS}
+            quiet = one.watcher.limits.quiet
+            args: dict[str, Any] = {"run": one.run, "streams": streams, "max": _CHUNK}
+            args |= {"seconds": _CHANNEL_SECONDS, "quiet": quiet}
+            try:
+                for reply in self.transport.stream("follow", args, silence=quiet + _SILENCE_SECONDS):
+                    lost_at, wait = 0.0, 0.0
+                    yield reply
+            except HostKeyError as error:
+                # Not "nothing was sent" any more: the run was launched over the trusted key.
+                error.code = ExitCode.UNKNOWN
+                raise
+            except LinkError as error:
+                now = time.monotonic()
+                lost_at = lost_at or now
+                if now - lost_at >= self.patience:
+                    self._give_up(one, now - lost_at, error)
+                wait = min(_LONGEST_WAIT, 2 * wait or _FIRST_WAIT)
+                self.observer.unreachable(now - lost_at, error, wait)
+                time.sleep(wait)
+
+    def _give_up(self, one: _Following, seconds: float, error: LinkError) -> None:
+        what = f"{self.transport.host.name} stayed unreachable for {seconds:.0f} s ({error})"
+        one.watcher.gave_up(what).save(one.reading.folder)
+        raise UnknownOutcomeError(
+            f"{what}; the run is not affected", next=f"latentforge dispatch watch {self._named(self.goal or one.run)}"
+        ) from error
+
+    def _named(self, run: str) -> str:
+        """How the run is named on a command line: with its host, where no record of this laptop says it."""
+        return run if self.places.record(run).is_file() else f"{run} --host {self.transport.host.name}"
 
 
-def _pause(pause: float, took: float, size: int) -> float:
-    """Seconds until the next question.
+class _Following:
+    """One run as it is followed: its bytes become events and lines, for the watcher first and then for the observer."""
 
-    A run that tells something all the time would be asked without a break, and each question is a process on its host,
-    beside the training. So questions that find something thin out, to about a tenth of the time.
-    """
-    return min(2.0, 8.0 * took, max(0.1, 2.0 * pause)) if size else 0.0
+    def __init__(self, run: str, reading: Reading, observer: Observer, adjust: Callable[[Limits], Limits]) -> None:
+        self.run, self.reading, self.observer, self._adjust = run, reading, observer, adjust
+        kind = run.partition("-")[0]
+        self.watcher = Watcher(run, adjust(Limits.of(None, kind)))
+        self._tail, self._lines = EventTail(), LineReader()
+        self._identity = b""
+        self._gone: set[str] = set()
+
+    def take(
+        self, state: RunState, clock: float, answers: dict[str, Any], taken: dict[str, tuple[bytes, bool]]
+    ) -> None:
+        """One answer of the host: the events before the lines that tell the same."""
+        self.watcher.state(state, clock)
+        self.observer.state(state)
+        for name in sorted(taken, key=_FIRST.index):
+            data, anew = taken[name]
+            self._mark(name, answers[name], state)
+            if data or anew:
+                self.show(name, data, anew=anew)
+        self._pass_on()
+
+    def show(self, name: str, data: bytes, *, anew: bool = False) -> None:
+        """Bytes of one stream."""
+        if name == "identity.json":
+            self._take_identity(data)
+        elif name == "events.jsonl":
+            if events := self.watcher.events(self._tail.feed(data, anew)):
+                self.observer.events(events)
+        else:
+            if anew:
+                self._lines = LineReader()
+            if data:
+                self.watcher.appeared()
+            if lines := list(self._lines.feed(data)):
+                self.observer.log(self.watcher.log(lines))
+
+    def finish(self) -> None:
+        """Give the last line, though it has no line end."""
+        if lines := list(self._lines.feed(b"", final=True)):
+            self.observer.log(self.watcher.log(lines))
+        self._pass_on()
+
+    def _take_identity(self, data: bytes) -> None:
+        self._identity += data
+        try:
+            spec = json.loads(self._identity)["spec"]
+        except (ValueError, KeyError, TypeError):
+            return
+        self.watcher.limits = self._adjust(Limits.of(spec if isinstance(spec, dict) else None, self.watcher.kind))
+
+    def _mark(self, name: str, answer: dict[str, Any], state: RunState) -> None:
+        """Say what became of a file that was being read."""
+        if answer["missing"]:
+            if name not in self._gone and self.reading.cursors[name].get("offset") and state.going_on:
+                self._gone.add(name)
+                self.observer.note(f"({name} was deleted on the host; what was read of it is kept here)")
+            return
+        self._gone.discard(name)
+        how = "replaced" if answer["replaced"] else "truncated" if answer["truncated"] else ""
+        if how:
+            what = "the log" if name == "launch.log" else name
+            self.observer.note(f"({what} was {how} on the host; from its start)")
+
+    def _pass_on(self) -> None:
+        for line in self.watcher.news():
+            self.observer.note(line)
 
 
-class _EventTail:
-    """Whole lines of the event stream, parsed; what is not an event is skipped, since only the host may judge it."""
-
-    def __init__(self) -> None:
-        self._open = b""
-
-    def feed(self, data: bytes, anew: bool) -> Iterator[Event]:
-        if anew:
-            self._open = b""
-        *whole, self._open = (self._open + data).split(b"\n")
-        for line in whole:
-            if line.strip():
-                with contextlib.suppress(RefusedError):
-                    yield parse_event(line)
+_FIRST = ("identity.json", "events.jsonl", "launch.log")

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from dispatch.following.lines import single_line
 from latentforge.errors import RefusedError
 from latentforge.events import Event
 from latentforge.verdicts import Outcome, Verdict
@@ -59,7 +60,7 @@ class RunView:
                 known = [value for value in fields.values() if isinstance(value, int)]
                 self.memory_bytes = max(known, default=self.memory_bytes)
             case "warning":
-                self.warnings.append(str(fields.get("message", "")))
+                self.warnings.append(single_line(fields.get("message", "")))
             case "verdict":
                 if (verdict := verdict_of(event)) is not None:
                     self.verdicts.append(verdict)
@@ -67,24 +68,24 @@ class RunView:
                 self.end = fields
 
     def _phase(self, fields: dict[str, Any]) -> None:
-        name, state = str(fields.get("name", "")), fields.get("state")
+        name, state = single_line(fields.get("name", ""), 40), fields.get("state")
         if name == "ready":
             self.ready, self.compiles = True, 0
         elif state == "end":
-            self.phases[name] = self.phases.get(name, 0.0) + float(fields.get("seconds", 0.0))
+            self.phases[name] = self.phases.get(name, 0.0) + (_number(fields.get("seconds")) or 0.0)
         else:
             if name != self.phase:
                 self.done = self.total = None
             self.phase = name
             if state == "progress":
-                self.done, self.total = fields.get("done"), fields.get("total")
+                self.done, self.total = _count(fields.get("done")), _count(fields.get("total"))
 
     def _step(self, fields: dict[str, Any]) -> None:
-        if fields.get("model") != self.model:
-            self.model = str(fields.get("model", ""))
+        if single_line(fields.get("model", ""), 40) != self.model:
+            self.model = single_line(fields.get("model", ""), 40)
             self.losses.clear()
         self.last = fields
-        self.done, self.total = fields.get("step"), fields.get("steps")
+        self.done, self.total = _count(fields.get("step")), _count(fields.get("steps"))
         if isinstance(loss := fields.get("loss"), int | float):
             self.losses.append(float(loss))
         if isinstance(memory := fields.get("memory_bytes"), int):
@@ -96,11 +97,27 @@ def verdict_of(event: Event) -> Verdict | None:
     fields = event.fields
     try:
         outcome = Outcome[str(fields["outcome"]).upper()]
-        return Verdict(
-            str(fields["falsifier"]), outcome, str(fields.get("text", "")), fields.get("measured") or {}, event.run
-        )
+        measured = fields.get("measured")
+        text = single_line(fields.get("text", ""))  # a text of two lines must not make a FAIL unreadable
+        measured = measured if isinstance(measured, dict) else {}
+        return Verdict(str(fields["falsifier"]), outcome, text, measured, event.run)
     except (KeyError, ValueError, RefusedError):
         return None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _count(value: Any) -> int | None:
+    """A count as an event holds it; a run may have written anything there."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
+def short(run: str) -> str:
+    """A run's name where there is little room: enough of it to name it to a command."""
+    kind, _, digits = run.partition("-")
+    return f"{kind}-{digits[:6]}" if len(digits) > 6 else run
 
 
 def duration(seconds: float) -> str:

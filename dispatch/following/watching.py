@@ -1,4 +1,4 @@
-"""Watching in plain lines, for pipes and files, and the choice between that and a live display."""
+"""Watching in plain lines, for pipes and files, and the words that both displays share."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import os
 import sys
 from typing import TextIO
 
-from dispatch.following.lines import LineReader
 from dispatch.following.view import RunView, duration
 from dispatch.hosts.facts import RunState
 from latentforge.events import Event
 
 
 class PlainObserver:
-    """The run's own log lines, as they come, each as it is: ``grep`` works on them."""
+    """The run's own log lines, as they come, each as it is: ``grep`` works on them.
 
-    def __init__(self, host: str, out: TextIO | None = None) -> None:
+    With a ``prefix`` (several runs at once) each line says whose it is.
+    """
+
+    def __init__(self, host: str, out: TextIO | None = None, prefix: str = "") -> None:
         self._host = host
         self._out = out if out is not None else sys.stdout
-        self._reader = LineReader()
+        self._prefix = prefix
         self.views: dict[str, RunView] = {}
         self.run = ""
 
@@ -26,8 +28,7 @@ class PlainObserver:
         """Say whose turn it is."""
         self.run = run
         self.views[run] = RunView(run)
-        self._reader = LineReader()
-        self._say(f"run {run} on {self._host}" + (f" ({position} of {of})" if of > 1 else ""))
+        self.note(f"run {run} on {self._host}" + (f" ({position} of {of})" if of > 1 else ""))
 
     def state(self, state: RunState) -> None:
         """Nothing: the log tells."""
@@ -37,29 +38,29 @@ class PlainObserver:
         for event in events:
             self.views[self.run].feed(event)
 
-    def log(self, data: bytes, *, anew: bool) -> None:
+    def log(self, lines: list[str]) -> None:
         """Print whole lines."""
-        if anew:
-            self._reader = LineReader()
-            self._say("(the log was replaced on the host; from its start)")
-        for line in self._reader.feed(data):
-            self._say(line)
+        self._say(lines)
+
+    def note(self, line: str) -> None:
+        """Print a line of the watcher's own."""
+        self._say([line])
 
     def unreachable(self, seconds: float, error: BaseException, retry_in: float) -> None:
         """Say so, as often as it is tried."""
-        self._say(unreachable(self.run, self._host, self.views[self.run], seconds, retry_in))
+        self.note(unreachable(self.run, self._host, self.views[self.run], seconds, retry_in))
 
     def end(self, state: RunState) -> None:
-        """Print the last line, though it has no line end."""
-        for line in self._reader.feed(b"", final=True):
-            self._say(line)
+        """Nothing: the last line has been printed."""
 
     def close(self) -> None:
         """Nothing to put back."""
 
-    def _say(self, line: str) -> None:
+    def _say(self, lines: list[str]) -> None:
         try:
-            print(line, file=self._out, flush=True)
+            # In one piece: what another run's thread prints must not get between a prefix and its line.
+            self._out.write(self._prefix + f"\n{self._prefix}".join(lines) + "\n")
+            self._out.flush()
         except BrokenPipeError:
             # The reader has what it wanted (`| grep -m1`); the run is still followed to its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentforge.cli import dispatch_hosts, dispatch_pull
+from latentforge.cli import dispatch_hosts, dispatch_pull, dispatch_watch
 from latentforge.cli.dispatch_hosts import AbandonOption, EachOption, LanesOption
+from latentforge.cli.dispatch_watch import DeadlineOption, StallOption
 from latentforge.verdicts.exitcode import ExitCode
 
 if TYPE_CHECKING:
@@ -49,21 +50,25 @@ def go(
     attempt: AttemptOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the device lease instead of ending with 7.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Launch, and leave at once.")] = False,
+    deadline: DeadlineOption = None,
+    stall: StallOption = None,
     json: JsonOption = False,
 ) -> ExitCode:
     """Do a pipeline: plan, build, launch, follow, collect, verify; ends with the verdict and its exit code.
 
     Repeating it changes nothing: what runs is followed, what finished is reported with the code that it earned.
     """
+    from dispatch.following.limits import Limits
     from dispatch.session import Session, preview
     from dispatch.transport.open import open_transport
 
+    adjust = Limits.adjuster(deadline or (), stall)
     places, ask = _asked(pipeline, host, set_, attempt, wait, lanes=lanes, abandon=abandon)
     if dry_run or _dry_run():
         return preview(ask, places, as_json=json)
     transport = open_transport(ask.host, places)
     try:
-        return Session(transport, places, json=json).go(ask, detach=detach)
+        return Session(transport, places, json=json, adjust=adjust).go(ask, detach=detach)
     finally:
         transport.close()
 
@@ -83,20 +88,6 @@ def plan(
 
     places, ask = _asked(pipeline, host, set_, attempt, False, lanes=lanes, abandon=abandon)
     return preview(ask, places, as_json=json)
-
-
-@app.command()
-def watch(run: RunArgument, host: HostOption = None) -> ExitCode:
-    """Follow a run from wherever it was left to its end; exits with the run's code."""
-    from dispatch.session import Session
-    from dispatch.transport.open import open_transport
-
-    places, record, where = _located(run, host)
-    transport = open_transport(where, places)
-    try:
-        return Session(transport, places).watch(record.run, list(record.chain), record.context)
-    finally:
-        transport.close()
 
 
 @app.command()
@@ -120,7 +111,7 @@ def status(
             inventory.choose(host, {})  # a host that cannot be named has no runs, which is not the same as none yet
         records = [one for one in recorded(places) if host is None or one.host == host]
         return print_standing(places, records, as_json=json)
-    places, record, _where = _located(run, host)
+    places, record, _where = located(run, host)
     return print_standing(places, [record], as_json=json, single=True)
 
 
@@ -134,7 +125,7 @@ def cancel(
     from dispatch.standing import cancel_run
     from dispatch.transport.open import open_transport
 
-    places, record, where = _located(run, host)
+    places, record, where = located(run, host)
     transport = open_transport(where, places)
     try:
         return cancel_run(transport, record.run, grace=grace)
@@ -163,7 +154,7 @@ def collect(
         return dispatch_hosts.collect_each(each, host, mine, as_json=json)
     if run is None:
         raise RefusedError("collect: no RUN is named", next="latentforge dispatch status   lists them")
-    places, record, where = _located(run, host)
+    places, record, where = located(run, host)
     transport = open_transport(where, places)
     try:
         copied = fetch(transport, record.run, places)
@@ -269,7 +260,7 @@ def _asked_of(
     )
 
 
-def _located(run: str, host: str | None) -> tuple[Places, Record, Host]:
+def located(run: str, host: str | None) -> tuple[Places, Record, Host]:
     """The record of a run and the host that holds it; with ``--host`` a full id needs no record."""
     from dispatch.records import Record, find
     from latentforge.spec.identity import RUN_ID
@@ -305,3 +296,4 @@ def _dry_run() -> bool:
 
 dispatch_hosts.add_to(app)
 dispatch_pull.add_to(app)
+dispatch_watch.add_to(app)

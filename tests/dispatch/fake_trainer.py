@@ -1,6 +1,9 @@
 """Stands in for a trainer: writes the events, files and lines of one, as slowly and as badly as it is told to.
 
-Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``.
+Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``. What it can be told:
+``steps``; ``wait_at`` a step, or ``hang_in`` ("start", "load", "warm-up") until the file ``gate`` is there, by
+a busy loop if ``spin``; ``losses`` and lines to ``say`` by step; ``noise``; ``fail``, or ``exit`` with a ``reason``;
+``no_end``; ``effective`` fields; raw ``forged`` lines for its own event log; ``checkpoint`` fields at its last step.
 """
 
 import hashlib
@@ -15,44 +18,61 @@ from latentforge.spec.run import RunDir
 from latentforge.verdicts import ExitCode, Outcome, Verdict
 
 
-def wait_for(path: str, seconds: float = 60.0) -> None:
+def wait_for(path: str, seconds: float = 60.0, *, spin: bool = False) -> None:
     """Go on when the test says so."""
     deadline = time.monotonic() + seconds
     while not os.path.exists(path):
         if time.monotonic() > deadline:
             raise SystemExit(f"nobody made {path}")
-        time.sleep(0.01)
+        if not spin:
+            time.sleep(0.01)
 
 
 def main() -> int:
     """Train nothing, convincingly."""
     run, how = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     steps = how.get("steps", 20)
+
+    def hang(where: str) -> None:
+        if how.get("hang_in") == where:
+            wait_for(how["gate"], spin=bool(how.get("spin")))
+
     if "starts" in how:
         with open(how["starts"], "a") as file:
             file.write(f"{run.run}\n")
+    hang("start")
     with EventLog(run.events_file, run.run) as log:
         spec = run.load_identity().spec
-        run.effective_file.write_text(json.dumps({"requested": spec, "effective": spec, "seeds": {}, "timings": {}}))
+        effective = {"requested": spec, "effective": spec, "seeds": {}, "timings": {}, **how.get("effective", {})}
+        run.effective_file.write_text(json.dumps(effective))
         with log.phase("load"):
+            hang("load")
             for name in how.get("digest_of", []):
                 (run.out / f"{name}.sha256").write_text(hashlib.sha256(os.environ[name].encode()).hexdigest())
             (run.out / "student").mkdir(parents=True, exist_ok=True)
             (run.out / "student" / "model.safetensors").write_bytes(b"weights " * 1000)
+        hang("warm-up")
         for step in range(1, steps + 1):
             if how.get("wait_at") == step:
-                wait_for(how["gate"])
+                wait_for(how["gate"], spin=bool(how.get("spin")))
             log.step(
                 step,
                 steps,
                 model="student",
-                loss=5.0 - step / steps,
+                loss=float(how.get("losses", {}).get(str(step), 5.0 - step / steps)),
                 learning_rate=1e-3,
                 rows=31,
                 tokens_per_second=1e4,
             )
+            for line in how.get("say", {}).get(str(step), []):
+                log.say(line)
             if how.get("noise"):
                 log.say("ünïcödé " * 40)
+        if "checkpoint" in how:
+            log.checkpoint(steps, path="checkpoints/1", **how["checkpoint"])
+        for line in how.get("forged", []):
+            with open(run.events_file, "a") as file:
+                file.write(line.replace("RUN", run.run) + "\n")
         if "exit" in how:
             log.end(ExitCode(how["exit"]), reason=how.get("reason", ""))
             return int(how["exit"])
@@ -60,7 +80,8 @@ def main() -> int:
         if run.kind == "distill":
             log.verdict(Verdict("F-DISTILL-SMOKE-001", outcome, "val_loss 4.0 < 5.0 at step 20", {}, run.run))
         code = ExitCode.FAIL if outcome is Outcome.FAIL else ExitCode.PASS
-        log.end(code)
+        if not how.get("no_end"):
+            log.end(code)
         return int(code)
 
 
