@@ -12,6 +12,7 @@ from dispatch.building.build import BuildChoice, build_program
 from dispatch.following.follow import Follower
 from dispatch.hosts.facts import HostFacts, RunState
 from dispatch.places import Places
+from dispatch.planning.applied import keep_applied
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import ChosenRun, told_end
 from dispatch.planning.plan import Plan
@@ -76,6 +77,7 @@ def launch(
         if plan.chain:
             follower.goal = plan.chain[-1].run
             remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
+        keep_applied(places, plan, ask)
         return plan
     shown = plan
     plan, facts = survey(transport, ask, places)
@@ -95,6 +97,7 @@ def launch(
         _launch([one.run for one in plan.chain], ask, transport, follower, plan)
     follower.goal = plan.chain[-1].run  # from here on a command that is stopped leaves a run that goes on
     remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
+    keep_applied(places, plan, ask)
     return plan
 
 

@@ -50,6 +50,10 @@ class Places:
         """Which host a run was given to, and with which chain."""
         return self.state / "runs" / f"{run}.json"
 
+    def plans(self, host: str) -> Path:
+        """The plans that were applied last to a host, a file a pipeline."""
+        return self.state / "plans" / host
+
     @property
     def records(self) -> Path:
         """The folder of the records."""

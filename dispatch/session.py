@@ -17,6 +17,7 @@ from dispatch.following.record import VERDICT_FILE, WatchEndedError
 from dispatch.following.watching import PlainObserver, phase_lines
 from dispatch.hosts.facts import HostFacts, RunState, moment
 from dispatch.places import Places
+from dispatch.planning.applied import since_applied
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import told_end
 from dispatch.planning.plan import Plan
@@ -65,7 +66,8 @@ class Session:
         check_evidence_folder(self.places)
         try:
             plan, facts = survey(self.transport, ask, self.places)
-            self.say(render(plan, ask))
+            since = since_applied(self.places, plan, ask)
+            self.say(render(plan, ask, since))
             refuse(plan)
             if detach and plan.chain:
                 plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
@@ -215,10 +217,11 @@ def preview(ask: Ask, places: Places, *, as_json: bool) -> ExitCode:
         plan, _facts = survey(transport, ask, places)
     finally:
         transport.close()
+    since = since_applied(places, plan, ask)
     if as_json:
-        print(json.dumps(plan.as_json(), indent=2))
+        print(json.dumps({**plan.as_json(), "since": since.as_json() if since else None}, indent=2))
     else:
-        print(render(plan, ask))
+        print(render(plan, ask, since))
         print(ending(plan, ask))
     return plan.refusals[0].code if plan.refusals else ExitCode.PASS
 

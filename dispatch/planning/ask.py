@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dispatch.building.bundle import Bundle, code_label, pack
 from dispatch.hosts.inventory import Host
+from dispatch.planning.command import Command
 from dispatch.planning.lane import LaneChoice
 from dispatch.planning.secrets import check_names, values
 from latentforge.errors import RefusedError
@@ -77,7 +77,7 @@ def asked(
         attempt_next=attempt_next,
         wait=wait,
         command=_command(
-            recipe, f"--lanes {','.join(lanes)}" if lanes else f"--host {host.name}", resolved, env, overrides
+            recipe, ("--lanes", ",".join(lanes)) if lanes else ("--host", host.name), resolved, env, overrides
         ),
         no_secrets=_missing(spec.secrets, env),
         unfit=(_unfit(source) or stale()) if host.is_local else None,
@@ -97,14 +97,14 @@ _PLACES = ("GX10_USER", "GX10_REPO_PATH", "EVIDENCE_DIR")
 
 
 def _command(
-    recipe: str, where: str, resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
+    recipe: str, where: Sequence[str], resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
 ) -> str:
     sources = {origin.source for origin in resolved.origins.values()}
     names = sorted(source.partition(" ")[2] for source in sources if source.startswith("environment "))
     names = sorted({*names, *_PLACES})
-    before = [f"{name}={shlex.quote(env[name])} " for name in names if env.get(name)]
-    flags = [f" --set {shlex.quote(override)}" for override in overrides]
-    return f"{''.join(before)}latentforge dispatch go {shlex.quote(recipe)}{''.join(flags)} {where}"
+    variables = {name: env[name] for name in names if env.get(name)}
+    flags = [word for override in overrides for word in ("--set", override)]
+    return str(Command.of(["latentforge", "dispatch", "go", recipe, *flags, *where], variables, env))
 
 
 def _unfit(source: CodeSource) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dispatch.planning.applied import Since
 from dispatch.planning.ask import Ask
 from dispatch.planning.plan import Plan
 
 
-def render(plan: Plan, ask: Ask) -> str:
-    """The plan as text, without the sentence that ends a preview."""
+def render(plan: Plan, ask: Ask, since: Since | None = None) -> str:
+    """The plan as text, with what changed since the last one was applied, without the sentence that ends a preview."""
     machine = f" ({plan.machine})" if plan.machine else ""
     lines = [f"plan {plan.digest[:8]}  {ask.recipe} on {plan.host}{machine}", ""]
     width = max(len(step.name) for step in plan.steps)
@@ -17,6 +18,7 @@ def render(plan: Plan, ask: Ask) -> str:
     if plan.starts_something:
         lines.append(f"  {plan.runner.text}")
     lines += [f"  note: {note}" for note in plan.notes]
+    lines += ["", *since.lines()] if since is not None else []
     return "\n".join(lines) + "\n"
 
 
