@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dispatch.building.build import BuildChoice, build_program
+from dispatch.building.warmup import WarmUp
 from dispatch.following.follow import Follower
 from dispatch.hosts.facts import HostFacts, RunState
 from dispatch.places import Places
@@ -24,6 +25,7 @@ from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from dispatch.transport.sending import send
 from latentforge.errors import BusyError, CrashedError, FailedError, LatentForgeError, RefusedError
+from latentforge.verdicts import ExitCode
 
 # A change of judgement that takes nothing away from what was shown: somebody else did the step meanwhile.
 _HARMLESS = {("run", "follow"), ("run", "keep"), ("send", "keep"), ("follow", "keep"), ("write", "keep")}
@@ -88,6 +90,8 @@ def launch(
     transport.install()
     if plan.build is not None:
         build(plan.build, ask, facts, transport, follower, plan=plan.digest, say=say)
+    if plan.warmup is not None:
+        warm_up(plan.warmup, ask, facts, transport, follower, plan)
     if any(one.will == "run" for one in plan.chain):
         # Noted before the launch: if the reply is lost, the run can still be found by its name.
         remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
@@ -150,6 +154,39 @@ def build(
             next=f"read its log:  latentforge dispatch watch {choice.run} --host {ask.host.name}\n"
             f"then:  {ask.command} --attempt next",
             code=None if state.outcome == "fail" else CrashedError.default_code,
+        )
+
+
+def warm_up(one: WarmUp, ask: Ask, facts: HostFacts, transport: Transport, follower: Follower, plan: Plan) -> None:
+    """Prove the kernels of a build on its host, as a run that holds the device, unless that has been done."""
+    assert plan.build is not None
+    if one.will == "keep":
+        return
+    if one.will == "run":
+        record = {
+            "run": one.run,
+            "kin": one.kin,
+            "resolved": {},
+            "predecessor": None,
+            "argv": one.argv(plan.build.python(facts.root)),
+            "env": {"PYTHONUNBUFFERED": "1", "PYTHONPATH": plan.build.site(facts.root)},
+            "lease": ["device"],
+            "plan": plan.digest,
+            "host": host_record(ask, facts),
+            **plan.runner.launch_fields(),
+        }
+        call(transport, "reserve", {"run": one.run, "identity": one.identity, "launch": record})
+        args = {"chain": [one.run], "wait_lease": ask.wait, "runner": plan.runner.asked}
+        call(transport, "launch", args, timeout=90.0)
+    follower.goal = one.run
+    state = follower.follow(one.run)
+    follower.goal = None
+    if not state.passed:
+        raise FailedError(
+            f"the kernels' warm-up {one.run} on {ask.host.name} did not pass: {told_end(state)}",
+            next=f"read its log:  latentforge dispatch watch {one.run} --host {ask.host.name}\n"
+            f"then:  {ask.command} --attempt next",
+            code=ExitCode(state.exit) if state.exit else None,
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
+from dispatch.building.build import PREPARING
 from dispatch.conclude import Conclusion, check_evidence_folder, conclude, earned_code
 from dispatch.following.follow import Follower
 from dispatch.following.limits import Limits
@@ -99,7 +100,7 @@ class Session:
                     f"{last} is {state.state} on {self.transport.host.name}: it was never started there",
                     next="latentforge dispatch go RECIPE",
                 )
-            if last.startswith(("build-", "pull-")):
+            if last.startswith(PREPARING):
                 return self._told(last, state, None)
             self.concluding = last
             done = conclude(
@@ -185,8 +186,9 @@ class Session:
         if self.concluding is not None:
             self.say(f"\nstopped while collecting {self.concluding}; nothing is lost.   again:  {again}")
             return ExitCode.DETACHED
-        if run is not None and run.startswith("build-"):
-            self.say(f"\ndetached; the build goes on, and nothing else was launched yet.   again:  {again}")
+        if run is not None and run.startswith(PREPARING):
+            what = run.partition("-")[0]
+            self.say(f"\ndetached; the {what} goes on, and nothing else was launched yet.   again:  {again}")
             return ExitCode.DETACHED
         if run is not None:
             return self._left(run, "\ndetached; the run goes on.", ExitCode.DETACHED)

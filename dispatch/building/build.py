@@ -15,6 +15,8 @@ from dispatch.planning.choice import MAX_ATTEMPTS, told_end
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.identity import RunIdentity
 
+PREPARING = ("build-", "warmup-", "pull-")
+"""How the ids of runs begin that prepare a host: no part of a pipeline, and no evidence is kept of them."""
 _PROGRAM = Path(__file__).with_name("host_build.py")
 
 

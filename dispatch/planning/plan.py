@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dispatch.building.build import BuildChoice
+from dispatch.building.warmup import WarmUp
 from dispatch.hosts.facts import HostFacts
 from dispatch.hosts.preflight import Judgement, judge
 from dispatch.hosts.trust import short_type
@@ -52,6 +53,7 @@ class Plan:
     steps: tuple[Step, ...]
     runs: tuple[ChosenRun, ...]
     build: BuildChoice | None
+    warmup: WarmUp | None
     memory: Judgement
     runner: RunnerChoice
     notes: tuple[str, ...]
@@ -114,6 +116,7 @@ def make_plan(
     runs: Sequence[ChosenRun],
     *,
     build: BuildChoice | None,
+    warmup: WarmUp | None = None,
     memory: Judgement,
     copied: frozenset[str] = frozenset(),
 ) -> Plan:
@@ -123,6 +126,8 @@ def make_plan(
     refusals: list[Refusal] = []
     lane = [Step("lane", "keep", ask.lane.text)] if ask.lane is not None else []
     steps = [*lane, _trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
+    if warmup is not None:
+        steps.append(Step("warmup", warmup.will, warmup.because, warmup.run))
     chain = [run for run in runs if run.will in ("run", "follow")]
     busy = _lease_held(facts, chain)
     for run in runs:
@@ -153,6 +158,7 @@ def make_plan(
         steps=tuple(steps),
         runs=tuple(runs),
         build=build,
+        warmup=warmup,
         memory=memory,
         runner=runner,
         notes=ask.notes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dispatch.building.build import BuildChoice, BuildNames, choose_build
+from dispatch.building.warmup import choose_warmup, warmup_kin
 from dispatch.hosts.facts import HostFacts, PathFact
 from dispatch.places import Places
 from dispatch.planning.ask import Ask
@@ -28,15 +29,19 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
     planned = pipeline_runs(ask.spec, digests=digests, code=ask.code, lock=ask.lock)
     names = BuildNames.of(ask) if ask.bundle is not None else None
     facts = _probe(transport, ask, planned, names)
-    build = None
+    build = warmup = None
     runs = choose(planned, facts, attempt_next=False)
     if names is not None:
-        build = choose_build(ask, facts, wanted=any(run.will == "run" for run in runs))
-    if ask.attempt_next and not (build and build.again):
+        wanted = any(run.will == "run" for run in runs)
+        build = choose_build(ask, facts, wanted=wanted)
+        warmup = choose_warmup(ask, facts, build, wanted=wanted)
+    if ask.attempt_next and not (build and build.again) and not (warmup and warmup.again):
         runs = choose(planned, facts, attempt_next=True)
         if build is not None:
             build = choose_build(ask, facts, wanted=True)
-    plan = make_plan(ask, facts, runs, build=build, memory=judge_memory(ask, facts), copied=_copied(places))
+            warmup = choose_warmup(ask, facts, build, wanted=True)
+    memory = judge_memory(ask, facts)
+    plan = make_plan(ask, facts, runs, build=build, warmup=warmup, memory=memory, copied=_copied(places))
     return plan, facts
 
 
@@ -114,7 +119,7 @@ def _probe(transport: Transport, ask: Ask, planned: list[PlannedRun], names: Bui
     if names is not None:
         assert ask.bundle is not None
         wanted.append({"id": names.identity.run_id, "kin": names.kin})
-        kins.append(names.kin)
+        kins += [names.kin, warmup_kin(ask)]
         question |= {"builds": [names.build], "venvs": [names.venv], "cas": [ask.bundle.sha256]}
     facts = HostFacts.model_validate(call(transport, "probe", question, timeout=PROBE_SECONDS).result)
     later = [run for one in planned for run in attempt_ids(one, facts.kin_runs.get(one.kin, ()))]
