@@ -80,7 +80,7 @@ def _line(record: Record, state: RunState | None, silent: str | None) -> str:
     if state.has_ended:
         return f"{head}  {told_end(state)}" + (f"  {duration(state.seconds)}" if state.seconds is not None else "")
     took = f"  {duration(state.seconds)}" if state.seconds is not None else ""
-    return f"{head}  {state.state}{took}" + (f"  ({state.reason})" if state.reason else "")
+    return f"{head}  {state.state}{took}" + (f"  ({why})" if (why := state.reason or state.warning) else "")
 
 
 def cancel_run(transport: Transport, run: str, *, grace: float) -> ExitCode:

@@ -75,8 +75,8 @@ def main() -> int:
 def compile_jobs(meminfo: str = "/proc/meminfo", cores: int | None = None) -> tuple[int, str]:
     """How many compilers may run at once, and why: half the cores, 8 GiB of what is free for each, and a margin.
 
-    nvcc takes that much for a template kernel, and on unified memory a build that runs out takes the host down. On a
-    small host one compiler runs, if there is memory for one at all.
+    nvcc takes that much for a template kernel, and on unified memory a build that runs out takes the host down. A small
+    host may use two cores, and runs one compiler at least, if there is memory for one at all.
     """
     cores = cores or len(os.sched_getaffinity(0))
     sizes = {}
@@ -91,7 +91,7 @@ def compile_jobs(meminfo: str = "/proc/meminfo", cores: int | None = None) -> tu
             "build again"
         )
     margin = min(16 * GIB, total * 12 // 100)
-    jobs = max(1, min(cores // 2, (free - margin) // (8 * GIB)))
+    jobs = max(1, min(max(cores // 2, min(cores, 2)), (free - margin) // (8 * GIB)))
     return jobs, f"{jobs} at once ({cores} cores, {free / GIB:.1f} GiB free)"
 
 

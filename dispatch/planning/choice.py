@@ -194,8 +194,8 @@ def told_end(state: RunState) -> str:
         return f"interrupted: {state.reason or 'the host was restarted'}"
     if state.state in ("absent", "reserved"):
         return "was cancelled before it started"
-    if state.outcome == "killed" and (state.class_ == "watchdog" or state.signal is None):
-        return f"killed{when}: {state.reason}"
+    if state.outcome == "killed" and state.reason and state.class_ != "oom":
+        return f"killed{when}: {state.reason}"  # by its supervisor, or with it: the signal is not what matters
     if state.outcome == "killed":
         why = {"oom": ", out of memory", "killed-unknown": ", cause unknown"}.get(state.class_ or "", "")
         return f"killed by signal {state.signal}{why}{when}"

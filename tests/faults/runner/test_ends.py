@@ -246,6 +246,15 @@ def test_a_full_disk_refuses_a_reservation_then_warns_and_stops_a_run_whose_reco
         "        file.write(bytes(128 << 10)); time.sleep(0.05)\n"
         "    time.sleep(600)\n"
     )
+    filler = small_host.dir / "filler"
+    small_host.call("install")
+    with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:  # noqa: PT012
+        while True:
+            file.write(bytes(1 << 20))
+    with pytest.raises(Refusal) as refusal:
+        small_host.python("pass")
+    assert (refusal.value.kind, refusal.value.code) == ("disk-full", 2)
+    filler.unlink()
     run = small_host.python(program, disk_floors=floors)
     small_host.call("launch", chain=[run])
     warned = wait_for(lambda: (s := small_host.state(run))["warning"] and s, seconds=60)
