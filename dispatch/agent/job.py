@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import select
 import signal
 import time
@@ -69,6 +70,7 @@ class Job:
         self._monotonic = time.monotonic()
         self._leader: int | None = None
         self._telemetry = Telemetry()
+        self._given = False
         self.stop = Stop(self._members)
 
     def execute(self, before_exit: Callable[[RunPaths, str], None]) -> str:
@@ -210,6 +212,7 @@ class Job:
         names = launch.get("secrets", [])
         secrets = (read_json(self.run.secrets) or {}) if names else {}
         self.run.secrets.unlink(missing_ok=True)
+        self._given = bool(names)
         if sorted(secrets) != sorted(names):
             raise OSError(errno.ENOENT, "its secrets are gone; dispatch it again", self.run.secrets.name)
         return secrets
@@ -227,6 +230,8 @@ class Job:
             os.dup2(log, 2)
             with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
                 file.write("300")  # if memory runs out, the job goes before the supervisor that records it
+            if self._given:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what it was given must not lie about in a core file
             if os.read(gate, 1) != b"1":
                 os._exit(125)
             os.chdir(self.run.dir)

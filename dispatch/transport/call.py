@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dispatch import agent_package
-from dispatch.agent.protocol import Frame, encode_request, find_frame
+from dispatch.agent.protocol import HERE, Frame, encode_request, find_frame
 from dispatch.hosts.inventory import Host
 from dispatch.transport.frames import FrameReader
 from dispatch.transport.link import LinkError, LinkLostError, told
@@ -152,9 +152,11 @@ class Transport(ABC):
         return Reply(frame.document["result"], frame.payload, str(frame.document.get("agent", "")), frame.noise)
 
     def _no_reply(self, ended: Exchange) -> LatentForgeError:
-        name, said = self.host.name, told(ended.stderr.strip() or ended.stdout)
+        name, said = self.host.name, told(ended.stderr.strip() or ended.stdout.replace(HERE, b""))
         if ended.status is None or b"=LF-BEGIN" in ended.stdout:
             return LinkLostError(f"{name}: the connection ended within a reply")
+        if HERE.strip() in ended.stdout:
+            return LinkLostError(f"{name}: the agent ended (status {ended.status}) within a call; it said: {said}")
         if _says_no(ended.stderr, self.host.python):
             return LinkError(
                 "no python",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ class Breaking(Transport):
         self.failures = list(failures)
 
     def exchange(self, argv: list[str], stdin: bytes, *, timeout: float) -> Exchange:
+        raise self.failures.pop(0)
+
+    def pieces(self, argv: list[str], stdin: bytes, *, silence: float) -> Generator[bytes, None, Exchange]:
         raise self.failures.pop(0)
 
     def close(self) -> None:

@@ -205,6 +205,7 @@ def test_a_launch_whose_reply_is_lost_is_repeated_and_starts_one_process(
 
 @pytest.mark.fault(row=3)
 @pytest.mark.fault(row=6)
+@pytest.mark.parametrize("away", [3.0, pytest.param(30.0, marks=pytest.mark.soak)])
 def test_following_goes_on_at_its_byte_after_a_cut_and_after_a_restart_of_the_server(
     wire: Make,
     sshd_here: Make,
@@ -218,6 +219,7 @@ def test_following_goes_on_at_its_byte_after_a_cut_and_after_a_restart_of_the_se
     laptop: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    away: float,
 ) -> None:
     link = wire()
     server = sshd_here(wire=link)
@@ -240,7 +242,7 @@ def test_following_goes_on_at_its_byte_after_a_cut_and_after_a_restart_of_the_se
     eventually(lambda: "UNKNOWN" in capsys.readouterr().out, "it is told that the host is away", 40)
     server.stop()
     link.restore()
-    time.sleep(3.0)  # the fault itself: a server that is away for a while
+    time.sleep(away)  # the fault itself: a server that is away for a while
     server.start()
     thread.join(90)
     assert codes == [ExitCode.PASS]

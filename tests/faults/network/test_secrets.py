@@ -181,7 +181,9 @@ def test_the_agent_takes_no_secrets_but_those_that_the_launch_names_and_says_no_
             host.python("pass", secrets=names, given=given)
         assert canary not in str(refused.value)
     seen = host.python(
-        "import os, sys; sys.exit(0 if os.environ['A_TOKEN'] else 1)", secrets=["A_TOKEN"], given={"A_TOKEN": canary}
+        "import os, resource as r; assert os.environ['A_TOKEN'] and r.getrlimit(r.RLIMIT_CORE)[0] == 0",
+        secrets=["A_TOKEN"],
+        given={"A_TOKEN": canary},
     )
     assert (host.paths(seen).secrets.stat().st_mode & 0o777) == 0o600
     host.call("launch", chain=[seen])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dispatch.transport.link import LinkError
+from dispatch.transport.link import LinkError, LinkLostError
 from dispatch.transport.retry import call
 from latentforge.errors import LatentForgeError
 from latentforge.spec.canonical import canonical_bytes
@@ -113,6 +113,22 @@ def test_whatever_is_wrong_with_a_user_s_python_the_agent_runs_or_says_so(
     with pytest.raises(LinkError, match="cannot be run there") as refused:
         reached(host.model_copy(update={"python": str(evil)})).call("probe", {})
     assert refused.value.kind == "no python"
+
+
+def test_an_agent_that_is_killed_within_a_call_is_no_noise_of_a_shell_and_is_asked_again(
+    sshd_here: Make, trusted: Make, reached: Make, tmp_path: Path
+) -> None:
+    dying = tmp_path / "dying"
+    dying.write_text(
+        f'#!/bin/sh\nif [ -e {tmp_path}/died ]; then exec {sys.executable} "$@"; fi\ntouch {tmp_path}/died\n'
+        "printf '\\n=LF-HERE=\\n'\necho out of memory >&2\nexit 137\n"
+    )
+    dying.chmod(0o755)
+    host = trusted(sshd_here(), python=str(dying))
+    with pytest.raises(LinkLostError, match=r"the agent ended .* out of memory"):
+        reached(host).call("probe", {})
+    (tmp_path / "died").unlink()
+    assert call(reached(host), "probe", {}).result["root"] == host.root
 
 
 HOSTILE = {
