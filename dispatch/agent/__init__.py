@@ -3,7 +3,7 @@
 One process answers one request: a JSON line (and payload) on stdin, one frame (and payload) on stdout.
 
   probe status read collect fetch        create and change nothing, not even the state root
-  put install reserve launch cancel      idempotent; each answers with the state after it
+  put install reserve launch cancel gc   idempotent; each answers with the state after it
 
 A run's state is derived when asked for (state.py), from its journal, lock, supervisor and exit record:
 

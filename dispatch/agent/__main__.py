@@ -108,7 +108,7 @@ def _probe(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Rep
     from .probe import probe
     from .protocol import Reply
 
-    return Reply(probe(root, args))
+    return Reply(probe(root, args, origin.sha256))
 
 
 def _status(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
@@ -202,6 +202,15 @@ def _cancel(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Re
     return Reply(cancel(run, grace, by))
 
 
+def _gc(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .gc import Wishes, apply
+    from .protocol import Reply
+
+    wishes, names = Wishes.of(args), args.rows("names")
+    args.done()
+    return Reply(apply(root, wishes, origin.sha256, names))
+
+
 VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply | Iterator[Reply]]] = {
     "probe": _probe,
     "status": _status,
@@ -214,6 +223,7 @@ VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply | Iterator[R
     "collect": _collect,
     "fetch": _fetch,
     "cancel": _cancel,
+    "gc": _gc,
 }
 #: Verbs that create and change nothing on the host.
 READ_ONLY = frozenset({"probe", "status", "read", "follow", "collect", "fetch"})

@@ -180,26 +180,37 @@ def _start(
         raise AgentError(
             "disk-full", f"{root.dir} has {space.f_bavail * space.f_frsize >> 20} MiB free, a run needs 16"
         )
-    pulling.check_inputs(root, todo)
-    program = str(install(root, origin))
+    guard = locks.wait_for(root.reserve_lock, 30.0)  # while this is held, nothing that a run needs is removed
+    if guard is None:
+        raise AgentError("busy", "a clean-up has been going on for 30 s", next="launch again", code=BUSY)
+    try:
+        pulling.check_inputs(root, todo)
+        ready = _spawned(root, todo, claimed, wait_lease, str(install(root, origin)), wanted_runner)
+    finally:
+        locks.release(guard)
+    if "error" in ready:
+        raise AgentError("internal", f"the supervisor did not start: {ready['error']}", code=UNKNOWN)
+    return _answer(runs, started=True, pid=ready.get("pid"))
+
+
+def _spawned(
+    root: Root, todo: list[RunPaths], claimed: dict[str, int], wait_lease: bool, program: str, wanted_runner: str
+) -> dict[str, Any]:
+    """Hand the locks, and the lease where it is wanted, to a supervisor; its first word."""
     chosen = runner.choose(wanted_runner, program)
     lease = None
     if any(wants_device(run) for run in todo):
         lease = locks.take(root.device_lock)
         if lease is None and not wait_lease:
             _refuse_device(root)
+    with_locks = [(run.id, claimed[run.id]) for run in todo]
     try:
-        with_locks = [(run.id, claimed[run.id]) for run in todo]
         if chosen == "systemd":
-            ready = systemd.spawn(todo[0], program, with_locks, lease)
-        else:
-            ready = detached.spawn(str(root.dir), program, with_locks, lease)
+            return systemd.spawn(todo[0], program, with_locks, lease)
+        return detached.spawn(str(root.dir), program, with_locks, lease)
     finally:
         if lease is not None:
             locks.release(lease)
-    if "error" in ready:
-        raise AgentError("internal", f"the supervisor did not start: {ready['error']}", code=UNKNOWN)
-    return _answer(runs, started=True, pid=ready.get("pid"))
 
 
 def _refuse_device(root: Root) -> None:

@@ -15,11 +15,12 @@ from .protocol import AgentError, Arguments
 from .state import clock, derive
 
 
-def probe(root: Root, args: Arguments) -> dict[str, Any]:
+def probe(root: Root, args: Arguments, agent: str | None = None) -> dict[str, Any]:
     """Facts of the host, and the state of every run, path, build, environment and object that the plan asks about."""
     runs, kins, paths = args.rows("runs"), args.texts("kins"), args.rows("paths")
     builds, venvs, objects = args.texts("builds"), args.texts("venvs"), args.texts("cas")
     asks_runner, models = args.flag("runner"), args.texts("models")
+    rubbish = args.table("gc") if args.has("gc") else None
     args.done()
     states = {}
     for row in runs:
@@ -38,6 +39,7 @@ def probe(root: Root, args: Arguments) -> dict[str, Any]:
         "cas": {sha256: root.object(sha256).is_file() for sha256 in objects},
         "models": {name: pulling.look(root, name) for name in models},
         **({"rsync": shutil.which("rsync")} if models else {}),
+        **({"gc": _rubbish(root, rubbish, agent)} if rubbish is not None else {}),
         "lease": {"device": locks.holder(root.device_lock)},
         "state_filesystem": filesystem_of(root.dir),
         **({"runner": runner.facts(root)} if asks_runner else {}),
@@ -71,6 +73,15 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
             }
         )
     return found
+
+
+def _rubbish(root: Root, asked: dict[str, Any], agent: str | None) -> dict[str, Any]:
+    from .gc import Wishes, survey
+
+    wanted = Arguments("probe.gc", asked)
+    wishes = Wishes.of(wanted)
+    wanted.done()
+    return survey(root, wishes, agent)
 
 
 def _path(root: Root, row: dict[str, Any]) -> dict[str, Any]:

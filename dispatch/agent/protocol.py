@@ -217,6 +217,10 @@ class Arguments:
                 raise AgentError("protocol", f"{self._verb}: {name} holds {item!r}, which is not a string")
         return list(value)
 
+    def has(self, name: str) -> bool:
+        """Whether the argument was given."""
+        return self._args.get(name) is not None
+
     def done(self) -> None:
         """Refuse arguments that nobody took."""
         if self._args:

@@ -171,8 +171,6 @@ def perform(
         listing, (program, program_sha256) = choice.source.listing, pull_program()
         send(transport, program_sha256, program)
         send(transport, listing.sha256, listing.content)
-        if choice.source.folder is not None:
-            send_folder(choice.source.folder, listing, facts, transport, places, say=say)
         secrets = _secrets(choice.source)
         launch = {
             "run": run,
@@ -189,6 +187,8 @@ def perform(
         remember(places, host, [run], recipe=f"pull {choice.ref}", plan="")
         identity = choice.identity.canonical.decode()
         call(transport, "reserve", {"run": run, "identity": identity, "launch": launch, "secrets": secrets})
+        if choice.source.folder is not None:  # reserved first: what a reserved pull lists is removed by nobody
+            send_folder(choice.source.folder, listing, facts, transport, places, say=say)
         call(transport, "launch", {"chain": [run]}, timeout=60.0)
     remember(places, host, [run], recipe=f"pull {choice.ref}", plan="")
     follower.goal = run

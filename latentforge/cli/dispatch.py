@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentforge.cli import dispatch_hosts, dispatch_pull, dispatch_watch
+from latentforge.cli import dispatch_gc, dispatch_hosts, dispatch_pull, dispatch_watch
 from latentforge.cli.dispatch_hosts import AbandonOption, EachOption, LanesOption
 from latentforge.cli.dispatch_watch import DeadlineOption, StallOption
 from latentforge.verdicts.exitcode import ExitCode
@@ -297,3 +297,4 @@ def _dry_run() -> bool:
 dispatch_hosts.add_to(app)
 dispatch_pull.add_to(app)
 dispatch_watch.add_to(app)
+dispatch_gc.add_to(app)

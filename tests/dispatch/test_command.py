@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ("go", "plan", "watch", "status", "cancel", "collect", "enrol", "hosts")
+COMMANDS = ("go", "plan", "watch", "status", "cancel", "collect", "enrol", "hosts", "pull", "gc")
 
 
 def test_help_imports_neither_fabric_nor_torch_nor_pydantic(laptop: Any) -> None:
