@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,27 @@ def in_a_child(work: Callable[[], int]) -> int:
 
 
 def struck(verb: str, when: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this process hit by a signal before a verb's first call is sent, or after its reply has come."""
-    real = SshTransport.call
+    """Have this process hit by a signal before a verb's first call is sent, or after its first reply has come."""
+    real_call, real_stream = SshTransport.call, SshTransport.stream
+
+    def hit(asked: str, now: str) -> None:
+        if asked == verb and now == when:
+            os.kill(os.getpid(), number)
 
     def call(self: SshTransport, asked: str, *args: Any, **more: Any) -> Any:
-        if asked == verb and when == "before":
-            os.kill(os.getpid(), number)
-        reply = real(self, asked, *args, **more)
-        if asked == verb and when == "after":
-            os.kill(os.getpid(), number)
+        hit(asked, "before")
+        reply = real_call(self, asked, *args, **more)
+        hit(asked, "after")
         return reply
 
+    def stream(self: SshTransport, asked: str, *args: Any, **more: Any) -> Iterator[Any]:
+        hit(asked, "before")
+        for reply in real_stream(self, asked, *args, **more):
+            hit(asked, "after")
+            yield reply
+
     monkeypatch.setattr(SshTransport, "call", call)
+    monkeypatch.setattr(SshTransport, "stream", stream)
 
 
 STEPS = [
@@ -61,8 +70,8 @@ STEPS = [
     ("reserve", "after"),
     ("launch", "before"),
     ("launch", "after"),
-    ("read", "before"),
-    ("read", "after"),
+    ("follow", "before"),
+    ("follow", "after"),
     ("collect", "before"),
     ("collect", "after"),
     ("fetch", "before"),
