@@ -338,10 +338,10 @@ def enrolled(laptop: Laptop, tmp_path: Path) -> Callable[..., Host]:
 
 
 @pytest.fixture
-def built() -> Callable[[Host, Ask], None]:
+def built() -> Callable[..., None]:
     """Pretend that a host has the build that a request needs, for tests whose jobs are fake."""
 
-    def pretend(host: Host, request: Ask) -> None:
+    def pretend(host: Host, request: Ask, *, warm: bool = True) -> None:
         names = BuildNames.of(request)
         assert host.root is not None
         for marker in (f"builds/{names.build}", f"venvs/{names.venv}"):
@@ -349,7 +349,8 @@ def built() -> Callable[[Host, Ask], None]:
             folder.mkdir(parents=True)
             os.chmod(host.root, 0o700)
             (folder / ".complete.json").write_text("{}")
-        warmed(host, request)
+        if warm:
+            warmed(host, request)
 
     return pretend
 
