@@ -92,6 +92,8 @@ def launch(
         build(plan.build, ask, facts, transport, follower, plan=plan.digest, say=say)
     if plan.warmup is not None:
         warm_up(plan.warmup, ask, facts, transport, follower, plan)
+    if any(pull.will != "keep" for pull in plan.pulls):
+        _pull(plan, ask, facts, transport, places, follower, say=say)
     if any(one.will == "run" for one in plan.chain):
         # Noted before the launch: if the reply is lost, the run can still be found by its name.
         remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
@@ -103,6 +105,26 @@ def launch(
     remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
     keep_applied(places, plan, ask)
     return plan
+
+
+def _pull(
+    plan: Plan,
+    ask: Ask,
+    facts: HostFacts,
+    transport: Transport,
+    places: Places,
+    follower: Follower,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Bring the models, and look at them on the host as at any folder before a run is given one."""
+    from dispatch.pulling.pull import perform
+
+    for one in plan.pulls:
+        perform(one, facts, transport, places, follower, say=say)
+    now, _facts = survey(transport, ask, places)
+    if [run.run for run in now.runs] != [run.run for run in plan.runs]:
+        raise RefusedError(f"the models on {ask.host.name} are others than those that were planned", next=ask.command)
 
 
 def _told(ask: Ask, plan: Plan) -> dict[str, Any]:
@@ -196,7 +218,7 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
     record: dict[str, Any] = {
         "run": one.run,
         "kin": one.kin,
-        "resolved": one.resolved,
+        "resolved": _located(one, plan),
         "predecessor": one.predecessor,
         "argv": argv,
         "env": env,
@@ -210,6 +232,15 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         record["secrets"] = names
         args["secrets"] = values(names, os.environ)
     call(transport, "reserve", args)
+
+
+def _located(one: ChosenRun, plan: Plan) -> dict[str, Any]:
+    """The inputs of a run, with each pinned model's place on its host."""
+    places = {str(pull.ref): pull.path for pull in plan.pulls}
+    return {
+        name: {**ref, "path": places[ref["path"]]} if ref.get("path") in places else dict(ref)
+        for name, ref in one.resolved.items()
+    }
 
 
 def job(one: ChosenRun, facts: HostFacts, plan: Plan) -> tuple[list[str], dict[str, str]]:

@@ -87,18 +87,16 @@ def _rubbish(root: Root, asked: dict[str, Any], agent: str | None) -> dict[str, 
 def _path(root: Root, row: dict[str, Any]) -> dict[str, Any]:
     path, purpose, like = row.get("path"), row.get("purpose"), row.get("like")
     model, like_model = row.get("model"), row.get("like_model")
+    if like_model is not None and pulling.look(root, like_model)["complete"]:
+        like = str(pulling.files_of(root, like_model))
     if model is not None:
         found = pulling.look(root, model)
         if not found["complete"]:
             return {"ok": False, "reason": found["why"], "absent": True, "location": found["path"]}
-        if like_model is not None:
-            like = str(pulling.files_of(root, like_model))
         report = folders.inspect(
             found["path"], str(purpose), like, known=(found["sha256"], found["files"], found["bytes"])
         )
         return {**report, "location": found["path"]}
-    if like_model is not None:
-        like = str(pulling.files_of(root, like_model))
     if not isinstance(path, str) or not isinstance(purpose, str):
         raise AgentError("protocol", f"probe: paths holds {row!r}, which has no path and purpose")
     if like is not None and not isinstance(like, str):

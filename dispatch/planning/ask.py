@@ -139,10 +139,20 @@ def _with_absolute_paths(spec: PipelineSpec, host: Host) -> PipelineSpec:
     if spec.data.corpus != BUILTIN_CORPUS:
         data = spec.data.model_copy(update={"corpus": absolute("data.corpus", spec.data.corpus)})
         spec = spec.model_copy(update={"data": data})
-    if spec.teacher.model is not None:
+    if spec.teacher.model is not None and not _pinned("teacher.model", spec.teacher.model, host):
         teacher = spec.teacher.model_copy(update={"model": absolute("teacher.model", spec.teacher.model)})
         spec = spec.model_copy(update={"teacher": teacher})
-    if (init := spec.distill.student.init) is not None:
+    init = spec.distill.student.init
+    if init is not None and not _pinned("distill.student.init", init, host):
         student = spec.distill.student.model_copy(update={"init": absolute("distill.student.init", init)})
         spec = spec.model_copy(update={"distill": spec.distill.model_copy(update={"student": student})})
     return spec
+
+
+def _pinned(name: str, path: str, host: Host) -> bool:
+    """Whether a field names a model by ``repo@commit``; refused where it names a branch."""
+    if "@" not in path:
+        return False
+    from dispatch.pulling.pipeline import check_pinned  # what speaks to hubs is slow to import, and seldom needed
+
+    return check_pinned(name, path, host)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dispatch.building.build import BuildChoice
 from dispatch.building.warmup import WarmUp
@@ -21,6 +21,9 @@ from dispatch.planning.choice import ChosenRun
 from dispatch.planning.runner import RunnerChoice, choose_runner
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.verdicts import ExitCode
+
+if TYPE_CHECKING:
+    from dispatch.pulling.pull import PullChoice
 
 Will = Literal["keep", "check", "send", "run", "follow", "ended", "skip", "write", "refuse"]
 
@@ -54,6 +57,7 @@ class Plan:
     runs: tuple[ChosenRun, ...]
     build: BuildChoice | None
     warmup: WarmUp | None
+    pulls: tuple[PullChoice, ...]
     memory: Judgement
     runner: RunnerChoice
     notes: tuple[str, ...]
@@ -117,6 +121,7 @@ def make_plan(
     *,
     build: BuildChoice | None,
     warmup: WarmUp | None = None,
+    pulls: Sequence[PullChoice] = (),
     memory: Judgement,
     copied: frozenset[str] = frozenset(),
 ) -> Plan:
@@ -128,6 +133,9 @@ def make_plan(
     steps = [*lane, _trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
     if warmup is not None:
         steps.append(Step("warmup", warmup.will, warmup.because, warmup.run))
+    for number, pull in enumerate(pulls, start=1):
+        name = "pull" if number == 1 else f"pull {number}"
+        steps.append(Step(name, pull.will, pull.told, pull.run))
     chain = [run for run in runs if run.will in ("run", "follow")]
     busy = _lease_held(facts, chain)
     for run in runs:
@@ -159,6 +167,7 @@ def make_plan(
         runs=tuple(runs),
         build=build,
         warmup=warmup,
+        pulls=tuple(pulls),
         memory=memory,
         runner=runner,
         notes=ask.notes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dispatch.building.build import BuildChoice, BuildNames, choose_build
 from dispatch.building.warmup import choose_warmup, warmup_kin
 from dispatch.hosts.facts import HostFacts, PathFact
@@ -16,6 +18,9 @@ from latentforge.errors import RefusedError
 from latentforge.spec.pipeline import PlannedRun, external_paths, pipeline_runs
 from latentforge.spec.sections import PipelineSpec
 
+if TYPE_CHECKING:
+    from dispatch.pulling.pipeline import PipelineModels
+
 PROBE_SECONDS = 60.0
 
 
@@ -25,7 +30,8 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
     Two questions where the pipeline names files of the user's (their digests go into the runs' ids), else one; one more
     where a run has later attempts.
     """
-    digests = _digests(transport, ask)
+    models = _models(ask)
+    digests = _digests(transport, ask, models)
     planned = pipeline_runs(ask.spec, digests=digests, code=ask.code, lock=ask.lock)
     names = BuildNames.of(ask) if ask.bundle is not None else None
     facts = _probe(transport, ask, planned, names)
@@ -41,7 +47,10 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
             build = choose_build(ask, facts, wanted=True)
             warmup = choose_warmup(ask, facts, build, wanted=True)
     memory = judge_memory(ask, facts)
-    plan = make_plan(ask, facts, runs, build=build, warmup=warmup, memory=memory, copied=_copied(places))
+    wanted = any(run.will == "run" for run in runs)
+    pulls = models.choices(transport, needed=wanted) if models is not None else ()
+    copied = _copied(places)
+    plan = make_plan(ask, facts, runs, build=build, warmup=warmup, pulls=pulls, memory=memory, copied=copied)
     return plan, facts
 
 
@@ -51,15 +60,32 @@ def survey_build(transport: Transport, ask: Ask) -> tuple[BuildChoice, HostFacts
     return choose_build(ask, facts, wanted=True), facts
 
 
-def _digests(transport: Transport, ask: Ask) -> dict[str, str]:
+def _models(ask: Ask) -> PipelineModels | None:
+    """The models that the pipeline names by ``repo@commit``; None where it names none."""
+    wanted = list(external_paths(ask.spec))
+    if not any("@" in one.path for one in wanted):
+        return None
+    from dispatch.pulling.pipeline import PipelineModels  # what speaks to hubs is slow to import, and seldom needed
+
+    return PipelineModels.of(wanted)
+
+
+def _digests(transport: Transport, ask: Ask, models: PipelineModels | None) -> dict[str, str]:
     wanted = list(external_paths(ask.spec))
     if not wanted:
         return {}
     teacher, init = ask.spec.teacher.model, ask.spec.distill.student.init
+    # One swapped token would teach the student to write one for the other.
+    like = teacher if teacher is not None and init is not None and init != teacher else None
     paths = [{"path": one.path, "purpose": one.purpose} for one in wanted]
-    if teacher is not None and init is not None and init != teacher:
-        paths[-1]["like"] = teacher  # one swapped token would teach the student to write one for the other
-    facts = HostFacts.model_validate(call(transport, "probe", {"paths": paths}, timeout=600.0).result)
+    if like is not None:
+        paths[-1]["like"] = like
+    question: dict[str, object] = {"paths": paths}
+    if models is not None:
+        question = {"models": models.folders, "paths": [models.question(row) for row in paths]}
+    facts = HostFacts.model_validate(call(transport, "probe", question, timeout=600.0).result)
+    if models is not None:
+        facts = facts.model_copy(update={"paths": models.take(facts)})
     digests: dict[str, str] = {}
     for one in wanted:
         found = facts.paths.get(one.path)

@@ -50,6 +50,8 @@ class Listing:
     files: tuple[ModelFile, ...]
     left_out: int = 0
     left_out_bytes: int = 0
+    vocab_size: int | None = None
+    """As its config.json says, where that was read."""
 
     @property
     def size(self) -> int:
@@ -111,6 +113,7 @@ class Catalogue:
         self._wait = WAIT_SECONDS if wait is None else wait
         self._tell = tell
         self._hub = Hub({"url": endpoint, "token": TOKEN})
+        self._config: bytes | None = None
 
     def pinned(self, ref: ModelRef) -> ModelRef:
         """The model at the commit that its branch or tag names now."""
@@ -160,7 +163,8 @@ class Catalogue:
                 f"{ref} has no .safetensors file ({len(files)} other files; {others} of formats that are not read)",
                 next="take a revision whose weights are safetensors",
             )
-        return checked(Listing(ref, tuple(sorted(files, key=lambda one: one.path.encode())), others, other_bytes))
+        files.sort(key=lambda one: one.path.encode())
+        return checked(Listing(ref, tuple(files), others, other_bytes, _vocab_size(self._config)))
 
     def _digest_of_small(self, ref: ModelRef, path: str, size: int, oid: str) -> str:
         """The sha256 of a file that git itself keeps, once its bytes are those of its git digest."""
@@ -173,7 +177,10 @@ class Catalogue:
                 raise Again(f"{path} came with other bytes ({len(content)} of {size}) than its git digest {oid[:12]}…")
             return content
 
-        return hashlib.sha256(self._ask(f"{path} of {ref}", ask)).hexdigest()
+        content: bytes = self._ask(f"{path} of {ref}", ask)
+        if path == "config.json":
+            self._config = content
+        return hashlib.sha256(content).hexdigest()
 
     def _json(self, url: str, what: str) -> tuple[Any, str | None]:
         def ask() -> tuple[Any, str | None]:
@@ -222,6 +229,15 @@ class Catalogue:
             ) from None
         except Refused as error:
             raise RefusedError(f"{self.endpoint}: {what}: {error}") from None
+
+
+def _vocab_size(config: bytes | None) -> int | None:
+    try:
+        value = json.loads(config or b"{}")
+        found = value.get("vocab_size", (value.get("text_config") or {}).get("vocab_size"))
+        return found if isinstance(found, int) else None
+    except (ValueError, AttributeError):
+        return None
 
 
 def checked(listing: Listing) -> Listing:

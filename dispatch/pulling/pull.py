@@ -64,6 +64,12 @@ class PullChoice:
         assert self.source is not None
         return identity_of(self.source.listing).at_attempt(self.attempt)
 
+    @property
+    def told(self) -> str:
+        """The choice in a plan."""
+        size = f", {self.missing / 1e6:.1f} of {self.bytes / 1e6:.1f} MB" if self.will == "run" else ""
+        return f"{self.ref.repo}@{self.ref.revision[:12]}  {self.because}{size}"
+
     def as_json(self) -> dict[str, Any]:
         """The choice for programs."""
         names = ("will", "because", "path", "sha256", "files", "bytes", "missing", "run")
