@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import threading
@@ -13,7 +14,7 @@ from .durable import sync_folder, write_all, write_file
 from .paths import Root, check_sha256
 from .protocol import AgentError, Payload
 
-_PART = ".part-"
+PART = ".part-"
 _GIVEN_UP_SECONDS = 180.0
 
 
@@ -73,9 +74,10 @@ def put(root: Root, sha256: str, payload: Payload, offset: int = 0) -> tuple[boo
     if path.is_file():
         payload.drain()
         return False, True
-    mine = path.with_name(f"{_PART}{sha256}-{os.getpid()}-{os.urandom(4).hex()}")
+    mine = path.with_name(f"{PART}{sha256}-{os.getpid()}-{os.urandom(4).hex()}")
     digest = hashlib.sha256()
     fd = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)  # nobody else has it: a sign that it is being written, which dies with us
     try:
         try:
             # A copy, not the part itself: its writer may still be waiting at the other end of a dead connection.
@@ -112,7 +114,7 @@ def put(root: Root, sha256: str, payload: Payload, offset: int = 0) -> tuple[boo
 
 def _parts(path: Path) -> list[Path]:
     """What cut sendings of an object have left."""
-    return list(path.parent.glob(f"{_PART}{path.name}-*"))
+    return list(path.parent.glob(f"{PART}{path.name}-*"))
 
 
 def _begin(path: Path, mine: Path, fd: int, digest: hashlib._Hash, offset: int) -> bool:

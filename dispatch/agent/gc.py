@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import exitrec, locks
+from .cas import PART
 from .durable import read_json, sync_folder
 from .paths import SHA256, Root
 from .protocol import BUSY, AgentError, Arguments
@@ -222,6 +223,9 @@ class Rubbish:
         for room in ("runs", "builds", "venvs", "models"):
             for name in _names(getattr(self.root, room), re.compile(re.escape(REMOVING) + ".*")):
                 self._go("rest", f"{room}/{name}", getattr(self.root, room) / name, "its removal was interrupted")
+        for name in _names(self.root.cas, re.compile(re.escape(PART) + ".*")):
+            if not locks.held(self.root.cas / name):
+                self._go("rest", f"cas/{name}", self.root.cas / name, "a sending that was cut, and not taken up again")
 
     def _is_locked(self, folder: Path, name: str) -> bool:
         return locks.held(folder / f".lock-{name}")

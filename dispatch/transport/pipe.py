@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 import paramiko
 
@@ -28,6 +29,31 @@ class NoWordError(Exception):
     def __init__(self, said: bytes) -> None:
         super().__init__("no first word")
         self.said = said
+
+
+def pieces_of(channel: paramiko.Channel, link: Link, silence: float) -> Iterator[bytes]:
+    """What a program writes, as it comes; TimeoutError where nothing does for so long, or the link is dead."""
+    channel.settimeout(_LOOK_SECONDS)
+    heard = time.monotonic()
+    while True:
+        try:
+            piece = channel.recv(_CHUNK)
+        except TimeoutError:
+            if time.monotonic() - heard > silence:
+                raise TimeoutError(f"nothing came for {silence:.0f} s") from None
+            _look_for_life(link, link.heard)
+            continue
+        if not piece:
+            return
+        yield piece
+        heard = time.monotonic()
+
+
+def _look_for_life(link: Link, moved: float) -> None:
+    """TimeoutError where a link that no option of a socket watches over has been still for too long."""
+    still = time.monotonic() - max(link.heard, moved)
+    if link.proxy is not None and still > _SILENCE_SECONDS:
+        raise TimeoutError(f"not a sign of life for {still:.0f} s")
 
 
 class Pipe:
@@ -102,8 +128,7 @@ class Pipe:
             raise TimeoutError(f"no whole reply within {self._timeout:.0f} s")
         if not self._fed and now - self._moved > max(self._timeout, _STUCK_SECONDS):
             raise TimeoutError(f"nothing of the request was taken for {now - self._moved:.0f} s")
-        if self._link.proxy is not None and now - max(self._link.heard, self._moved) > _SILENCE_SECONDS:
-            raise TimeoutError(f"not a sign of life for {now - self._link.heard:.0f} s")
+        _look_for_life(self._link, self._moved)
 
     def _feed(self, stdin: bytes) -> None:
         # A thread of its own: a program that answers before it has read everything must not deadlock with us.

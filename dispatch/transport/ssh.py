@@ -28,7 +28,7 @@ from dispatch.transport.link import (
     Link,
     LinkLostError,
 )
-from dispatch.transport.pipe import NoWordError, Pipe
+from dispatch.transport.pipe import NoWordError, Pipe, pieces_of
 from latentforge.errors import RefusedError
 
 CHANNEL_SECONDS = 8.0
@@ -91,15 +91,14 @@ class SshTransport(Transport):
 
     def pieces(self, argv: list[str], stdin: bytes, *, silence: float) -> Generator[bytes, None, Exchange]:
         """Run the program in a channel of its own, and yield what it writes; no more than a window of it waits here."""
-        transport, _link, address = self._opened()
+        transport, link, address = self._opened()
         try:
             with self._session(transport, address, _TURN_SECONDS, window=_WINDOW) as channel:
                 self._started(channel, transport, address, shlex.join(argv))
                 channel.settimeout(silence)
                 channel.sendall(stdin)
                 channel.shutdown_write()
-                while piece := channel.recv(_CHUNK):
-                    yield piece
+                yield from pieces_of(channel, link, silence)
                 stderr = channel.recv_stderr(_CHUNK)
                 if not channel.status_event.wait(5.0):
                     raise TimeoutError("no exit status")

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatch import agent_package
-from dispatch.agent import bootstrap, protocol
+from dispatch.agent import bootstrap, gc, protocol
 from dispatch.agent.__main__ import serve
 from dispatch.agent.cas import Origin
 
@@ -214,6 +214,21 @@ def test_an_upload_that_was_cut_leaves_its_beginning_under_no_name_that_counts_a
     assert [path.name for path in host.root.cas.iterdir()] == [sha256]
     assert host.root.object(sha256).read_bytes() == data
     assert host.call("put", **asked)["there"] is True
+
+
+def test_what_a_cut_sending_left_is_cleaned_up_unless_somebody_is_still_sending_it(host: AgentHost) -> None:
+    import fcntl
+
+    host.root.create()
+    host.root.reserve_lock.touch()
+    left, written = (host.root.cas / f".part-{digit * 64}-1-aa" for digit in "12")
+    left.write_bytes(b"half")
+    with open(written, "wb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        found = gc.survey(host.root, gc.Wishes(1, False, {}), None)["items"]
+        assert [(one["room"], one["name"]) for one in found] == [("rest", f"cas/{left.name}")]
+        assert gc.apply(host.root, gc.Wishes(1, False, {}), None, found)["removed"] == found
+        assert [path.name for path in host.root.cas.iterdir()] == [written.name]
 
 
 def test_a_damaged_beginning_is_dropped_and_everything_is_sent_again(host: AgentHost) -> None:
