@@ -71,12 +71,20 @@ def on_each(
     if host is not None:
         raise RefusedError(f"--host {host!r} and --each {each!r}: give one of them")
     hosts = several(each, "--each", inventory, os.environ)
-    results = do_each(hosts, work_of(hosts))
+    try:
+        results = do_each(hosts, work_of(hosts))
+    except KeyboardInterrupt:
+        return _detached()
     if as_json:
         print(json.dumps(results_json(results, value), indent=2))
     else:
         print("\n".join(results_table(results, row)))
     return worst_code(results)
+
+
+def _detached() -> ExitCode:
+    print("\ndetached; what was launched there goes on.   again:  the same command, it finds what was done")
+    return ExitCode.DETACHED
 
 
 def build(
@@ -109,7 +117,10 @@ def build(
     if each is not None:
         return on_each(each, host, inventory, work_of, row=row, value=value, as_json=json)
     where = inventory.choose(host, os.environ)
-    done = work_of([where])(where)
+    try:
+        done = work_of([where])(where)
+    except KeyboardInterrupt:
+        return _detached()
     if json:
         from json import dumps
 

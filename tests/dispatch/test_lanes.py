@@ -22,6 +22,7 @@ from latentforge.verdicts import ExitCode
 
 Make = Callable[..., Any]
 RUN = "distill-" + "a" * 20
+NOBODYS: Any = None  # which runner a lane would use is no part of the choice
 
 
 def lane(
@@ -37,7 +38,20 @@ def lane(
     will: Any = "run" if state == "absent" else "follow" if found.going_on else "keep" if found.passed else "ended"
     run = ChosenRun("distill", RUN, "{}", "k", {}, will, "because", found)
     refusals = (refused,) if refused else ()
-    return LaneSeen(name, Plan(name, "", (), (run,), None, Judgement("memory", True, ""), (), refusals, busy))
+    plan = Plan(
+        host=name,
+        machine="",
+        steps=(),
+        runs=(run,),
+        build=None,
+        warmup=None,
+        memory=Judgement("memory", True, ""),
+        runner=NOBODYS,
+        notes=(),
+        refusals=refusals,
+        busy=busy,
+    )
+    return LaneSeen(name, plan)
 
 
 def away(name: str, given: str | None = None) -> LaneSeen:

@@ -19,13 +19,14 @@ Make = Callable[..., Any]
 def asked_verbs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The verbs that were sent to any host, in order."""
     sent: list[str] = []
-    real = Transport.call
+    for name in ("call", "stream"):
+        real = getattr(Transport, name)
 
-    def call(self: Transport, verb: str, *rest: Any, **more: Any) -> Any:
-        sent.append(verb)
-        return real(self, verb, *rest, **more)
+        def ask(self: Transport, verb: str, *rest: Any, real: Any = real, **more: Any) -> Any:
+            sent.append(verb)
+            return real(self, verb, *rest, **more)
 
-    monkeypatch.setattr(Transport, "call", call)
+        monkeypatch.setattr(Transport, name, ask)
     return sent
 
 
@@ -40,7 +41,7 @@ def test_a_finished_pipeline_takes_one_round_trip_and_changes_nothing_at_any_ste
     out = capsys.readouterr().out
     table = out[out.index("  step ") : out.index("\n\n", out.index("  step "))].splitlines()[1:]
     wills = {line.split()[0]: line.split()[1] for line in table}
-    assert len(wills) == 11
+    assert {"build", "data", "teacher", "score", "distill", "collect", "evidence"} <= wills.keys()
     assert {will for step, will in wills.items() if step != "preflight"} == {"keep"}
     assert "\nno changes. distill-" in out
 
@@ -56,8 +57,7 @@ def test_the_launch_of_a_run_that_goes_on_takes_at_most_two_round_trips(
     asked_verbs.clear()
     jobs.open()
     assert session().go(ask()) is ExitCode.PASS
-    before = asked_verbs[: asked_verbs.index("read")]
-    assert before == ["probe"]
+    assert asked_verbs[: asked_verbs.index("follow")] == ["probe"]
     assert len(jobs.starts()) == 4
 
 
