@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 
 from dispatch.hosts.facts import RunState
 from dispatch.hosts.inventory import Host, Inventory
-from dispatch.hosts.preflight import Judgement
 from dispatch.lanes.choose import LaneSeen, choose_lane
 from dispatch.lanes.names import several
 from dispatch.places import Places
@@ -22,7 +22,6 @@ from latentforge.verdicts import ExitCode
 
 Make = Callable[..., Any]
 RUN = "distill-" + "a" * 20
-NOBODYS: Any = None  # which runner a lane would use is no part of the choice
 
 
 def lane(
@@ -38,19 +37,9 @@ def lane(
     will: Any = "run" if state == "absent" else "follow" if found.going_on else "keep" if found.passed else "ended"
     run = ChosenRun("distill", RUN, "{}", "k", {}, will, "because", found)
     refusals = (refused,) if refused else ()
-    plan = Plan(
-        host=name,
-        machine="",
-        steps=(),
-        runs=(run,),
-        build=None,
-        warmup=None,
-        memory=Judgement("memory", True, ""),
-        runner=NOBODYS,
-        notes=(),
-        refusals=refusals,
-        busy=busy,
-    )
+    # What else a plan says is no part of the choice.
+    rest: dict[str, Any] = {field.name: None for field in dataclasses.fields(Plan)}
+    plan = Plan(**{**rest, "host": name, "steps": (), "runs": (run,), "refusals": refusals, "busy": busy})
     return LaneSeen(name, plan)
 
 
