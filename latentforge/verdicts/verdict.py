@@ -65,7 +65,7 @@ class Verdict:
 def parse_line(line: str) -> Verdict | None:
     """The verdict that a log line states, or None where the line is not one. ``measured`` is not in the line."""
     match = _LINE.fullmatch(line.rstrip("\r\n"))
-    if match is None:
-        return None
+    if match is None or "\r" in match[0]:
+        return None  # a log may hold anything: a progress bar behind a verdict's words is no verdict
     falsifier, outcome, run, text = match.groups()
     return Verdict(falsifier, Outcome[outcome], text or "", run=run)

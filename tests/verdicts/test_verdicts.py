@@ -139,3 +139,8 @@ def test_a_verdict_is_frozen() -> None:
     verdict: Any = Verdict("F-A-001", Outcome.PASS, "x")
     with pytest.raises(AttributeError):
         verdict.outcome = Outcome.FAIL
+
+
+def test_a_line_that_holds_a_carriage_return_is_no_verdict_and_no_error() -> None:
+    assert parse_line("F-DISTILL-SMOKE-001 PASS 10%\r20%") is None
+    assert parse_line("F-DISTILL-SMOKE-001 PASS fine\r\n") is not None
