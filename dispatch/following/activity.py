@@ -29,6 +29,9 @@ class Beats:
     def __init__(self) -> None:
         self._seen: deque[dict[str, Any]] = deque(maxlen=_KEPT)
 
+    def __len__(self) -> int:
+        return len(self._seen)
+
     def feed(self, beat: Mapping[str, Any] | None) -> None:
         """Take a state's beat in."""
         if beat and _number(beat.get("clock")) is not None and (not self._seen or beat["clock"] > self.last["clock"]):

@@ -23,6 +23,7 @@ from latentforge.events import Event, parse_event
 from latentforge.verdicts import ExitCode, Verdict
 
 _MOST_WARNINGS = 50
+_TWO_BEATS_SECONDS = 12.0
 _REPLAYED_BYTES = 64 << 20
 _CHUNK = 1 << 20
 
@@ -47,11 +48,13 @@ class Watcher:
         self._foreign: set[str] = set()
         self._host_said: set[str] = set()
         self._checked_pace = 0.0
+        self._since = math.inf
         self._end: dict[str, Any] | None = None
 
     def state(self, state: RunState, clock: float) -> None:
         """The run's state at a moment of the host's clock."""
         self._state, self._clock = state, clock
+        self._since = min(self._since, clock)
         self.beats.feed(state.beat)
         if state.warning is not None and state.warning not in self._host_said:
             self._host_said.add(state.warning)
@@ -111,7 +114,13 @@ class Watcher:
             self._checked_pace = float("inf")
             self._remark(slow)
         found = self.progress.overdue(self.limits, self._clock, told_anything=self._told_anything)
-        return None if found is None else self._stopped(found)
+        if found is None or self._waits_for_a_second_beat():
+            return None
+        return self._stopped(found)
+
+    def _waits_for_a_second_beat(self) -> bool:
+        """Whether who comes late to a run that stands still may soon be told what it does, by the next heartbeat."""
+        return len(self.beats) < 2 and self._clock - self._since < min(_TWO_BEATS_SECONDS, self.limits.floor)
 
     def _stopped(self, found: Overdue) -> WatchRecord:
         activity = self.beats.activity(found.since)

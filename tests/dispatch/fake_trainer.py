@@ -3,7 +3,8 @@
 Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``. What it can be told:
 ``steps``; ``wait_at`` a step, or ``hang_in`` ("start", "load", "warm-up") until the file ``gate`` is there, by
 a busy loop if ``spin``; ``losses`` and lines to ``say`` by step; ``noise``; ``fail``, or ``exit`` with a ``reason``;
-``no_end``; ``effective`` fields; raw ``forged`` lines for its own event log; ``checkpoint`` fields at its last step.
+a ``stamp`` of the time after each step and a pause of so many seconds; ``no_end``; ``effective`` fields; raw ``forged``
+lines for its own event log; ``checkpoint`` fields at its last step.
 """
 
 import hashlib
@@ -66,6 +67,9 @@ def main() -> int:
             )
             for line in how.get("say", {}).get(str(step), []):
                 log.say(line)
+            if "stamp" in how:
+                time.sleep(how["stamp"])
+                log.say(f"stamp {time.time():.3f}")
             if how.get("noise"):
                 log.say("ünïcödé " * 40)
         if "checkpoint" in how:
