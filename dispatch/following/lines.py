@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator
 
 LINE_CAP = 64 * 1024
 _CONTROL = re.compile(
@@ -30,13 +29,13 @@ class LineReader:
         self._open = ""
         self._cut = False
 
-    def feed(self, chunk: bytes, *, final: bool = False) -> Iterator[str]:
+    def feed(self, chunk: bytes, *, final: bool = False) -> list[str]:
         """The lines that this chunk completes; with ``final`` the last one too, though it has no line end."""
         if not chunk and not final:
-            return
+            return []
         text = self._open + self._decoder.decode(chunk, final)
-        held = ""
-        if _is_plain(chunk):
+        held, plain = "", _is_plain(chunk)
+        if plain:
             # Only what was held, or half of a character, can still hold something else.
             first, end, rest = text.partition("\n")
             text = _ends(first + end) + rest
@@ -46,23 +45,25 @@ class LineReader:
             text = _ends(text)
         *whole, self._open = text.split("\n")
         self._open += held
-        if _is_plain(chunk):
+        if plain:
             whole[:2] = [harmless(line) for line in whole[:2]]
         elif whole:
             whole = harmless("\n".join(whole)).split("\n")
-        for line in whole:
-            if not self._cut:
-                yield line if len(line) <= LINE_CAP else _cut(line)
-            self._cut = False  # what came of a line whose beginning was shown with its mark has ended here
+        if self._cut and whole:
+            del whole[0]  # what came of a line whose beginning was shown with its mark has ended here
+            self._cut = False
+        if whole and max(map(len, whole)) > LINE_CAP:
+            whole = [line if len(line) <= LINE_CAP else _cut(line) for line in whole]
         if len(self._open) > LINE_CAP:
             if not self._cut:
-                yield _cut(self._open)
+                whole.append(_cut(self._open))
             # The end of what is dropped may be half of a line end.
             self._open, self._cut = self._open[-1:] if self._open.endswith("\r") else "", True
         if final and self._open:
             if not self._cut:
-                yield harmless(self._open)
+                whole.append(harmless(self._open))
             self._open = ""
+        return whole
 
 
 def _cut(line: str) -> str:

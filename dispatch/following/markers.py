@@ -27,6 +27,7 @@ _NO_SUBJECT = frozenset(
     | {"done", "complete", "completed", "success", "succeeded", "ready", "finished", "available", "needed", "step"}
     | {"skip", "skips", "skipped", "skipping", "disabled", "warning", "info", "debug"}
 )
+_FLOOD, _LOOKED, _LONGEST = 8000, 2000, 2000
 _NEAR, _KEPT_STEPS, _COMPARED, _KEPT_REMARKS = 20, 4096, 1000, 50
 _LITERALS = (
     *("f-", "skip", "disabled", "not run", "not needed", "not done", "not available"),
@@ -45,8 +46,9 @@ class Mismatch:
 class TextRules:
     """Reads a run's log beside its events, which must have been fed as far as the log tells.
 
-    The cost is bounded: lines that hold no word of interest are not looked at, and of the step lines in one chunk the
-    first thousand are compared.
+    The cost is bounded: lines that hold no word of interest are not looked at; of the step lines in one chunk the first
+    thousand are compared; and where thousands of lines come at once, only what reads as a verdict is looked for between
+    the first and the last two thousand.
     """
 
     def __init__(self, run: str) -> None:
@@ -81,6 +83,26 @@ class TextRules:
 
     def read(self, lines: list[str]) -> tuple[list[str], list[Remark]]:
         """The lines as they may be shown, and what is to be remarked on them."""
+        if len(lines) <= _FLOOD:
+            return self._look_at(lines)
+        first, early = self._look_at(lines[:_LOOKED])
+        between = self._marked(lines[_LOOKED:-_LOOKED])
+        last, late = self._look_at(lines[-_LOOKED:])
+        return first + between + last, early + late
+
+    def _marked(self, lines: list[str]) -> list[str]:
+        self._line += len(lines)
+        if "F-" not in "\n".join(lines):
+            return lines
+        return [self._shown(line) if "F-" in line else line for line in lines]
+
+    def _shown(self, line: str) -> str:
+        if len(line) > _LONGEST or not _VERDICT.search(line) or self.backed(line):
+            return line
+        self._mismatch("a line reads as a verdict that no event of this run gives", line)
+        return f"(not this run's verdict, no event of it says so) {line}"
+
+    def _look_at(self, lines: list[str]) -> tuple[list[str], list[Remark]]:
         steps = [line for line in lines if line.startswith("step ")][:_COMPARED]
         for line in steps:
             self._compare(line)
@@ -92,11 +114,9 @@ class TextRules:
         shown = list(lines)
         for number, line in enumerate(lines):
             self._line += 1
-            if len(line) > 2000 or line.startswith("step "):
+            if len(line) > _LONGEST or line.startswith("step "):
                 continue
-            if _VERDICT.search(line) and not self.backed(line):
-                shown[number] = f"(not this run's verdict, no event of it says so) {line}"
-                self._mismatch("a line reads as a verdict that no event of this run gives", line)
+            shown[number] = self._shown(line)
             remarks += self._judge(line)
         return shown, remarks
 

@@ -223,3 +223,47 @@ def test_a_thousand_cut_streams_are_whole_in_the_end(
     _cut_streams(
         1000, int(os.environ.get("LATENTFORGE_SOAK_SEED", "1")), going, jobs, server, enrolled(server), eventually
     )
+
+
+def _pace(megabytes: int, one: Any, laptop: Any, jobs: Any, eventually: Make) -> tuple[float, int]:
+    """Watch a run whose log holds so much, in a process of its own: bytes a second of following, peak memory in KiB."""
+    line = b"".join(b"layer %d: activations within bounds, nothing to be said of it here\n" % n for n in range(15_000))
+    with open(one.folder / "launch.log", "ab") as log:
+        for _ in range(megabytes * 1_000_000 // len(line)):
+            log.write(line)
+    size, copy = (one.folder / "launch.log").stat().st_size, one.copy / "launch.log"
+    with open(os.devnull, "wb") as out:
+        process = subprocess.Popen([*WATCH, one.run], cwd=laptop.cwd, env=laptop.env, stdout=out)
+    eventually(lambda: copy.exists() and copy.stat().st_size > 0, "it is followed", 60.0)
+    begin, had = time.monotonic(), copy.stat().st_size
+    eventually(lambda: copy.stat().st_size >= size, "all is read", 120.0)
+    seconds = time.monotonic() - begin
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = int(next(row for row in status.splitlines() if row.startswith("VmHWM")).split()[1])
+    jobs.open()
+    assert process.wait(120) == 0
+    assert copy.read_bytes() == (one.folder / "launch.log").read_bytes()
+    return (size - had) / seconds, peak
+
+
+def test_memory_does_not_grow_with_the_log(
+    going: Make, shared_sshd: Any, enrolled: Make, laptop: Any, jobs: Any, eventually: Make
+) -> None:
+    one = going(enrolled(shared_sshd), wait_at=5)
+    pace, peak = _pace(100, one, laptop, jobs, eventually)
+    print(f"followed at {pace / 1e6:.0f} MB/s, VmHWM {peak / 1024:.0f} MiB after 100 MB")
+    assert peak < 160 * 1024, "the log's 100 MB would not fit beside the program"
+
+
+@pytest.mark.soak
+def test_following_keeps_up_with_fifty_megabytes_a_second_in_flat_memory(
+    going: Make, shared_sshd: Any, enrolled: Make, laptop: Any, jobs: Any, eventually: Make, tmp_path: Path
+) -> None:
+    found = {}
+    for number, megabytes in enumerate((100, 1000)):
+        jobs.gate.unlink(missing_ok=True)
+        one = going(enrolled(shared_sshd, f"box{number}", tmp_path / f"root{number}"), wait_at=5)
+        found[megabytes] = _pace(megabytes, one, laptop, jobs, eventually)
+        print(f"{megabytes} MB at {found[megabytes][0] / 1e6:.0f} MB/s, VmHWM {found[megabytes][1] / 1024:.0f} MiB")
+    assert found[1000][0] >= 50e6
+    assert found[1000][1] <= found[100][1] * 1.15
