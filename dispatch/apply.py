@@ -259,8 +259,9 @@ def job(one: ChosenRun, facts: HostFacts, plan: Plan) -> tuple[list[str], dict[s
 def host_record(ask: Ask, facts: HostFacts) -> dict[str, Any]:
     """What is kept of the host beside a run: who it is, not how busy it was."""
     host = facts.host
-    record = {"name": ask.host.name, "hostname": host.hostname, "arch": host.arch, "os": host.os, "cpu": host.cpu}
-    return record | {"cores": host.cores, "kernel": host.kernel, "driver": host.driver, "boot_id": host.boot_id}
+    record: dict[str, Any] = {"name": ask.host.name, "hostname": host.hostname, "arch": host.arch, "os": host.os}
+    record |= {"cpu": host.cpu, "cores": host.cores, "kernel": host.kernel, "driver": host.driver}
+    return record | {"boot_id": host.boot_id, **({"waived": dict(ask.waived)} if ask.waived else {})}
 
 
 def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower, plan: Plan) -> None:

@@ -111,6 +111,13 @@ def _probe(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Rep
     return Reply(probe(root, args, origin.sha256))
 
 
+def _preflight(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .probe import probe
+    from .protocol import Reply
+
+    return Reply(probe(root, args, may_act=True))
+
+
 def _status(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
     from .protocol import Reply
     from .state import derive
@@ -213,6 +220,7 @@ def _gc(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
 
 VERBS: dict[str, Callable[[Root, Arguments, Payload, Origin], Reply | Iterator[Reply]]] = {
     "probe": _probe,
+    "preflight": _preflight,
     "status": _status,
     "read": _read,
     "follow": _follow,

@@ -6,10 +6,10 @@ import hashlib
 import math
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
+from . import bounded
 from .processes import boot_id
 
 _GPU_FIELDS = {
@@ -44,7 +44,7 @@ def host(root: Path) -> dict[str, Any]:
         "cores": _cores(),
         "boot_id": boot_id(),
         "machine_id_sha256": _machine_id(),
-        "user": _user(),
+        "user": user(),
         "uid": os.getuid(),
         "home": os.path.expanduser("~"),
         "mem_total": memory.get("MemTotal"),
@@ -97,7 +97,8 @@ def _machine_id() -> str | None:
     return hashlib.sha256(found.encode()).hexdigest() if found else None
 
 
-def _user() -> str:
+def user() -> str:
+    """The login name of this user, or the number where it has none."""
     try:
         import pwd
 
@@ -129,23 +130,10 @@ def _disk(root: Path) -> tuple[int | None, int | None]:
 
 def _query(question: str) -> list[list[str]] | None:
     """Rows of nvidia-smi's answer; None when there is no such program or it failed."""
-    program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=PROGRAM_PATHS)
-    if program is None:
+    answer = bounded.run(["nvidia-smi", question, "--format=csv,noheader,nounits"], _GPU_SECONDS)
+    if answer["code"] != 0:
         return None
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            [program, question, "--format=csv,noheader,nounits"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_GPU_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
-    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
+    return [[cell.strip() for cell in line.split(",")] for line in answer["out"].splitlines() if line.strip()]
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -11,22 +11,28 @@ from typing import Any
 from . import folders, hardware, journal, locks, pulling, runner
 from .durable import read_json
 from .paths import NAME, Root, expand, filesystem_of
+from .preflight import Collection
 from .protocol import AgentError, Arguments
 from .state import clock, derive
 
 
-def probe(root: Root, args: Arguments, agent: str | None = None) -> dict[str, Any]:
-    """Facts of the host, and the state of every run, path, build, environment and object that the plan asks about."""
+def probe(root: Root, args: Arguments, agent: str | None = None, *, may_act: bool = False) -> dict[str, Any]:
+    """Facts of the host, and the state of every run, path, build, environment and object that the plan asks about.
+
+    `preflight` asks for the facts of a preflight too; only with `may_act` for what writes or loads the machine.
+    """
     runs, kins, paths = args.rows("runs"), args.texts("kins"), args.rows("paths")
     builds, venvs, objects = args.texts("builds"), args.texts("venvs"), args.texts("cas")
     asks_runner, models = args.flag("runner"), args.texts("models")
     rubbish = args.table("gc") if args.has("gc") else None
+    asked = args.table("preflight")
     args.done()
+    gathering = Collection(root, asked, may_act=may_act) if asked else None
     states = {}
     for row in runs:
         run = root.run(row.get("id"))
         states[run.id] = derive(run)
-    return {
+    facts = {
         "root": str(root.dir),
         "root_exists": root.dir.is_dir(),
         "host": hardware.host(root.dir),
@@ -45,6 +51,7 @@ def probe(root: Root, args: Arguments, agent: str | None = None) -> dict[str, An
         **({"runner": runner.facts(root)} if asks_runner else {}),
         "clock": clock(),
     }
+    return {**facts, "preflight": gathering.result()} if gathering is not None else facts
 
 
 def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -60,6 +60,9 @@ def main() -> int:
         if found != asked["code"]:
             raise SystemExit(f"error: the built package has the code digest {found[:16]}…, asked {asked['code'][:16]}…")
         run([str(python), "-P", "-m", "latentforge", "--version"], PYTHONPATH=str(site))
+        # What it can do, in its own words: compared with what a plan needs, before anything is launched.
+        offered = run([str(python), "-P", "-m", "latentforge", "capabilities"], PYTHONPATH=str(site), shown=False)
+        (work / "capabilities.json").write_text(json.dumps(json.loads(offered), sort_keys=True))
         shutil.rmtree(source)
         made = {"build": asked["build"], "code": asked["code"], "lock": asked["lock"], "venv": str(venv)}
         made |= {"jobs": jobs, "binaries": binaries(site)}

@@ -9,12 +9,15 @@ from dispatch.apply import build
 from dispatch.building.build import BuildChoice
 from dispatch.following.follow import Follower
 from dispatch.hosts.facts import HostFacts
-from dispatch.hosts.preflight import Judgement, judge
 from dispatch.planning.ask import Ask
 from dispatch.planning.survey import survey_build
+from dispatch.preflight.judge import judge
 from dispatch.transport.call import Transport
 from latentforge.errors import FailedError, LatentForgeError, RefusedError
 from latentforge.verdicts import ExitCode
+
+# Gates that are about running a pipeline: a build meets neither its memory nor the others on the device.
+_OF_RUNS = frozenset({"memory", "tenants", "capabilities"})
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,6 @@ def _made(choice: BuildChoice) -> str:
 
 
 def _refuse_unfit(ask: Ask, facts: HostFacts) -> None:
-    for one in judge(ask, facts, Judgement("memory", True, "")):
-        if one.ok is False:
-            raise LatentForgeError(f"preflight: {one.text}", next=one.next, code=ExitCode.FAIL)
+    for one in judge(facts, ask, waived=dict(ask.waived)).stopping:
+        if one.id not in _OF_RUNS:
+            raise LatentForgeError(f"preflight: {one.measured}", next=one.remedy, code=ExitCode.FAIL)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from dispatch.hosts.runner import RunnerFacts
+from dispatch.preflight.facts import PreflightFacts
 
 GOING_ON = frozenset({"queued", "starting", "running", "finishing", "unsupervised"})
 ENDED = frozenset({"finished", "lost", "interrupted"})
@@ -157,6 +158,7 @@ class HostFacts(Fact):
     models: dict[str, ModelFact] = Field(default_factory=dict)
     rsync: str | None = None
     """Where rsync lies on the host; asked together with models."""
+    preflight: PreflightFacts | None = None
 
     @property
     def lease_holder(self) -> Holder | None:

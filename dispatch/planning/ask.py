@@ -38,6 +38,8 @@ class Ask:
     lane: LaneChoice | None = None
     no_secrets: str | None = None
     """Why the secrets that the pipeline names cannot be given, or None."""
+    waived: tuple[tuple[str, str], ...] = ()
+    """(check, why its failure is let through); kept with the run."""
     command: str = ""
     """The command that does what is asked, to copy: with the flags and the environment that steered it."""
 
@@ -51,6 +53,7 @@ def asked(
     attempt_next: bool = False,
     wait: bool = False,
     lanes: Sequence[str] = (),
+    waived: Sequence[tuple[str, str]] = (),
     folder: Path | None = None,
     stale: Callable[[], str | None] = lambda: None,
 ) -> Ask:
@@ -76,8 +79,9 @@ def asked(
         bundle=None if host.is_local else pack(source),
         attempt_next=attempt_next,
         wait=wait,
+        waived=tuple(waived),
         command=_command(
-            recipe, ("--lanes", ",".join(lanes)) if lanes else ("--host", host.name), resolved, env, overrides
+            recipe, ("--lanes", ",".join(lanes)) if lanes else ("--host", host.name), resolved, env, overrides, waived
         ),
         no_secrets=_missing(spec.secrets, env),
         unfit=(_unfit(source) or stale()) if host.is_local else None,
@@ -97,13 +101,19 @@ _PLACES = ("GX10_USER", "GX10_REPO_PATH", "EVIDENCE_DIR")
 
 
 def _command(
-    recipe: str, where: Sequence[str], resolved: ResolvedPipeline, env: Mapping[str, str], overrides: Sequence[str]
+    recipe: str,
+    where: Sequence[str],
+    resolved: ResolvedPipeline,
+    env: Mapping[str, str],
+    overrides: Sequence[str],
+    waived: Sequence[tuple[str, str]],
 ) -> str:
     sources = {origin.source for origin in resolved.origins.values()}
     names = sorted(source.partition(" ")[2] for source in sources if source.startswith("environment "))
     names = sorted({*names, *_PLACES})
     variables = {name: env[name] for name in names if env.get(name)}
     flags = [word for override in overrides for word in ("--set", override)]
+    flags += [word for check, why in waived for word in ("--waive", f"{check}={why}")]
     return str(Command.of(["latentforge", "dispatch", "go", recipe, *flags, *where], variables, env))
 
 

@@ -6,6 +6,7 @@ A plan holds judgements ("memory: enough"), not readings, so two previews of an 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from dispatch.building.build import BuildChoice
 from dispatch.building.warmup import WarmUp
 from dispatch.hosts.facts import HostFacts
-from dispatch.hosts.preflight import Judgement, judge
 from dispatch.hosts.trust import short_type
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import ChosenRun
+from dispatch.planning.memory import Judgement
 from dispatch.planning.runner import RunnerChoice, choose_runner
+from dispatch.preflight.check import Report
+from dispatch.preflight.judge import is_gb10, judge
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.verdicts import ExitCode
 
@@ -126,11 +129,13 @@ def make_plan(
     copied: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan that a request, the facts of its host and the copies on the laptop (``copied``: run ids) lead to."""
-    judgements = judge(ask, facts, memory)
+    report = judge(facts, ask, waived=dict(ask.waived))
+    starts = any(run.will == "run" for run in runs)
     runner = choose_runner(ask.host, facts)
     refusals: list[Refusal] = []
     lane = [Step("lane", "keep", ask.lane.text)] if ask.lane is not None else []
-    steps = [*lane, _trust(ask), _preflight(judgements, refusals), *_code_and_build(ask, build, refusals)]
+    first = [*lane, _trust(ask), _preflight(ask, report, starts, refusals)]
+    steps = [*first, *_code_and_build(ask, build, refusals)]
     if warmup is not None:
         steps.append(Step("warmup", warmup.will, warmup.because, warmup.run))
     for number, pull in enumerate(pulls, start=1):
@@ -178,7 +183,7 @@ def make_plan(
 
 def _machine(ask: Ask, facts: HostFacts) -> str:
     host = facts.host
-    words = ["GB10"] if ask.host.gb10 else []
+    words = ["GB10"] if is_gb10(ask.host, facts) else []
     words += [host.cpu or host.arch, f"{host.cores} cores"] if host.cores else [host.arch]
     if host.driver:
         words.append(f"driver {host.driver}")
@@ -192,18 +197,16 @@ def _trust(ask: Ask) -> Step:
     return Step("trust", "keep", f"host key {short_type(key.type)} {key.sha256[:18]}… pinned {key.date}")
 
 
-def _preflight(judgements: Sequence[Judgement], refusals: list[Refusal]) -> Step:
-    failed = [one for one in judgements if one.ok is False]
-    unknown = [one for one in judgements if one.ok is None]
-    passed = [one for one in judgements if one.ok]
-    for one in failed:
-        refusals.append(Refusal(f"preflight: {one.text}", one.next, ExitCode.FAIL))
-    if failed:
-        return Step("preflight", "refuse", "; ".join(one.text for one in failed))
-    counts = [f"{len(passed)} pass"] + ([f"{len(unknown)} unknown"] if unknown else [])
-    names = ", ".join(one.name for one in passed)
-    told = "".join(f"; {one.text}" for one in unknown)
-    return Step("preflight", "check", f"{', '.join(counts)} ({names}){told}")
+def _preflight(ask: Ask, report: Report, starts: bool, refusals: list[Refusal]) -> Step:
+    """The checks in numbers. A failure stops a launch; where nothing is to be started there is nothing to stop."""
+    to_read = f"latentforge dispatch preflight {ask.host.name} --for {shlex.quote(ask.recipe)}"
+    waived = "".join(f"; {one.id} waived: {one.waived}" for one in report.checks if one.waived)
+    stopping = report.stopping if starts else ()
+    for one in stopping:
+        refusals.append(Refusal(f"preflight: {one.measured}", one.remedy, ExitCode.FAIL))
+    if stopping:
+        return Step("preflight", "refuse", "; ".join(f"{one.id}: {one.measured}" for one in stopping))
+    return Step("preflight", "check", f"{report.counted()}   ({to_read} to read them){waived}")
 
 
 def _code_and_build(ask: Ask, build: BuildChoice | None, refusals: list[Refusal]) -> list[Step]:

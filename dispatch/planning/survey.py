@@ -12,6 +12,8 @@ from dispatch.planning.ask import Ask
 from dispatch.planning.choice import attempt_ids, choose
 from dispatch.planning.memory import judge_memory
 from dispatch.planning.plan import Plan, make_plan
+from dispatch.preflight.asking import facts_of
+from dispatch.preflight.asking import question as preflight_question
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import RefusedError
@@ -147,7 +149,8 @@ def _probe(transport: Transport, ask: Ask, planned: list[PlannedRun], names: Bui
         wanted.append({"id": names.identity.run_id, "kin": names.kin})
         kins += [names.kin, warmup_kin(ask)]
         question |= {"builds": [names.build], "venvs": [names.venv], "cas": [ask.bundle.sha256]}
-    facts = HostFacts.model_validate(call(transport, "probe", question, timeout=PROBE_SECONDS).result)
+    question["preflight"] = preflight_question(ask.host, ask)
+    facts = facts_of(transport, "probe", question, timeout=PROBE_SECONDS)
     later = [run for one in planned for run in attempt_ids(one, facts.kin_runs.get(one.kin, ()))]
     if names is not None:
         present = {kin.id for kin in facts.kin_runs.get(names.kin, ())}

@@ -36,6 +36,9 @@ ENTRIES = {
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
+    "capabilities": Entry(
+        "latentforge.cli.capabilities", "Print what this install can be asked for, as JSON.", single=True
+    ),
     "run": Entry("latentforge.cli.run", "Execute one run directory in this process.", single=True),
 }
 

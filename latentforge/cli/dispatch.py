@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentforge.cli import dispatch_gc, dispatch_hosts, dispatch_pull, dispatch_watch
+from latentforge.cli import dispatch_gc, dispatch_hosts, dispatch_preflight, dispatch_pull, dispatch_watch
 from latentforge.cli.dispatch_hosts import AbandonOption, EachOption, LanesOption
 from latentforge.cli.dispatch_watch import DeadlineOption, StallOption
 from latentforge.verdicts.exitcode import ExitCode
@@ -36,6 +36,10 @@ AttemptOption = Annotated[
     str | None, typer.Option("--attempt", metavar="next", help="Run again what ended: a new attempt, resumed from it.")
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run id, or the beginning of one.")]
+WaiveOption = Annotated[
+    list[str] | None,
+    typer.Option("--waive", metavar="CHECK=WHY", help="Let a failing check through; the reason is kept with the run."),
+]
 PipelineArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe by name, or a .toml file.")]
 
 
@@ -52,6 +56,7 @@ def go(
     detach: Annotated[bool, typer.Option("--detach", help="Launch, and leave at once.")] = False,
     deadline: DeadlineOption = None,
     stall: StallOption = None,
+    waive: WaiveOption = None,
     json: JsonOption = False,
 ) -> ExitCode:
     """Do a pipeline: plan, build, launch, follow, collect, verify; ends with the verdict and its exit code.
@@ -63,7 +68,7 @@ def go(
     from dispatch.transport.open import open_transport
 
     adjust = Limits.adjuster(deadline or (), stall)
-    places, ask = _asked(pipeline, host, set_, attempt, wait, lanes=lanes, abandon=abandon)
+    places, ask = _asked(pipeline, host, set_, attempt, wait, lanes=lanes, abandon=abandon, waive=waive)
     if dry_run or _dry_run():
         return preview(ask, places, as_json=json)
     transport = open_transport(ask.host, places)
@@ -81,12 +86,13 @@ def plan(
     abandon: AbandonOption = False,
     set_: SetOption = None,
     attempt: AttemptOption = None,
+    waive: WaiveOption = None,
     json: JsonOption = False,
 ) -> ExitCode:
     """Show what `go` would do, and why; nothing is created or changed anywhere."""
     from dispatch.session import preview
 
-    places, ask = _asked(pipeline, host, set_, attempt, False, lanes=lanes, abandon=abandon)
+    places, ask = _asked(pipeline, host, set_, attempt, False, lanes=lanes, abandon=abandon, waive=waive)
     return preview(ask, places, as_json=json)
 
 
@@ -218,6 +224,7 @@ def _asked(
     *,
     lanes: str | None = None,
     abandon: bool = False,
+    waive: list[str] | None = None,
 ) -> tuple[Places, Ask]:
     from latentforge.errors import RefusedError
 
@@ -228,10 +235,10 @@ def _asked(
     places, inventory = _places()
     if lanes is None:
         where = inventory.choose(host, os.environ)
-        return places, _asked_of(pipeline, where, overrides, attempt, wait, env=os.environ)
+        return places, _asked_of(pipeline, where, overrides, attempt, wait, env=os.environ, waive=waive)
 
     def ask_for(one: Host, names: Sequence[str]) -> Ask:
-        return _asked_of(pipeline, one, overrides, attempt, wait, env=os.environ, lanes=names)
+        return _asked_of(pipeline, one, overrides, attempt, wait, env=os.environ, lanes=names, waive=waive)
 
     return places, dispatch_hosts.lane_ask(ask_for, lanes, host, places, inventory, abandon=abandon)
 
@@ -245,8 +252,10 @@ def _asked_of(
     *,
     env: Mapping[str, str],
     lanes: Sequence[str] = (),
+    waive: list[str] | None = None,
 ) -> Ask:
     from dispatch.planning.ask import asked
+    from dispatch.preflight.asking import check_waivers
 
     return asked(
         pipeline,
@@ -256,6 +265,7 @@ def _asked_of(
         attempt_next=attempt == "next",
         wait=wait,
         lanes=lanes,
+        waived=check_waivers(waive or []),
         stale=_stale_extension,
     )
 
@@ -298,3 +308,4 @@ dispatch_hosts.add_to(app)
 dispatch_pull.add_to(app)
 dispatch_watch.add_to(app)
 dispatch_gc.add_to(app)
+dispatch_preflight.add_to(app)

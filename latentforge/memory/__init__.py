@@ -1,6 +1,6 @@
 """Memory arithmetic: parameters of a decoder, the need of each run term by term, the margins of a host."""
 
-from latentforge.memory.estimate import pipeline_memory, pipeline_peak
+from latentforge.memory.estimate import kv_bytes, pipeline_memory, pipeline_peak
 from latentforge.memory.plan import MemoryPlan, MemoryVerdict, Term, kill_floor, margin
 from latentforge.memory.shape import ModelShape
 
@@ -10,6 +10,7 @@ __all__ = [
     "ModelShape",
     "Term",
     "kill_floor",
+    "kv_bytes",
     "margin",
     "pipeline_memory",
     "pipeline_peak",

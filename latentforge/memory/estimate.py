@@ -49,6 +49,14 @@ def attention_bytes(shape: ModelShape, rows: int, length: int) -> int:
     return 2 * 4 * rows * shape.heads * length * length
 
 
+def kv_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
+    """Bytes of the keys and values that a serving teacher keeps for ``tokens`` tokens (``width`` bytes a number).
+
+    A teacher in process answers whole rows and keeps none.
+    """
+    return 2 * shape.layers * shape.kv_width * width * tokens
+
+
 def training_terms(
     shape: ModelShape, *, rows: int, length: int, precision: str, who: str, logit_copies: int
 ) -> list[Term]:

@@ -210,7 +210,7 @@ def test_another_attempt_is_refused_while_one_goes_on(asks: dict[str, Ask]) -> N
 @pytest.mark.parametrize(
     ("facts", "code", "words"),
     [
-        ({"host": {"disk_free": 10_000}}, ExitCode.FAIL, "disk: less than 2 GiB free in /r on box"),
+        ({"host": {"disk_free": 10_000}}, ExitCode.FAIL, "free in /r on box, 2.5 GiB needed"),
         ({"host": {"mem_available": GIB // 2}}, ExitCode.FAIL, "not enough now"),
         ({"python": {"executable": "/usr/bin/python3", "version": "3.10.4"}}, ExitCode.FAIL, "is Python 3.10.4"),
         ({"lease": {"device": {"run": "teacher-" + "c" * 20, "pid": 7}}}, ExitCode.BUSY, "held by teacher-cccc"),

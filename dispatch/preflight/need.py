@@ -1,0 +1,186 @@
+"""What a request needs of its host, in closed form: memory, disk and inodes term by term, and what the package must
+be able to do there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dispatch.building.build import BuildNames
+from dispatch.hosts.facts import HostFacts
+from dispatch.planning.ask import Ask
+from latentforge.errors import RefusedError
+from latentforge.memory import MemoryPlan, ModelShape, Term, kv_bytes, pipeline_peak
+from latentforge.memory.estimate import TWIN, student_shape, teacher_shape
+from latentforge.spec.capabilities import wanted_of
+from latentforge.spec.pipeline import BUILTIN_CORPUS
+
+GIB = 2**30
+_ENVIRONMENT = {"cpu": (int(1.2 * GIB), 30_000)}
+"""Bytes and files of the environment that a lock file makes, measured for ``cpu``."""
+_LARGER_ENVIRONMENT = (7 * GIB, 60_000)
+"""With CUDA wheels: torch and its libraries."""
+_BUILT = (200 << 20, 1_000)
+_BUILTIN_BYTES = 64 << 20
+_RUN = (64 << 20, 200)
+"""Log, events and small files of one run."""
+_CHECKPOINTS = 3
+"""Kept are two; a third is written before the oldest goes."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is needed. ``memory`` None: no pipeline was named, or its models' size is not known (``why``)."""
+
+    pipeline: str | None = None
+    memory: MemoryPlan | None = None
+    notes: tuple[str, ...] = ()
+    disk: tuple[Term, ...] = ()
+    inodes: int = 0
+    compiles: bool = False
+    in_place: bool = False
+    wanted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    only_command: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory at the largest moment; 0 without a pipeline."""
+        return self.memory.bytes if self.memory is not None else 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that will be written to the run's file system."""
+        return sum(term.bytes for term in self.disk)
+
+
+def need_of(ask: Ask, facts: HostFacts) -> Need:
+    """The need of a pipeline on the host that these facts are of."""
+    memory, notes = memory_need(ask, facts)
+    disk, inodes, compiles = _disk(ask, facts, memory)
+    return Need(
+        pipeline=ask.recipe,
+        memory=memory,
+        notes=notes,
+        disk=disk,
+        inodes=inodes,
+        compiles=compiles,
+        in_place=ask.bundle is None,
+        wanted=wanted_of(ask.spec),
+        only_command=f"latentforge dispatch preflight {shlex.quote(ask.host.name)} --for {shlex.quote(ask.recipe)}",
+    )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The shapes of a pipeline's models: its own, and those of folders as their ``config.json`` states them."""
+
+    teacher: ModelShape | None
+    teacher_bytes: int | None
+    student: ModelShape | None
+    troubles: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, ask: Ask, facts: HostFacts) -> Models:
+        """The shapes, as far as the host's answer tells them."""
+        spec, troubles = ask.spec, []
+        teacher, size = None, None
+        known = facts.preflight.models if facts.preflight is not None else {}
+
+        def shape(path: str) -> tuple[ModelShape | None, int | None]:
+            found = known.get(path)
+            if found is None or found.config is None:
+                troubles.append(f"{path}: {found.reason if found and found.reason else 'its config.json was not read'}")
+                return None, None
+            try:
+                return ModelShape.from_config(found.config), found.bytes or None
+            except RefusedError as error:
+                troubles.append(f"{path}: {error}")
+                return None, found.bytes or None
+
+        if spec.teacher.model is not None:
+            teacher, size = shape(spec.teacher.model)
+        vocab_size = teacher.vocab_size if teacher is not None else spec.data.vocab_size
+        if spec.teacher.model is None:
+            teacher = teacher_shape(spec.teacher, vocab_size)
+        if (init := spec.distill.student.init) is not None:
+            student, _size = shape(init)
+        else:
+            student = student_shape(spec.distill.student, vocab_size)
+        return cls(teacher, size, student, tuple(troubles))
+
+
+def memory_need(ask: Ask, facts: HostFacts) -> tuple[MemoryPlan, tuple[str, ...]]:
+    """The largest plan of the pipeline, and sentences that explain its terms."""
+    models = Models.of(ask, facts)
+    external = ask.spec.teacher.model is not None
+    device = "cuda" if facts.host.gpus else "cpu"
+    plan = pipeline_peak(
+        ask.spec,
+        device=device,
+        teacher=models.teacher if external else None,
+        teacher_bytes=models.teacher_bytes,
+        student=models.student,
+    )
+    length = ask.spec.data.sequence_length
+    notes = list(models.troubles)
+    for who, shape in (("teacher", models.teacher), ("student", models.student)):
+        if shape is not None and (ask.spec.teacher.model if who == "teacher" else ask.spec.distill.student.init):
+            notes.append(f"{who}: {attention_note(shape, length)}")
+            if who == "teacher":
+                notes.append(
+                    f"teacher: {kv_bytes(shape, 1) / 2**10:.0f} KiB of keys and values a token where it caches"
+                )
+    return plan, tuple(notes)
+
+
+def attention_note(shape: ModelShape, length: int) -> str:
+    """The scores of one sequence in one block, as a sum that can be checked by hand."""
+    block = 4 * shape.heads * length * length
+    return (
+        f"attention {shape.heads} heads x {length}^2 x 4 B = {block / 1e9:.1f} GB a sequence and block, "
+        f"{shape.layers} blocks"
+    )
+
+
+def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, ...], int, bool]:
+    spec, models = ask.spec, Models.of(ask, facts)
+    terms: list[Term] = []
+    inodes, compiles = 0, False
+    if ask.bundle is not None:
+        names = BuildNames.of(ask)
+        if not facts.venvs.get(names.venv):
+            size, files = _ENVIRONMENT.get(ask.lock_name, _LARGER_ENVIRONMENT)
+            terms.append(Term("environment", size))
+            inodes += files
+        if not facts.builds.get(names.build):
+            terms.append(Term("build", _BUILT[0] + 2 * ask.bundle.size))
+            inodes += _BUILT[1]
+            compiles = True
+    tokens = _tokens(ask, facts)
+    terms.append(Term("data", 4 * tokens))
+    if spec.teacher.model is None and models.teacher is not None:
+        terms.append(Term("teacher", models.teacher.parameters * 4 * (1 + 3 * _CHECKPOINTS)))
+    if spec.distill.targets == "store":
+        row = spec.score.k * 6 + 4 * len(spec.score.temperatures) + 8
+        terms.append(Term("targets", tokens * row))
+    if models.student is not None:
+        states = 16 if spec.distill.precision == "bf16" else 12
+        students = 2 if TWIN in spec.distill.require else 1
+        terms.append(Term("student", models.student.parameters * (4 * students + states * _CHECKPOINTS)))
+    runs = 4
+    terms.append(Term("logs", runs * _RUN[0]))
+    return tuple(terms), inodes + runs * _RUN[1], compiles
+
+
+def _tokens(ask: Ask, facts: HostFacts) -> int:
+    """Tokens that the data run writes, at most: of one byte come at most two, usually far fewer."""
+    data = ask.spec.data
+    if data.train_sequences is not None:
+        return (data.train_sequences + data.heldout_sequences) * data.sequence_length
+    if data.corpus == BUILTIN_CORPUS:
+        return _BUILTIN_BYTES
+    found: Any = facts.paths.get(data.corpus)
+    size = found.documents_bytes if found is not None else None
+    return int(size) if size else _BUILTIN_BYTES
