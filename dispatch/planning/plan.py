@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dispatch.building.build import BuildChoice
 from dispatch.building.warmup import WarmUp
+from dispatch.following.limits import Limits
 from dispatch.hosts.facts import HostFacts
 from dispatch.hosts.trust import short_type
 from dispatch.planning.ask import Ask
@@ -164,7 +165,7 @@ def make_plan(
             )
         )
     final = next((run for run in runs if run.will == "ended"), runs[-1])
-    steps += _aftermath(final, bool(chain), final.run in copied)
+    steps += _aftermath(final, bool(chain), final.run in copied, ask.spec.profile)
     return Plan(
         host=ask.host.name,
         machine=_machine(ask, facts),
@@ -229,10 +230,11 @@ def _lease_held(facts: HostFacts, chain: Sequence[ChosenRun]) -> str | None:
     return holder.run or "a process that is not ours"
 
 
-def _aftermath(final: ChosenRun, goes_on: bool, copied: bool) -> list[Step]:
+def _aftermath(final: ChosenRun, goes_on: bool, copied: bool, profile: str) -> list[Step]:
     if goes_on:
+        limits = Limits.of({"profile": profile}, final.kind)
         return [
-            Step("follow", "follow", "to the end; Ctrl-C detaches, the run goes on"),
+            Step("follow", "follow", f"{limits.told()}; Ctrl-C detaches, the run goes on"),
             Step("collect", "run", "what the run leaves, each file by its digest"),
             Step("evidence", "write", f"{final.run}/manifest.json"),
         ]
