@@ -85,8 +85,8 @@ def main() -> int:
     env = {**os.environ, "XDG_CONFIG_HOME": f"{folder}/laptop/config", "XDG_STATE_HOME": f"{folder}/laptop/state"}
     env |= {"EVIDENCE_DIR": f"{folder}/laptop/runs"}
 
-    def shown(*words: str, quiet: bool = False) -> int:
-        print(f"$ latentforge dispatch {shlex.join(words)}" if not quiet else "", flush=True)
+    def shown(*words: str) -> int:
+        print(f"$ latentforge dispatch {shlex.join(words)}".replace(str(folder), "/sim"), flush=True)
         command = [sys.executable, "-P", "-m", "latentforge", "dispatch", *words]
         done = subprocess.run(command, cwd=CHECKOUT, env=env, text=True, capture_output=True, check=False)
         print(
