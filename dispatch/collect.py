@@ -39,7 +39,8 @@ def collect(
     """Copy what a finished run left into ``<evidence>/<run>``; each file is verified against the host's inventory.
 
     ``tell(path, done, total)`` hears of progress in bytes. FailedError where a file does not have the digest that the
-    exit record vouches for. Two commands that collect the same run take turns.
+    exit record vouches for, and for one that is here with other bytes: nothing here is ever overwritten. Two commands
+    that collect the same run take turns.
     """
     inventory = call(transport, "collect", {"run": run}, timeout=300.0).result
     folder = places.run(run)
@@ -52,8 +53,10 @@ def collect(
         fetched = sum(_file(transport, run, folder, file, tell) for file in inventory["files"])
         fetched += _file(transport, run, folder, {"path": "artifacts.json", "sha256": inventory["sha256"]}, tell)
         ended = json.dumps(inventory["exit"], indent=1, sort_keys=True).encode() + b"\n"
-        if not (folder / "exit.json").is_file() or (folder / "exit.json").read_bytes() != ended:
+        if not os.path.lexists(folder / "exit.json"):
             write_atomic(folder / "exit.json", ended)
+        elif (folder / "exit.json").read_bytes() != ended:
+            raise _altered(folder / "exit.json", run)
         for leftover in folder.rglob(".*.part"):  # of a file that the host had with other bytes at another time
             leftover.unlink()
     total = sum(int(file["bytes"]) for file in inventory["files"])
@@ -83,6 +86,8 @@ def _file(
     path = folder / name
     if path.is_file() and not path.is_symlink() and file_sha256(path) == sha256:
         return 0
+    if os.path.lexists(path):
+        raise _altered(path, run)
     partial = path.with_name(f".{path.name}.{sha256[:16]}.part")
     partial.parent.mkdir(parents=True, exist_ok=True)
     came = 0
@@ -107,6 +112,14 @@ def _file(
         )
     os.replace(partial, path)
     return came
+
+
+def _altered(path: Path, run: str) -> FailedError:
+    """A file has its name only once its bytes were right: other bytes came later, and evidence is never overwritten."""
+    return FailedError(
+        f"{path} is not what {run} left: it was changed here after it was collected, and is not overwritten",
+        next=f"move {path.parent} away, then:  latentforge dispatch collect {run}",
+    )
 
 
 def _take_over(followed: Path, path: Path, sha256: str) -> None:
