@@ -33,10 +33,10 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
     where a run has later attempts.
     """
     models = _models(ask)
-    digests = _digests(transport, ask, models)
+    digests, paths = _digests(transport, ask, models)
     planned = pipeline_runs(ask.spec, digests=digests, code=ask.code, lock=ask.lock)
     names = BuildNames.of(ask) if ask.bundle is not None else None
-    facts = _probe(transport, ask, planned, names)
+    facts = _probe(transport, ask, planned, names).model_copy(update={"paths": paths})
     build = warmup = None
     runs = choose(planned, facts, attempt_next=False)
     if names is not None:
@@ -72,10 +72,13 @@ def _models(ask: Ask) -> PipelineModels | None:
     return PipelineModels.of(wanted)
 
 
-def _digests(transport: Transport, ask: Ask, models: PipelineModels | None) -> dict[str, str]:
+def _digests(
+    transport: Transport, ask: Ask, models: PipelineModels | None
+) -> tuple[dict[str, str], dict[str, PathFact]]:
+    """The digest of each file of the user's, and what was seen of it."""
     wanted = list(external_paths(ask.spec))
     if not wanted:
-        return {}
+        return {}, {}
     teacher, init = ask.spec.teacher.model, ask.spec.distill.student.init
     # One swapped token would teach the student to write one for the other.
     like = teacher if teacher is not None and init is not None and init != teacher else None
@@ -101,7 +104,7 @@ def _digests(transport: Transport, ask: Ask, models: PipelineModels | None) -> d
         _check_corpus(ask.spec, facts.paths[ask.spec.data.corpus])
     if teacher is not None:
         _check_teacher(ask.spec, facts.paths[teacher], digests)
-    return digests
+    return digests, dict(facts.paths)
 
 
 def _check_corpus(spec: PipelineSpec, found: PathFact) -> None:

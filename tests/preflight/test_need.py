@@ -119,6 +119,21 @@ def test_the_disk_that_is_needed_counts_what_is_not_there_yet_and_both_numbers_a
     assert judge(tight.model_copy(update=there.model_dump(include={"venvs", "builds"})), ask)["disk"].outcome == "pass"
 
 
+def test_a_corpus_of_the_users_is_counted_by_its_text_as_the_plan_saw_it(host: Host, tmp_path: Path) -> None:
+    from dispatch.places import Places
+    from dispatch.planning.survey import survey
+    from dispatch.transport.open import open_transport
+
+    (tmp_path / "corpus.txt").write_text("a line of text\n" * 20_000)
+    ask = replace(ask_for(f"data.corpus={tmp_path / 'corpus.txt'}", host=host), unfit=None)
+    spec = ask.spec.model_copy(update={"data": ask.spec.data.model_copy(update={"train_sequences": None})})
+    ask = replace(ask, spec=spec)
+    places = Places.from_environment({"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "laptop")})
+    _plan, facts = survey(open_transport(host, places, readonly=True), ask, places)
+    data = next(term for term in need_of(ask, facts).disk if term.name == "data")
+    assert data.bytes == 4 * 15 * 20_000
+
+
 def test_more_targets_need_more_disk(facts_with: Facts) -> None:
     small, large = (need_of(ask_for(f"score.k={k}"), facts_with()) for k in (16, 128))
     assert large.disk_bytes > small.disk_bytes
