@@ -47,7 +47,7 @@ def test_a_finished_pipeline_takes_one_round_trip_and_changes_nothing_at_any_ste
 
 
 def test_the_launch_of_a_run_that_goes_on_takes_at_most_two_round_trips(
-    jobs: Any, ask: Make, session: Make, asked_verbs: list[str]
+    jobs: Any, ask: Make, session: Make, asked_verbs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs.hold_at(5)
     assert session().go(ask(), detach=True) is ExitCode.PASS
@@ -55,8 +55,15 @@ def test_the_launch_of_a_run_that_goes_on_takes_at_most_two_round_trips(
     assert session().go(ask(), detach=True) is ExitCode.PASS
     assert asked_verbs == ["probe"]
     asked_verbs.clear()
-    jobs.open()
-    assert session().go(ask()) is ExitCode.PASS
+    dispatch = session()
+    begin = dispatch.observer.begin
+
+    def begun(*run: Any) -> None:
+        jobs.open()  # not before it is followed, or there would be nothing to follow
+        begin(*run)
+
+    monkeypatch.setattr(dispatch.observer, "begin", begun)
+    assert dispatch.go(ask()) is ExitCode.PASS
     assert asked_verbs[: asked_verbs.index("follow")] == ["probe"]
     assert len(jobs.starts()) == 4
 
@@ -89,5 +96,5 @@ def test_a_go_that_has_nothing_to_do_over_ssh_is_quick(
         print(f"no-op go over ssh: {wall:.2f} s, {spent[-1]:.2f} s of processor time")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "no changes. distill-" in done.stdout
-    assert min(spent) < 1.5
+    assert min(spent) < 2.5
     assert len(jobs.starts()) == 4
