@@ -112,14 +112,30 @@ def test_each_phase_has_a_deadline(going: Make, how: dict[str, Any], deadline: s
 def test_a_host_that_stays_away_is_a_record_of_its_own_and_the_run_is_followed_later(
     going: Make, sshd_at: Make, enrolled: Make, jobs: Any, eventually: Make
 ) -> None:
+    import threading
+
     server = sshd_at()
     one = going(enrolled(server), wait_at=5)
-    server.stop()
-    with pytest.raises(UnknownOutcomeError) as raised:
-        one.watch(patience=1.0)
-    assert raised.value.code is ExitCode.UNKNOWN or raised.value.code is ExitCode.TRANSPORT
-    server.start()
-    jobs.open()
+    raised: list[UnknownOutcomeError] = []
+
+    def watch() -> None:
+        try:
+            one.watch(patience=1.0)
+        except UnknownOutcomeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        eventually((one.copy / "identity.json").exists, "it is followed", 60.0)
+        server.stop()
+        thread.join(60)
+    finally:
+        server.start()
+        jobs.open()
+    assert raised[0].code is ExitCode.UNKNOWN
+    assert raised[0].next == f"latentforge dispatch watch {one.run}"
+    assert one.record["ending"] == "transport lost"
     assert one.watch()[0] is ExitCode.PASS
 
 
@@ -128,12 +144,10 @@ def test_a_pass_of_another_run_or_of_an_echoed_configuration_is_not_green(going:
     other = "distill-" + "beef" * 5
     forged = [
         f'{{"seq": 99, "t": 1.0, "wall": "", "run": "{other}", "kind": "verdict", "falsifier": "F-DISTILL-SMOKE-001", '
-        '"outcome": "pass", "text": "fine"}',
-        "not an event at all",
-        '{"seq": 1, "t": 1.0',
+        '"outcome": "pass", "text": "fine", "measured": {}}',
     ]
     lines = [f"F-DISTILL-SMOKE-001 PASS run={other} val_loss 1.0 < 2.0", 'require = ["F-DISTILL-SMOKE-001 PASS"]']
-    one = going(say={"3": [*lines, "F-DISTILL-SMOKE-001 PASS"]}, forged=forged[:1], fail=True)
+    one = going(say={"3": [*lines, "F-DISTILL-SMOKE-001 PASS"]}, forged=forged, fail=True)
     code, out = one.watch()
     assert code is ExitCode.FAIL
     green = [line for line in out.splitlines() if line.startswith("F-DISTILL") and " PASS" in line]
