@@ -62,10 +62,10 @@ def build(c: Any) -> None:
     _do("build", *_host(c))
 
 
-@_task(help={"model": "repo@revision, or a folder here"})
-def pull(c: Any, model: str) -> None:
+@_task(help={"model": "repo@revision, or a folder here", "name": "what a folder's model is called on hosts"})
+def pull(c: Any, model: str, name: str | None = None) -> None:
     """Bring a model to the host, each file verified."""
-    _do("pull", model, *_host(c))
+    _do("pull", model, *(["--name", name] if name else []), *_host(c))
 
 
 @_task(iterable=["set"], help=_SETTINGS)

@@ -57,6 +57,10 @@ def test_tasks_give_the_bytes_and_exit_codes_of_their_commands(
     assert collected.returncode == 0, collected.stderr
     cancelled = fab("cancel", "--run", run, GX10_HOST="box")
     assert "there was nothing to end (pass" in cancelled.stdout
+    judged = fab("-H", "box", "preflight", "--only", "disk", "--json")
+    assert (judged.returncode, '"disk"' in judged.stdout) == (0, True), judged.stdout + judged.stderr
+    unnamed = fab("-H", "box", "pull", "--model", str(laptop.cwd))
+    assert (unnamed.returncode, "needs a name for its model" in unnamed.stderr) == (2, True), unnamed.stderr
     assert fab("-H", "box", "build").stdout.startswith("box  keep ")
     assert len(jobs.starts()) == 4
 
