@@ -332,3 +332,25 @@ def test_the_command_shows_first_and_removes_when_told(laptop: Any, snapshot: Ma
     assert [one["name"] for one in told["removed"]] == ["old-1"]
     assert told["bytes"] >= 50_000
     assert not (root.builds / "old-1").exists()
+
+
+def test_a_run_whose_lock_somebody_took_after_the_look_is_left_alone(
+    host: Any, tidy: Gc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ended(host)
+    tidy.collect(run)
+    shown = [item for item in tidy.look(keep=0)["items"] if item["name"] == run]
+    out_of_the_way = gc._out_of_the_way
+
+    def raced(root: Root, item: dict[str, Any]) -> Path | None:
+        lock = locks.take(root.run(run).lock)
+        assert lock is not None
+        try:
+            return out_of_the_way(root, item)
+        finally:
+            locks.release(lock)
+
+    monkeypatch.setattr(gc, "_out_of_the_way", raced)
+    done = tidy.apply(shown, keep=0)
+    assert [one["why"] for one in done["skipped"]] == ["somebody uses it now"]
+    assert host.state(run)["state"] == "finished"
