@@ -79,7 +79,6 @@ def launch(
         if plan.chain:
             follower.goal = plan.chain[-1].run
             remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
-        keep_applied(places, plan, ask)
         return plan
     shown = plan
     plan, facts = survey(transport, ask, places)

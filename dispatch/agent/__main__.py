@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -62,8 +63,10 @@ def answers(stream: Any, origin: Origin) -> Iterator[bytes]:
         agent: str | None = origin.sha256
     except (AgentError, OSError):
         agent = None
+    payload: Payload | None = None
     try:
         request = read_request(stream)
+        payload = request.payload
         verb = VERBS.get(request.verb)
         if verb is None:
             raise AgentError("protocol", f"verb={request.verb!r} is not one of {', '.join(sorted(VERBS))}")
@@ -71,10 +74,12 @@ def answers(stream: Any, origin: Origin) -> Iterator[bytes]:
         reply = verb(Root(request.root), arguments, request.payload, origin)
         for one in [reply] if isinstance(reply, Reply) else reply:
             yield encode_reply({"ok": True, "result": one.result, "agent": agent}, one.payload)
-    except AgentError as error:
-        yield encode_reply({"ok": False, "error": error.as_json(), "agent": agent})
     except Exception as error:
-        yield encode_reply({"ok": False, "error": _unforeseen(error).as_json(), "agent": agent})
+        told = error if isinstance(error, AgentError) else _unforeseen(error)
+        with contextlib.suppress(AgentError, OSError):
+            if payload is not None:
+                payload.drain()  # a sender that meets a closed pipe never hears why
+        yield encode_reply({"ok": False, "error": told.as_json(), "agent": agent})
 
 
 def _unforeseen(error: Exception) -> AgentError:

@@ -102,8 +102,7 @@ def test_a_plan_shows_what_changed_since_the_last_one_was_applied_and_previews_l
     assert session().go(ask()) is ExitCode.PASS
     out = capsys.readouterr().out
     assert ": done: data, teacher, score, distill, follow, collect, evidence\n" in out
-    assert session().go(ask()) is ExitCode.PASS
-    assert "no judgement has changed\n" in capsys.readouterr().out
+    assert snapshot(laptop.home) == before  # it had nothing to apply: the first plan is still the last one applied
     preview(ask(None, "seed=8"), laptop.places, as_json=True)
     since = json.loads(capsys.readouterr().out)["since"]
     assert "seed  7 → 8" in since["changes"]
@@ -113,5 +112,5 @@ def test_a_kept_plan_that_cannot_be_read_is_as_none(ask: Make, jobs: Any, sessio
     assert session().go(ask()) is ExitCode.PASS
     (file,) = laptop.places.plans("local").iterdir()
     file.write_text('{"schema": 1, "plan": ')
-    assert session().go(ask()) is ExitCode.PASS
+    assert session().go(ask(None, "distill.steps=61")) is ExitCode.PASS
     assert json.loads(file.read_text())["schema"] == 1
