@@ -78,6 +78,7 @@ def test_a_unit_outlives_the_session_and_the_agent_that_asked_for_it(unit_host: 
     assert unit_host.call("cancel", run=run, grace=5)["survivors"] == []
 
 
+@pytest.mark.fault(row=14)
 def test_a_manager_that_stops_ends_its_runs_in_order_and_says_so(own_manager: Manager, tmp_path: Path) -> None:
     host = under(own_manager, tmp_path)
     program = (
@@ -97,6 +98,7 @@ def test_a_manager_that_stops_ends_its_runs_in_order_and_says_so(own_manager: Ma
     assert host.state(waiting)["state"] == "absent"
 
 
+@pytest.mark.fault(row=14)
 def test_without_a_manager_or_lingering_a_unit_is_refused_and_auto_is_detached(
     own_manager: Manager, tmp_path: Path
 ) -> None:
