@@ -122,7 +122,8 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
     effective = _json(run_dir / "effective.json") or {}
     record = _json(run_dir / "exit.json")
     _check_inventory(record, digests.get("artifacts.json"))
-    events = read_events(run_dir / "events.jsonl") if "events.jsonl" in digests else []
+    told = read_events(run_dir / "events.jsonl") if "events.jsonl" in digests else []
+    events = [event for event in told if event.run == run_dir.name]  # another run's verdict is no word of this one's
     device = effective.get("device")
     return {
         "run": {
@@ -133,7 +134,7 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
         },
         "configuration": compare_configuration(identity.kind, identity.spec, effective),
         "verdicts": _verdicts(events),
-        "observations": list(_observations(events)),
+        "observations": [*_observations(events), *_foreign(told, run_dir.name)],
         "environment": {
             name: effective[name] for name in ("versions", "device", "kernel_backend") if name in effective
         },
@@ -180,6 +181,13 @@ def _verdicts(events: Iterable[Event]) -> list[dict[str, Any]]:
         for event in events
         if event.kind == "verdict"
     ]
+
+
+def _foreign(events: Iterable[Event], run: str) -> Iterable[dict[str, Any]]:
+    """Events that name another run: kept as what was seen, never as what was found out."""
+    for event in events:
+        if event.run != run:
+            yield {"what": "event of another run", "value": event.run, "source": f"events.jsonl seq {event.seq}"}
 
 
 def _observations(events: Sequence[Event]) -> Iterable[dict[str, Any]]:

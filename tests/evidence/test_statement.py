@@ -15,7 +15,7 @@ from latentforge.evidence.checks import planted_run
 from latentforge.evidence.digests import file_sha256, tree_sha256
 from latentforge.evidence.manifest import record, write_manifest
 from latentforge.evidence.schema import Statement, json_schemas
-from latentforge.evidence.statement import Claim, build_statement
+from latentforge.evidence.statement import Claim, build_statement, derive, digest_files
 
 
 @pytest.fixture
@@ -89,6 +89,24 @@ def test_observations_name_the_event_that_states_them(run_dir: Path) -> None:
         ("student val_loss heldout at step 2", 3.04),
     ]
     assert all(one["source"].startswith("events.jsonl seq ") for one in observations)
+
+
+def test_a_verdict_of_another_run_is_seen_and_is_no_verdict_of_this_one(run_dir: Path) -> None:
+    own = derive(run_dir, digest_files(run_dir))["verdicts"]
+    with (run_dir / "events.jsonl").open("a") as stream:
+        forged = {
+            "seq": 9999,
+            "t": 1e9,
+            "wall": "2026-11-21T00:00:00Z",
+            "run": "distill-" + "0" * 20,
+            "kind": "verdict",
+        }
+        stream.write(json.dumps({**forged, "falsifier": "F-DISTILL-SMOKE-001", "outcome": "pass", "text": "x"}) + "\n")
+    derived = derive(run_dir, digest_files(run_dir))
+    assert derived["verdicts"] == own
+    assert {"what": "event of another run", "value": forged["run"], "source": "events.jsonl seq 9999"} in derived[
+        "observations"
+    ]
 
 
 def test_an_interpretation_without_a_check_is_marked_a_claim(run_dir: Path) -> None:
