@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ def test_nothing_trains_before_the_kernels_of_its_build_are_proven(
     host = enrolled(shared_sshd)
     request = ask(host)
     built(host, request, warm=False)
+    able = subprocess.run([sys.executable, "-P", "-m", "latentforge", "capabilities"], capture_output=True, check=True)
+    Path(host.root, "builds", BuildNames.of(request).build, "capabilities.json").write_bytes(able.stdout)
     code, said, starts = tmp_path / "code", tmp_path / "said", tmp_path / "starts"
     python = Path(host.root) / "venvs" / BuildNames.of(request).venv / "bin" / "python"
     python.parent.mkdir()
