@@ -83,9 +83,15 @@ class Records:
         return self.folder / f"{key}.json"
 
     def prepare(self) -> None:
-        """Make the folder; RefusedError where that cannot be done."""
+        """Make the folder; RefusedError where that cannot be done.
+
+        It lies in the state root of the host, which takes no run while others may read there: whatever is missing above
+        it is made for its owner alone (mode 0700), whatever the umask.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in reversed((self.folder, *self.folder.parents)):
+                if not folder.is_dir():
+                    folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise self._refused(error) from error
 

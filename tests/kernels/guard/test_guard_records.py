@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_what_was_written_is_read_back(records: Records) -> None:
     assert records.read(KEY) == wanted
     assert list(records.all()) == [wanted]
     assert records.read("f" * 20) is None
+
+
+def test_the_state_root_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same folder is the state root of host `local`: a run is refused where others may read it.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    before = os.umask(0o022)
+    try:
+        Records().prepare()
+    finally:
+        os.umask(before)
+    made = tmp_path / "state" / "latentforge"
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (made, made / "warmup")] == [0o700, 0o700]
 
 
 @given(cut=st.integers(0, 10_000))
