@@ -193,8 +193,7 @@ def test_jobs_outlive_the_kill_of_every_process_that_serves_a_connection(
     eventually(lambda: copy.exists() and b"step 4/" in copy.read_bytes(), "it is followed")
     supervisor = json.loads((Path(host.root or "") / "runs" / run / "supervisor.json").read_text())["pid"]
     for _ in range(3):
-        eventually(server.sessions, "it is connected")
-        assert server.cut() >= 1
+        eventually(server.cut, "it is connected, and cut")  # what was killed last may be listed for a moment yet
     os.kill(supervisor, 0)
     jobs.open()
     thread.join(60)
