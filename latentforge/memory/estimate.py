@@ -60,9 +60,13 @@ def kv_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
 def training_terms(
     shape: ModelShape, *, rows: int, length: int, precision: str, who: str, logit_copies: int
 ) -> list[Term]:
-    """Weights, optimiser states (gradients, Adam's moments, fp32 masters), activations, logits, attention scratch."""
+    """Weights, optimiser states, activations, logits, attention scratch.
+
+    States: Adam's two moments and the gradients in fp32; beside bf16 weights also fp32 masters, and the gradients of
+    one micro-batch before they are added to those in fp32.
+    """
     count, width = shape.parameters, _WIDTH[precision]
-    states = count * (width + 8 + (4 if precision == "bf16" else 0))
+    states = count * (8 + 4 + (4 + 2 if precision == "bf16" else 0))
     tokens = rows * length
     # One more layer's worth for the gradients of the activations that flow back while they are in use.
     working = activation_bytes(shape, tokens, precision) * (shape.layers + 1) // shape.layers
@@ -109,9 +113,9 @@ def pipeline_memory(
 ) -> dict[str, MemoryPlan]:
     """The plan of each run of an effective pipeline, by kind, for ``device`` ``cpu`` or ``cuda``.
 
-    ``teacher`` and ``student`` are the shapes of folders that the spec names (from their ``config.json``);
-    ``teacher_bytes`` is the size of the teacher's weights where it is not fp32. Where a folder's shape is not given,
-    the plans that need it say so in ``unknown``.
+    ``teacher`` and ``student`` are the shapes of folders that the spec names (from their ``config.json``). Runs load
+    both in fp32, whatever the folder keeps. Where a folder's shape is not given, the plans that need it say so in
+    ``unknown``; ``teacher_bytes``, the size of its weights on disk, is then the least that it takes.
     """
     runtime = Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
     external = spec.teacher.model is not None
@@ -129,21 +133,24 @@ def pipeline_memory(
         )
         plans["teacher"] = MemoryPlan("teacher", (*terms, runtime))
     missing = [] if taught is not None else ["the teacher"]
-    weights = teacher_bytes or (0 if taught is None else taught.parameters * 4)
+    weights = (teacher_bytes or 0) if taught is None else taught.parameters * 4
     if spec.distill.targets == "store":
         plans["score"] = MemoryPlan(
             "score", (*_inference(taught, weights, spec.score.batch_size, length, copies=3), runtime), tuple(missing)
         )
     distill = spec.distill
     rows = distill.micro_batch_size or distill.batch_size
-    terms = _inference(taught, weights, rows, length, copies=1 if distill.targets == "store" else 2)
+    # With a store a full run never loads its teacher; a smoke run does, to show what it would have written.
+    live = distill.targets != "store"
+    beside = live or spec.profile == "smoke"
+    terms = _inference(taught, weights, rows, length, copies=2 if live else 1) if beside else []
     if student is None:
         missing.append("the student")
     else:
         trained = training_terms(
             student, rows=rows, length=length, precision=distill.precision, who="student", logit_copies=2
         )
-        terms += trained
+        terms += [*trained, Term("start", 4 * student.parameters)]  # what the student, and its twin, are copies of
         if TWIN in distill.require:
             terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
     plans["distill"] = MemoryPlan("distill", (*_joined(terms), runtime), tuple(missing))
@@ -175,7 +182,7 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
     ]
 
 
-_ORDER = ("teacher", "student", "twin", "states", "activations", "logits", "attention", "runtime")
+_ORDER = ("teacher", "student", "start", "twin", "states", "activations", "logits", "attention", "runtime")
 
 
 def _joined(terms: list[Term]) -> list[Term]:

@@ -57,7 +57,13 @@ class MemoryPlan:
         return f"{parts} = {_gib(sum(term.bytes for term in terms))} GiB"
 
     def verdict(self, total: int | None, available: int | None) -> MemoryVerdict:
-        """Whether the terms and the margin fit into ``available`` bytes of a host with ``total``; None: not known."""
+        """Whether the terms and the margin fit into ``available`` bytes of a host with ``total``; None: not known.
+
+        What could not be counted makes it unknown, but for a host that cannot even hold what was.
+        """
+        if self.unknown and total is not None and self.bytes + margin(total) > total:
+            text = f"not enough, even without {', '.join(self.unknown)}: {self.line(total)}, the host has {_gib(total)}"
+            return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
         if self.unknown:
             return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the size of {', '.join(self.unknown)} is not known")
         if total is None or available is None:

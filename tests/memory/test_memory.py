@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from latentforge.errors import RefusedError
 from latentforge.memory import MemoryPlan, ModelShape, Term, kill_floor, margin, pipeline_memory, pipeline_peak
-from latentforge.memory.estimate import activation_bytes, attention_bytes, student_shape, teacher_shape
+from latentforge.memory.estimate import (
+    activation_bytes,
+    attention_bytes,
+    student_shape,
+    teacher_shape,
+    training_terms,
+)
 from latentforge.memory.plan import GIB
 from latentforge.spec.resolve import recipe_names, resolve_pipeline
 from latentforge.verdicts import Outcome
@@ -78,6 +84,69 @@ def test_a_type_that_is_not_counted_is_refused_by_name() -> None:
         ModelShape.from_config({"model_type": "mamba"})
     with pytest.raises(RefusedError, match="lacks vocab_size"):
         ModelShape.from_config({"model_type": "qwen3", "num_hidden_layers": 1})
+
+
+GOOD: dict[str, Any] = {
+    "model_type": "qwen3", "vocab_size": 151_936, "num_hidden_layers": 28, "hidden_size": 1024, "head_dim": 128,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 3072, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers = '0' is no size"),
+        ({"num_hidden_layers": -5}, "num_hidden_layers = '-5' is no size"),
+        ({"num_hidden_layers": "28"}, "num_hidden_layers = '28' is no size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = 'True' is no size"),
+        ({"hidden_size": 1024.0}, "hidden_size = '1024.0' is no size"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads = '0' is no size"),
+        ({"num_key_value_heads": "8"}, "num_key_value_heads = '8' is no size"),
+        ({"num_key_value_heads": 64}, "16 heads, 64 for keys"),
+        ({"head_dim": 0}, "head_dim = '0' is no size"),
+        ({"model_type": "llama", "head_dim": None, "hidden_size": 8, "num_key_value_heads": 16}, "do not go together"),
+        ({"num_hidden_layers": 10**400}, "is no size"),
+        ({"tie_word_embeddings": "false"}, "'false' is neither true nor false"),
+        ({"num_experts": 128}, "experts"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ],
+)
+def test_a_config_with_an_impossible_value_is_refused_with_it_and_never_counted(wrong: Any, said: str) -> None:
+    assert ModelShape.from_config(GOOD).parameters == 596_049_920  # Qwen3-0.6B
+    with pytest.raises(RefusedError, match=said):
+        ModelShape.from_config({**GOOD, **wrong})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_and_states_are_those_that_the_optimiser_really_holds(precision: str) -> None:
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    from latentforge.train.optimiser import MasterOptimiser
+
+    shape = ModelShape.qwen3(320, layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128)
+    model = Qwen3ForCausalLM(config(shape)).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    optimiser = MasterOptimiser(model, learning_rate=1e-3, weight_decay=0.1, warmup_steps=0, steps=2, clip_norm=1.0)
+
+    def backward() -> None:
+        model(torch.randint(0, shape.vocab_size, (2, 8))).logits.float().sum().backward()
+
+    backward()
+    optimiser.collect()
+    optimiser.step()
+    backward()
+    optimiser.collect()
+    backward()  # the second micro-batch: all gradients are there
+    held = {}
+    for tensor in (*model.parameters(), *optimiser.masters.values(), *optimiser.moments().values()):
+        for one in (tensor, tensor.grad) if isinstance(tensor, torch.nn.Parameter) or tensor.is_leaf else (tensor,):
+            if one is not None and one.numel() > 1:
+                held[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    terms = {term.name: term.bytes for term in training_terms(
+        shape, rows=1, length=1, precision=precision, who="student", logit_copies=1
+    )}  # fmt: skip
+    assert sum(held.values()) == terms["student"] + terms["states"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -166,12 +235,38 @@ def test_a_folder_of_unknown_size_is_unknown_not_enough() -> None:
     assert any(term.bytes == shape.parameters * 4 for term in peak.terms if term.name == "teacher")
 
 
+def test_a_folder_is_counted_in_fp32_as_runs_load_it_whatever_it_keeps_on_disk() -> None:
+    spec = resolve_pipeline("tiny", overrides=["teacher.model=/somewhere"]).spec
+    shape = ModelShape.from_config(GOOD)
+    plans = pipeline_memory(spec, teacher=shape, teacher_bytes=2 * shape.parameters)
+    assert plans["score"].terms[0] == Term("teacher", 4 * shape.parameters)
+
+
+def test_a_model_that_cannot_be_counted_is_refused_where_its_files_alone_do_not_fit() -> None:
+    spec = resolve_pipeline("tiny", overrides=["teacher.model=/somewhere"]).spec
+    unknown = pipeline_peak(spec, teacher_bytes=30 * GIB).verdict(122 * GIB, 110 * GIB)
+    assert unknown.outcome is Outcome.UNKNOWN
+    verdict = pipeline_peak(spec, teacher_bytes=160 * GIB).verdict(122 * GIB, 110 * GIB)
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.text.startswith("not enough, even without the teacher: teacher 160.0 + ")
+
+
+def test_a_full_run_from_a_store_does_not_hold_its_teacher_beside_the_student() -> None:
+    smoke, full = (
+        pipeline_memory(resolve_pipeline("smoke").spec.model_copy(update={"profile": profile}))
+        for profile in ("smoke", "full")
+    )
+    assert "teacher" in {term.name for term in smoke["distill"].terms}
+    assert "teacher" not in {term.name for term in full["distill"].terms}
+    assert "teacher" in {term.name for term in full["score"].terms}
+
+
 def test_the_smoke_pipelines_plan_names_its_terms_and_fits_a_small_machine() -> None:
     spec = resolve_pipeline("smoke").spec
     plans = pipeline_memory(spec)
     assert list(plans) == ["teacher", "score", "distill"]
     names = [term.name for term in plans["distill"].terms]
-    assert names == ["teacher", "student", "twin", "states", "activations", "logits", "attention", "runtime"]
+    assert names == ["teacher", "student", "start", "twin", "states", "activations", "logits", "attention", "runtime"]
     assert pipeline_peak(spec).verdict(4 * GIB, 3 * GIB).outcome is Outcome.PASS
 
 
