@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -24,9 +25,37 @@ def find(program: str) -> str | None:
     return shutil.which(program) or shutil.which(program, path=os.pathsep.join(_ALSO))
 
 
-def run(argv: list[str], seconds: float, *, env: dict[str, str] | None = None) -> dict[str, Any]:
+class _Kept:
+    """What is kept of a stream: its beginning; or its first line and each that matches, so that no end is cut off."""
+
+    def __init__(self, wanted: re.Pattern[bytes] | None) -> None:
+        self.bytes = bytearray()
+        self._wanted, self._open, self._any = wanted, bytearray(), False
+
+    def take(self, chunk: bytes) -> None:
+        """More of the stream; empty at its end."""
+        if self._wanted is None:
+            self._keep(chunk)
+            return
+        *whole, rest = (bytes(self._open) + chunk).split(b"\n")
+        self._open = bytearray(rest[:_KEPT])
+        if not chunk and rest:
+            whole, self._open = [rest], bytearray()
+        for line in whole:
+            if not self._any or self._wanted.search(line):
+                self._any = True
+                self._keep(line + b"\n")
+
+    def _keep(self, more: bytes) -> None:
+        self.bytes += more[: max(0, _KEPT - len(self.bytes))]
+
+
+def run(
+    argv: list[str], seconds: float, *, env: dict[str, str] | None = None, lines: re.Pattern[bytes] | None = None
+) -> dict[str, Any]:
     """What became of a program: `status` is `ended`, `missing`, `timeout` or `failed`; at most 256 KiB a stream.
 
+    With `lines`, its output is the first line and each that matches, however much there was between them.
     A program that outlives its deadline is killed with everything it started. If even that does not end it (it hangs in
     the kernel), it is left behind: a probe must answer.
     """
@@ -45,7 +74,7 @@ def run(argv: list[str], seconds: float, *, env: dict[str, str] | None = None) -
         )
     except OSError as error:
         return {"status": "failed", "code": None, "out": "", "err": str(error), "seconds": 0.0}
-    out, err, ended = _read(process, begin + seconds)
+    out, err, ended = _read(process, begin + seconds, lines)
     if not ended:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -63,11 +92,13 @@ def run(argv: list[str], seconds: float, *, env: dict[str, str] | None = None) -
     }
 
 
-def _read(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes, bool]:
+def _read(
+    process: subprocess.Popen[bytes], deadline: float, lines: re.Pattern[bytes] | None
+) -> tuple[bytes, bytes, bool]:
     """Both streams up to the deadline, and whether the program ended before it."""
     assert process.stdout is not None
     assert process.stderr is not None
-    kept: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    kept = {process.stdout.fileno(): _Kept(lines), process.stderr.fileno(): _Kept(None)}
     with selectors.DefaultSelector() as selector:
         for fd in kept:
             selector.register(fd, selectors.EVENT_READ)
@@ -79,8 +110,8 @@ def _read(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, byt
                 chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
                     selector.unregister(key.fd)
-                kept[key.fd] += chunk[: max(0, _KEPT - len(kept[key.fd]))]
-    out, err = (bytes(part) for part in kept.values())
+                kept[key.fd].take(chunk)
+    out, err = (bytes(part.bytes) for part in kept.values())
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

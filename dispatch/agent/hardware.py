@@ -24,6 +24,16 @@ _GPU_FIELDS = {
     "power.draw": float,
 }
 _GPU_SECONDS = 15
+_NOTHING = (
+    "",
+    "n/a",
+    "not supported",
+    "unknown error",
+    "not available",
+    "not found",
+    "err!",
+    "insufficient permissions",
+)
 #: Where nvidia-smi lies when a non-interactive login has a short PATH.
 PROGRAM_PATHS = "/usr/bin:/usr/local/bin:/usr/lib/wsl/lib"
 
@@ -146,10 +156,16 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
+def told(cell: str) -> str | None:
+    """One cell, or None for each of the ways in which nvidia-smi says that it does not know."""
+    kept = cell.strip()
+    lost = kept.strip("[]").lower().startswith(("gpu is lost", "gpu requires reset", "gpu access blocked"))
+    return None if lost or kept.strip("[]").lower() in _NOTHING else kept
+
+
 def _value(cell: str, kind: type) -> Any:
-    if not cell or cell.strip("[]").lower() in ("n/a", "not supported", "unknown error"):
-        return None
-    return cell if kind is str else number(cell)
+    kept = told(cell)
+    return kept if kept is None or kind is str else number(kept)
 
 
 def number(cell: str) -> float | None:
@@ -166,7 +182,8 @@ def _gpu_processes() -> list[dict[str, Any]] | None:
     if rows is None:
         return None
     return [
-        {"pid": int(row[0]), "name": row[1], "memory": _value(row[2], float)}
+        # A program's name may hold commas.
+        {"pid": int(row[0]), "name": ", ".join(row[1:-1]), "memory": _value(row[-1], float)}
         for row in rows
-        if len(row) == 3 and row[0].isdigit()
+        if len(row) >= 3 and row[0].isdigit()
     ]

@@ -5,13 +5,15 @@ A group that fails answers with its error, which the laptop reads as "unknown"; 
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from . import bounded, preflight_actions, preflight_host, preflight_stack, preflight_tenants
+from . import bounded, locks, preflight_actions, preflight_host, preflight_stack, preflight_tenants
 from .hardware import user
 from .paths import Root
 from .preflight_stack import Interpreter
@@ -40,6 +42,8 @@ COMMANDS: dict[str, tuple[list[str], float]] = {
     ),
     "firmware": (["fwupdmgr", "get-updates", "--json"], 20.0),
 }
+#: Of a long answer, the lines that count; the first is kept too, and shows that there was something to read.
+LINES = {"journal": re.compile(rb"NV_ERR_NO_MEMORY|\bXid\b|\bDOE\b|oom-kill|Out of memory: Killed")}
 _GB10 = ("banner", "nvcc", "nvcc-targets", "journal", "firmware")
 ACTIONS = frozenset({"write", "drop-caches", "power", "torch", "nvrtc", "teacher-server"})
 
@@ -128,7 +132,7 @@ class Collection:
         if self._groups and name not in self._groups and name != "gpu":
             return None
         argv, seconds = COMMANDS[name]
-        return _into(self._found["commands"], name, lambda: bounded.run(argv, seconds))
+        return _into(self._found["commands"], name, lambda: bounded.run(argv, seconds, lines=LINES.get(name)))
 
     def _start(self, name: str, gather: Callable[[], Any]) -> threading.Thread | None:
         if self._groups and name not in self._groups:
@@ -147,7 +151,18 @@ class Collection:
             server.done()
             return preflight_actions.teacher_server(url, int(k))
         do = {"power": preflight_actions.power, "torch": preflight_actions.torch, "nvrtc": preflight_actions.nvrtc}
-        return do[action](self._interpreter)
+        # Beside a run it would measure that run, and slow it down; a run that comes now waits for the lease.
+        lease = locks.take(self._root.device_lock) if self._root.locks.is_dir() else -1
+        if lease is None:
+            holder = (locks.holder(self._root.device_lock) or {}).get("run") or "a run"
+            return {"status": "busy", "answer": None, "said": f"the device is leased to {holder}"}
+        try:
+            if lease >= 0:
+                locks.note_holder(lease, {"run": f"a preflight ({action})", "pid": os.getpid()})
+            return do[action](self._interpreter)
+        finally:
+            if lease >= 0:
+                locks.release(lease)
 
 
 def _into(found: dict[str, Any], name: str, gather: Callable[[], Any]) -> threading.Thread:

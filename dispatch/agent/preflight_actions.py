@@ -146,6 +146,8 @@ def teacher_server(url: str, k: int) -> dict[str, Any]:
         name = listed["data"][0]["id"]
         question = {"model": name, "prompt": "one two three four", "max_tokens": 1, "temperature": 0}
         question |= {"logprobs": k + 1, "prompt_logprobs": k + 1, "echo": False}
+        # By text, two tokens of the same spelling would count as one.
+        question["return_tokens_as_token_ids"] = True
         answer = _json(f"{base}/completions", question)
     except urllib.error.HTTPError as error:
         said = error.read(400).decode("utf-8", "replace")
@@ -153,6 +155,8 @@ def teacher_server(url: str, k: int) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         return {"reached": False, "error": f"{type(error).__name__}: {error}"}
     choice = (answer.get("choices") or [{}])[0] if isinstance(answer, dict) else {}
+    if not isinstance(choice, dict):
+        return {"reached": True, "error": f"an answer that is none of a completion: {json.dumps(answer)[:200]}"}
     rows = [row for row in choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or [] if row is not None]
     tops = (choice.get("logprobs") or {}).get("top_logprobs") or []
     return {

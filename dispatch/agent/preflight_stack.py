@@ -74,6 +74,7 @@ def capabilities(interpreter: Interpreter) -> dict[str, Any]:
         offered = json.loads(answer["out"]) if answer["code"] == 0 else None
     except ValueError:
         offered = None
+    offered = offered if isinstance(offered, dict) else None
     said = (answer["err"] or answer["out"]).strip()[-400:] if offered is None else ""
     return {"source": "asked", "offered": offered, "status": answer["status"], "code": answer["code"], "said": said}
 
@@ -133,7 +134,9 @@ def _binary(path: Path, lister: str | None) -> dict[str, Any]:
     if lister is not None:
         for name, flag in (("elf", "--list-elf"), ("ptx", "--list-ptx")):
             answer = bounded.run([lister, flag, str(path)], 20.0)
-            found[name] = answer["out"].splitlines() if answer["status"] == "ended" else None
+            # Without code of that kind it says so, with a status that differs between versions.
+            none = "does not contain device code" in answer["out"] + answer["err"] or "file found" in answer["err"]
+            found[name] = answer["out"].splitlines() if answer["code"] == 0 or none else None
     return found
 
 

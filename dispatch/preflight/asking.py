@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from dispatch.planning.ask import Ask
 from dispatch.preflight.facts import PreflightFacts
 from dispatch.preflight.judge import GROUPS, IDS, RULES
 from dispatch.transport.call import Transport
+from dispatch.transport.link import LinkLostError
 from dispatch.transport.retry import call
 from latentforge.errors import RefusedError
 
@@ -85,6 +87,8 @@ def seconds_for(asked: dict[str, Any]) -> float:
 
 def facts_of(transport: Transport, verb: str, args: dict[str, Any], *, timeout: float) -> HostFacts:
     """Ask, and read the answer as facts, with the laptop's clock before and after."""
+    with contextlib.suppress(LinkLostError):  # then the question itself connects, and says what is wrong
+        transport.open()  # else the clocks would be compared over the time that logging in takes
     asked = time.time()
     answer = dict(call(transport, verb, args, timeout=timeout).result)
     heard = time.time()

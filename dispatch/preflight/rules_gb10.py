@@ -7,13 +7,14 @@ import math
 import re
 
 from dispatch.agent.paths import NETWORK_FILESYSTEMS
+from dispatch.agent.preflight import LINES
 from dispatch.preflight.check import Found, failed, not_applicable, passed, unknown, warned
 from dispatch.preflight.facts import Binary
 from dispatch.preflight.seen import GIB, Seen, gib
 from latentforge.memory import margin
 
 _BAD_KERNELS = ("6.17.0-1008", "7.0.0-1019")
-_SIGNS = re.compile(r"NV_ERR_NO_MEMORY|\bXid\b|\bDOE\b|oom-kill|Out of memory: Killed")
+_SIGNS = re.compile(LINES["journal"].pattern.decode())
 _RUNS = frozenset({"sm_121", "sm_121a", "sm_120"})
 _ARCH = re.compile(r"sm_\d+[af]?")
 _JOB_BYTES = 8 * GIB
@@ -56,6 +57,11 @@ def crash(seen: Seen) -> Found:
     answer = seen.command("journal")
     if not answer.answered:
         return unknown(answer.trouble("journalctl"), "keep the journal across boots:  mkdir -p /var/log/journal")
+    if not answer.out.strip():
+        return unknown(
+            "the last boot's kernel log is empty for this user",
+            "let it be read:  sudo usermod -aG systemd-journal USER",
+        )
     signs = [line for line in answer.out.splitlines() if _SIGNS.search(line)]
     if not signs:
         return passed("nothing of the kind in the last boot's kernel log")
@@ -153,8 +159,8 @@ def _codes(lines: tuple[str, ...] | None) -> set[str]:
 
 def _fit(binary: Binary) -> Found:
     name = binary.path.rpartition("/")[2]
-    if binary.elf is None and binary.ptx is None:
-        return unknown(f"{name}: there is no cuobjdump to look into it with", "install the CUDA toolkit or Triton")
+    if binary.elf is None or binary.ptx is None:
+        return unknown(f"{name}: there is no cuobjdump that looks into it", "install the CUDA toolkit or Triton")
     elf, ptx = _codes(binary.elf), _codes(binary.ptx)
     if elf & _RUNS:
         return passed(f"{name}: {' '.join(sorted(elf & _RUNS))}")
@@ -183,6 +189,11 @@ def third_party(seen: Seen) -> Found:
     remedy = "replace it with a CUDA 13 aarch64 build, or do without"
     if old:
         return failed(f"{', '.join(old)} needs libcudart.so.12", remedy)
+    unread = [name for name, files in found.third.items() if any(one.cudart12 is None for one in files)]
+    unread += [name for name, files in found.third.items() if all(one.elf is None for one in files)]
+    if unread:
+        names = ", ".join(dict.fromkeys(unread))
+        return unknown(f"{names}: there is no cuobjdump that looks into it", "install the CUDA toolkit or Triton")
     slow = []
     for name, files in found.third.items():
         if not any(_codes(one.elf) & _RUNS for one in files) and any(_codes(one.ptx) for one in files):
@@ -201,6 +212,8 @@ def caches(seen: Seen) -> Found:
     for one in seen.found.caches:
         if one.filesystem in NETWORK_FILESYSTEMS:
             return warned(f"{one.path} lies on {one.filesystem}", remedy.format(one.variable))
+    if (untold := next((one for one in seen.found.caches if one.filesystem is None), None)) is not None:
+        return unknown(f"the type of the file system of {untold.path} is not known")
     return passed("local and writable")
 
 
@@ -227,10 +240,9 @@ def firmware(seen: Seen) -> Found:
     if not answer.answered:
         return unknown(answer.trouble("fwupdmgr"))
     try:
-        devices = json.loads(answer.out).get("Devices", [])
-    except (ValueError, AttributeError):
+        waiting = [str(one.get("Name", "?")) for one in json.loads(answer.out)["Devices"] if one.get("Releases")]
+    except (ValueError, AttributeError, TypeError, KeyError):
         return unknown("fwupdmgr's answer is not the JSON that was asked for")
-    waiting = [str(one.get("Name", "?")) for one in devices if one.get("Releases")]
     return warned(f"updates wait for {', '.join(waiting[:4])}", remedy) if waiting else passed("no updates wait")
 
 
@@ -244,7 +256,9 @@ def link(seen: Seen) -> Found:
     if not up:
         return failed(f"{len(ports)} ports, none active", remedy)
     said = ", ".join(f"{one.card}/{one.port} {one.net or '?'} MTU {one.mtu or '?'}" for one in up)
-    if found is not None and found.numbers.get("CmaTotal", 0) == 0:
+    if found is None:
+        return unknown(f"{said}; whether memory can be registered is not known: {seen.why('memory')}")
+    if found.numbers.get("CmaTotal", 0) == 0:
         return failed(f"{said}; no CMA: memory cannot be registered", remedy)
     return passed(said) if all((one.mtu or 0) >= 9000 for one in up) else warned(said, remedy)
 

@@ -30,11 +30,11 @@ def answers(seen: Seen) -> Found:
     rows = gpus(answer)
     if not rows:
         return failed(f"nvidia-smi names no GPU: {answer.out.strip()[:80]!r}", "reinstall the driver that DGX OS ships")
-    name, capability = rows[0]["name"] or "?", rows[0]["compute_cap"]
-    said = f"{name}, compute capability {capability or 'not told'}"
-    if capability is None:
+    known = [(row["name"] or "a GPU without a name", row["compute_cap"]) for row in rows]
+    said = "; ".join(f"{name}, compute capability {capability or 'not told'}" for name, capability in known)
+    if any(capability is None for _name, capability in known):
         return unknown(said, "update the driver: this one does not tell the compute capability")
-    if "GB10" in name and capability == "12.1":
+    if all("GB10" in name and capability == "12.1" for name, capability in known):
         return passed(said)
     return failed(
         said, "this host is declared a GB10 and is none:  latentforge dispatch enrol HOST --no-gb10 --replace"
@@ -48,6 +48,8 @@ def driver(seen: Seen) -> Found:
     if version is None:
         return unknown("the driver's version is not known")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not numbers:
+        return unknown(f"the driver's version is told as {version!r}")
     remedy = "install the 580 branch that DGX OS ships"
     if numbers[0] < 580:
         return failed(version, remedy)
@@ -136,6 +138,13 @@ def tenants(seen: Seen) -> Found:
             f"the driver gives no list, and {found.unseen} processes of others cannot be looked into",
             "look as root:  fuser -v /dev/nvidia*",
         )
+    used = _used(seen)
+    if seen.gb10 and found.unseen and used is not None and used > _LEAKED and not found.lease:
+        return unknown(
+            f"nobody is seen, {gib(used)} of memory are used, and {found.unseen} processes of others cannot be looked "
+            "into",
+            "look as root:  fuser -v /dev/nvidia*",
+        )
     if desktop:
         names = ", ".join(sorted({one.name or "?" for one in desktop}))
         return warned(
@@ -144,12 +153,16 @@ def tenants(seen: Seen) -> Found:
     return passed(f"none{held}")
 
 
+def _used(seen: Seen) -> int | None:
+    host = seen.facts.host
+    return None if host.mem_total is None or host.mem_available is None else host.mem_total - host.mem_available
+
+
 def leaked(seen: Seen) -> Found:
     """Memory that a killed job left with the driver, where no tool shows it."""
-    host, foreign = seen.facts.host, _foreign(seen)
-    if host.mem_total is None or host.mem_available is None or foreign is None:
+    used, foreign = _used(seen), _foreign(seen)
+    if used is None or foreign is None:
         return unknown("who uses the memory is not known")
-    used = host.mem_total - host.mem_available
     found = seen.found.tenants
     if foreign[1] or (found is not None and found.lease):
         return not_applicable(f"{gib(used)} used, and the device is in use")
@@ -163,14 +176,15 @@ def leaked(seen: Seen) -> Found:
 
 def thermals(seen: Seen) -> Found:
     """Idle temperature."""
-    rows = gpus(seen.command("gpu"))
-    celsius = number(rows[0]["temperature.gpu"]) if rows else None
-    if celsius is None:
+    warm = [(number(row["temperature.gpu"]), row) for row in gpus(seen.command("gpu"))]
+    if not warm or any(celsius is None for celsius, _row in warm):
         return unknown("the GPU does not tell its temperature")
-    row = rows[0]
+    celsius, row = max(((celsius or 0.0, row) for celsius, row in warm), key=lambda one: one[0])
     said = f"{celsius:.0f} °C, {row['clocks.sm'] or '?'} MHz, {row['power.draw'] or '?'} W, {row['pstate'] or '?'}"
     if celsius < 70:
         return passed(said)
+    if (number(row["utilization.gpu"]) or 0.0) > _BUSY:
+        return unknown(f"{said}: it is {row['utilization.gpu']} % busy, which is no idle temperature")
     remedy = "improve the airflow; or cap the clock:  nvidia-smi -lgc 0,2100"
     return warned(said, remedy) if celsius <= 80 else failed(said, remedy)
 

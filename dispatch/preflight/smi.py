@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+from dispatch.agent.hardware import number as reading
+from dispatch.agent.hardware import told
 from dispatch.agent.preflight import GPU_FIELDS
 from dispatch.preflight.facts import Ended
 
 FIELDS = tuple(GPU_FIELDS.split(","))
-_NOTHING = ("", "n/a", "not supported", "unknown error", "not available", "err!", "insufficient permissions")
-
-
-def cell(text: str) -> str | None:
-    """One cell, or None for each of the ways in which nvidia-smi says that it does not know."""
-    kept = text.strip()
-    return None if kept.strip("[]").lower() in _NOTHING or "GPU access blocked" in kept else kept
 
 
 def number(text: str | None) -> float | None:
     """A number with or without its unit; None where it is not known."""
-    words = (cell(text or "") or "").split()
-    try:
-        return float(words[0].rstrip("%")) if words else None
-    except ValueError:
-        return None
+    words = (told(text or "") or "").split()
+    return reading(words[0].rstrip("%")) if words else None
 
 
 def gpus(answer: Ended) -> list[dict[str, str | None]]:
     """One row a GPU, by field."""
     rows = []
     for line in answer.out.splitlines() if answer.answered else ():
-        cells = [cell(part) for part in line.split(",")]
+        cells = [told(part) for part in line.split(",")]
         if len(cells) == len(FIELDS):
             rows.append(dict(zip(FIELDS, cells, strict=True)))
     return rows
@@ -45,5 +37,6 @@ def compute_apps(answer: Ended) -> list[tuple[int, str, float | None]] | None:
             continue
         if len(parts) < 2 or not parts[0].isdigit():
             return None
-        found.append((int(parts[0]), parts[1], number(parts[2]) if len(parts) > 2 else None))
+        size = number(parts[-1]) if len(parts) > 2 else None
+        found.append((int(parts[0]), ", ".join(parts[1:-1] or parts[1:]), size))  # a name may hold commas
     return found

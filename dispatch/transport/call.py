@@ -78,6 +78,10 @@ class Transport(ABC):
         LinkLostError where the link breaks, or nothing comes for ``silence`` seconds. To close it ends the program.
         """
 
+    def open(self) -> None:
+        """Connect now, where that takes time, rather than within the next call."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the connection holds; the next call opens it again."""

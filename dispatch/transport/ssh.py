@@ -110,6 +110,10 @@ class SshTransport(Transport):
                 f"{self.host.name}: the connection broke ({type(error).__name__}: {error})".rstrip(": ")
             ) from error
 
+    def open(self) -> None:
+        """Connect and log in, unless that was done."""
+        self._opened()
+
     def close(self) -> None:
         """Close the connection."""
         self._close(None)

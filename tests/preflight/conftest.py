@@ -184,6 +184,6 @@ def facts_with(*, machine: dict[str, Any] | None = None, **groups: Any) -> HostF
             "host": host,
             "python": {"executable": "/usr/bin/python3", "version": "3.12.3"},
             "root": "/r",
-            "preflight": PreflightFacts.of(answer, asked=999.9, heard=1000.3),
+            "preflight": PreflightFacts.of(answer, asked=999.9, heard=answer.pop("heard", 1000.3)),
         }
     )

@@ -107,6 +107,18 @@ def test_a_program_that_writes_without_end_is_kept_in_bounds() -> None:
     assert len(found["out"]) == 256 << 10
 
 
+def test_the_end_of_a_long_kernel_log_is_read_however_much_stands_before_it(gb10: Any, probe: Probe) -> None:
+    line = "2026-11-01T10:00:00+0000 h kernel: usb 1-1: all is well here\n"
+    signs = "h kernel: NVRM: Xid (PCI:1): 79\nh kernel: NVRM: NV_ERR_NO_MEMORY"
+    gb10.says("journalctl", line * 8000 + signs)
+    found = probe("crash")[0]["crash"]
+    assert (found.outcome, "2 lines" in found.measured) == ("warn", True), found
+    gb10.says("journalctl", line * 8000)
+    assert probe("crash")[0]["crash"].outcome == "pass"
+    gb10.says("journalctl", "")  # what it says, quietly, to one who may not read the kernel's log
+    assert probe("crash")[0]["crash"].outcome == "unknown"
+
+
 def test_a_program_that_closes_its_output_and_goes_on_is_not_waited_for_beyond_its_deadline() -> None:
     begin = time.monotonic()
     found = bounded.run([sys.executable, "-c", "import os, time\nos.close(1); os.close(2); time.sleep(600)"], 1.0)
@@ -230,6 +242,33 @@ def test_our_own_lease_is_not_a_foreign_tenant(
     assert (tmp_path / "control").read_text() == "3\n"
 
 
+def test_the_gpu_is_never_loaded_beside_a_run_and_no_run_starts_beside_the_load(
+    gb10: Any, probe: Probe, host: Host, tmp_path: Path
+) -> None:
+    from dispatch.agent import locks
+
+    root = Root(host.root)
+    root.create()
+    ran = tmp_path / "ran"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat '{root.device_lock}' >> '{ran}'\necho '{{\"tflops\": 90.0}}'\n")
+    python.chmod(0o755)
+    lease = locks.take(root.device_lock)
+    assert lease is not None
+    try:
+        locks.note_holder(lease, {"run": "distill-1", "pid": os.getpid()})
+        report, _facts = probe("power", "torch", python=str(python))
+        for id in ("power", "torch"):
+            assert report[id].outcome == "unknown"
+            assert "leased to distill-1" in report[id].measured
+        assert not ran.exists()
+    finally:
+        os.close(lease)
+    assert "90.0 TFLOP/s" in probe("power", python=str(python))[0]["power"].measured
+    assert "a preflight (power)" in ran.read_text()
+    assert locks.holder(root.device_lock) is None
+
+
 def test_the_capabilities_are_those_kept_beside_the_build_else_the_built_command_is_asked(tmp_path: Path) -> None:
     root = Root(str(tmp_path))
     for folder in ("venvs/v/bin", "builds/b/site"):
@@ -247,6 +286,8 @@ def test_the_capabilities_are_those_kept_beside_the_build_else_the_built_command
     python.write_text("#!/bin/sh\necho 'no such command' >&2; exit 2\n")
     asked = preflight_stack.capabilities(found)
     assert (asked["offered"], asked["code"], asked["said"]) == (None, 2, "no such command")
+    python.write_text("#!/bin/sh\necho '[1]'\n")
+    assert preflight_stack.capabilities(found)["offered"] is None
     absent = preflight_stack.Interpreter.of(root, None, "other", "v")
     assert absent.site is None
 

@@ -30,6 +30,7 @@ def ended(out: str = "", code: int | None = 0, status: str = "ended", err: str =
     return {"status": status, "code": code, "out": out, "err": err, "seconds": 20.0}
 
 
+ROW = ", ".join(GB10.values())
 COMMANDS = {"apps": ended(), "banner": ended("CUDA Version: 13.0"), "gpu": ended(", ".join(GB10.values()) + "\n")}
 MISSING = ended(code=None, status="missing")
 TIMEOUT = ended(code=None, status="timeout")
@@ -74,7 +75,7 @@ def binary(elf: list[str] | None, ptx: list[str] | None) -> dict[str, Any]:
     return {"binaries": {"own": [{"path": "/v/_native.so", "elf": elf, "ptx": ptx}]}}
 
 
-def third(cudart12: bool, elf: list[str], ptx: list[str]) -> dict[str, Any]:
+def third(cudart12: bool | None, elf: list[str] | None, ptx: list[str] | None) -> dict[str, Any]:
     one = {"path": "/v/lib.so", "cudart12": cudart12, "elf": elf, "ptx": ptx}
     return {"binaries": {"third": {"bitsandbytes": [one]}}}
 
@@ -132,6 +133,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("clock", "warn", {"received": 4600.0, "answered": 4600.2}, "3600.0 s ahead"),
     ("clock", "warn", {"received": 997.0, "answered": 997.2}, "3.0 s behind"),
     ("clock", "unknown", {"received": None}, "not compared"),
+    ("clock", "unknown", {"received": 998.0, "answered": 998.1, "heard": 1003.9}, "took too long"),
     ("ntp", "pass", {}, "synchronised"),
     ("ntp", "warn", {"clock": {"synchronised": False}}, "not synchronised"),
     ("ntp", "unknown", {"clock": {"synchronised": None}}, "does not say"),
@@ -148,6 +150,10 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("tenants", "unknown", gpu(utilization__gpu="96"), "nobody is seen, and the GPU is 96 % busy"),
     ("tenants", "unknown", {**commands(apps=TIMEOUT), "tenants": {"unseen": 9}}, "9 processes of others"),
     ("tenants", "unknown", {"tenants": None}, "did not say"),
+    ("tenants", "unknown", {"tenants": {"unseen": 9}, "machine": {"mem_available": 40 * GIB}},
+     "82.0 GiB of memory are"),
+    ("tenants", "fail", commands(apps=ended("4243, vllm serve --x a, b, [N/A]\n")), "vllm serve --x a, b"),
+    ("tenants", "unknown", {**commands(apps=ended("[N/A], [N/A], [N/A]")), "tenants": {"unseen": 9}}, "gives no list"),
     ("platform", "pass", {}, "DGX OS 7.5.0"),
     ("platform", "warn", {"platform": {"kernel": "6.17.0-1008-nvidia"}}, "6.17.0-1008"),
     ("platform", "warn", {"platform": {"id": "debian", "version": "12"}}, "aarch64"),
@@ -166,6 +172,11 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("driver", "warn", gpu(driver_version="590.48"), "590.48"),
     ("driver", "fail", gpu(driver_version="570.133"), "570.133"),
     ("driver", "unknown", commands(gpu=MISSING), "not known"),
+    ("driver", "unknown", gpu(driver_version="[Unknown Error]"), "not known"),
+    ("driver", "unknown", gpu(driver_version="none"), "'none'"),
+    ("gpu", "fail", commands(gpu=ended(f"{ROW}\n{ROW.replace('GB10', 'H100')}\n")), "12.1; NVIDIA H100"),
+    ("gpu", "fail", commands(gpu=ended("No devices were found\n")), "No devices were found"),
+    ("gpu", "unknown", gpu(name="[GPU is lost]", compute_cap="[GPU is lost]"), "without a name"),
     ("page-cache", "pass", {}, "6.0 GiB of page cache"),
     ("page-cache", "warn", numbers(Cached=60 * GIB, MemFree=GIB // 2), "60.0 GiB of page cache"),
     ("page-cache", "unknown", {"memory": None}, "did not say"),
@@ -180,11 +191,14 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("crash", "pass", {}, "nothing of the kind"),
     ("crash", "warn", commands(journal=ended("h kernel: NVRM: NV_ERR_NO_MEMORY\nh kernel: NVRM: Xid (PCI:1): 79\n")),
      "2 lines"),
+    ("crash", "unknown", commands(journal=ended("\n")), "empty for this user"),
     ("crash", "unknown", commands(journal=ended("", 1, err="no such boot ID in journal")), "no such boot"),
     ("thermals", "pass", {}, "46 °C"),
     ("thermals", "warn", gpu(temperature__gpu="75"), "75 °C"),
     ("thermals", "fail", gpu(temperature__gpu="91"), "91 °C"),
     ("thermals", "unknown", gpu(temperature__gpu="[N/A]"), "does not tell"),
+    ("thermals", "unknown", gpu(temperature__gpu="84", utilization__gpu="97"), "97 % busy"),
+    ("thermals", "fail", commands(gpu=ended(f"{ROW}\n{ROW.replace(', 46,', ', 91,')}\n")), "91 °C"),
     ("toolkit", "pass", {}, "nvcc 13.0, driver 13.0"),
     ("toolkit", "warn", commands(nvcc=MISSING), "no nvcc"),
     ("toolkit", "warn", commands(nvcc=ended("release 13.2,"), nvcc_targets=ended("sm_121")), "nvcc 13.2, driver 13.0"),
@@ -205,16 +219,21 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("binaries", "fail", binary([], []), "no code for a GPU"),
     ("binaries", "n/a", {"binaries": {"own": []}}, "nothing is built"),
     ("binaries", "unknown", binary(None, None), "no cuobjdump"),
+    ("binaries", "unknown", binary(None, ["PTX file 1: a.sm_90.ptx"]), "no cuobjdump"),
     ("third-party", "pass", third(False, ["x.sm_121.cubin"], []), "bitsandbytes"),
     ("third-party", "warn", third(False, ["x.sm_90.cubin"], ["x.sm_90.ptx"]), "PTX only"),
     ("third-party", "fail", third(True, ["x.sm_120.cubin"], []), "libcudart.so.12"),
     ("third-party", "unknown", {"binaries": None}, "did not say"),
+    ("third-party", "unknown", third(False, None, None), "bitsandbytes: there is no cuobjdump"),
+    ("third-party", "unknown", third(None, ["x.sm_121.cubin"], []), "bitsandbytes"),
     ("caches", "pass", {}, "local and writable"),
     ("caches", "warn", {"caches": [{"variable": "V", "path": "/n", "filesystem": "nfs4", "writable": True}]},
      "lies on nfs4"),
     ("caches", "fail", {"caches": [{"variable": "V", "path": "/n", "filesystem": "ext4", "writable": False}]},
      "cannot be written"),
     ("caches", "unknown", {"caches": None}, "did not say"),
+    ("caches", "unknown", {"caches": [{"variable": "V", "path": "/n", "filesystem": None, "writable": True}]},
+     "of /n is"),
     ("jobs", "pass", {}, "10 at a time"),
     ("jobs", "warn", {"machine": {"mem_available": 20 * GIB}}, "0 at a time"),
     ("jobs", "unknown", {"machine": {"cores": None}}, "not known"),
@@ -222,7 +241,8 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("firmware", "warn", commands(firmware=ended('{"Devices": [{"Name": "EC", "Releases": [{}]}]}')), "wait for EC"),
     ("firmware", "warn", {"reboot": True}, "restart is wanted"),
     ("firmware", "unknown", commands(firmware=MISSING), "there is no fwupdmgr"),
-    ("firmware", "unknown", commands(firmware=ended("no json")), "not the JSON"),
+    *(("firmware", "unknown", commands(firmware=ended(text)), "not the JSON")
+      for text in ("no json", "[]", '{"Devices": null}', '{"Devices": ["EC"]}', "{}")),
     ("drop-caches", "pass", {"did": {"drop-caches": {"done": True}}}, "dropped"),
     ("drop-caches", "warn", {"did": {"drop-caches": {"done": False, "why": "Permission denied"}}}, "Permission denied"),
     ("drop-caches", "unknown", {}, "not done"),
@@ -253,6 +273,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("link", "fail", port(state="1: DOWN"), "none active"),
     ("link", "fail", {**port(), **numbers(CmaTotal=0)}, "no CMA"),
     ("link", "unknown", {"link": None}, "did not say"),
+    ("link", "unknown", {**port(), "memory": None}, "whether memory can be registered"),
     ("nccl", "pass", nccl(21.3), "21.3 GB/s"),
     ("nccl", "warn", nccl(9.0), "9.0 GB/s"),
     ("nccl", "fail", nccl(3.0), "3.0 GB/s"),
