@@ -215,8 +215,9 @@ def _cancel(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Re
 
 
 def _gc(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
-    from .gc import Wishes, apply
+    from .gc import apply
     from .protocol import Reply
+    from .rubbish import Wishes
 
     wishes, names = Wishes.of(args), args.rows("names")
     args.done()

@@ -117,7 +117,17 @@ class Root:
         return self.cas / check_sha256(sha256)
 
     def create(self) -> None:
-        """Make the root and its folders (mode 0700); refused where foreign, writable by others, or on a network."""
+        """Make the root and its folders (mode 0700); refused where foreign, writable by others, or on a network.
+
+        Refused too where it is / or the home folder: our rooms would lie among what is the user's.
+        """
+        for folder, what in ((Path("/"), "the root of the file system"), (Path.home(), "your home folder")):
+            if os.path.realpath(self.dir) == os.path.realpath(folder):
+                raise AgentError(
+                    "refused",
+                    f"state root {self.dir} is {what} itself",
+                    next="set GX10_REPO_PATH to a folder of its own, such as ~/latentforge-state",
+                )
         try:
             self.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = os.stat(self.dir)

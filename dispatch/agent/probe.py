@@ -83,12 +83,12 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _rubbish(root: Root, asked: dict[str, Any], agent: str | None) -> dict[str, Any]:
-    from .gc import Wishes, survey
+    from .rubbish import Rubbish, Wishes
 
     wanted = Arguments("probe.gc", asked)
     wishes = Wishes.of(wanted)
     wanted.done()
-    return survey(root, wishes, agent)
+    return Rubbish(root, wishes, agent).as_json()
 
 
 def _path(root: Root, row: dict[str, Any]) -> dict[str, Any]:

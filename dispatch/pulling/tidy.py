@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from dispatch.hosts.inventory import Host
 from dispatch.places import Places
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
+from latentforge.evidence.digests import file_sha256
 from latentforge.spec.identity import RUN_ID
 from latentforge.verdicts import ExitCode
 
@@ -102,11 +103,22 @@ def held_copies(places: Places) -> dict[str, str]:
     return found
 
 
+def is_intact(places: Places, run: str) -> bool:
+    """Whether the copy of a run still has the bytes that its inventory names: read again, since the host's may go."""
+    folder = places.run(run)
+    try:
+        files = json.loads((folder / "artifacts.json").read_bytes())["files"]
+        return all(file_sha256(folder / file["path"]) == file["sha256"] for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def tidying(
     places: Places, *, keep: int, uncollected: bool, apply: bool, again: Callable[[Host], str]
 ) -> Callable[[Host], Tidied]:
     """The work that looks at each host and, with ``apply``, removes what was shown there and still can go."""
-    wishes = {"keep": keep, "uncollected": uncollected, "collected": held_copies(places)}
+    collected = held_copies(places)
+    wishes = {"keep": keep, "uncollected": uncollected, "collected": collected}
 
     def work(host: Host) -> Tidied:
         transport = open_transport(host, places, readonly=not apply)
@@ -116,10 +128,20 @@ def tidying(
             if not apply or not items:
                 return Tidied(host.name, items, kept, apply, again=again(host))
             transport.install()
-            names = [{"room": item["room"], "name": item["name"]} for item in items]
-            done = call(transport, "gc", {**wishes, "names": names}, timeout=1800.0).result
-            return Tidied(host.name, items, kept, True, tuple(done["removed"]), tuple(done["skipped"]))
+            spoilt = [] if uncollected else _spoilt(places, items, collected)
+            proven = {run: digest for run, digest in collected.items() if run not in spoilt}
+            names = [{"room": one["room"], "name": one["name"]} for one in items if one["name"] not in spoilt]
+            done = call(transport, "gc", {**wishes, "collected": proven, "names": names}, timeout=1800.0).result
+            why = "its copy here is not what was collected; move it away and collect the run again"
+            told = [{"room": "runs", "name": run, "why": why} for run in spoilt]
+            return Tidied(host.name, items, kept, True, tuple(done["removed"]), (*told, *done["skipped"]))
         finally:
             transport.close()
 
     return work
+
+
+def _spoilt(places: Places, items: Iterable[dict[str, Any]], collected: Mapping[str, str]) -> list[str]:
+    """The runs among those that are to go whose copies here were altered since they were collected."""
+    runs = [str(one["name"]) for one in items if one["room"] == "runs" and one["name"] in collected]
+    return [run for run in runs if not is_intact(places, run)]

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatch import agent_package
-from dispatch.agent import bootstrap, gc, protocol
+from dispatch.agent import bootstrap, gc, protocol, rubbish
 from dispatch.agent.__main__ import serve
 from dispatch.agent.cas import Origin
 
@@ -225,9 +225,9 @@ def test_what_a_cut_sending_left_is_cleaned_up_unless_somebody_is_still_sending_
     left.write_bytes(b"half")
     with open(written, "wb") as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
-        found = gc.survey(host.root, gc.Wishes(1, False, {}), None)["items"]
+        found = rubbish.Rubbish(host.root, rubbish.Wishes(1, False, {}), None).items
         assert [(one["room"], one["name"]) for one in found] == [("rest", f"cas/{left.name}")]
-        assert gc.apply(host.root, gc.Wishes(1, False, {}), None, found)["removed"] == found
+        assert gc.apply(host.root, rubbish.Wishes(1, False, {}), None, found)["removed"] == found
         assert [path.name for path in host.root.cas.iterdir()] == [written.name]
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from _pytest.fixtures import FixtureFunctionDefinition
 
+from dispatch.agent import exitrec
+
 COMMIT = "c0ffee" * 6 + "c0de"
 REPO = "acme/tiny-lm"
 
@@ -304,3 +306,73 @@ def pulled_files() -> Callable[[dict[str, bytes]], dict[str, bytes]]:
 @pytest.fixture
 def model() -> Callable[..., dict[str, bytes]]:
     return tiny_model
+
+
+class Gc:
+    """Asks one host what can go, with proofs of what was collected, and has it removed."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self.collected: dict[str, str] = {}
+
+    def collect(self, *runs: str) -> None:
+        for run in runs:
+            record = exitrec.read(self.host.paths(run).exit)
+            assert record is not None
+            self.collected[run] = record["artifacts"]
+
+    def wishes(self, **more: Any) -> dict[str, Any]:
+        return {"keep": 1, "uncollected": False, "collected": self.collected, **more}
+
+    def look(self, **more: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self.host.call("probe", gc=self.wishes(**more))["gc"]
+        return found
+
+    def goes(self, room: str = "runs", **more: Any) -> set[str]:
+        return {item["name"] for item in self.look(**more)["items"] if item["room"] == room}
+
+    def why(self, name: str, **more: Any) -> str:
+        found = self.look(**more)
+        return next(one["why"] for one in [*found["kept"], *found["items"]] if one["name"] == name)
+
+    def apply(self, names: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
+        names = names if names is not None else self.look(**more)["items"]
+        rows = [{"room": one["room"], "name": one["name"]} for one in names]
+        done: dict[str, Any] = self.host.call("gc", **self.wishes(**more), names=rows)
+        return done
+
+
+@pytest.fixture
+def tidy(host: Any) -> Gc:
+    return Gc(host)
+
+
+@pytest.fixture
+def running(host: Any) -> Iterator[Callable[..., str]]:
+    """Starts runs that go on until the test ends."""
+    gate = host.dir.parent / "gate"
+    program = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.02)"
+    started: list[str] = []
+
+    def start(**fields: Any) -> str:
+        run = str(host.python(program, **fields))
+        host.call("launch", chain=[run])
+        host.wait(run, "running")
+        started.append(run)
+        return run
+
+    yield start
+    gate.touch()
+    for run in started:
+        if host.paths(run).dir.exists():
+            host.wait(run, "finished", "lost")
+
+
+def ended_run(host: Any, program: str = "pass", **fields: Any) -> str:
+    """A run that has ended."""
+    return str(host.ran(program, **fields)["run"])
+
+
+@pytest.fixture
+def ended() -> Callable[..., str]:
+    return ended_run

@@ -6,86 +6,25 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dispatch import agent_package
-from dispatch.agent import exitrec, gc, locks
+from dispatch.agent import gc, locks
 from dispatch.agent.paths import Root
+from dispatch.agent.rubbish import Wishes
 from dispatch.pulling.tidy import held_copies
 
 Make = Callable[..., Any]
 
 
-class Gc:
-    """Asks one host what can go, with proofs of what was collected, and has it removed."""
-
-    def __init__(self, host: Any) -> None:
-        self.host = host
-        self.collected: dict[str, str] = {}
-
-    def collect(self, *runs: str) -> None:
-        for run in runs:
-            record = exitrec.read(self.host.paths(run).exit)
-            assert record is not None
-            self.collected[run] = record["artifacts"]
-
-    def wishes(self, **more: Any) -> dict[str, Any]:
-        return {"keep": 1, "uncollected": False, "collected": self.collected, **more}
-
-    def look(self, **more: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self.host.call("probe", gc=self.wishes(**more))["gc"]
-        return found
-
-    def goes(self, room: str = "runs", **more: Any) -> set[str]:
-        return {item["name"] for item in self.look(**more)["items"] if item["room"] == room}
-
-    def why(self, name: str, **more: Any) -> str:
-        found = self.look(**more)
-        return next(one["why"] for one in [*found["kept"], *found["items"]] if one["name"] == name)
-
-    def apply(self, names: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
-        names = names if names is not None else self.look(**more)["items"]
-        rows = [{"room": one["room"], "name": one["name"]} for one in names]
-        done: dict[str, Any] = self.host.call("gc", **self.wishes(**more), names=rows)
-        return done
+OLD, LIVE, NEW, BROKEN = (f"{digit * 16}-{'0' * 8}" for digit in "abcd")
 
 
-@pytest.fixture
-def tidy(host: Any) -> Gc:
-    return Gc(host)
-
-
-@pytest.fixture
-def running(host: Any) -> Iterator[Callable[..., str]]:
-    """Starts runs that go on until the test ends."""
-    gate = host.dir.parent / "gate"
-    program = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.02)"
-    started: list[str] = []
-
-    def start(**fields: Any) -> str:
-        run = str(host.python(program, **fields))
-        host.call("launch", chain=[run])
-        host.wait(run, "running")
-        started.append(run)
-        return run
-
-    yield start
-    gate.touch()
-    for run in started:
-        if host.paths(run).dir.exists():
-            host.wait(run, "finished", "lost")
-
-
-def ended(host: Any, program: str = "pass", **fields: Any) -> str:
-    """A run that has ended."""
-    return str(host.ran(program, **fields)["run"])
-
-
-def test_a_run_goes_when_it_is_collected_and_a_later_one_stands_in_for_it(host: Any, tidy: Gc) -> None:
+def test_a_run_goes_when_it_is_collected_and_a_later_one_stands_in_for_it(host: Any, ended: Make, tidy: Any) -> None:
     first, second = ended(host), ended(host)
     tidy.collect(first, second)
     assert tidy.goes() == {first}
@@ -94,7 +33,7 @@ def test_a_run_goes_when_it_is_collected_and_a_later_one_stands_in_for_it(host: 
     assert tidy.goes(keep=0) == {first, second}
 
 
-def test_what_was_not_collected_or_is_not_proven_to_be_stays(host: Any, tidy: Gc) -> None:
+def test_what_was_not_collected_or_is_not_proven_to_be_stays(host: Any, ended: Make, tidy: Any) -> None:
     first, second = ended(host), ended(host)
     tidy.collect(second)
     assert tidy.goes(keep=0) == {second}
@@ -104,7 +43,9 @@ def test_what_was_not_collected_or_is_not_proven_to_be_stays(host: Any, tidy: Gc
     assert tidy.goes(keep=0, uncollected=True) == {first, second}
 
 
-def test_what_a_run_that_stays_names_stays_too_through_every_step(host: Any, tidy: Gc, running: Make) -> None:
+def test_what_a_run_that_stays_names_stays_too_through_every_step(
+    host: Any, ended: Make, tidy: Any, running: Make
+) -> None:
     data, score, earlier = ended(host, kin="d"), "", ended(host, "raise SystemExit(5)", kin="x")
     score = ended(host, kin="s", resolved={"data": {"run": data}})
     live = running(kin="x", resolved={"targets": {"run": score}}, predecessor=earlier)
@@ -117,7 +58,7 @@ def test_what_a_run_that_stays_names_stays_too_through_every_step(host: Any, tid
 
 
 def test_neither_a_live_nor_a_queued_nor_a_reserved_nor_a_leased_run_can_be_removed(
-    host: Any, tidy: Gc, running: Make
+    host: Any, tidy: Any, running: Make
 ) -> None:
     holder = running(lease=["device"])
     queued = host.python("pass", lease=["device"])
@@ -136,14 +77,14 @@ def test_neither_a_live_nor_a_queued_nor_a_reserved_nor_a_leased_run_can_be_remo
     host.call("cancel", run=queued, grace=1)
 
 
-def test_a_job_that_outlived_its_supervisor_is_not_removed(host: Any, tidy: Gc, running: Make) -> None:
+def test_a_job_that_outlived_its_supervisor_is_not_removed(host: Any, tidy: Any, running: Make) -> None:
     run = running()
     os.kill(host.state(run)["supervisor_pid"], signal.SIGKILL)
     host.wait(run, "unsupervised")
     assert tidy.goes(keep=0, uncollected=True) == set()
 
 
-def test_only_what_was_shown_goes_and_only_if_it_still_can(host: Any, tidy: Gc, running: Make) -> None:
+def test_only_what_was_shown_goes_and_only_if_it_still_can(host: Any, ended: Make, tidy: Any, running: Make) -> None:
     old, new = ended(host, kin="a"), ended(host, kin="b")
     tidy.collect(old, new)
     shown = [item for item in tidy.look(keep=0)["items"] if item["name"] == old]
@@ -156,7 +97,9 @@ def test_only_what_was_shown_goes_and_only_if_it_still_can(host: Any, tidy: Gc, 
     assert host.state(user)["state"] == "running"
 
 
-def test_what_is_removed_is_gone_with_its_read_only_folders_and_the_freed_bytes_are_told(host: Any, tidy: Gc) -> None:
+def test_what_is_removed_is_gone_with_its_read_only_folders_and_the_freed_bytes_are_told(
+    host: Any, ended: Make, tidy: Any
+) -> None:
     run = ended(
         host,
         "import os; os.makedirs('out/a/b'); open('out/a/b/w','wb').write(bytes(300_000)); os.chmod('out/a', 0o500)",
@@ -173,11 +116,11 @@ def test_what_is_removed_is_gone_with_its_read_only_folders_and_the_freed_bytes_
 
 @pytest.mark.parametrize("at", ["before the rename", "after the rename", "in the middle of the deletion"])
 def test_a_crash_leaves_a_run_whole_or_absent_and_the_next_gc_finishes(
-    host: Any, tidy: Gc, monkeypatch: pytest.MonkeyPatch, at: str
+    host: Any, ended: Make, tidy: Any, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     run = ended(host, "open('out/w','wb').write(bytes(100_000))")
     tidy.collect(run)
-    wishes, names = gc.Wishes(0, False, tidy.collected), [{"room": "runs", "name": run}]
+    wishes, names = Wishes(0, False, tidy.collected), [{"room": "runs", "name": run}]
 
     class Crash(BaseException):
         """The process dies here."""
@@ -203,7 +146,7 @@ def test_a_crash_leaves_a_run_whole_or_absent_and_the_next_gc_finishes(
 
 
 def test_builds_environments_objects_and_agents_stay_only_where_something_to_come_needs_them(
-    host: Any, tidy: Gc, running: Make
+    host: Any, tidy: Any, running: Make
 ) -> None:
     root = host.root
 
@@ -212,11 +155,11 @@ def test_builds_environments_objects_and_agents_stay_only_where_something_to_com
         (folder / ".complete.json").write_text(json.dumps({"made": made, **marker}))
 
     running()  # makes the root, and runs from its agent
-    for number, name in enumerate(("old", "live", "new")):
-        make(root.builds / f"{name}000-1", number, venv=str(root.venvs / f"{name}env"))
-        make(root.venvs / f"{name}env", number)
-    (root.builds / "broken-1").mkdir()
-    live = running(env={"PYTHONPATH": str(root.builds / "live000-1" / "site")})
+    for number, name in enumerate((OLD, LIVE, NEW)):
+        make(root.builds / name, number, venv=str(root.venvs / name[:16]))
+        make(root.venvs / name[:16], number)
+    (root.builds / BROKEN).mkdir()
+    live = running(env={"PYTHONPATH": str(root.builds / LIVE / "site")})
     put = {}
     for name in ("wanted", "unwanted"):
         content = name.encode()
@@ -225,29 +168,26 @@ def test_builds_environments_objects_and_agents_stay_only_where_something_to_com
         put[name] = sha256
     reserved = host.python("pass", env={"LIST": str(root.object(put["wanted"]))})
     (root.agent / f"{'a' * 64}.pyz").write_bytes(b"an older laptop's")
-    assert tidy.goes("builds") == {"old000-1", "broken-1"}
-    assert tidy.goes("venvs") == {"oldenv"}
+    assert tidy.goes("builds") == {OLD, BROKEN}
+    assert tidy.goes("venvs") == {OLD[:16]}
     assert tidy.goes("cas") == {put["unwanted"]}
     assert tidy.goes("agent") == {"a" * 64}
-    assert tidy.goes("builds", keep=0) == {"old000-1", "new000-1", "broken-1"}
-    assert tidy.why("live000-1") == "a run that is to start or goes on names it"
-    with open(root.builds / ".lock-old000-1", "w") as guard:
+    assert tidy.goes("builds", keep=0) == {OLD, NEW, BROKEN}
+    assert tidy.why(LIVE) == "a run that is to start or goes on names it"
+    with open(root.builds / f".lock-{OLD}", "w") as guard:
         import fcntl
 
         fcntl.flock(guard, fcntl.LOCK_EX)
-        assert tidy.why("old000-1") == "it is being made"
+        assert tidy.why(OLD) == "it is being made"
     done = tidy.apply()
     assert done["skipped"] == []
-    assert sorted(path.name for path in root.builds.iterdir() if not path.name.startswith(".")) == [
-        "live000-1",
-        "new000-1",
-    ]
+    assert sorted(path.name for path in root.builds.iterdir() if not path.name.startswith(".")) == [LIVE, NEW]
     assert host.state(live)["state"] == "running"
     assert host.state(reserved)["state"] == "reserved"
     assert (root.agent / f"{agent_package.agent_sha256()}.pyz").is_file()
 
 
-def test_a_model_stays_for_its_runs_or_until_one_has_used_it(host: Any, tidy: Gc) -> None:
+def test_a_model_stays_for_its_runs_or_until_one_has_used_it(host: Any, ended: Make, tidy: Any) -> None:
     models = host.root.models
     used, ahead, kept = (f"{name}@{'c' * 40}" for name in ("acme--used", "acme--ahead", "acme--kept"))
     host.call("install")
@@ -267,7 +207,9 @@ def test_a_model_stays_for_its_runs_or_until_one_has_used_it(host: Any, tidy: Gc
     assert tidy.why(ahead) == "no run has used it yet"
 
 
-def test_a_launch_after_a_clean_up_is_refused_where_something_that_it_needs_is_gone(host: Any, tidy: Gc) -> None:
+def test_a_launch_after_a_clean_up_is_refused_where_something_that_it_needs_is_gone(
+    host: Any, ended: Make, tidy: Any
+) -> None:
     data = ended(host)
     waiting = [
         host.python("pass", resolved={"data": {"run": data}}),
@@ -293,7 +235,7 @@ def test_a_launch_is_refused_while_its_model_is_not_complete(host: Any) -> None:
     assert host.state(run)["state"] == "reserved"
 
 
-def test_looking_changes_nothing(host: Any, tidy: Gc, snapshot: Make) -> None:
+def test_looking_changes_nothing(host: Any, ended: Make, tidy: Any, snapshot: Make) -> None:
     tidy.collect(ended(host))
     before = snapshot(host.dir)
     tidy.look(keep=0)
@@ -315,12 +257,12 @@ def test_a_copy_proves_itself_only_when_all_of_it_is_here(laptop: Any) -> None:
 def test_the_command_shows_first_and_removes_when_told(laptop: Any, snapshot: Make) -> None:
     root = Root(str(laptop.home / "state" / "latentforge"))
     root.create()
-    (root.builds / "old-1").mkdir()
-    (root.builds / "old-1" / "weights").write_bytes(bytes(50_000))
+    (root.builds / OLD).mkdir()
+    (root.builds / OLD / "weights").write_bytes(bytes(50_000))
     before = snapshot(root.dir)
     shown = laptop.cli("gc")
     assert shown.returncode == 0, shown.stderr
-    assert "builds  old-1" in shown.stdout
+    assert f"builds  {OLD}" in shown.stdout
     assert "1 can go, " in shown.stdout
     assert "nothing was removed. To do it:  latentforge dispatch gc --host local --apply" in shown.stdout
     assert snapshot(root.dir) == before
@@ -329,13 +271,13 @@ def test_the_command_shows_first_and_removes_when_told(laptop: Any, snapshot: Ma
     done = laptop.cli("gc", "--each", "local", "--apply", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["hosts"]["local"]["value"]
-    assert [one["name"] for one in told["removed"]] == ["old-1"]
+    assert [one["name"] for one in told["removed"]] == [OLD]
     assert told["bytes"] >= 50_000
-    assert not (root.builds / "old-1").exists()
+    assert not (root.builds / OLD).exists()
 
 
 def test_a_run_whose_lock_somebody_took_after_the_look_is_left_alone(
-    host: Any, tidy: Gc, monkeypatch: pytest.MonkeyPatch
+    host: Any, ended: Make, tidy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ended(host)
     tidy.collect(run)
