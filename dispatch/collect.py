@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +22,7 @@ from latentforge.errors import BusyError, FailedError
 from latentforge.evidence.digests import file_sha256
 
 CHUNK = 4 << 20
+_PART = re.compile(r"\.lf-[0-9a-f]{32}\.part")
 _LOCK_SECONDS = 300.0
 
 
@@ -31,6 +34,17 @@ class Collected:
     files: int
     bytes: int
     fetched: int
+    left: tuple[str, ...] = ()
+    """What the run left and cannot be copied (links, names that are not UTF-8), each with the reason."""
+
+    @property
+    def told(self) -> str:
+        """What was left on the host, for the end of a line; nothing where all came."""
+        return f"; {len(self.left)} stay on the host: {', '.join(self.left[:3])}" if self.left else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The copy for programs."""
+        return {**asdict(self), "folder": str(self.folder), "left": list(self.left)}
 
 
 def collect(
@@ -57,10 +71,13 @@ def collect(
             write_atomic(folder / "exit.json", ended)
         elif (folder / "exit.json").read_bytes() != ended:
             raise _altered(folder / "exit.json", run)
+        listed = {folder / file["path"] for file in inventory["files"]}
         for leftover in folder.rglob(".*.part"):  # of a file that the host had with other bytes at another time
-            leftover.unlink()
+            if _PART.fullmatch(leftover.name) and leftover not in listed:
+                leftover.unlink()
     total = sum(int(file["bytes"]) for file in inventory["files"])
-    return Collected(folder, len(inventory["files"]), total, fetched)
+    left = tuple(f"{one['path']} ({one['why']})" for one in inventory.get("skipped", ()))
+    return Collected(folder, len(inventory["files"]), total, fetched, left)
 
 
 @contextmanager
@@ -88,21 +105,16 @@ def _file(
         return 0
     if os.path.lexists(path):
         raise _altered(path, run)
-    partial = path.with_name(f".{path.name}.{sha256[:16]}.part")
+    # Named by its digest: a name of the run's own may be as long as names can be.
+    partial = path.with_name(f".lf-{sha256[:32]}.part")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    came = 0
-    with open(partial, "ab") as stream:
-        while True:
-            args = {"run": run, "path": str(name), "offset": stream.tell(), "max": CHUNK}
-            reply = call(transport, "fetch", args, timeout=120.0)
-            stream.write(reply.payload)
-            came += len(reply.payload)
-            tell(str(name), stream.tell(), int(reply.result["total"]))
-            if reply.result["eof"]:
-                break
-        stream.flush()
-        os.fsync(stream.fileno())
+    resumed = partial.is_file() and partial.stat().st_size > 0
+    came = _bytes(transport, run, str(name), partial, tell)
     found = file_sha256(partial)
+    if found != sha256 and resumed:
+        partial.unlink()  # what an earlier command left of it may be what is broken
+        came += _bytes(transport, run, str(name), partial, tell)
+        found = file_sha256(partial)
     if found != sha256:
         partial.unlink()
         raise FailedError(
@@ -111,6 +123,23 @@ def _file(
             next=f"latentforge dispatch collect {run}",
         )
     os.replace(partial, path)
+    return came
+
+
+def _bytes(transport: Transport, run: str, name: str, partial: Path, tell: Callable[[str, int, int], None]) -> int:
+    """Append to ``partial`` what is missing of a file; the bytes that came."""
+    came = 0
+    with open(partial, "ab") as stream:
+        while True:
+            args = {"run": run, "path": name, "offset": stream.tell(), "max": CHUNK}
+            reply = call(transport, "fetch", args, timeout=120.0)
+            stream.write(reply.payload)
+            came += len(reply.payload)
+            tell(name, stream.tell(), int(reply.result["total"]))
+            if reply.result["eof"]:
+                break
+        stream.flush()
+        os.fsync(stream.fileno())
     return came
 
 
@@ -127,7 +156,12 @@ def _take_over(followed: Path, path: Path, sha256: str) -> None:
     if path.exists() or not followed.is_file() or file_sha256(followed) != sha256:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, followed.read_bytes())
+    copy = path.with_name(f".lf-{sha256[:32]}.part")  # in pieces: a log may be larger than the memory
+    shutil.copyfile(followed, copy)
+    if file_sha256(copy) == sha256:
+        os.replace(copy, path)
+    else:
+        copy.unlink()
 
 
 def _inside(path: str) -> PurePosixPath:

@@ -13,7 +13,7 @@ from . import exitrec
 from .durable import read_json, write_json
 from .folders import hash_stream
 from .paths import Root, RunPaths
-from .protocol import FAIL, AgentError, Arguments, Reply
+from .protocol import FAIL, UNKNOWN, AgentError, Arguments, Reply
 from .state import derive
 
 _CHUNK = 1 << 20
@@ -68,9 +68,7 @@ def collect(run: RunPaths) -> dict[str, Any]:
     """The inventory of a finished run, proven to be the one that the exit record names."""
     state = derive(run)
     if state["state"] not in ("finished", "finishing"):
-        raise AgentError(
-            "refused", f"{run.id} is {state['state']}: its inventory is taken when it ends", next="follow it to its end"
-        )
+        raise _nothing_to_collect(run, state)
     try:
         data = run.artifacts.read_bytes()
     except OSError:
@@ -82,6 +80,22 @@ def collect(run: RunPaths) -> dict[str, Any]:
             "corrupt", f"artifacts.json of {run.id} has sha256 {found}, its exit record says {recorded}", code=FAIL
         )
     return {**(read_json(run.artifacts) or {}), "sha256": found, "exit": exitrec.read(run.exit), "state": state}
+
+
+def _nothing_to_collect(run: RunPaths, state: dict[str, Any]) -> AgentError:
+    what = state["state"]
+    if what == "absent":
+        return AgentError("refused", f"{run.id} is not on this host: it never was, or was cleaned up")
+    if what in ("lost", "interrupted"):
+        return AgentError(
+            "refused",
+            f"{run.id} is {what}: {state['reason']}, so nothing vouches for what it left in {run.out}",
+            next=f"its log:  latentforge dispatch watch {run.id}",
+            code=UNKNOWN,
+        )
+    return AgentError(
+        "refused", f"{run.id} is {what}: its inventory is taken when it ends", next="follow it to its end"
+    )
 
 
 def fetch(root: Root, args: Arguments) -> Reply:

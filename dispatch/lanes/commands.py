@@ -56,7 +56,9 @@ class Gathered:
 
     def lines(self) -> str:
         """A run a line."""
-        lines = [f"{run:<30}  {one.files} files, {one.bytes / 1e6:.1f} MB" for run, one in self.copies.items()]
+        lines = [
+            f"{run:<30}  {one.files} files, {one.bytes / 1e6:.1f} MB{one.told}" for run, one in self.copies.items()
+        ]
         lines += [f"{run:<30}  error: {error}" for run, error in self.failed.items()]
         lines += [f"{run:<30}  goes on" for run in self.going_on]
         return "\n".join(lines) or "nothing to collect"

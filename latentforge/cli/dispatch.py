@@ -144,12 +144,14 @@ def collect(
     run: Annotated[str | None, typer.Argument(metavar="RUN", help="A run id, or the beginning of one.")] = None,
     host: HostOption = None,
     each: EachOption = None,
-    json: Annotated[bool, typer.Option("--json", help="JSON on standard output, with --each.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> ExitCode:
     """Copy what a finished run left into ./runs (or $EVIDENCE_DIR), each file verified; resumes where it was cut.
 
     With --each all finished runs of those hosts that this laptop knows of, or those that begin with RUN.
     """
+    from json import dumps
+
     from dispatch.collect import collect as fetch
     from dispatch.records import recorded
     from dispatch.transport.open import open_transport
@@ -167,7 +169,8 @@ def collect(
     finally:
         transport.close()
     came = f"{copied.fetched / 1e6:.1f} MB came" if copied.fetched else "all was here"
-    print(f"{copied.folder}  {copied.files} files, {copied.bytes / 1e6:.1f} MB verified; {came}")
+    line = f"{copied.folder}  {copied.files} files, {copied.bytes / 1e6:.1f} MB verified; {came}{copied.told}"
+    print(dumps(copied.as_json(), indent=2) if json else line)
     return ExitCode.PASS
 
 

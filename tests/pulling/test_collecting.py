@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dispatch.agent import journal
 from dispatch.collect import CHUNK, collect
 from dispatch.hosts.inventory import Host
+from dispatch.pulling.tidy import tidying
 from dispatch.transport.call import Reply
 from dispatch.transport.link import LinkLostError
 from dispatch.transport.local import LocalTransport
@@ -148,3 +151,71 @@ def test_a_name_of_the_hosts_that_leads_out_of_the_folder_is_refused(
     with pytest.raises(FailedError, match="outside the run's folder"):
         collect(link, finished, laptop.places)
     assert not os.path.lexists(laptop.cwd / "outside")
+
+
+def test_files_that_are_in_no_inventory_are_left_alone_and_a_product_may_be_called_like_a_part(
+    host: Any, link: Cuttable, laptop: Any
+) -> None:
+    long = "n" * 255
+    program = f"open('out/.model.part', 'w').write('mine'); open('out/{long}', 'w').write('long')"
+    run = host.ran(program, kind="distill")["run"]
+    folder = laptop.places.run(run)
+    (folder / "out").mkdir(parents=True)
+    (folder / "out" / ".notes.part").write_text("a user's own")
+    (folder / "out" / f".lf-{'0' * 32}.part").write_text("of bytes that the host had once")
+    done = collect(link, run, laptop.places)
+    assert (folder / "out" / ".model.part").read_text() == "mine"
+    assert (folder / "out" / long).read_text() == "long"
+    assert (folder / "out" / ".notes.part").read_text() == "a user's own"
+    assert not list(folder.rglob(".lf-*"))
+    assert done.left == ()
+
+
+def test_a_beginning_that_was_damaged_here_is_fetched_again_by_the_same_command(
+    finished: str, link: Cuttable, laptop: Any
+) -> None:
+    link.allowed = 5
+    with pytest.raises((LinkLostError, UnknownOutcomeError)):
+        collect(link, finished, laptop.places)
+    link.allowed = None
+    (part,) = laptop.places.run(finished).rglob(".lf-*.part")
+    with open(part, "r+b") as stream:
+        stream.write(b"other bytes")
+    collect(link, finished, laptop.places)
+    assert (laptop.places.run(finished) / "exit.json").is_file()
+
+
+def test_what_cannot_be_copied_is_told_with_its_reason(host: Any, link: Cuttable, laptop: Any) -> None:
+    run = host.ran("import os; os.symlink('w', 'out/latest')", kind="distill")["run"]
+    done = collect(link, run, laptop.places)
+    assert done.told == "; 1 stay on the host: out/latest (a symbolic link)"
+
+
+@pytest.mark.parametrize(
+    ("state", "told"), [("absent", "never was, or was cleaned up"), ("lost", "nothing vouches for what it left")]
+)
+def test_a_run_that_has_nothing_to_collect_says_why(
+    host: Any, link: Cuttable, laptop: Any, state: str, told: str
+) -> None:
+    run = host.python("pass")
+    if state == "absent":
+        shutil.rmtree(host.paths(run).dir)
+    else:
+        journal.record(host.paths(run), "started", pid=1, ticks=0, argv=["x"])
+    with pytest.raises(Exception, match=told):
+        collect(link, run, laptop.places)
+
+
+def test_gc_reads_a_copy_again_before_the_hosts_own_goes(host: Any, finished: str, link: Cuttable, laptop: Any) -> None:
+    collect(link, finished, laptop.places)
+    copy = laptop.places.run(finished) / "out" / "weights"
+    content = copy.read_bytes()
+    work = tidying(laptop.places, keep=0, uncollected=False, apply=True, again=lambda _: "")
+    copy.write_bytes(b"x" + content[1:])  # as long as it was
+    spoilt = work(link.host)
+    assert [one["name"] for one in spoilt.skipped] == [finished]
+    assert "is not what was collected" in spoilt.lines()
+    assert host.state(finished)["state"] == "finished"
+    copy.write_bytes(content)
+    assert finished in [one["name"] for one in work(link.host).removed]
+    assert host.state(finished)["state"] == "absent"
