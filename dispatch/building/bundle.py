@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass, field
 
 from latentforge.errors import RefusedError
-from latentforge.spec.code import CodeSource
+from latentforge.spec.code import CodeSource, digest_of
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class Bundle:
 
 
 def pack(source: CodeSource) -> Bundle:
-    """Pack the files that a build needs: sorted, owned by nobody, without times, so equal sources give equal bytes."""
+    """Pack the files that a build needs: sorted, owned by nobody, without times, so equal sources give equal bytes.
+
+    RefusedError where a file changed since the code's digest was taken: what is built must be what is named.
+    """
     tar = io.BytesIO()
+    contents = {name: source.read(name) for name in sorted(source.files)}
+    if digest_of((name, contents[name]) for name in sorted(source.digested)) != source.digest:
+        raise RefusedError(f"the code in {source.root} was changed while it was read", next="the same command again")
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name in sorted(source.files):
-            content = source.files[name].read_bytes()
+        for name, content in contents.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             entry.mode = 0o644

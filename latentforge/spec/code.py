@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +36,16 @@ class CodeSource:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) over the sorted lines ``path NUL sha256 LF`` of the digested files."""
-        lines = hashlib.sha256()
-        for name in sorted(self.digested):
-            content = hashlib.sha256(self.files[name].read_bytes()).hexdigest()
-            lines.update(f"{name}\0{content}\n".encode())
-        return lines.hexdigest()
+        return digest_of((name, self.read(name)) for name in sorted(self.digested))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file; RefusedError where it cannot be read, or went away since the files were listed."""
+        try:
+            return self.files[name].read_bytes()
+        except OSError as error:
+            raise RefusedError(
+                f"{name} of the code cannot be read: {error.strerror}", next="if it was just moved, the same again"
+            ) from None
 
     @property
     def digested(self) -> list[str]:
@@ -53,6 +59,14 @@ class CodeSource:
             known = sorted(Path(name).stem for name in self.files if name.startswith("constraints/"))
             raise RefusedError(f"lock file {lock!r} is not in constraints/ (there are: {', '.join(known)})")
         return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest_of(files: Iterable[tuple[str, bytes]]) -> str:
+    """sha256 (hex) over the lines ``path NUL sha256 LF`` of some files with their contents, in the order given."""
+    lines = hashlib.sha256()
+    for name, content in files:
+        lines.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return lines.hexdigest()
 
 
 def checkout_root(start: Path | None = None) -> Path | None:
@@ -78,7 +92,29 @@ def running_code() -> CodeSource:
 
 def _of_checkout(root: Path) -> CodeSource:
     names = [name for name in _listed(root) if _under(name, BUNDLED) and not _is_generated(name)]
+    real = os.path.realpath(root)
+    for name in names:
+        _check_portable(name, root / name, real)
     return CodeSource(root, {name: root / name for name in names})
+
+
+def _check_portable(name: str, path: Path, root: str) -> None:
+    """Refuse what a host would not get as it is here: a link to what is no part of the code, an impossible name."""
+    if name != name.encode("utf-8", "replace").decode():
+        raise RefusedError(
+            f"{os.fsencode(name)!r} in {root} has bytes that are not UTF-8 in its name",
+            next="rename it, or let .gitignore name it",
+        )
+    found = os.path.realpath(path)
+    if not found.startswith(f"{root}/"):
+        raise RefusedError(
+            f"{name} is a link that leads out of {root} (to {found}), so its file is no part of the code",
+            next="put a copy there, or let .gitignore name it",
+        )
+    if os.path.isdir(path):
+        raise RefusedError(
+            f"{name} is a link to a folder, which a host would not get", next="put the folder itself there"
+        )
 
 
 def _of_wheel() -> CodeSource:
@@ -97,16 +133,7 @@ def _of_wheel() -> CodeSource:
 def _listed(root: Path) -> Iterator[str]:
     """Tracked and untracked-unignored files; every file where this is no git checkout (an unpacked bundle)."""
     if (root / ".git").exists():
-        listed = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *BUNDLED]
-        try:
-            listing = subprocess.run(["git", "-C", str(root), *listed], capture_output=True, check=True).stdout
-        except FileNotFoundError:
-            raise RefusedError("git is not installed, so the checkout's files cannot be listed") from None
-        except subprocess.CalledProcessError as error:
-            said = error.stderr.decode(errors="replace").strip()
-            raise RefusedError(f"git ls-files failed in {root}: {said}") from None
-        names = sorted(set(listing.decode("utf-8", "surrogateescape").split("\0")) - {""})
-        yield from (name for name in names if (root / name).is_file())
+        yield from _of_git(root, BUNDLED)
     else:
         for top in BUNDLED:
             path = root / top
@@ -114,6 +141,30 @@ def _listed(root: Path) -> Iterator[str]:
                 yield top
             else:
                 yield from (f"{top}/{name}" for name, _ in _walk(path))
+
+
+def _of_git(root: Path, tops: Iterable[str] = ()) -> Iterator[str]:
+    """What git would take of a checkout, with that of the checkouts inside it: submodules, and others."""
+    listed = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *tops]
+    try:
+        listing = subprocess.run(["git", "-C", str(root), *listed], capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        raise RefusedError("git is not installed, so the checkout's files cannot be listed") from None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip()
+        raise RefusedError(f"git ls-files failed in {root}: {said}") from None
+    for name in sorted(set(listing.decode("utf-8", "surrogateescape").split("\0")) - {""}):
+        inside = root / name
+        if not inside.is_dir() or inside.is_symlink():
+            if inside.exists():  # not what was deleted here, nor a link to nothing, as editors make for locks
+                yield name
+        elif (inside / ".git").exists():
+            yield from (f"{name.rstrip('/')}/{below}" for below in _of_git(inside))
+        else:
+            raise RefusedError(
+                f"the submodule {name} of {root} is not checked out",
+                next=f"git -C {root} submodule update --init {name}",
+            )
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -271,7 +271,7 @@ def test_the_bundle_has_the_same_bytes_for_the_same_files_and_others_for_one_byt
     os.chmod(tmp_path / "b", 0o700)
     assert pack(two) == first
     (tmp_path / "a").write_text("c")
-    assert pack(one).sha256 != first.sha256
+    assert pack(CodeSource(tmp_path, one.files)).sha256 != first.sha256
 
 
 def test_a_unit_that_cannot_be_is_refused_before_anything_is_launched(asks: dict[str, Ask]) -> None:

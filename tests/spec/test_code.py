@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -101,3 +102,73 @@ def test_the_checkout_is_found_from_any_folder_inside_it(checkout: Path, tmp_pat
 def test_a_lock_file_that_is_not_there_is_refused_with_those_that_are(checkout: Path) -> None:
     with pytest.raises(RefusedError, match=r"gb11.*cpu"):
         CodeSource(checkout, code_around(checkout).files).lock_sha256("gb11")
+
+
+def test_a_link_out_of_the_checkout_is_refused_and_its_target_read_by_nobody(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_ed25519").write_text("a key of the user's")
+    (checkout / "latentforge" / "notes").symlink_to(tmp_path / "id_ed25519")
+    with pytest.raises(RefusedError, match="latentforge/notes is a link that leads out of"):
+        code_around(checkout)
+    (checkout / "latentforge" / "notes").unlink()
+    (checkout / "latentforge" / "notes").symlink_to("__init__.py")
+    assert "latentforge/notes" in code_around(checkout).files
+    (checkout / "latentforge" / "kernels").symlink_to("../csrc")
+    with pytest.raises(RefusedError, match="latentforge/kernels is a link to a folder"):
+        code_around(checkout)
+
+
+def test_the_lock_of_an_editor_which_is_a_link_to_nothing_is_no_code(checkout: Path) -> None:
+    before = digest(checkout)
+    (checkout / "latentforge" / ".#x.py").symlink_to("me@laptop.4711:1")
+    assert digest(checkout) == before
+
+
+def test_a_submodule_is_part_of_the_code_and_one_that_is_not_checked_out_is_refused(
+    checkout: Path, tmp_path: Path
+) -> None:
+    module = checkout / "csrc" / "vendored"
+    module.mkdir()
+    (module / "v.h").write_text("int v;")
+    (module / "junk.o").write_text("")
+    (module / ".gitignore").write_text("*.o")
+    subprocess.run(["git", "init", "-q", str(module)], check=True)
+    assert {"csrc/vendored/v.h", "csrc/kd.cpp"} <= set(code_around(checkout).files), "a checkout of its own"
+    assert "csrc/vendored/junk.o" not in code_around(checkout).files
+    before = digest(checkout)
+    (module / "v.h").write_text("int w;")
+    assert digest(checkout) != before
+    entry = f"160000,{'1' * 40},csrc/vendored"
+    subprocess.run(["git", "-C", str(checkout), "update-index", "--add", "--cacheinfo", entry], check=True)
+    assert "csrc/vendored/v.h" in code_around(checkout).files, "a submodule"
+    shutil.rmtree(module)
+    module.mkdir()
+    with pytest.raises(RefusedError, match=r"the submodule csrc/vendored of .* is not checked out") as refused:
+        code_around(checkout)
+    assert "submodule update --init csrc/vendored" in str(refused.value.next)
+
+
+def test_names_with_line_breaks_are_carried_and_those_that_are_not_utf8_refused(checkout: Path) -> None:
+    from dispatch.building.bundle import pack
+
+    odd = "csrc/two\nlines and spaces é.h"
+    (checkout / odd).write_text("int x;")
+    source = code_around(checkout)
+    assert odd in source.files
+    assert pack(source).size
+    (checkout / os.fsdecode(b"csrc/latin-\xe9.h")).write_text("")
+    with pytest.raises(RefusedError, match=r"latin-\\xe9.h.* has bytes that are not UTF-8 in its name"):
+        code_around(checkout)
+
+
+def test_a_tree_that_changes_while_it_is_bundled_is_refused_before_anything_is_sent(checkout: Path) -> None:
+    from dispatch.building.bundle import pack
+
+    source = code_around(checkout)
+    assert source.digest
+    (checkout / "csrc" / "kd.cpp").write_text("int y;")
+    with pytest.raises(RefusedError, match="was changed while it was read") as refused:
+        pack(source)
+    assert refused.value.next == "the same command again"
+    (checkout / "csrc" / "kd.cpp").unlink()
+    with pytest.raises(RefusedError, match=r"csrc/kd.cpp of the code cannot be read: No such file"):
+        pack(source)

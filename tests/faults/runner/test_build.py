@@ -89,12 +89,13 @@ class Place:
         with tarfile.open(fileobj=content, mode="w:gz") as archive:
             entry = tarfile.TarInfo("constraints/cpu.txt")
             archive.addfile(entry, io.BytesIO(b""))
-        (folder / "bundle").write_bytes(content.getvalue())
+        self.bundle = folder / hashlib.sha256(content.getvalue()).hexdigest()
+        self.bundle.write_bytes(content.getvalue())
         self.asked = {
             "builds": str(self.builds),
             "build": "code-lock",
             "venv": str(host.root.venvs / "lock"),
-            "bundle": str(folder / "bundle"),
+            "bundle": str(self.bundle),
             "code": "c0de",
             "lock": "10c4",
             "lock_name": "cpu",
@@ -187,3 +188,15 @@ def test_a_host_without_memory_for_one_compiler_is_refused_with_the_figure(progr
     (tmp_path / "meminfo").write_text(f"MemTotal: {128 * GIB >> 10} kB\nMemAvailable: {GIB >> 10} kB\n")
     with pytest.raises(SystemExit, match=r"1\.0 GiB of memory are free, one compiler needs 2"):
         program.compile_jobs(str(tmp_path / "meminfo"), 20)
+
+
+def test_a_bundle_that_was_damaged_on_the_host_is_dropped_and_not_unpacked(
+    program: ModuleType, host: Any, tmp_path: Path
+) -> None:
+    place = Place(host, tmp_path / "place")
+    with open(place.bundle, "ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(SystemExit, match=r"was damaged on this host .*: dropped, to be sent again"):
+        program.unpack(place.bundle, tmp_path / "source")
+    assert not place.bundle.exists(), "else every later build would take it"
+    assert not (tmp_path / "source").exists()
