@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import paramiko
 from pydantic import ValidationError
 
-from dispatch.hosts.address import resolve
-from dispatch.hosts.inventory import Host, Inventory, check_name
+from dispatch.hosts.address import Address, resolve
+from dispatch.hosts.inventory import Host, Inventory, check_name, problem
 from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, short_type
-from dispatch.places import Places
+from dispatch.places import Places, writing
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
 from latentforge.errors import LatentForgeError, RefusedError
@@ -35,12 +37,13 @@ def enrol(
     check_name(name)
     earlier = inventory.hosts.get(name)
     host = _described(name, wanted, earlier)
-    keys = offered_keys(host, resolve(host))
+    address = resolve(host)
+    keys = offered_keys(host, address)
     if expected is not None:
         keys = check_fingerprint(keys, expected)
     known = {key.sha256 for key in earlier.keys} if earlier is not None else set()
     offered = {fingerprint(key) for key in keys}
-    _show(host, keys, known)
+    _show(host, address, keys, known)
     if known and not offered <= known and not replace:
         raise LatentForgeError(
             f"{name} is pinned to other keys ({', '.join(sorted(known))}); nothing was changed",
@@ -50,7 +53,8 @@ def enrol(
     if offered != known and not (yes or expected is not None):
         _confirm(name)
     if offered != known or not places.known_hosts(name).is_file():
-        host = pin(host, keys, places)
+        with writing():
+            host = pin(host, keys, places)
     inventory.put(host)
     print(f"pinned in {places.known_hosts(name)}")
     return _tried(host, places)
@@ -58,15 +62,18 @@ def enrol(
 
 def _described(name: str, wanted: Mapping[str, Any], earlier: Host | None) -> Host:
     base = earlier.model_dump(exclude={"name"}) if earlier is not None else {"address": name}
+    wanted = dict(wanted)
+    if (identity := wanted.get("identity")) and not identity.startswith("~"):
+        wanted["identity"] = os.path.abspath(identity)  # kept for commands that start in other folders
     try:
         return Host.model_validate({"name": name, **base, **wanted})
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise RefusedError(f"--{problem['loc'][-1]} {problem['input']!r}: {problem['msg']}") from None
+        field, wrong = problem(error)
+        raise RefusedError(f"--{field} {wrong.removeprefix('= ')}" if field else wrong) from None
 
 
-def _show(host: Host, keys: Any, known: set[str]) -> None:
-    print(f"{host.name} is {resolve(host)} and offers")
+def _show(host: Host, address: Address, keys: Sequence[paramiko.PKey], known: set[str]) -> None:
+    print(f"{host.name} is {address} and offers")
     for key in keys:
         mark = "  (pinned)" if fingerprint(key) in known else ""
         print(f"  {short_type(key.get_name()):<8} {fingerprint(key)}{mark}")

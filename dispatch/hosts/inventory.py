@@ -10,13 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dispatch.places import Places, write_atomic
+from dispatch.hosts.table import with_table
+from dispatch.places import Places, private_folder, write_atomic, writing
 from latentforge.errors import RefusedError
 
 LOCAL = "local"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_UNFIT = re.compile(r"[\s\x00-\x1f\x7f]")
+_SHELL = frozenset("'`\";&<>|(){}")
+_LOCK_SECONDS = 10.0
+
+Gib = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
 
 class PinnedKey(BaseModel):
@@ -30,23 +38,65 @@ class PinnedKey(BaseModel):
 
 
 class Host(BaseModel):
-    """One machine that can take work."""
+    """One machine that can take work. A value of another type, or of a form that cannot be meant, is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(exclude=True)
     address: str = Field("", description="host name, address, or an alias of ~/.ssh/config")
-    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(None, description="22, or what ~/.ssh/config says")
+    port: Annotated[int, Field(ge=1, le=65535, strict=True)] | None = Field(
+        None, description="22, or what ~/.ssh/config says"
+    )
     user: str | None = Field(None, description="login name, or what ~/.ssh/config says")
     identity: str | None = Field(None, description="private key file, or what ~/.ssh/config says")
     root: str | None = Field(None, description="state root; $XDG_STATE_HOME/latentforge of the host if absent")
-    python: str = Field("python3", min_length=1, description="Python 3.11 or newer to build with")
+    python: str = Field("python3", description="Python 3.11 or newer to build with")
     lock: str = Field("cpu", min_length=1, description="lock file in constraints/ to build from")
-    gb10: bool = Field(False, description="declared as a GB10: its checks apply")
+    gb10: bool = Field(False, strict=True, description="declared as a GB10: its checks apply")
     runner: Literal["auto", "detached", "systemd"] = Field("auto", description="what carries runs; 'auto' = probed")
-    warn_below_gib: Annotated[float, Field(ge=0)] | None = Field(None, description="available memory to warn at")
-    kill_below_gib: Annotated[float, Field(ge=0)] | None = Field(None, description="available memory to end a run at")
+    warn_below_gib: Gib | None = Field(None, description="available memory to warn at")
+    kill_below_gib: Gib | None = Field(None, description="available memory to end a run at")
     keys: tuple[PinnedKey, ...] = ()
+
+    @field_validator("address")
+    @classmethod
+    def _one_machine(cls, address: str) -> str:
+        inner = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+        if not inner or inner.startswith("-") or _UNFIT.search(inner):
+            raise ValueError("not a host name or address")
+        if "@" in inner or "/" in inner:
+            raise ValueError("a host name or address alone; the login name goes into `user`, the port into `port`")
+        if address.startswith("[") != address.endswith("]") or (inner.count(":") == 1):
+            raise ValueError("a host name or address alone; the port goes into `port`")
+        return inner
+
+    @field_validator("user")
+    @classmethod
+    def _one_user(cls, user: str | None) -> str | None:
+        # What OpenSSH refuses as a login name too.
+        if user is not None and (not user or user.startswith("-") or _UNFIT.search(user) or set(user) & _SHELL):
+            raise ValueError("not a login name")
+        return user
+
+    @field_validator("identity", "root")
+    @classmethod
+    def _whole_path(cls, path: str | None) -> str | None:
+        if path is not None and (not path.startswith(("/", "~")) or _CONTROL.search(path)):
+            raise ValueError("not a whole path: begin it with / or ~/")
+        return path
+
+    @field_validator("python")
+    @classmethod
+    def _one_program(cls, python: str) -> str:
+        if not python or python.startswith(("-", "~")) or _CONTROL.search(python):
+            raise ValueError("not a program: its name, or its path from / on")
+        return python
+
+    @model_validator(mode="after")
+    def _warned_before_ended(self) -> Host:
+        if self.kill_below_gib and self.warn_below_gib and self.warn_below_gib < self.kill_below_gib:
+            raise ValueError("warn_below_gib is less than kill_below_gib: it would be ended before it is warned of")
+        return self
 
     @property
     def is_local(self) -> bool:
@@ -73,13 +123,7 @@ class Inventory:
     def load(cls, places: Places) -> Inventory:
         """Read the inventory; an absent file is an empty one, a wrong one is refused with the field."""
         path = places.hosts_file
-        try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            document = {}
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RefusedError(f"{path} is not TOML: {error}") from error
-        return cls(path, *_parsed(document, path))
+        return cls(path, *_parsed(_document(path, _text(path)), path))
 
     def names(self) -> list[str]:
         """Every host that can be named."""
@@ -108,36 +152,53 @@ class Inventory:
             # A script's unset variable must not turn into another machine.
             raise RefusedError(f"--host {flag!r} names no host", next="latentforge dispatch hosts   lists them")
         name = flag or env.get("GX10_HOST") or self.default or LOCAL
+        said = f"--host {name!r}" if flag else f"GX10_HOST={name!r}"
         if "," in name:
-            said = f"--host {name!r}" if flag else f"GX10_HOST={name!r}"
             raise RefusedError(
                 f"{said} asks for one run spread over several hosts, and no recipe can be (distributed = none)",
                 next=f"one of them, the first that is fit:  --lanes {name}\nthe same on each:  --each {name}",
             )
-        host = self.get(name)
-        changes: dict[str, Any] = {}
+        try:
+            host = self.get(name)
+        except RefusedError as error:
+            if flag or not env.get("GX10_HOST"):
+                raise
+            raise RefusedError(f"{said} (environment variable): {error}", next=error.next) from None
         if (user := env.get("GX10_USER")) and not host.is_local:
-            changes["user"] = user
+            host = _changed(host, "user", user, "GX10_USER")
         if root := env.get("GX10_REPO_PATH"):
-            changes["root"] = root
-        return host.model_copy(update=changes)
+            host = _changed(host, "root", root, "GX10_REPO_PATH")
+        return host
 
     def put(self, host: Host) -> None:
-        """Write one host's table, in place of the one it had."""
+        """Write one host's table, in place of the one it had; what others wrote meanwhile stays."""
         check_name(host.name)
+        real = self.path.resolve()  # a link into somebody's dotfiles stays one
+        with writing():
+            private_folder(real.parent)
+            try:
+                with FileLock(real.with_name(f".{real.name}.lock"), timeout=_LOCK_SECONDS):
+                    self._put(host, real)
+            except Timeout:
+                raise RefusedError(
+                    f"another command is writing {self.path}", next="the same command again, when it has ended"
+                ) from None
+
+    def _put(self, host: Host, real: Path) -> None:
+        text = _text(self.path)
+        now = _parsed(_document(self.path, text), self.path)[0]
+        changed = with_table(text, host.name, host.model_dump(exclude_defaults=True))
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
-        changed = _with_table(text, host)
-        hosts, _default, _lanes = _parsed(tomllib.loads(changed), self.path)
-        if hosts != {**self.hosts, host.name: host}:
+            hosts = _parsed(tomllib.loads(changed), self.path)[0]
+        except (tomllib.TOMLDecodeError, RefusedError):
+            hosts = {}
+        if hosts != {**now, host.name: host}:
             raise RefusedError(
                 f"{self.path} is written in a way that cannot be changed safely (table [hosts.{host.name}])",
                 next=f"edit it by hand, or write the host as one table [hosts.{host.name}]",
             )
         self.hosts = hosts
-        write_atomic(self.path, changed.encode())
+        write_atomic(real, changed.encode(), mode=real.stat().st_mode & 0o777 if real.exists() else 0o644)
 
 
 def check_name(name: str) -> str:
@@ -149,27 +210,84 @@ def check_name(name: str) -> str:
     return name
 
 
+def problem(error: ValidationError) -> tuple[str, str]:
+    """The field that a host's description fails at ("" for the whole), and what is wrong with which value of it."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, Host.model_fields, n=1)
+        fields = ", ".join(name for name in Host.model_fields if name != "name")
+        return field, "is no field of a host; " + (f"did you mean {near[0]!r}?" if near else f"there are: {fields}")
+    return field, f"= {first['input']!r}: {said}" if field else said
+
+
+def _changed(host: Host, field: str, value: str, variable: str) -> Host:
+    try:
+        return Host.model_validate({**host.model_dump(exclude_unset=True), "name": host.name, field: value})
+    except ValidationError as error:
+        raise RefusedError(f"{variable}{problem(error)[1].replace('= ', '=', 1)} (environment variable)") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise RefusedError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{path} is not TOML: {error}") from error
+
+
+def _document(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RefusedError(f"{path} is not TOML: {error}", next=_EXAMPLE) from error
+
+
+_EXAMPLE = 'a host is written so:  [hosts.gx10]\n                       address = "gx10.lan"'
+
+
 def _parsed(document: dict[str, Any], path: Path) -> tuple[dict[str, Host], str | None, dict[str, tuple[str, ...]]]:
     for key in document:
-        if key not in ("hosts", "default", "lanes"):
-            raise RefusedError(f"{path}: unknown key {key!r} (known: default, hosts, lanes)")
+        if key not in (known := ("hosts", "default", "lanes")):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise RefusedError(
+                f"{path}: unknown key {key!r} (known: default, hosts, lanes)",
+                next=f"did you mean {near[0]!r}?" if near else None,
+            )
     hosts: dict[str, Host] = {}
-    for name, table in document.get("hosts", {}).items():
-        check_name(name)
+    for name, table in _tables(document.get("hosts", {}), f"{path}: hosts").items():
+        try:
+            check_name(name)
+        except RefusedError as error:
+            raise RefusedError(f"{path}: hosts: {error}") from None
+        if "name" in table:
+            raise RefusedError(f"{path}: hosts.{name}.name = {table['name']!r}: the table's own name is the host's")
         try:
             hosts[name] = Host.model_validate({"name": name, "address": name, **table})
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in problem["loc"])
-            hint = difflib.get_close_matches(field, Host.model_fields, n=1)
-            raise RefusedError(
-                f"{path}: hosts.{name}.{field} = {problem['input']!r}: {problem['msg']}",
-                next=f"did you mean {hint[0]!r}?" if hint and problem["type"] == "extra_forbidden" else None,
-            ) from None
+            field, wrong = problem(error)
+            where = f"hosts.{name}.{field} " if field else f"hosts.{name}: "
+            raise RefusedError(f"{path}: {where}{wrong}", next=f"edit {path}") from None
     default = document.get("default")
-    if default is not None and default != LOCAL and default not in hosts:
-        raise RefusedError(f"{path}: default = {default!r} is not one of its hosts")
+    if default is not None and (not isinstance(default, str) or (default != LOCAL and default not in hosts)):
+        raise RefusedError(
+            f"{path}: default = {default!r} is not one of its hosts", next=f"one of: {', '.join([LOCAL, *hosts])}"
+        )
     return hosts, default, _lanes(document.get("lanes", {}), hosts, path)
+
+
+def _tables(found: Any, where: str) -> dict[str, dict[str, Any]]:
+    """A table of tables; refused where it is anything else."""
+    if not isinstance(found, dict):
+        raise RefusedError(f"{where} = {found!r} is not a table of hosts", next=_EXAMPLE)
+    for name, table in found.items():
+        if not isinstance(table, dict):
+            raise RefusedError(f"{where}.{name} = {table!r} is not a table", next=_EXAMPLE)
+    return found
 
 
 def _lanes(table: Any, hosts: Mapping[str, Host], path: Path) -> dict[str, tuple[str, ...]]:
@@ -177,6 +295,8 @@ def _lanes(table: Any, hosts: Mapping[str, Host], path: Path) -> dict[str, tuple
     if not isinstance(table, dict):
         raise RefusedError(f"{path}: lanes = {table!r} is not a table", next='[lanes]\nnight = ["gx10", "gx11"]')
     for name, listed in table.items():
+        if not _NAME.fullmatch(name):
+            raise RefusedError(f"{path}: {name!r} cannot name a lane", next="letters, digits, dot, hyphen, underscore")
         if name in hosts or name == LOCAL:
             raise RefusedError(f"{path}: lanes.{name} has the name of a host", next="give the lane another name")
         if not (isinstance(listed, list) and listed and all(isinstance(host, str) for host in listed)):
@@ -184,47 +304,11 @@ def _lanes(table: Any, hosts: Mapping[str, Host], path: Path) -> dict[str, tuple
         for number, host in enumerate(listed):
             if host in listed[:number]:
                 raise RefusedError(f"{path}: lanes.{name} names {host!r} twice")
+            if host in table:
+                raise RefusedError(f"{path}: lanes.{name} names the lane {host!r}", next="a lane is a list of hosts")
             if host != LOCAL and host not in hosts:
                 raise RefusedError(
                     f"{path}: lanes.{name} names {host!r}, which is not one of its hosts",
                     next=f"latentforge dispatch enrol {host}   or take it out of the lane",
                 )
     return {name: tuple(listed) for name, listed in table.items()}
-
-
-def _with_table(text: str, host: Host) -> str:
-    """The text with the host's table replaced or added; comments and other tables stay as they are."""
-    header = re.compile(rf"^\[\s*hosts\s*\.\s*(?:\"{re.escape(host.name)}\"|{re.escape(host.name)})\s*\]\s*(?:#.*)?$")
-    kept: list[str] = []
-    inside = False
-    for line in text.splitlines():
-        if line.lstrip().startswith("["):
-            inside = header.match(line.strip()) is not None
-        if not inside:
-            kept.append(line)
-    while kept and not kept[-1].strip():
-        kept.pop()
-    return "\n".join([*kept, *([""] if kept else []), *_table(host)]) + "\n"
-
-
-def _table(host: Host) -> list[str]:
-    lines = [f'[hosts."{host.name}"]' if "." in host.name else f"[hosts.{host.name}]"]
-    for name, value in host.model_dump(exclude_defaults=True, exclude={"name", "keys"}).items():
-        lines.append(f"{name} = {_toml(value)}")
-    if host.keys:
-        lines.append("keys = [")
-        for key in host.keys:
-            inner = ", ".join(f"{name} = {_toml(value)}" for name, value in key.model_dump().items())
-            lines.append(f"    {{ {inner} }},")
-        lines.append("]")
-    return lines
-
-
-def _toml(value: str | int | float | bool) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    # A TOML basic string: quotes and backslashes escaped, control characters as \uXXXX.
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
