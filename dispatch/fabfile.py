@@ -3,8 +3,8 @@
 Each task is its command: the same functions, the same pinned and hardened transport, the same environment names
 (``GX10_HOST`` where there is no ``-H``, ``GX10_USER``, ``STEPS``, ``DRY_RUN=1``, …), the same exit codes. ``-H`` names
 enrolled hosts. Fabric makes a connection object for each of them, and it is never opened: Fabric by itself accepts
-every host key. With several hosts Fabric does one after the other and stops at the first that does not end with 0;
-``latentforge dispatch … --each a,b`` does them at once.
+every host key. With several hosts a task is done on each, one after the other, and ``fab`` ends with the worst of their
+exit codes before a further task begins; ``latentforge dispatch … --each a,b`` does them at once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,31 @@ from typing import Any, TypeVar, cast
 import fabric  # type: ignore[import-untyped]
 from invoke.exceptions import Exit
 
+from latentforge.verdicts import ExitCode
+
 Work = TypeVar("Work", bound=Callable[..., None])
 
 _SETTINGS = {"set": "FIELD=VALUE of the pipeline; repeatable", "wait": "wait for the device lease"}
 
 
+_codes: list[ExitCode] = []
+
+
+def _end(c: Any) -> None:
+    """End ``fab`` with the worst code of a task's hosts, once it was done on all of them."""
+    from dispatch.conclude import worst
+
+    codes, _codes[:] = list(_codes), []
+    if code := worst(codes):
+        raise Exit(code=code)
+
+
+_AFTER = (fabric.Task(_end),)  # within a tuple it is no task of its own
+
+
 def _task(**how: Any) -> Callable[[Work], Work]:
-    """Fabric's decorator, which has no types."""
-    return cast("Callable[[Work], Work]", fabric.task(**how))
+    """Fabric's decorator, which has no types; what comes after a task is done once for all of its hosts."""
+    return cast("Callable[[Work], Work]", fabric.task(post=_AFTER, **how))
 
 
 def _host(c: Any) -> list[str]:
@@ -36,12 +53,13 @@ def _host(c: Any) -> list[str]:
 
 
 def _do(*words: str) -> None:
-    """Run a command of ``latentforge dispatch``; its exit code is that of ``fab``."""
+    """Run a command of ``latentforge dispatch``; its exit code counts for that of ``fab``."""
     from latentforge.cli import main
 
     code = main(["dispatch", *words])
-    if code:
-        raise Exit(code=code)
+    if code not in list(ExitCode) or code == ExitCode.DETACHED:
+        raise Exit(code=code)  # Ctrl-C, or nobody reads any more: the further hosts are not wanted
+    _codes.append(ExitCode(code))
 
 
 def _go(c: Any, pipeline: str, settings: list[str], wait: bool, detach: bool) -> None:

@@ -96,6 +96,21 @@ def test_a_host_that_is_not_enrolled_gets_no_connection(fab: Make, words: Any, c
     assert (done.returncode, why in done.stderr) == (code, True), done.stdout + done.stderr
 
 
+def test_a_task_is_done_on_every_host_and_ends_with_the_worst_code_before_the_next_task(
+    fab: Make, laptop: Any, tmp_path: Path
+) -> None:
+    hosts = "".join(f'[hosts.{name}]\naddress = "127.0.0.1"\nport = 1\n' for name in ("a", "b"))
+    laptop.places.hosts_file.parent.mkdir(parents=True)
+    laptop.places.hosts_file.write_text(hosts)
+    done = fab("-H", "a,local,b", "preflight", "--only", "clock", "cancel", "--run", "nonsense")
+    assert done.returncode == 6, done.stdout + done.stderr
+    assert [done.stderr.count(f"{name} (") for name in ("a", "b")] == [1, 1]
+    assert "clock" in done.stdout, "the host between them was judged"
+    assert "nonsense" not in done.stderr
+    fine = fab("-H", "local,local", "preflight", "--only", "clock", "cancel", "--run", "nonsense")
+    assert (fine.returncode, fine.stderr.count("begins with 'nonsense'")) == (2, 2)
+
+
 def test_a_changed_host_key_ends_a_task_with_6_though_fabric_itself_takes_any_key(
     fab: Make, sshd_at: Make, enrolled: Make, jobs: Any
 ) -> None:
