@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dispatch.hosts.address import Address, resolve
 from dispatch.hosts.inventory import Host, Inventory, check_name, problem
-from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, short_type
+from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, pinned, short_type
 from dispatch.places import Places, writing
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
@@ -46,13 +46,14 @@ def enrol(
     _show(host, address, keys, known)
     if known and not offered <= known and not replace:
         raise LatentForgeError(
-            f"{name} is pinned to other keys ({', '.join(sorted(known))}); nothing was changed",
+            f"{name} is pinned to other keys ({', '.join(sorted(known))}) than it offers "
+            f"({', '.join(sorted(offered))}); nothing was changed",
             next=f"if the machine was reinstalled:  latentforge dispatch enrol {name} --replace",
             code=ExitCode.TRANSPORT,
         )
     if offered != known and not (yes or expected is not None):
         _confirm(name)
-    if offered != known or not places.known_hosts(name).is_file():
+    if {fingerprint(key) for key in pinned(host, places)} != offered:
         with writing():
             host = pin(host, keys, places)
     inventory.put(host)

@@ -206,7 +206,12 @@ def check_name(name: str) -> str:
     if name == LOCAL:
         raise RefusedError("'local' is this machine; it is built in and needs no enrolment")
     if not _NAME.fullmatch(name):
-        raise RefusedError(f"{name!r} cannot name a host: letters, digits, dot, hyphen and underscore only")
+        user, at, rest = name.rpartition("@")
+        hint = f" {rest} --user {shlex.quote(user)}" if at and _NAME.fullmatch(rest) else " NAME --address ADDRESS"
+        raise RefusedError(
+            f"{name!r} cannot name a host: letters, digits, dot, hyphen and underscore only",
+            next=f"latentforge dispatch enrol{hint}",
+        )
     return name
 
 

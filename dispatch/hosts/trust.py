@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -78,20 +79,25 @@ def pinned(host: Host, places: Places) -> list[paramiko.PKey]:
     fingerprints = {key.sha256 for key in host.keys}
     keys: list[paramiko.PKey] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         lines = []
     for line in lines:
-        entry = paramiko.hostkeys.HostKeyEntry.from_line(line) if line.strip() else None
-        if entry is not None and entry.key is not None and fingerprint(entry.key) in fingerprints:
-            keys.append(entry.key)
+        with contextlib.suppress(Exception):  # a damaged line is no key, whatever Paramiko makes of it
+            entry = paramiko.hostkeys.HostKeyEntry.from_line(line)
+            if entry is not None and entry.key is not None and fingerprint(entry.key) in fingerprints:
+                keys.append(entry.key)
     return keys
 
 
 def pin(host: Host, keys: Sequence[paramiko.PKey], places: Places) -> Host:
     """The host with these keys pinned; our known_hosts file for it is written."""
     today = datetime.now(UTC).date().isoformat()
-    records = tuple(PinnedKey(type=key.get_name(), sha256=fingerprint(key), date=today) for key in keys)
+    since = {key.sha256: key.date for key in host.keys}
+    records = tuple(
+        PinnedKey(type=key.get_name(), sha256=(sha256 := fingerprint(key)), date=since.get(sha256, today))
+        for key in keys
+    )
     lines = [f"{host.name} {key.get_name()} {key.get_base64()}\n" for key in keys]
     write_atomic(places.known_hosts(host.name), "".join(lines).encode(), mode=0o600)
     return host.model_copy(update={"keys": records})

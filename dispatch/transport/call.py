@@ -165,14 +165,14 @@ class Transport(ABC):
             return LinkError(
                 "no python",
                 f"{name}: {self.host.python!r} cannot be run there ({said})",
-                next=f"latentforge dispatch enrol {name} --python PATH --replace",
+                next=f"latentforge dispatch enrol {name} --python PATH",
             )
         by_hand = shlex.join(["ssh", *(["-p", str(self.host.port)] if self.host.port else []), _login(self.host)])
         if _NO_COMMANDS.search(ended.stdout + ended.stderr):
             return LinkError(
                 "no commands",
                 f"{name}: the account may log in there, but may not run commands; its shell said: {said}",
-                next=f"another user:  latentforge dispatch enrol {name} --user USER --replace",
+                next=f"another user:  latentforge dispatch enrol {name} --user USER",
             )
         return LinkError(
             "shell noise",

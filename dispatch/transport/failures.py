@@ -37,13 +37,13 @@ def classified(host: Host, address: Address, error: BaseException) -> LinkError:
         return LinkError(
             "name",
             f"{where}: the name {address.hostname!r} does not resolve{slow}",
-            next=f"correct the address:  latentforge dispatch enrol {host.name} --address ADDRESS --replace",
+            next=f"correct the address:  latentforge dispatch enrol {host.name} --address ADDRESS",
         )
     if isinstance(error, ConnectionRefusedError):
         return LinkError(
             "refused",
             f"{where}: nothing listens on port {address.port}",
-            next=f"is sshd running there? Another port:  latentforge dispatch enrol {host.name} --port PORT --replace",
+            next=f"is sshd running there? Another port:  latentforge dispatch enrol {host.name} --port PORT",
         )
     if isinstance(error, Unanswered):
         return _unanswered(host, where, address, error)
@@ -67,7 +67,7 @@ def no_commands(host: Host, address: Address, why: str) -> LinkError:
         "no commands",
         f"{host.name}: {address.user!r} may log in there, but may not run commands ({why})",
         next=f"{_ssh(address)} true   must succeed and print nothing; or another user:  "
-        f"latentforge dispatch enrol {host.name} --user USER --replace",
+        f"latentforge dispatch enrol {host.name} --user USER",
     )
 
 
@@ -82,7 +82,7 @@ def stuck_shell(host: Host, address: Address, said: bytes, seconds: float) -> Li
 
 
 def _unanswered(host: Host, where: str, address: Address, error: Unanswered) -> LinkError:
-    port = f"latentforge dispatch enrol {host.name} --port PORT --replace"
+    port = f"latentforge dispatch enrol {host.name} --port PORT"
     if error.kind == "crowded":
         return LinkError(
             "crowded",

@@ -78,14 +78,27 @@ class Keys:
         agent = {key.asbytes(): key for key in self._agent_keys()}
         for name, blob in listed:
             if blob is not None and blob in agent:
-                yield f"{name} (in ssh-agent)", agent.pop(blob)
+                yield from self._with_certificates(f"{name} (in ssh-agent)", agent.pop(blob))
         # A key that was named is used, and no other: a server counts the wrong ones.
         if self._host.identity is None and not self._address.identities_only:
             for key in agent.values():
                 yield f"{getattr(key, 'comment', '') or key.get_name()} (in ssh-agent)", key
         for name, _ in listed:
             if not name.endswith(".pub") and (loaded := self._loaded(name)) is not None:
-                yield name, loaded
+                yield from self._with_certificates(name, loaded)
+
+    def _with_certificates(self, name: str, key: paramiko.PKey) -> Iterator[tuple[str, paramiko.PKey]]:
+        """A key under each certificate that it has, then as itself: a certificate may have run out."""
+        beside = f"{name}-cert.pub"
+        for path in dict.fromkeys([*self._address.certificates, beside]):
+            certified = _certified(path)
+            if certified is None or certified != key.asbytes():
+                continue
+            key.public_blob = None
+            key.load_certificate(path)
+            yield (path if path == beside else f"{name} with {path}"), key
+        key.public_blob = None
+        yield name, key
 
     def _agent_keys(self) -> list[AgentKey]:
         path = self._address.agent
@@ -107,6 +120,11 @@ class Keys:
 
     def _loaded(self, name: str) -> paramiko.PKey | None:
         try:
+            mode = os.stat(name)
+            if mode.st_uid == os.getuid() and mode.st_mode & 0o077:
+                # OpenSSH's own rule: what others could have read is no secret.
+                self._unusable.append((name, f"mode {mode.st_mode & 0o777:04o}: others may read it"))
+                return None
             return paramiko.PKey.from_path(name)
         except Exception as error:  # Paramiko and cryptography have no common type for "no key", nor for "encrypted"
             why = str(error) or type(error).__name__
@@ -143,14 +161,44 @@ class Keys:
                 f"the key file {encrypted[0]!r} is encrypted, and not in ssh-agent",
                 next=f"load it into ssh-agent:  ssh-add {shlex.quote(encrypted[0])}",
             )
+        loose = [name for name, why in broken if why.startswith("mode ")]
+        if loose and not self._tried:
+            return NoKeyError(
+                f"key file {loose[0]!r} is not used ({dict(broken)[loose[0]]}, so OpenSSH would not use it either)",
+                next=f"chmod 600 {shlex.quote(loose[0])}",
+            )
         if broken and not self._tried:
             name, why = broken[0]
             return NoKeyError(
                 f"key file {name!r} cannot be used ({why})" if name != "ssh-agent" else f"ssh-agent: {why}",
-                next=f"look whether it is a private key:  ssh-keygen -y -f {shlex.quote(name)}",
+                next=f"look whether it is a private key:  ssh-keygen -y -f {shlex.quote(name)}"
+                if name != "ssh-agent"
+                else "ssh-add -l   must list a key; or name a key file:  "
+                f"latentforge dispatch enrol {self._host.name} --identity FILE",
             )
         tried = ", ".join(self._tried) or "none: there is no key file and no ssh-agent"
-        return NoKeyError(f"no key of yours is accepted for user {user!r} (tried: {tried})")
+        besides = "".join(f"; not used: {name} ({why})" for name, why in broken)
+        return NoKeyError(f"no key of yours is accepted for user {user!r} (tried: {tried}{besides})")
+
+
+_CERTIFICATE = "-cert-v01@openssh.com"
+_FIELDS = {"ssh-ed25519": 1, "ssh-rsa": 2}  # of the public key, in the certificate as in the plain key; ECDSA: 2
+
+
+def _certified(path: str) -> bytes | None:
+    """The public key that a certificate file is for; None where it is none."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, Base64Error, ValueError, IndexError, paramiko.SSHException):
+        blob = paramiko.Message(b64decode(Path(path).read_text(encoding="utf-8").split()[1], validate=True))
+        kind = blob.get_text()
+        if kind.endswith(_CERTIFICATE):
+            plain = kind.removesuffix(_CERTIFICATE)
+            blob.get_binary()  # the nonce
+            public = paramiko.Message()
+            public.add_string(plain)
+            for _ in range(_FIELDS.get(plain, 2)):
+                public.add_string(blob.get_binary())
+            return public.asbytes()
+    return None
 
 
 def _public_blob(path: Path) -> bytes | None:

@@ -193,7 +193,7 @@ def _connected(host: Host, address: Address, places: Places) -> tuple[fabric.Con
     if host.keys and not keys:
         raise RefusedError(
             f"the pinned keys of {host.name} are in the inventory but not in {places.known_hosts(host.name)}",
-            next=f"latentforge dispatch enrol {host.name} --replace",
+            next=f"latentforge dispatch enrol {host.name}",
         )
     link = open_link(host, address)
     connection = fabric.Connection(

@@ -54,6 +54,16 @@ def test_enrol_shows_the_fingerprint_pins_the_key_and_logs_in(sshd_at: Make, lap
     assert laptop.places.hosts_file.read_bytes() == before
 
 
+def test_a_key_file_that_is_enrolled_by_a_relative_name_is_found_from_every_folder(
+    shared_sshd: Any, laptop: Any, tmp_path: Path
+) -> None:
+    words = words_of(shared_sshd, "box", tmp_path / "remote", "--yes")
+    words[words.index("--identity") + 1] = shared_sshd.key.name
+    done = laptop.cli(*words, cwd=shared_sshd.folder)
+    assert done.returncode == 0, done.stderr
+    assert Inventory.load(laptop.places).get("box").identity == str(shared_sshd.key)
+
+
 def test_enrol_without_a_confirmation_pins_nothing(shared_sshd: Any, laptop: Any, tmp_path: Path) -> None:
     done = laptop.cli(*words_of(shared_sshd, "box", tmp_path / "remote"))
     assert done.returncode == 2
@@ -111,11 +121,21 @@ def test_a_key_that_was_never_pinned_is_refused_before_anything_is_sent(shared_s
     assert shared_sshd.logins() == before
 
 
-def test_a_lost_known_hosts_file_is_refused_not_trusted_anew(shared_sshd: Any, laptop: Any, enrolled: Make) -> None:
+@pytest.mark.parametrize("left", [None, b"", b"box ssh-ed25519 AAAA\n\xff\n"], ids=["lost", "empty", "damaged"])
+def test_a_lost_or_damaged_known_hosts_file_is_refused_not_trusted_anew_and_enrol_mends_it(
+    shared_sshd: Any, laptop: Any, enrolled: Make, left: bytes | None
+) -> None:
     host = enrolled(shared_sshd)
-    laptop.places.known_hosts("box").unlink()
-    with pytest.raises(RefusedError, match="in the inventory but not in"):
+    file = laptop.places.known_hosts("box")
+    whole = file.read_bytes()
+    file.unlink() if left is None else file.write_bytes(left)
+    with pytest.raises(RefusedError, match="in the inventory but not in") as refused:
         open_transport(host, laptop.places).call("probe", {})
+    assert refused.value.next == "latentforge dispatch enrol box"
+    done = laptop.cli("enrol", "box")
+    assert done.returncode == 0, done.stderr
+    assert file.read_bytes() == whole
+    assert Inventory.load(laptop.places).get("box") == host
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import socket
 import subprocess
@@ -200,6 +201,43 @@ def test_an_encrypted_key_file_is_used_through_the_agent_and_refused_by_name_wit
     assert reached(host).call("probe", {}).result["root"], "the remedy that was named works"
     # No key file named: the agent's key does it too.
     assert reached(host.model_copy(update={"identity": None})).call("probe", {}).result["root"]
+
+
+def test_a_key_file_that_others_may_read_is_refused_with_the_command_that_mends_it(
+    sshd_here: Make, trusted: Make, reached: Make
+) -> None:
+    server = sshd_here()
+    server.key.chmod(0o644)
+    host = trusted(server)
+    error, _ = knock(reached(host))
+    assert error.kind == "authentication"
+    assert "mode 0644: others may read it" in str(error)
+    assert error.next == f"chmod 600 {server.key}"
+    assert "publickey" not in server.log.read_text()
+    subprocess.run(error.next.split(), check=True)
+    assert reached(host).call("probe", {}).result["root"], "the remedy that was named works"
+
+
+def test_a_certificate_of_a_key_lets_us_in_and_one_that_ran_out_does_not_stop_the_key(
+    sshd_here: Make, trusted: Make, reached: Make, tmp_path: Path
+) -> None:
+    authority, key = key_pair(tmp_path / "authority"), key_pair(tmp_path / "mine")
+    server = sshd_here(options=f"TrustedUserCAKeys {authority}.pub")
+
+    def certify(until: str) -> None:
+        sign = ["ssh-keygen", "-q", "-s", str(authority), "-I", "me", "-n", getpass.getuser(), "-V", until]
+        subprocess.run([*sign, f"{key}.pub"], check=True)
+
+    certify("-1h:+1h")
+    host = trusted(server, identity=str(key))
+    assert reached(host).call("probe", {}).result["root"], "by its certificate alone"
+    certify("-2h:-1h")
+    error, _ = knock(reached(host))
+    assert error.kind == "authentication"
+    assert f"(tried: {key}-cert.pub, {key})" in str(error)
+    with (server.folder / "authorized_keys").open("a") as file:
+        file.write(key.with_suffix(".pub").read_text())
+    assert reached(host).call("probe", {}).result["root"], "by the key itself"
 
 
 def test_a_named_key_is_the_only_one_that_a_server_is_offered(
