@@ -56,16 +56,20 @@ def code_label(source: CodeSource) -> str:
     digest = f"code {source.digest[:12]}"
     if source.root is None:
         return f"{digest} of the installed package"
-    git = ["git", "-C", str(source.root)]
+    tops = sorted({name.split("/")[0] for name in source.files})
+
+    def git(*words: str) -> str:
+        asked = ["git", "-C", str(source.root), *words]
+        return subprocess.run(asked, capture_output=True, check=True).stdout.decode("utf-8", "surrogateescape")
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, check=True, text=True)
-        diff = subprocess.run(
-            [*git, "diff", "HEAD", "--numstat", "--no-renames", "--", *sorted({n.split("/")[0] for n in source.files})],
-            capture_output=True,
-            check=True,
-            text=True,
-        )
+        head = git("rev-parse", "--short=7", "HEAD").strip()
+        diff = git("diff", "HEAD", "--numstat", "--no-renames", "--", *tops)
+        untracked = git("ls-files", "-z", "--others", "--exclude-standard", "--", *tops).split("\0")
     except (OSError, subprocess.CalledProcessError):
         return digest
-    changed = sum(int(part) for line in diff.stdout.splitlines() for part in line.split("\t")[:2] if part.isdigit())
-    return head.stdout.strip() + (f" + {changed} changed lines" if changed else "")
+    # A file without lines counts as one line.
+    counts = [part for line in diff.splitlines() for part in line.split("\t")[:2]]
+    changed = sum(int(part) if part.isdigit() else 1 for part in counts)
+    new = len(source.files.keys() & set(untracked))
+    return head + (f" + {changed} changed lines" if changed else "") + (f" + {new} new files" if new else "")

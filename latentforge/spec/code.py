@@ -149,7 +149,9 @@ def _of_git(root: Path, tops: Iterable[str] = ()) -> Iterator[str]:
     try:
         listing = subprocess.run(["git", "-C", str(root), *listed], capture_output=True, check=True).stdout
     except FileNotFoundError:
-        raise RefusedError("git is not installed, so the checkout's files cannot be listed") from None
+        raise RefusedError(
+            f"git is not installed, so the files of the checkout {root} cannot be listed", next="install git"
+        ) from None
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip()
         raise RefusedError(f"git ls-files failed in {root}: {said}") from None
