@@ -2,7 +2,8 @@
 
 Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``. What it can be told:
 ``steps``; ``wait_at`` a step, or ``hang_in`` ("start", "load", "warm-up") until the file ``gate`` is there, by
-a busy loop if ``spin``; ``losses`` and lines to ``say`` by step; ``noise``; ``fail``, or ``exit`` with a ``reason``;
+a busy loop if ``spin``, for ``patience`` seconds at most; ``losses`` and lines to ``say`` by step; ``noise``; ``fail``,
+or ``exit`` with a ``reason``;
 a ``stamp`` of the time after each step and a pause of so many seconds; ``no_end``; ``effective`` fields; raw ``forged``
 lines for its own event log; ``checkpoint`` fields at its last step.
 """
@@ -34,9 +35,12 @@ def main() -> int:
     run, how = RunDir(Path(sys.argv[1])), json.loads(sys.argv[2])
     steps = how.get("steps", 20)
 
+    def wait() -> None:
+        wait_for(how["gate"], how.get("patience", 60.0), spin=bool(how.get("spin")))
+
     def hang(where: str) -> None:
         if how.get("hang_in") == where:
-            wait_for(how["gate"], spin=bool(how.get("spin")))
+            wait()
 
     if "starts" in how:
         with open(how["starts"], "a") as file:
@@ -55,7 +59,7 @@ def main() -> int:
         hang("warm-up")
         for step in range(1, steps + 1):
             if how.get("wait_at") == step:
-                wait_for(how["gate"], spin=bool(how.get("spin")))
+                wait()
             log.step(
                 step,
                 steps,
