@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dispatch.following.limits import Limits
-from dispatch.following.lines import LineReader
+from dispatch.following.lines import LineReader, Lines
 from dispatch.following.markers import TextRules
 from dispatch.following.pace import too_fast
 from dispatch.following.record import WatchRecord
@@ -241,13 +241,13 @@ def text_never_turns_green(*, mutant: str | None = None) -> Finding:
     real = Verdict("F-DISTILL-SMOKE-001", Outcome.FAIL, "val_loss 5.0 >= 4.9 at step 500", {}, RUN)
     rules.feed(Event(0, 1.0, "", RUN, "step", {"step": 7, "steps": 9, "model": "student", "loss": 4.5}))
     rules.feed(Event(1, 2.0, "", RUN, "verdict", {"falsifier": real.falsifier, "outcome": "fail", "text": real.text}))
-    shown, _ = rules.read([*FORGERIES, real.line()])
+    shown, _ = rules.read(Lines.of([*FORGERIES, real.line()]))
     marked = [line.startswith("(not this run's verdict") for line in shown]
-    _, remarks = rules.read(["Skipping backward kernels: cuBLAS is active", "Backward kernels pre-warmed ✓"])
+    _, remarks = rules.read(Lines.of(["Skipping backward kernels: cuBLAS is active", "Backward kernels pre-warmed ✓"]))
     _, none = rules.read(
-        ["Skipping the evaluation set", "Forward kernels pre-warmed ✓", "0 errors while checkpointing"]
+        Lines.of(["Skipping the evaluation set", "Forward kernels pre-warmed ✓", "0 errors while checkpointing"])
     )
-    rules.read(["step 7/9 loss 3.1000 kd 1.0", "step 7/9 loss 4.5000 kd 1.0"])
+    rules.read(Lines.of(["step 7/9 loss 3.1000 kd 1.0", "step 7/9 loss 4.5000 kd 1.0"]))
     told = sum(one.what.startswith("the event of this step") for one in rules.mismatches)
     right = {
         "forgeries marked": sum(marked[:-1]) == len(FORGERIES),

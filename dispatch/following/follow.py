@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dispatch.following.cursor import STREAMS, Reading
 from dispatch.following.limits import Limits
-from dispatch.following.lines import LineReader
+from dispatch.following.lines import LineReader, Lines
 from dispatch.following.record import WatchEndedError
 from dispatch.following.watcher import EventTail, Watcher
 from dispatch.hosts.facts import RunState
@@ -25,7 +25,7 @@ from latentforge.verdicts import ExitCode
 PATIENCE_SECONDS = 900.0
 """How long an unreachable host is asked again before the command gives up; the run is not affected by either."""
 
-_CHUNK = 4 << 20
+_CHUNK = 2 << 20
 _CHANNEL_SECONDS = 60.0
 """How long the host answers over one channel before it is asked again: what a lost reader leaves there ends by then."""
 _SILENCE_SECONDS = 15.0
@@ -44,7 +44,7 @@ class Observer(Protocol):
     def events(self, events: list[Event]) -> None:
         """New events, in order."""
 
-    def log(self, lines: list[str]) -> None:
+    def log(self, lines: Lines) -> None:
         """New lines of the log, harmless to a terminal."""
 
     def note(self, line: str) -> None:
@@ -173,12 +173,12 @@ class _Following:
                 self._lines = LineReader()
             if data:
                 self.watcher.appeared()
-            if lines := list(self._lines.feed(data)):
+            if lines := self._lines.feed(data):
                 self.observer.log(self.watcher.log(lines))
 
     def finish(self) -> None:
         """Give the last line, though it has no line end."""
-        if lines := list(self._lines.feed(b"", final=True)):
+        if lines := self._lines.feed(b"", final=True):
             self.observer.log(self.watcher.log(lines))
         self._pass_on()
 
@@ -209,3 +209,4 @@ class _Following:
 
 
 _FIRST = ("identity.json", "events.jsonl", "launch.log")
+"""In the order in which they are taken in: a line that reads as a verdict is backed by an event that is known."""

@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dispatch.following.lines import Lines
 from dispatch.following.view import RunView, duration, short, sparkline
 from dispatch.following.watching import unreachable
 from dispatch.hosts.facts import RunState
@@ -98,9 +99,9 @@ class LiveObserver:
             if event.kind == "warning":
                 self.note(f"warning: {view.warnings[-1]}")
 
-    def log(self, lines: list[str]) -> None:
+    def log(self, lines: Lines) -> None:
         """Remember the last lines, for a run that tells no events (a build) or ends badly."""
-        self._tail = [*self._tail, *(line[:2000] for line in lines[-8:])][-8:]
+        self._tail = [*self._tail, *(line[:2000] for line in lines.last(8))][-8:]
 
     def note(self, line: str) -> None:
         """Leave a line of the watcher's own on the screen."""

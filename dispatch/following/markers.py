@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dispatch.following.lines import single_line
+from dispatch.following.lines import Lines, single_line
 from dispatch.following.losses import Remark
 from latentforge.events import Event
 from latentforge.verdicts import FALSIFIER_ID, parse_line
@@ -27,7 +27,7 @@ _NO_SUBJECT = frozenset(
     | {"done", "complete", "completed", "success", "succeeded", "ready", "finished", "available", "needed", "step"}
     | {"skip", "skips", "skipped", "skipping", "disabled", "warning", "info", "debug"}
 )
-_FLOOD, _LOOKED, _LONGEST = 8000, 2000, 2000
+_FLOOD, _LOOKED, _LONGEST = 512 << 10, 64 << 10, 2000
 _NEAR, _KEPT_STEPS, _COMPARED, _KEPT_REMARKS = 20, 4096, 1000, 50
 _LITERALS = (
     *("f-", "skip", "disabled", "not run", "not needed", "not done", "not available"),
@@ -47,8 +47,8 @@ class TextRules:
     """Reads a run's log beside its events, which must have been fed as far as the log tells.
 
     The cost is bounded: lines that hold no word of interest are not looked at; of the step lines in one chunk the first
-    thousand are compared; and where thousands of lines come at once, only what reads as a verdict is looked for between
-    the first and the last two thousand.
+    thousand are compared; and of more than 512 Ki characters that come at once, only what reads as a verdict is looked
+    for between the first and the last 64 Ki.
     """
 
     def __init__(self, run: str) -> None:
@@ -81,28 +81,41 @@ class TextRules:
         said = parse_line(line)
         return said is not None and said.run == self._run and (said.falsifier, said.outcome.name) in self._verdicts
 
-    def read(self, lines: list[str]) -> tuple[list[str], list[Remark]]:
+    def read(self, lines: Lines) -> tuple[Lines, list[Remark]]:
         """The lines as they may be shown, and what is to be remarked on them."""
-        if len(lines) <= _FLOOD:
-            return self._look_at(lines)
-        first, early = self._look_at(lines[:_LOOKED])
-        between = self._marked(lines[_LOOKED:-_LOOKED])
-        last, late = self._look_at(lines[-_LOOKED:])
-        return first + between + last, early + late
+        text = lines.text
+        begin, end = text.find("\n", _LOOKED), text.rfind("\n", 0, max(0, len(text) - _LOOKED))
+        if len(text) <= _FLOOD or not 0 < begin < end:
+            shown, remarks = self._look_at(several := list(lines))
+            return (Lines.of(shown) if shown is not several else lines), remarks
+        first, early = self._look_at(one := text[:begin].split("\n"))
+        self._line += _NEAR
+        middle = self._marked(between := text[begin + 1 : end])
+        last, late = self._look_at(other := text[end + 1 :].split("\n"))
+        if first is not one or middle is not between or last is not other:
+            lines = Lines.of([*first, middle, *last])
+        return lines, early + late
 
-    def _marked(self, lines: list[str]) -> list[str]:
-        self._line += len(lines)
-        if "F-" not in "\n".join(lines):
-            return lines
-        return [self._shown(line) if "F-" in line else line for line in lines]
+    def _marked(self, text: str) -> str:
+        """Text of which only the lines that may read as verdicts are looked at."""
+        parts, done, at = [], 0, text.find("F-")
+        while at >= 0:
+            start, end = text.rfind("\n", 0, at) + 1, text.find("\n", at)
+            end = len(text) if end < 0 else end
+            if (shown := self._shown(line := text[start:end])) is not line:
+                parts += [text[done:start], shown]
+                done = end
+            at = text.find("F-", end)
+        return "".join([*parts, text[done:]]) if parts else text
 
     def _shown(self, line: str) -> str:
-        if len(line) > _LONGEST or not _VERDICT.search(line) or self.backed(line):
+        if not _VERDICT.search(line) or self.backed(line):
             return line
         self._mismatch("a line reads as a verdict that no event of this run gives", line)
         return f"(not this run's verdict, no event of it says so) {line}"
 
     def _look_at(self, lines: list[str]) -> tuple[list[str], list[Remark]]:
+        """As ``read``; the very same list where nothing is to be shown otherwise."""
         steps = [line for line in lines if line.startswith("step ")][:_COMPARED]
         for line in steps:
             self._compare(line)
@@ -111,13 +124,16 @@ class TextRules:
             self._line += len(lines)
             return lines, []
         remarks: list[Remark] = []
-        shown = list(lines)
+        shown = lines
         for number, line in enumerate(lines):
             self._line += 1
-            if len(line) > _LONGEST or line.startswith("step "):
+            if line.startswith("step "):
                 continue
-            shown[number] = self._shown(line)
-            remarks += self._judge(line)
+            if "F-" in line and (said := self._shown(line)) is not line:
+                shown = list(lines) if shown is lines else shown
+                shown[number] = said
+            if len(line) <= _LONGEST:
+                remarks += self._judge(line)
         return shown, remarks
 
     def finish(self) -> list[Remark]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dispatch.following.activity import Beats
 from dispatch.following.limits import Limits
-from dispatch.following.lines import LineReader, single_line
+from dispatch.following.lines import LineReader, Lines, single_line
 from dispatch.following.losses import LossRules, Remark
 from dispatch.following.markers import TextRules
 from dispatch.following.pace import fewer_steps, too_fast, too_slow
@@ -84,7 +84,7 @@ class Watcher:
                 self._end = event.fields
         return mine
 
-    def log(self, lines: list[str]) -> list[str]:
+    def log(self, lines: Lines) -> Lines:
         """Take new lines of the log in; returns them as they may be shown."""
         self._told_anything = self._told_anything or bool(lines)
         shown, remarks = self._text.read(lines)
@@ -225,8 +225,8 @@ def judge_copy(folder: Path, run: str, state: RunState) -> WatchRecord:
         events += found
     reader = LineReader()
     for chunk in _chunks(folder / "launch.log", most=_REPLAYED_BYTES):
-        watcher.log(list(reader.feed(chunk)))
-    watcher.log(list(reader.feed(b"", final=True)))
+        watcher.log(reader.feed(chunk))
+    watcher.log(reader.feed(b"", final=True))
     try:
         effective = json.loads((folder / "effective.json").read_bytes())
     except (OSError, ValueError):

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TextIO
 
+from dispatch.following.lines import Lines
 from dispatch.following.view import RunView, duration
 from dispatch.hosts.facts import RunState
 from latentforge.events import Event
@@ -38,13 +39,13 @@ class PlainObserver:
         for event in events:
             self.views[self.run].feed(event)
 
-    def log(self, lines: list[str]) -> None:
+    def log(self, lines: Lines) -> None:
         """Print whole lines."""
-        self._say(lines)
+        self._say(lines.text)
 
     def note(self, line: str) -> None:
         """Print a line of the watcher's own."""
-        self._say([line])
+        self._say(line)
 
     def unreachable(self, seconds: float, error: BaseException, retry_in: float) -> None:
         """Say so, as often as it is tried."""
@@ -56,10 +57,12 @@ class PlainObserver:
     def close(self) -> None:
         """Nothing to put back."""
 
-    def _say(self, lines: list[str]) -> None:
+    def _say(self, text: str) -> None:
+        if self._prefix:
+            text = self._prefix + text.replace("\n", f"\n{self._prefix}")
         try:
             # In one piece: what another run's thread prints must not get between a prefix and its line.
-            self._out.write(self._prefix + f"\n{self._prefix}".join(lines) + "\n")
+            self._out.write(text + "\n")
             self._out.flush()
         except BrokenPipeError:
             # The reader has what it wanted (`| grep -m1`); the run is still followed to its end.

@@ -12,7 +12,8 @@ import paramiko
 from dispatch.transport.call import Exchange
 from dispatch.transport.link import DEAD_LINK_SECONDS, Link
 
-_CHUNK = 256 * 1024
+_CHUNK = 2 * 1024 * 1024
+"""Paramiko moves what it still holds at each reading of a part of it: many small ones cost a copy of all each."""
 _PIECE = 32 * 1024
 _MAX_OUTPUT = 256 * 1024 * 1024
 _LOOK_SECONDS = 0.5

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import socket
 import threading
 import time
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import fabric  # type: ignore[import-untyped]
 import paramiko
@@ -35,6 +37,8 @@ CHANNEL_SECONDS = 8.0
 FIRST_WORD_SECONDS = 8.5
 _CHUNK = 256 * 1024
 _WINDOW = 8 * 1024 * 1024
+_PACKET = 128 * 1024
+"""The most that a packet of a channel that goes on may hold: what each costs here is paid a quarter as often."""
 _TURN_SECONDS = 90.0
 """How long a channel that goes on waits for a session, where others of its kind have all that the server permits."""
 
@@ -149,7 +153,11 @@ class SshTransport(Transport):
         while True:
             try:
                 with self._turn:  # Paramiko mixes up the answers of two that open at once
-                    channel = transport.open_session(window_size=window, timeout=CHANNEL_SECONDS)
+                    channel = transport.open_session(
+                        window_size=window,
+                        max_packet_size=None if window is None else _PACKET,
+                        timeout=CHANNEL_SECONDS,
+                    )
                 break
             except paramiko.ChannelException as error:
                 with self._ended:
@@ -183,6 +191,14 @@ class SshTransport(Transport):
             raise no_commands(self.host, address, "the server refuses to run one") from None
 
 
+def _transport(link: socket.socket, **more: Any) -> paramiko.Transport:
+    """Paramiko's transport, to which AES-GCM comes first, where it has that: cipher and digest in one quick pass."""
+    transport = paramiko.Transport(link, **more)
+    options = transport.get_security_options()
+    options.ciphers = sorted(options.ciphers, key=lambda name: "-gcm@" not in name)
+    return transport
+
+
 def _connected(host: Host, address: Address, places: Places) -> tuple[fabric.Connection, Link]:
     """A Fabric connection that trusts pinned keys only and lists its own keys.
 
@@ -209,6 +225,7 @@ def _connected(host: Host, address: Address, places: Places) -> tuple[fabric.Con
             "banner_timeout": GREETING_SECONDS,
             "auth_timeout": AUTHENTICATION_SECONDS,
             "channel_timeout": CHANNEL_SECONDS,
+            "transport_factory": _transport,
         },
     )
     client: paramiko.SSHClient = connection.client

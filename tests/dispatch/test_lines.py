@@ -43,3 +43,12 @@ def test_an_endless_line_is_cut_with_a_mark_and_the_next_line_is_whole() -> None
     assert lines[0].endswith("… (line cut at 64 KiB)")
     assert lines[-1] == "next"
     assert len(lines) == 2
+
+
+def test_a_megabyte_at_once_gives_the_lines_that_it_gives_in_small_pieces() -> None:
+    pieces = [b"plain words\n" * 30_000, b"\n\n", b"y" * (LINE_CAP + 5), b"\n", b"\xe2\x80\xae turned\r\n", b"tail"]
+    content = b"".join(pieces) * 2 + b"plain\n" * 100
+    small = read([content[at : at + 777] for at in range(0, len(content), 777)])
+    assert read([content]) == small
+    assert len(small) == content.count(b"\n")
+    assert sum(line.endswith("… (line cut at 64 KiB)") for line in small) == 2

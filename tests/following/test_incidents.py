@@ -9,6 +9,7 @@ import pytest
 from dispatch.following.activity import classify
 from dispatch.following.checks import ACTIVITIES, OTHER, RUN, Story
 from dispatch.following.limits import Limits
+from dispatch.following.lines import Lines
 from dispatch.following.pace import too_slow
 from dispatch.following.watcher import Watcher
 from latentforge.events import Event
@@ -19,10 +20,12 @@ def test_d17_a_success_told_one_line_after_skipping_is_a_contradiction_and_never
     story = Story()
     story.begin()
     shown = story.watcher.log(
-        [
-            "[warmup] Skipping GEMM backward kernel pre-warm (cuBLAS active)",
-            "[warmup] GEMM backward kernels pre-warmed ✓",
-        ]
+        Lines.of(
+            [
+                "[warmup] Skipping GEMM backward kernel pre-warm (cuBLAS active)",
+                "[warmup] GEMM backward kernels pre-warmed ✓",
+            ]
+        )
     )
     story.steps(0.1, 1, 10, 10)
     record = story.end()
@@ -30,7 +33,7 @@ def test_d17_a_success_told_one_line_after_skipping_is_a_contradiction_and_never
     assert any("contradiction" in one and "pre-warmed" in one for one in record.warnings)
     assert record.mismatches[0]["what"] == "a success is told of what was skipped"
     quiet = Story()
-    quiet.watcher.log(["Skipping download: all files are there", "GEMM backward kernels pre-warmed ✓"])
+    quiet.watcher.log(Lines.of(["Skipping download: all files are there", "GEMM backward kernels pre-warmed ✓"]))
     assert not quiet.end().mismatches
 
 
@@ -109,11 +112,11 @@ def test_d25_a_checkpoint_of_200_bytes_or_of_unmoved_tensors_fails_the_run(field
 def test_d25_a_failed_checkpoint_in_the_text_is_red_until_a_whole_one_comes() -> None:
     story = Story()
     story.begin()
-    story.watcher.log(["error: failed to write checkpoint: No space left on device; training continues"])
+    story.watcher.log(Lines.of(["error: failed to write checkpoint: No space left on device; training continues"]))
     assert story.end().code is ExitCode.FAIL
     mended = Story()
     mended.begin()
-    mended.watcher.log(["error: failed to write checkpoint: No space left on device; training continues"])
+    mended.watcher.log(Lines.of(["error: failed to write checkpoint: No space left on device; training continues"]))
     mended.event("checkpoint", step=10, bytes=10, expected_bytes=10)
     record = mended.end()
     assert record.code is ExitCode.PASS
@@ -123,7 +126,7 @@ def test_d25_a_failed_checkpoint_in_the_text_is_red_until_a_whole_one_comes() ->
 def test_d26_the_raw_loss_counts_and_not_the_best_of_an_epoch() -> None:
     story = Story()
     story.begin()
-    story.watcher.log(["epoch 1 done: best loss 2.41 ✓"])
+    story.watcher.log(Lines.of(["epoch 1 done: best loss 2.41 ✓"]))
     story.steps(0.1, 1, 100, 100, loss=lambda step: 5.0 if step < 40 else 9.0)
     assert any("diverged" in line for line in story.watcher.news())
     assert story.end().verdicts[0].falsifier == "F-DISTILL-LIVENESS-004"
@@ -136,7 +139,7 @@ def test_d37_a_reworded_log_changes_no_verdict_and_silences_no_rule(wording: str
         story.begin()
         for step in range(1, 11):
             story.steps(0.1, step, step, 10, loss=lambda _step, loss=loss: loss if loss == loss else "nan")
-            story.watcher.log([wording.format(step, "4.0000")])
+            story.watcher.log(Lines.of([wording.format(step, "4.0000")]))
     assert good.end().code is ExitCode.PASS
     assert bad.end().code is ExitCode.FAIL
 

@@ -164,3 +164,12 @@ def test_a_jump_host_with_a_port_in_its_name_leads_to_the_host_and_every_fault_o
     assert "by way of no-such-jump.invalid" in str(faults[0])
     assert faults[0].next == "ssh no-such-jump.invalid true   must work by itself first"
     assert "no way" in str(faults[3])
+
+
+@pytest.mark.parametrize(("offered", "taken"), [("aes128-ctr,aes256-gcm@openssh.com", 1), ("aes256-ctr", 0)])
+def test_a_cipher_that_is_its_own_digest_is_taken_where_the_server_has_one(
+    sshd_here: Make, trusted: Make, reached: Make, offered: str, taken: int
+) -> None:
+    transport = reached(trusted(sshd_here(options=f"Ciphers {offered}")))
+    transport.call("probe", {})
+    assert transport._connection.transport.remote_cipher == offered.split(",")[taken]
