@@ -79,7 +79,7 @@ class Follower:
         reading = Reading(self.places.followed(self.transport.host.name, run))
         one = _Following(run, reading, self.observer, self.adjust)
         self.observer.begin(run, position, of)
-        for name in STREAMS:
+        for name in _FIRST:
             for chunk in reading.chunks(name):
                 one.show(name, chunk)
         try:

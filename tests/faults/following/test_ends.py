@@ -47,8 +47,10 @@ def test_a_run_that_ends_is_told_as_it_ended(
     assert word.replace("RUN", one.run) in out
     assert one.record["ending"] == ending
     assert one.record["code"] == int(code)
-    # Asked again, from the copy alone, it is the same.
-    assert one.watch()[0] is code
+    # Asked again, from the copy alone, it is the same, in every word that it says.
+    again, repeated = one.watch()
+    assert again is code
+    assert repeated == out
 
 
 def test_a_killed_run_is_told_as_killed(going: Make, eventually: Make) -> None:
