@@ -23,14 +23,15 @@ _STATE_EVERY = 0.15
 _STUCK_SECONDS = 60
 _GAP = 0.05
 _FIRST_ANSWER = 64 << 10
-_HEAD = 256
+_HEAD, _TAIL = 256, 4096
 
 
 def read(root: Root, args: Arguments) -> Reply:
     """Up to `max` bytes over all streams; with nothing new, wait up to `wait` seconds for bytes or another state.
 
     `eof` says that no byte will come any more by itself (of a run that is absent or only reserved, too). A cursor is
-    {inode, offset, head}; `head` (digest of the first bytes) tells a file replaced under a reused inode.
+    {inode, offset, head, tail}; `head` (digest of the first bytes) tells a file replaced under a reused inode, `tail`
+    (of the last ones before the offset) one that was truncated and grew beyond the offset between two looks.
     """
     run = root.run(args.text("run"))
     streams = args.table("streams")
@@ -127,6 +128,7 @@ class _Stream:
         self.inode = _count(cursor.get("inode"), name)
         self.offset = _count(cursor.get("offset"), name) or 0
         self.head = cursor.get("head")
+        self.tail = cursor.get("tail")
 
     def has_news(self) -> bool:
         """Whether a read would give bytes or a marker."""
@@ -146,26 +148,33 @@ class _Stream:
             return b"", answer
         try:
             found = os.fstat(fd)
+            before, block = min(self.offset, _TAIL), b""
             if self.inode is not None and found.st_ino != self.inode:
                 answer["replaced"] = True
-            elif found.st_size < self.offset:
-                answer["truncated"] = True
-            elif self.head is not None and self.head != _head(fd, self.offset):
-                answer["replaced"] = True
+            elif self.head is not None and self.head != _digest(os.pread(fd, min(_HEAD, self.offset), 0)):
+                answer["truncated" if found.st_size < self.offset else "replaced"] = True
+            else:
+                # What was read last comes in one piece with what is new: nothing can be changed between the two.
+                block = _bytes(fd, self.offset - before, before + most)
+                known = self.tail is None or self.tail == _digest(block[:before])
+                answer["truncated"] = len(block) < before or not known
             if answer["replaced"] or answer["truncated"]:
-                self.offset = 0
+                self.offset, before, self.head = 0, 0, None
+                block = _bytes(fd, 0, most)
             self.inode = found.st_ino
-            data = _bytes(fd, self.offset, most)
+            data = block[before:]
+            if self.head is None or self.offset == before:
+                self.head = _digest(block[:_HEAD] if self.offset == before else os.pread(fd, _HEAD, 0))
             self.offset += len(data)
+            self.tail = _digest(block[-_TAIL:])
             size = os.fstat(fd).st_size
-            self.head = _head(fd, self.offset)
         finally:
             os.close(fd)
         answer.update(bytes=len(data), cursor=self._cursor(), size=size, eof=resting and self.offset >= size)
         return data, answer
 
     def _cursor(self) -> dict[str, Any]:
-        return {"inode": self.inode, "offset": self.offset, "head": self.head}
+        return {"inode": self.inode, "offset": self.offset, "head": self.head, "tail": self.tail}
 
 
 def _count(value: Any, name: str) -> int | None:
@@ -183,5 +192,5 @@ def _bytes(fd: int, offset: int, most: int) -> bytes:
     return data
 
 
-def _head(fd: int, offset: int) -> str:
-    return hashlib.sha256(os.pread(fd, min(_HEAD, offset), 0)).hexdigest()[:16]
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -162,6 +162,30 @@ def test_a_truncated_log_is_marked_and_read_from_its_start(host: AgentHost) -> N
     assert (result["streams"]["launch.log"]["truncated"], data["launch.log"]) == (False, b"")
 
 
+@pytest.mark.parametrize("size", [300, 5_000, 100_000])
+@pytest.mark.parametrize("told", [True, False], ids=["", "a cursor that says nothing of its end"])
+def test_a_log_truncated_and_grown_beyond_the_cursor_between_two_looks_is_noticed(
+    host: AgentHost, size: int, told: bool
+) -> None:
+    state = host.ran("pass")
+    log, cursors = host.paths(state["run"]).log, {"launch.log": None}
+    banner = b"the same first words at every start\n" * 8
+    log.write_bytes(banner + b"old\n" * size)
+    read(host, state["run"], cursors)
+    if not told:
+        del cursors["launch.log"]["tail"]  # type: ignore[attr-defined]
+    os.truncate(log, 0)
+    fresh = banner + b"new\n" * (size + 10)
+    with open(log, "ab") as stream:
+        stream.write(fresh)
+    result, data = read(host, state["run"], cursors)
+    # What is planted: without the digest of its end, a cursor goes on in the middle of other words.
+    assert result["streams"]["launch.log"]["truncated"] is told
+    assert data["launch.log"] == (fresh if told else b"new\n" * 10)
+    result, data = read(host, state["run"], cursors)
+    assert (result["streams"]["launch.log"]["truncated"], data["launch.log"]) == (False, b"")
+
+
 @pytest.mark.parametrize("same_inode", [False, True])
 def test_a_replaced_log_is_marked_and_read_from_its_start(host: AgentHost, same_inode: bool) -> None:
     state = host.ran("print('a line')")
