@@ -31,12 +31,14 @@ _LOOK_MILLISECONDS = 200
 _HOST_ENVIRONMENT = frozenset({
     "PATH", "HOME", "LANG", "USER", "LOGNAME",
     "TMPDIR", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
+    "CUDACXX", "LATENTFORGE_CUDA",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
     "http_proxy", "https_proxy", "no_proxy", "all_proxy",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
 })
 # fmt: on
-"""What a job takes over from its host: where things lie there, and how the host reaches its package index."""
+"""What a job takes over from its host: where things lie there, how the host reaches its package index, and with which
+CUDA compiler it builds, if with any."""
 _HOST_PREFIXES = ("PIP_",)
 
 
@@ -174,6 +176,7 @@ class Job:
         """Fork the leader behind a gate that opens when `started` is on disk; its pid, or OSError if it cannot run."""
         run = self.run
         environment = {name: value for name, value in os.environ.items() if passes_to_jobs(name)}
+        environment["LATENTFORGE_STATE"] = str(run.dir.parent.parent)  # what a job keeps of this host lies there too
         environment.update(launch["env"])
         environment.update(self._secrets(launch))
         log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -212,6 +212,7 @@ def test_a_job_sees_its_described_environment_and_little_of_the_hosts(host: Agen
         "SECRET_OF_THE_SESSION": "x",
         "PIP_CERT": "/etc/authority.pem",
         "https_proxy": "http://127.0.0.1:3128",
+        "LATENTFORGE_CUDA": "OFF",
     }
     program = "import json, os; json.dump(dict(os.environ), open('out/seen.json', 'w'))"
     run = host.python(program, env={"PATH": "/nowhere", "STEPS": "5"})
@@ -220,8 +221,9 @@ def test_a_job_sees_its_described_environment_and_little_of_the_hosts(host: Agen
     seen = json.loads((host.paths(run).out / "seen.json").read_text())
     assert (seen["PATH"], seen["STEPS"], seen[MARK]) == ("/nowhere", "5", host.mark)
     assert (seen["PIP_CERT"], seen["https_proxy"]) == ("/etc/authority.pem", "http://127.0.0.1:3128")
-    described = {"PATH", "STEPS", MARK}
-    assert set(seen) - described <= {"HOME", "LANG", "USER", "LOGNAME", "LC_CTYPE", "PIP_CERT", "https_proxy"}
+    assert (seen["LATENTFORGE_STATE"], seen["LATENTFORGE_CUDA"]) == (str(host.dir), "OFF")
+    told = {"PATH", "STEPS", MARK, "LATENTFORGE_STATE", "LATENTFORGE_CUDA"}
+    assert set(seen) - told <= {"HOME", "LANG", "USER", "LOGNAME", "LC_CTYPE", "PIP_CERT", "https_proxy"}
 
 
 def test_a_job_starts_in_its_run_directory_with_nothing_on_stdin_and_both_outputs_in_the_log(host: AgentHost) -> None:

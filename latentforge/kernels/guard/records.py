@@ -67,7 +67,9 @@ class Record:
 
 
 def state_folder() -> Path:
-    """``$XDG_STATE_HOME/latentforge/warmup`` of this user on this host."""
+    """``$LATENTFORGE_STATE/warmup``, as the agent names it to its runs, or ``$XDG_STATE_HOME/latentforge/warmup``."""
+    if root := os.environ.get("LATENTFORGE_STATE"):
+        return Path(root) / "warmup"
     home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(home) / "latentforge" / "warmup"
 
@@ -131,7 +133,7 @@ class Records:
     def _refused(self, error: OSError) -> RefusedError:
         return RefusedError(
             f"the guard cannot keep its records in {self.folder}: {error.strerror}; nothing is tried without one",
-            next="make room there, or name another place with XDG_STATE_HOME",
+            next="make room there, or name another state root with LATENTFORGE_STATE",
         )
 
     def all(self) -> Iterator[Record | DamagedRecordError]:

@@ -43,6 +43,15 @@ def test_the_state_root_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch:
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in (made, made / "warmup")] == [0o700, 0o700]
 
 
+def test_a_run_keeps_its_records_below_the_state_root_of_its_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("LATENTFORGE_STATE", str(tmp_path / "root"))
+    Records().prepare()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["root", "root/warmup"]
+
+
 @given(cut=st.integers(0, 10_000))
 def test_a_torn_record_is_named_and_counts_as_none(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     records = Records(tmp_path_factory.mktemp("torn"))
