@@ -14,6 +14,8 @@ SECOND := build/torch-$(TORCH)
 TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/contracts latentforge/evidence \
           latentforge/memory latentforge/errors.py dispatch
 
+DISPATCH_TESTS := $(addprefix tests/,agent dispatch faults following preflight pulling)
+
 .PHONY: help setup smoke test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
 
 help:  ## what can be made
@@ -25,12 +27,14 @@ smoke: setup  ## the main job on this machine: data, teacher, score, distill, ve
 	@printf 'set-up took %s s (when it last ran)\n\n' "$$(cat $(VENV)/.seconds)"
 	@$(BIN)/latentforge dispatch go smoke --host local
 
-# The kernels' tests compute and compile, each module for itself: two at a time, with a thread each (two threads on a
-# core that is taken wait for each other at every small operator). The others time what they start: one at a time.
+# Each worker takes a module at a time (tests/conftest.py). The kernels' tests and those of the compute plane compute and
+# compile: two at a time, with a thread each (two threads on a core that is taken wait for each other at every small
+# operator). The control plane's mostly wait, for servers, heartbeats and deadlines: three at a time.
 test: $(VENV)/.dev $(VENV)/.cuda  ## all tests
 	@$(MAKE) --no-print-directory setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --no-loadscope-reorder
-	@$(BIN)/python -m pytest --ignore tests/kernels
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=,tests/kernels $(DISPATCH_TESTS)) -n 2 --no-loadscope-reorder
+	@$(BIN)/python -m pytest $(DISPATCH_TESTS) -n 3 --no-loadscope-reorder
 
 test-fast: $(VENV)/.dev $(VENV)/.cuda  ## the tests that need no more than seconds each
 	@$(MAKE) --no-print-directory setup
@@ -54,8 +58,8 @@ lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
 bench-kernels: setup  ## time the KD kernels beside torch, with the machine's bandwidth
 	@$(BIN)/latentforge kernels bench kd --rows 512 --vocab 151936 --dtype bf16
 
-soak: $(VENV)/.dev setup  ## the random tests, many times over; not part of CI
-	@LATENTFORGE_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 7200
+soak: $(VENV)/.dev setup  ## the random tests, many times over; not part of CI. SOAK="tests/faults/runner -k race": some
+	@$(BIN)/python -m pytest $(SOAK) -m soak -s --timeout 7200
 
 clean:  ## remove the environment and everything that was built; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

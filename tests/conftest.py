@@ -1,10 +1,11 @@
-"""What all tests share: isolation from the user's folders, and the rule that a skip must be expected."""
+"""What all tests share: isolation from the user's folders, the rule that a skip must be expected, and who runs what."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _EXPECTED = Path(__file__).parent / "expected_skips.txt"
 _skipped: list[tuple[str, str]] = []
+_BUILT_ONCE = ("/aarch64", "/cuda")
+"""Folders whose tests share what one of them builds."""
+_FIRST = "dispatch/test_whole_line.py"
+"""A build of minutes, which would be what is left when all else is done."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several workers: a module's tests on one of them, and those of a folder that builds something."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            folder = module.rpartition("/")[0]
+            return folder if folder.endswith(_BUILT_ONCE) else module
+
+    return ByModule(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, for the sake of several workers."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_FIRST))
 
 
 def expected_skips() -> list[re.Pattern[str]]:

@@ -15,26 +15,10 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 
 Outcomes = dict[str, list[tuple[str, str]]]
-BUILT_ONCE = ("/aarch64", "/cuda")  # folders whose tests share what one of them builds
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Several workers: a module's tests on one of them, and those of a folder that builds something."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByModule(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            module = nodeid.partition("::")[0]
-            folder = module.rpartition("/")[0]
-            return folder if folder.endswith(BUILT_ONCE) else module
-
-    return ByModule(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
