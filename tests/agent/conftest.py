@@ -181,10 +181,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[AgentHost]:
     """A host; at the end no process of the test may be left, and its lease and locks must be free."""
-    yield from _checked(AgentHost(tmp_path))
+    yield from checked(AgentHost(tmp_path))
 
 
-def _checked(made: AgentHost) -> Iterator[AgentHost]:
+def checked(made: AgentHost) -> Iterator[AgentHost]:
+    """That host for a test; at its end no process of the test may be left, and no temporary file."""
     yield made
     deadline = time.monotonic() + 5
     left = made.marked()
@@ -218,4 +219,4 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def small_host(small_disk: Path) -> Iterator[AgentHost]:
     """A host whose state lies on a filesystem of 24 MiB."""
-    yield from _checked(AgentHost(small_disk))
+    yield from checked(AgentHost(small_disk))

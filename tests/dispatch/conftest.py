@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from dispatch.agent.paths import Root
 from dispatch.agent.reserving import reserve
 from dispatch.building.build import BuildNames
 from dispatch.building.warmup import warmup_identity, warmup_kin
+from dispatch.hosts.enrol import enrol
 from dispatch.hosts.facts import Machine
 from dispatch.hosts.inventory import Host, Inventory
 from dispatch.places import Places
@@ -32,6 +34,7 @@ from dispatch.session import Session
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
 from latentforge.spec.code import code_around
+from latentforge.verdicts import ExitCode
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TRAINER = Path(__file__).with_name("fake_trainer.py")
@@ -187,6 +190,21 @@ def session(laptop: Laptop) -> Iterator[Callable[..., Session]]:
         transport.close()
 
 
+@pytest.fixture
+def asked_verbs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The verbs that were sent to any host, in order."""
+    sent: list[str] = []
+    for name in ("call", "stream"):
+        real = getattr(Transport, name)
+
+        def ask(self: Transport, verb: str, *rest: Any, real: Any = real, **more: Any) -> Any:
+            sent.append(verb)
+            return real(self, verb, *rest, **more)
+
+        monkeypatch.setattr(Transport, name, ask)
+    return sent
+
+
 @dataclass
 class Sshd:
     """A real OpenSSH server on loopback, with keys and a log of its own."""
@@ -291,7 +309,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Sshd]]:
+def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Sshd]]:
     """Makes OpenSSH servers; skipped with the reason where there is none on this machine."""
     if SSHD is None or shutil.which("ssh-keygen") is None:
         pytest.skip("no OpenSSH server on this machine (apt-get install openssh-server)")
@@ -299,8 +317,8 @@ def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S
         os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # its privilege separation folder
     made: list[Sshd] = []
 
-    def make() -> Sshd:
-        server = Sshd(tmp_path_factory.mktemp("sshd"), free_port())
+    def make(options: str = "") -> Sshd:
+        server = Sshd(tmp_path_factory.mktemp("sshd"), free_port(), options=options)
         made.append(server)
         server.prepare()
         server.start()
@@ -312,29 +330,25 @@ def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S
 
 
 @pytest.fixture(scope="session")
-def shared_sshd(sshd_at: Callable[[], Sshd]) -> Sshd:
+def shared_sshd(sshd_at: Callable[..., Sshd]) -> Sshd:
     """One server for the tests that do it no harm."""
     return sshd_at()
 
 
-def enrol_words(server: Sshd, name: str, root: Path) -> list[str]:
-    """The command line that enrols a server."""
-    return [
-        *("enrol", name, "--address", server.address, "--port", str(server.port), "--user", getpass.getuser()),
-        *("--identity", str(server.key), "--root", str(root), "--python", sys.executable, "--yes"),
-    ]
-
-
 @pytest.fixture
 def enrolled(laptop: Laptop, tmp_path: Path) -> Callable[..., Host]:
-    """Enrol a server as a user does, and give the host back."""
+    """Enrol a server as the command does, without its start-up, and give the host back."""
 
-    def enrol(server: Sshd, name: str = "box", root: Path | None = None) -> Host:
-        done = laptop.cli(*enrol_words(server, name, root or tmp_path / "remote"))
-        assert done.returncode == 0, done.stdout + done.stderr
+    def do(server: Sshd, name: str = "box", root: Path | None = None) -> Host:
+        wanted = {"address": server.address, "port": server.port, "user": getpass.getuser()}
+        wanted |= {"identity": str(server.key), "root": str(root or tmp_path / "remote"), "python": sys.executable}
+        known = Inventory.load(laptop.places)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            code = enrol(name, wanted, laptop.places, known, replace=False, yes=True, expected=None)
+        assert code is ExitCode.PASS, said.getvalue()
         return Inventory.load(laptop.places).get(name)
 
-    return enrol
+    return do
 
 
 @pytest.fixture

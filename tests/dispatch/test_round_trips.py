@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from dispatch.transport.call import Transport
 from latentforge.verdicts import ExitCode
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def asked_verbs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The verbs that were sent to any host, in order."""
-    sent: list[str] = []
-    for name in ("call", "stream"):
-        real = getattr(Transport, name)
-
-        def ask(self: Transport, verb: str, *rest: Any, real: Any = real, **more: Any) -> Any:
-            sent.append(verb)
-            return real(self, verb, *rest, **more)
-
-        monkeypatch.setattr(Transport, name, ask)
-    return sent
 
 
 def test_a_finished_pipeline_takes_one_round_trip_and_changes_nothing_at_any_step(

@@ -18,10 +18,15 @@ pytestmark = [pytest.mark.sshd, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def line(shared_sshd: Any, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Enrol, preview twice, and go once; the words, codes and times of each."""
+def line(sshd_at: Any, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Enrol, preview twice, and go once; the words, codes and times of each.
+
+    The host's owner has turned the CUDA kernels off for its sessions: they take minutes, and tests/kernels/cuda and
+    tests/packaging compile them.
+    """
     import getpass
 
+    server = sshd_at("SetEnv LATENTFORGE_CUDA=OFF")
     home = tmp_path_factory.mktemp("operator")
     env = {**os.environ, "XDG_STATE_HOME": str(home / "state"), "XDG_CONFIG_HOME": str(home / "config")}
     env |= {"EVIDENCE_DIR": str(home / "runs"), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -34,8 +39,8 @@ def line(shared_sshd: Any, checkout: Path, tmp_path_factory: pytest.TempPathFact
         )
 
     enrol = run(
-        *("enrol", "box", "--address", "127.0.0.1", "--port", str(shared_sshd.port), "--user", getpass.getuser()),
-        *("--identity", str(shared_sshd.key), "--root", str(home / "remote"), "--python", sys.executable, "--yes"),
+        *("enrol", "box", "--address", "127.0.0.1", "--port", str(server.port), "--user", getpass.getuser()),
+        *("--identity", str(server.key), "--root", str(home / "remote"), "--python", sys.executable, "--yes"),
     )
     assert enrol.returncode == 0, enrol.stderr
     previews = [run("go", "tiny", DRY_RUN="1", GX10_HOST="box") for _ in range(2)]
@@ -91,6 +96,7 @@ def test_the_run_used_what_was_built_there_and_says_so(line: dict[str, Any]) -> 
     remote = str(line["home"] / "remote")
     assert launch["argv"][0].startswith(f"{remote}/venvs/")
     assert launch["env"]["PYTHONPATH"].startswith(f"{remote}/builds/")
+    assert list((line["home"] / "remote" / "warmup").glob("*.json")), "what was proven of the build is kept there too"
     effective = json.loads((line["home"] / "runs" / run / "effective.json").read_text())
     assert effective["code"] == json.loads((line["home"] / "runs" / run / "identity.json").read_text())["code"]
 

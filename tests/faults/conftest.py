@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import itertools
 import os
 import random
@@ -21,29 +20,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from _pytest.fixtures import FixtureFunctionDefinition
 
+from ..agent import conftest as _agent
+from ..dispatch import conftest as _dispatch
+
 _TEMPORARY = re.compile(r"\.tmp-|\.reserving-|\.removing-|secrets\.env\.json$|.*\.new$|\..*\.[a-z0-9_]{8}$")
 _count = itertools.count()
 
 
-def _neighbour(room: str) -> ModuleType:
-    """The conftest of another folder of tests, with its fixtures."""
-    name = f"latentforge_tests_{room}"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / room / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_dispatch, _agent = _neighbour("dispatch"), _neighbour("agent")
 for _module in (_agent, _dispatch):
     globals().update({key: one for key, one in vars(_module).items() if isinstance(one, FixtureFunctionDefinition)})
 

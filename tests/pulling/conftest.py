@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
-import importlib.util
 import json
 import re
 import socket
@@ -16,7 +15,6 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,23 +22,14 @@ from _pytest.fixtures import FixtureFunctionDefinition
 
 from dispatch.agent import exitrec
 
+from ..agent import conftest as _agent
+from ..dispatch import conftest as _dispatch
+
 COMMIT = "c0ffee" * 6 + "c0de"
 REPO = "acme/tiny-lm"
 
 
-def _neighbour(room: str) -> ModuleType:
-    """The conftest of another folder of tests, with its fixtures."""
-    name = f"latentforge_pulling_{room}"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / room / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-for _module in (_neighbour("agent"), _neighbour("dispatch")):
+for _module in (_agent, _dispatch):
     globals().update({key: one for key, one in vars(_module).items() if isinstance(one, FixtureFunctionDefinition)})
 
 

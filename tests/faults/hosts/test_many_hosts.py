@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from dispatch.hosts.enrol import enrol
-from dispatch.hosts.inventory import Host, Inventory
+from dispatch.hosts.inventory import Host
 from dispatch.lanes.each import HostResult, each, results_json, results_table, worst_code
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
@@ -22,30 +21,15 @@ Make = Callable[..., Any]
 pytestmark = pytest.mark.sshd
 
 
-@pytest.fixture
-def enrol_here(laptop: Any, tmp_path: Path) -> Make:
-    """Enrol a server in this process."""
-    import getpass
-
-    def do(server: Any, name: str, **more: Any) -> Host:
-        known = Inventory.load(laptop.places)
-        wanted = {"address": "127.0.0.1", "port": server.port, "user": getpass.getuser(), "identity": str(server.key)}
-        wanted |= {"root": str(tmp_path / name), "python": sys.executable, **more}
-        assert enrol(name, wanted, laptop.places, known, replace=False, yes=True, expected=None) is ExitCode.PASS
-        return Inventory.load(laptop.places).get(name)
-
-    return do
-
-
 @pytest.mark.fault(row=37)
 def test_a_dead_and_a_slow_host_hold_up_none_of_six_others_and_every_result_is_a_value(
-    sshd_at: Make, enrol_here: Make, laptop: Any, tmp_path: Path
+    sshd_at: Make, enrolled: Make, laptop: Any, tmp_path: Path
 ) -> None:
     gate, slow_python = tmp_path / "gate", tmp_path / "slow-python"
     slow_python.write_text(f'#!/bin/sh\nwhile [ ! -e "{gate}" ]; do sleep 0.05; done\nexec "{sys.executable}" "$@"\n')
     slow_python.chmod(0o755)
     servers = [sshd_at() for _ in range(8)]
-    hosts = [enrol_here(server, f"h{number}") for number, server in enumerate(servers)]
+    hosts = [enrolled(server, f"h{number}", tmp_path / f"h{number}") for number, server in enumerate(servers)]
     hosts[5] = hosts[5].model_copy(update={"python": str(slow_python)})
     servers[2].stop()
     ended: list[str] = []
@@ -80,11 +64,11 @@ def test_a_dead_and_a_slow_host_hold_up_none_of_six_others_and_every_result_is_a
 
 @pytest.mark.fault(row=37)
 def test_the_command_keys_its_results_by_host_and_ends_with_the_worst_code(
-    sshd_at: Make, shared_sshd: Any, enrol_here: Make, laptop: Any, jobs: Any, ask: Make, session: Make, built: Make
+    sshd_at: Make, shared_sshd: Any, enrolled: Make, laptop: Any, jobs: Any, ask: Make, session: Make, built: Make
 ) -> None:
-    host = enrol_here(shared_sshd, "fine")
+    host = enrolled(shared_sshd, "fine")
     server = sshd_at()
-    enrol_here(server, "dead")
+    enrolled(server, "dead")
     server.stop()
     built(host, ask(host))
     assert session(host).go(ask(host)) is ExitCode.PASS
@@ -118,10 +102,10 @@ def test_a_bug_on_one_host_is_told_as_that_and_hides_no_other() -> None:
 
 @pytest.mark.fault(row=37)
 def test_a_build_on_each_host_says_what_it_would_do_and_changes_nothing_in_a_dry_run(
-    shared_sshd: Any, enrol_here: Make, laptop: Any, tmp_path: Path, checkout: Path
+    shared_sshd: Any, enrolled: Make, laptop: Any, tmp_path: Path, checkout: Path
 ) -> None:
     for name in ("a", "b"):
-        enrol_here(shared_sshd, name)
+        enrolled(shared_sshd, name, tmp_path / name)
     done: subprocess.CompletedProcess[str] = laptop.cli("build", "--each", "a,b", "--json", cwd=checkout, DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["hosts"]

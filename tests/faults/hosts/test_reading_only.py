@@ -8,25 +8,10 @@ from typing import Any
 import pytest
 
 from dispatch.session import preview
-from dispatch.transport.call import READING, Transport
+from dispatch.transport.call import READING
 from latentforge.verdicts import ExitCode
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def asked_verbs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The verbs that were sent to any host, in order."""
-    sent: list[str] = []
-    for name in ("call", "stream"):
-        real = getattr(Transport, name)
-
-        def ask(self: Transport, verb: str, *rest: Any, real: Any = real, **more: Any) -> Any:
-            sent.append(verb)
-            return real(self, verb, *rest, **more)
-
-        monkeypatch.setattr(Transport, name, ask)
-    return sent
 
 
 @pytest.fixture(params=["local", pytest.param("ssh", marks=pytest.mark.sshd)])

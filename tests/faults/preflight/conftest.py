@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from _pytest.fixtures import FixtureFunctionDefinition
 
-_name = "latentforge_tests_preflight"
-_spec = importlib.util.spec_from_file_location(_name, Path(__file__).parents[2] / "preflight" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules[_name] = _module
-_spec.loader.exec_module(_module)
-for _key in ("gb10",):
-    _fixture = getattr(_module, _key)
-    assert isinstance(_fixture, FixtureFunctionDefinition)
-    globals()[_key] = _fixture
+from ...preflight import conftest as _preflight
+
+gb10 = _preflight.gb10
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 
 import pytest
 
-_agent = sys.modules["latentforge_tests_agent"]
-AgentHost, Refusal, wait_for, identity_of = _agent.AgentHost, _agent.Refusal, _agent.wait_for, _agent.identity_of
-MARK = _agent.MARK
+from ...agent.conftest import MARK, AgentHost, Refusal, checked, identity_of, wait_for
+
+__all__ = ("MARK", "AgentHost", "Refusal", "checked", "identity_of", "wait_for")
 
 _MANAGER = "/usr/lib/systemd/systemd"
 # In a mount namespace of its own: a system that seems booted with systemd, the user's runtime folder, lingering on, and
@@ -148,7 +147,7 @@ def under(manager: Manager, folder: Path) -> Any:
 @pytest.fixture
 def unit_host(manager: Manager, tmp_path: Path) -> Iterator[Any]:
     """A host whose runs are systemd units."""
-    yield from _agent._checked(under(manager, tmp_path))
+    yield from checked(under(manager, tmp_path))
 
 
 @pytest.fixture(params=["detached", "systemd"])

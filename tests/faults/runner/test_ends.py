@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Refusal, wait_for
+from .conftest import AgentHost, Refusal, checked, wait_for
 
 _WAIT = "import time; open('out/ready', 'w').close(); time.sleep(600)"
 _TREE = """
@@ -273,9 +272,8 @@ def test_a_file_system_out_of_inodes_refuses_and_stops_like_a_full_one(tmp_path:
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a small filesystem cannot be mounted here: {mounted.stderr.strip()}")
-    agent = sys.modules["latentforge_tests_agent"]
     try:
-        for made in agent._checked(agent.AgentHost(disk)):
+        for made in checked(AgentHost(disk)):
             program = (
                 "import time\n"
                 "for number in range(1000):\n"
