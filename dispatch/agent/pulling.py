@@ -134,5 +134,6 @@ def _names(tree: Path) -> list[str]:
     found = []
     for parent, folders, names in os.walk(tree):
         for name in [*names, *(one for one in folders if os.path.islink(os.path.join(parent, one)))]:
-            found.append(Path(parent, name).relative_to(tree).as_posix())
+            # A stranger may have a name that is no text: told, it must not break the answer.
+            found.append(Path(parent, name).relative_to(tree).as_posix().encode("utf-8", "backslashreplace").decode())
     return found

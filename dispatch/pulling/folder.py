@@ -133,7 +133,8 @@ def _rsync(
             "--rsh",
             shlex.join(_ssh(host, places)),
         ),
-        *(f"{folder.path}/", f"{user}{host.address}:{place}/tree/"),
+        # Absolute: a relative one may begin as an option does, or name a host before a colon.
+        *(f"{folder.path.absolute()}/", f"{user}{host.address}:{place}/tree/"),
     ]
     names = b"\0".join(os.fsencode(file.path) for file in missing)
     for _ in range(_RSYNC_ATTEMPTS):  # each goes on where the one before was cut

@@ -163,7 +163,7 @@ class Catalogue:
                 f"{ref} has no .safetensors file ({len(files)} other files; {others} of formats that are not read)",
                 next="take a revision whose weights are safetensors",
             )
-        files.sort(key=lambda one: one.path.encode())
+        files.sort(key=lambda one: one.path.encode("utf-8", "surrogatepass"))
         return checked(Listing(ref, tuple(files), others, other_bytes, _vocab_size(self._config)))
 
     def _digest_of_small(self, ref: ModelRef, path: str, size: int, oid: str) -> str:
@@ -228,7 +228,7 @@ class Catalogue:
                 f"{self.endpoint}: {error}; nothing was moved", next="the same command again"
             ) from None
         except Refused as error:
-            raise RefusedError(f"{self.endpoint}: {what}: {error}") from None
+            raise RefusedError(f"{self.endpoint}: {what}: {error}", next=error.next) from None
 
 
 def _vocab_size(config: bytes | None) -> int | None:

@@ -91,6 +91,8 @@ class StubHub:
     token: str | None = None
     etags: dict[str, str] = field(default_factory=dict)
     port: int = 0
+    packed: str | None = None
+    """How the content of every answer is said to be packed."""
     elsewhere: str | None = None
     """The server that the second page of a list is said to be at."""
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -198,6 +200,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
+        if self.hub.packed and status < 300:
+            self.send_header("Content-Encoding", self.hub.packed)
         if fault is not None and fault.short is not None:
             content = content[: fault.short]  # and no length: only who knows the size can tell
             self.send_header("Connection", "close")
@@ -260,7 +264,7 @@ def on_host(hub: StubHub, tmp_path: Path) -> Callable[..., tuple[int, Path]]:
 
     def pull(**more: Any) -> tuple[int, Path]:
         file = tmp_path / "list.json"
-        file.write_bytes(listing.content)
+        file.write_bytes(more.pop("listing", listing).content)
         asked = {"models": str(tmp_path / "models"), "name": ref.folder, "list": str(file), "margin": 0, "wait": 0.01}
         asked |= {"url": resolve_url(hub.url, ref), **more}
         was, sys.argv = sys.argv, ["pull", json.dumps(asked)]

@@ -110,6 +110,70 @@ def test_a_list_that_leads_out_of_the_model_is_refused(hub: Any, path: str) -> N
         Catalogue(hub.url).files_of(parse_ref(REF))
 
 
+@pytest.mark.parametrize(
+    ("paths", "told"),
+    [
+        (["a.txt", "a.txt/b.txt"], "'a.txt' as a file and as a folder"),
+        (["two\nlines.txt"], "not plain text"),
+        (["bell\x1b[31m.txt"], "not plain text"),
+        (["half\ud800.txt"], "not plain text"),
+        (["nul\0.txt"], "not plain text"),
+        ([f"{'é' * 130}.txt"], "more than the 255 bytes"),
+    ],
+)
+def test_a_list_that_no_folder_can_hold_is_refused_before_anything_moves(
+    hub: Any, monkeypatch: pytest.MonkeyPatch, paths: list[str], told: str
+) -> None:
+    rows = [{"type": "file", "path": p, "size": 1, "oid": "0", "lfs": {"oid": "0" * 64, "size": 1}} for p in paths]
+    monkeypatch.setattr(hub, "rows", lambda: [*rows, {**rows[0], "path": "w.safetensors"}])
+    with pytest.raises(RefusedError, match=told):
+        Catalogue(hub.url).files_of(parse_ref(REF))
+
+
+def test_two_names_that_are_one_file_where_case_does_not_count_make_no_model(
+    hub: Any, on_host: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dispatch.pulling.onhost import pull as program
+
+    pair = ("README.md", "readme.md")
+
+    def put(verified: Path, tree: Path, file: Any) -> None:
+        in_place(verified, tree, file)
+        for other in set(pair) - {file.path} if file.path in pair else ():
+            (tree / other).unlink(missing_ok=True)
+            (tree / other).hardlink_to(tree / file.path)
+
+    in_place = program.put_in_place
+    hub.files["readme.md"] = b"in small letters"
+    monkeypatch.setattr(program, "put_in_place", put)
+    listing = Catalogue(hub.url).files_of(parse_ref(REF))
+    code, place = on_host(listing=listing)
+    assert code == 1
+    assert "README.md and readme.md are one file on the file system" in capsys.readouterr().out
+    assert not (place / ".complete.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "token", "told", "remedy"),
+    [
+        (401, None, "401.*gated, private or absent, and there is no token here", "HF_TOKEN set"),
+        (403, "hf_x", r"403 \(GatedRepo\).*its token was not accepted", "accept its terms"),
+        (404, None, "answers 404 .*for /api/models/acme/tiny-lm/tree", "look whether the model and its revision"),
+    ],
+)
+def test_what_the_hub_refuses_ends_with_what_to_do_about_it(
+    hub: Any, fault: Make, monkeypatch: pytest.MonkeyPatch, status: int, token: str | None, told: str, remedy: str
+) -> None:
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    hub.faults.append(fault("/tree/", status=status, headers={"X-Error-Code": "GatedRepo"} if status == 403 else {}))
+    with pytest.raises(RefusedError, match=told) as refused:
+        Catalogue(hub.url).files_of(parse_ref(REF))
+    assert remedy in str(refused.value.next)
+    assert f"{hub.url}/acme/tiny-lm" in str(refused.value.next)
+    assert len(hub.asked) == 1, "it does not pass by itself"
+
+
 def test_a_model_without_safetensors_is_refused_before_anything_moves(hub: Any) -> None:
     del hub.files["model.safetensors"]
     with pytest.raises(RefusedError, match=r"no \.safetensors file"):

@@ -7,13 +7,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dispatch.hosts.inventory import Inventory
+from dispatch.hosts.inventory import Host, Inventory
 from dispatch.pulling import folder as sending
 from dispatch.pulling.command import Wanted, pull_here
+from dispatch.pulling.listing import Listing
+from dispatch.pulling.refs import parse_ref
 from latentforge.evidence.digests import tree_sha256
 from latentforge.verdicts import ExitCode
 
@@ -122,3 +125,21 @@ def test_without_rsync_only_the_pieces_that_are_missing_are_sent(
     assert not set(sent) & set(again), "what had arrived did not go again"
     cas = Path(str(Inventory.load(laptop.places).get("box").root)) / "cas"
     assert len(list(cas.iterdir())) == 2, "the program and the list; the pieces are gone again"
+
+
+@pytest.mark.parametrize("name", ["-e evil", "box:models"])
+def test_a_folder_whose_name_reads_as_an_option_or_a_host_goes_to_rsync_as_a_path(
+    laptop: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(argv: list[str], **_: Any) -> Any:
+        ran.append(argv)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sending.subprocess, "run", run)
+    source, ref = sending.LocalFolder(Path(f"./{name}"), "m"), parse_ref(f"m@{'0' * 40}")
+    facts: Any = SimpleNamespace(root="/state")
+    host = Host(name="box", address="box.lan")
+    assert sending._rsync("rsync", source, Listing(ref, ()), [], facts, host, laptop.places) is None
+    assert ran[0][-2] == f"{laptop.cwd}/{name}/"

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 from .web import CHUNK, Refused, say
 
+_LONGEST_NAME = 255
+
 
 class File(NamedTuple):
     """One file of a model, as the list has it; ``pieces`` are the objects that it was sent in, if it was sent."""
@@ -73,12 +75,33 @@ def names_below(tree: Path) -> Iterator[str]:
 
 
 def check_names(names: list[str]) -> None:
-    """Refuse a list with a path that would lie elsewhere, or that is there twice."""
+    """Refuse a list with a path that would lie elsewhere, that no folder can hold, or that is there twice."""
     for name in names:
-        if not name or "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        if not name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise Refused(f"the list names {name!r}, which is not a plain path")
+        if not name.isprintable() or name != name.encode("utf-8", "replace").decode():
+            raise Refused(f"the list names {name!r}, which is not plain text in UTF-8")
+        if any(len(part.encode()) > _LONGEST_NAME for part in name.split("/")):
+            raise Refused(
+                f"the list names {name[:40]!r}…, with more than the {_LONGEST_NAME} bytes that a name can have"
+            )
     if len(set(names)) != len(names):
         raise Refused("the list names a file twice")
+    folders = {
+        "/".join(parts[:count]) for parts in (name.split("/") for name in names) for count in range(1, len(parts))
+    }
+    if both := sorted(folders & set(names)):
+        raise Refused(f"the list names {both[0]!r} as a file and as a folder")
+
+
+def check_apart(tree: Path, files: list[File]) -> None:
+    """Refuse a file system on which two files of the list are one: where upper and lower case are the same, say."""
+    seen: dict[tuple[int, int], File] = {}
+    for file in files:
+        found = os.lstat(tree / file.path)
+        other = seen.setdefault((found.st_dev, found.st_ino), file)
+        if other.sha256 != file.sha256:
+            raise Refused(f"{other.path} and {file.path} are one file on the file system of {tree}")
 
 
 def size_of(path: Path) -> int:

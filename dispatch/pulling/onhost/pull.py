@@ -7,7 +7,9 @@ model has its name when all files have, and the marker by which it counts is wri
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 
 from .place import (
     File,
+    check_apart,
     check_names,
     digest,
     is_right,
@@ -40,12 +43,20 @@ MARGIN = 1 << 30
 def main() -> int:
     """Bring the model of the request to its complete state, moving only what is missing or wrong."""
     asked = json.loads(sys.argv[1])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever names the files have that somebody put there
     try:
         return pull(asked)
     except (Again, Refused) as error:
         say(f"error: {error}")
-        say("what was verified is kept: the same pull again goes on from there")
-        return 1
+        if isinstance(error, Refused) and error.next is not None:
+            say(f"next: {error.next}")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        say(f"error: {error.filename or asked['models']}: {error.strerror}")
+        say("next: free some space there, as with:  latentforge dispatch gc" if full else "next: look at that file")
+    say("what was verified is kept: the same pull again goes on from there")
+    return 1
 
 
 def pull(asked: dict[str, Any]) -> int:
@@ -83,6 +94,7 @@ def pull(asked: dict[str, Any]) -> int:
             say(f"step {number}/{len(bad)} {file.path} {told(file.bytes)}")
             obtain(source, file, part / file.sha256, float(asked.get("wait", 0.5)))
             put_in_place(part / file.sha256, tree, file)
+        check_apart(tree, files)
         for folder in sorted({(tree / file.path).parent for file in files}):
             sync(folder)
         if tree != final:
@@ -125,6 +137,7 @@ def check_space(models: Path, bad: list[File], part: Path, margin: int) -> None:
 def obtain(source: Pieces | Hub, file: File, part: Path, wait: float) -> None:
     """All bytes of a file under ``part``, verified. Again where failures stay, Refused where the bytes stay wrong."""
     fruitless = wrong = 0
+    restarts = source.restarts
     while True:
         before = size_of(part)
         try:
@@ -143,6 +156,9 @@ def obtain(source: Pieces | Hub, file: File, part: Path, wait: float) -> None:
             raise Again(f"it came with sha256 {found[:16]}…, the list says {file.sha256[:16]}…")
         except Again as error:
             fruitless = 0 if size_of(part) - before >= FORWARD else fruitless + 1
+            # A server that ignores ranges may cut at another byte each time: each looks like getting on, none ends.
+            if source.restarts - restarts >= ATTEMPTS:
+                raise Again(f"{file.path}: {error}; given up after {ATTEMPTS} beginnings from its first byte") from None
             if fruitless >= ATTEMPTS:
                 raise Again(f"{file.path}: {error}; given up after {fruitless} attempts that brought nothing") from None
             pause(file.path, error, max(1, fruitless), wait, say)
@@ -153,7 +169,7 @@ class Pieces:
 
     def __init__(self, cas: Path) -> None:
         self._cas = cas
-        self.moved = 0
+        self.moved = self.restarts = 0
 
     def fetch(self, file: File, part: Path) -> None:
         """Put a file together from its pieces."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import http.client
 import os
 import random
@@ -33,7 +34,11 @@ class Again(Exception):
 
 
 class Refused(Exception):
-    """A failure that will not pass by itself."""
+    """A failure that will not pass by itself; ``next`` is what to do about it."""
+
+    def __init__(self, why: str, next: str | None = None) -> None:
+        super().__init__(why)
+        self.next = next
 
 
 class Hub:
@@ -41,7 +46,7 @@ class Hub:
 
     def __init__(self, asked: dict[str, Any]) -> None:
         self.url = str(asked["url"])
-        self.moved = 0
+        self.moved = self.restarts = 0
         self._silence = float(asked.get("silence", _SILENCE))
         self._token = read_token(self.url, asked.get("token"))
         self._opener = urllib.request.build_opener(_Redirects(), *_no_other_schemes())
@@ -58,12 +63,22 @@ class Hub:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
             reply: http.client.HTTPResponse = self._opener.open(request, timeout=self._silence)
-            return reply
         except urllib.error.HTTPError as error:
             with error:
-                raise _judged(error, has_token=self._token is not None) from None
+                here = _origin(error.url or url) == _origin(url)
+                raise _judged(error, url, has_token=self._token is not None, at_hub=here) from None
         except (OSError, http.client.HTTPException) as error:
             raise Again(f"no answer ({_words(error)})") from None
+        except ValueError as error:
+            raise Refused(f"the server redirects to what is no address ({error})") from None
+        if (encoding := reply.headers.get("Content-Encoding", "identity")) != "identity":
+            reply.close()
+            raise Refused(
+                f"{urllib.parse.urlsplit(reply.url).netloc} packs what it sends ({encoding}) though it was asked "
+                "not to, so that neither sizes nor ranges mean anything",
+                "is there a proxy between that changes what passes? Name the server in no_proxy",
+            )
+        return reply
 
     def get(self, path: str, size: int, part: Path) -> None:
         """Append what is missing of a file; from its beginning where the server ignores ranges or the file changed."""
@@ -84,6 +99,7 @@ class Hub:
             raise
         with opened as reply:
             begin = self._begins(reply, size, have, part)
+            self.restarts += bool(have and not begin)
             etag = reply.headers.get("ETag", "")
             if etag.startswith('"'):
                 note.write_text(etag)
@@ -97,6 +113,8 @@ class Hub:
                         have += len(chunk)
                         self.moved += len(chunk)
                 except (OSError, http.client.HTTPException) as error:
+                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise
                     raise Again(f"cut after {have} of {size} bytes ({_words(error)})") from None
         if have > size:
             part.unlink()
@@ -157,14 +175,30 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc.lower()
 
 
-def _judged(error: urllib.error.HTTPError, *, has_token: bool) -> Exception:
+def _judged(error: urllib.error.HTTPError, asked: str, *, has_token: bool, at_hub: bool) -> Exception:
     code = error.code
-    if code in (401, 403):
-        known = "its token was not accepted" if has_token else "there is no token here (HF_TOKEN, or `hf auth login`)"
-        return Refused(f"the hub answers {code}: the model is gated, private or absent, and {known}")
     if code in (408, 416, 425, 429) or code >= 500:
         return Again(f"the hub answers {code}", _asked_wait(error.headers.get("Retry-After")), code)
-    return Refused(f"the hub answers {code} for {urllib.parse.urlsplit(error.url).path}")
+    if not at_hub and code in (401, 403, 404, 410):
+        # Addresses in the stores of large files are signed for a while: the hub gives another when asked again.
+        return Again(f"{urllib.parse.urlsplit(error.url).netloc}, where the hub leads, answers {code}", status=code)
+    said = error.headers.get("X-Error-Code") or ""
+    told = f"{code} ({said})" if re.fullmatch("[A-Za-z]{1,40}", said) else str(code)
+    page = _page(asked)
+    if code in (401, 403):
+        known = "its token was not accepted" if has_token else "there is no token here (HF_TOKEN, or `hf auth login`)"
+        return Refused(
+            f"the hub answers {told}: the model is gated, private or absent, and {known}",
+            f"look at {page} and accept its terms where it asks for that; then the same command with HF_TOKEN set",
+        )
+    path = urllib.parse.urlsplit(error.url).path
+    return Refused(f"the hub answers {told} for {path}", f"look whether the model and its revision are there:  {page}")
+
+
+def _page(url: str) -> str:
+    """The page of a model for people, from an address of its files or its list."""
+    found = re.match(r"(.+?)/(?:resolve|tree|revision)/", url.replace("/api/models/", "/", 1))
+    return found[1] if found else url
 
 
 def _asked_wait(value: str | None) -> float:

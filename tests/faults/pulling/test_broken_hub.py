@@ -156,3 +156,57 @@ def test_what_a_server_asks_for_between_attempts_is_granted_within_bounds(
     hub.faults.append(fault(WEIGHTS, status=503, headers={"Retry-After": "86400"}))
     assert on_host()[0] == 0
     assert waits == [7.0, 30.0]
+
+
+def test_a_server_that_ignores_ranges_and_is_cut_elsewhere_each_time_is_given_up(
+    hub: Any, on_host: Make, fault: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.faults += [fault(WEIGHTS, cut=(70_000, 150_000, 230_000)[at % 3], ignore_range=True) for at in range(60)]
+    code, place = on_host()
+    assert code == 1
+    assert f"given up after {ATTEMPTS} beginnings from its first byte" in capsys.readouterr().out
+    nothing_counts(place)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_an_address_in_the_store_that_ran_out_is_asked_for_again_at_the_hub(
+    hub: Any, on_host: Make, fault: Make, contents: Make, pulled_files: Make, status: int
+) -> None:
+    hub.faults.append(fault(WEIGHTS, status=status))
+    code, place = on_host()
+    assert code == 0
+    assert contents(place / "files") == pulled_files(hub.files)
+
+
+def test_what_comes_packed_against_our_asking_is_refused_by_its_name(
+    hub: Any, on_host: Make, fault: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.packed = "gzip"
+    code, place = on_host()
+    assert code == 1
+    told = capsys.readouterr().out
+    assert "packs what it sends (gzip) though it was asked not to" in told
+    assert "next: is there a proxy between" in told
+    nothing_counts(place)
+    with pytest.raises(RefusedError, match="packs what it sends"):
+        Catalogue(hub.url).files_of(REF)
+
+
+def test_a_disk_that_runs_full_on_the_way_is_said_at_once_and_what_came_is_kept(
+    hub: Any, on_host: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dispatch.pulling.onhost.web import Hub
+
+    def full(hub: Any, path: str, size: int, part: Path) -> None:
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(part))
+
+    monkeypatch.setattr(Hub, "get", full)
+    code, place = on_host()
+    assert code == 1
+    told = capsys.readouterr().out
+    assert "No space left on device" in told
+    assert "latentforge dispatch gc" in told
+    assert "again in" not in told
+    assert len(list((place / "part").iterdir())) == 1
+    nothing_counts(place)

@@ -87,6 +87,17 @@ def test_an_extra_file_makes_the_model_incomplete_and_is_set_aside_not_deleted(
     assert seen(place)["complete"]
 
 
+def test_a_stranger_whose_name_is_no_text_is_told_and_set_aside_too(hub: Any, on_host: Make) -> None:
+    _, place = on_host()
+    (place / "files" / os.fsdecode(b"w\xff")).write_text("mine")
+    found = seen(place)
+    assert found["why"] == "w\\udcff is not part of it"
+    assert str(found).encode(), "it can be sent and printed"
+    assert on_host()[0] == 0
+    assert [path.read_text() for path in (place / "aside").iterdir()] == ["mine"]
+    assert seen(place)["complete"]
+
+
 def test_a_file_that_was_touched_but_not_changed_is_read_again_and_not_moved(hub: Any, on_host: Make) -> None:
     _, place = on_host()
     os.utime(place / "files" / "model.safetensors")
