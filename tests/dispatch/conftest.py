@@ -33,6 +33,7 @@ from dispatch.planning.ask import Ask, asked
 from dispatch.session import Session
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
+from latentforge.cli import main
 from latentforge.spec.code import code_around
 from latentforge.verdicts import ExitCode
 
@@ -85,12 +86,27 @@ class Laptop:
         return self.home / "work"
 
     def cli(
-        self, *words: str, timeout: float = 120.0, cwd: Path | None = None, group: str = "dispatch", **env: str
+        self, *words: str, cwd: Path | None = None, group: str = "dispatch", **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run the command to its end."""
+        """Run the command to its end, here: a process of its own costs a start-up, and gives the same bytes."""
+        out, err, was = io.StringIO(), io.StringIO(), dict(os.environ)
+        os.environ.clear()
+        os.environ.update({**self.env, **env})
+        try:
+            with contextlib.chdir(cwd or self.cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main([group, *words])
+        finally:
+            os.environ.clear()
+            os.environ.update(was)
+        return subprocess.CompletedProcess([group, *words], int(code), out.getvalue(), err.getvalue())
+
+    def process(
+        self, *words: str, cwd: Path | None = None, group: str = "dispatch", **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end, in a process of its own as a user's shell does."""
         argv = [sys.executable, "-P", "-m", "latentforge", group, *words]
         where, env = cwd or self.cwd, {**self.env, **env}
-        return subprocess.run(argv, cwd=where, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(argv, cwd=where, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(autouse=True)

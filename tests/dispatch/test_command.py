@@ -135,7 +135,7 @@ def test_a_teacher_that_does_not_fit_the_pipeline_is_refused_before_any_run(lapt
 
 def test_dry_run_by_environment_twice_is_byte_identical_and_touches_nothing(laptop: Any, snapshot: Any) -> None:
     before = snapshot(laptop.home)
-    first, second = (laptop.cli("go", "tiny", DRY_RUN="1") for _ in range(2))
+    first, second = (laptop.process("go", "tiny", DRY_RUN="1") for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout
     assert "nothing was changed (dry run)" in first.stdout

@@ -74,7 +74,7 @@ def test_a_go_that_has_nothing_to_do_over_ssh_is_quick(
     spent: list[float] = []
     for _ in range(3):
         begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = laptop.cli("go", "tiny", "--host", "box", cwd=checkout, EVIDENCE_DIR=str(laptop.cwd / "runs"))
+        done = laptop.process("go", "tiny", "--host", "box", cwd=checkout, EVIDENCE_DIR=str(laptop.cwd / "runs"))
         after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - begin
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         print(f"no-op go over ssh: {wall:.2f} s, {spent[-1]:.2f} s of processor time")

@@ -39,7 +39,7 @@ def test_enrol_shows_the_fingerprint_pins_the_key_and_logs_in(sshd_at: Make, lap
     fingerprint = server.make_host_key("ecdsa")
     server.stop()
     server.start()
-    done = laptop.cli(*words_of(server, "box", tmp_path / "remote", "--yes"))
+    done = laptop.process(*words_of(server, "box", tmp_path / "remote", "--yes"))
     assert done.returncode == 0, done.stderr
     assert fingerprint in done.stdout
     assert "ED25519" in done.stdout
@@ -96,7 +96,7 @@ def test_a_changed_host_key_is_refused_before_anything_is_sent(sshd_at: Make, la
     server.log.unlink()
     server.start()
     for words in (("go", "tiny", "--host", "box"), ("plan", "tiny", "--host", "box")):
-        done = laptop.cli(*words)
+        done = laptop.process(*words)
         assert done.returncode == 6, done.stderr
         assert "error: host key of box changed" in done.stderr
         assert pinned in done.stderr
