@@ -210,7 +210,7 @@ def test_a_stream_that_is_cut_again_and_again_is_whole_in_the_end(
     going: Make, sshd_at: Make, enrolled: Make, jobs: Any, eventually: Make
 ) -> None:
     server = sshd_at()
-    _cut_streams(20, 7, going, jobs, server, enrolled(server), eventually)
+    _cut_streams(8, 7, going, jobs, server, enrolled(server), eventually)
 
 
 @pytest.mark.soak
