@@ -17,7 +17,7 @@ from dispatch.records import Record
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
-from latentforge.errors import LatentForgeError, UnknownOutcomeError
+from latentforge.errors import LatentForgeError, RefusedError, UnknownOutcomeError
 from latentforge.verdicts import ExitCode
 
 
@@ -37,6 +37,8 @@ def print_hosts(inventory: Inventory, *, as_json: bool) -> ExitCode:
     for row in rows:
         mark = "  (default)" if row[0] == inventory.default else ""
         print(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}{mark}".rstrip())
+    for lane, names in inventory.lanes.items():
+        print(f"--lanes {lane}  {', '.join(names)}")
     return ExitCode.PASS
 
 
@@ -70,6 +72,8 @@ def print_standing(places: Places, records: Sequence[Record], *, as_json: bool, 
     if not single:
         return ExitCode.PASS
     state = states[records[0].run]
+    if not (state.going_on or state.has_ended):
+        return ExitCode.UNKNOWN  # absent, or reserved and never started: it earned nothing, and nobody crashed
     return ExitCode.PASS if state.going_on else earned_code(state)
 
 
@@ -89,6 +93,11 @@ def cancel_run(transport: Transport, run: str, *, grace: float) -> ExitCode:
     args = {"run": run, "grace": grace, "by": getpass.getuser()}
     done = call(transport, "cancel", args, timeout=grace + 60.0).result
     state = RunState.model_validate(done["state"])
+    if state.state == "absent":
+        raise RefusedError(
+            f"{run} is not on {transport.host.name}: it never was, or was cleaned up; nothing was ended",
+            next="latentforge dispatch status   lists the runs that this laptop knows",
+        )
     if done["survivors"] or state.going_on:
         raise UnknownOutcomeError(
             f"{run} is still {state.state}: processes {done['survivors']} did not end within {grace:.0f} s and a KILL",

@@ -38,7 +38,8 @@ class Address:
     """Certificates of the user's keys that the configuration names."""
 
     def __str__(self) -> str:
-        return f"{self.user}@{self.hostname}" + (f":{self.port}" if self.port != 22 else "")
+        name = f"[{self.hostname}]" if ":" in self.hostname and self.port != 22 else self.hostname
+        return f"{self.user}@{name}" + (f":{self.port}" if self.port != 22 else "")
 
 
 def resolve(host: Host) -> Address:
@@ -184,6 +185,11 @@ def _proxy(
         return ("ssh", *_JUMP, *through, "-W", f"[{hostname}]:{port}", target), jump
     if not command or command == "none":
         return None, None
+    if _one(settings, "proxyusefdpass") == "yes":
+        raise TransportError(
+            f"ProxyUseFdpass of your ssh configuration, for {host.name}, is nothing that LatentForge can use",
+            next="a ProxyCommand that carries the bytes itself, or ProxyJump",
+        )
     tokens = _tokens(host, hostname, port, user)
     values = {letter: tokens[letter] for letter in "%hnpr"}
     for value in (hostname, host.address, user):

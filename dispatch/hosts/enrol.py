@@ -11,9 +11,11 @@ import paramiko
 from pydantic import ValidationError
 
 from dispatch.hosts.address import Address, resolve
+from dispatch.hosts.facts import Interpreter
 from dispatch.hosts.inventory import Host, Inventory, check_name, problem
 from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, pinned, short_type
 from dispatch.places import Places, writing
+from dispatch.preflight.rules_run import PYTHON
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
 from latentforge.errors import LatentForgeError, RefusedError
@@ -70,7 +72,8 @@ def _described(name: str, wanted: Mapping[str, Any], earlier: Host | None) -> Ho
         return Host.model_validate({"name": name, **base, **wanted})
     except ValidationError as error:
         field, wrong = problem(error)
-        raise RefusedError(f"--{field} {wrong.removeprefix('= ')}" if field else wrong) from None
+        said = f"--{field} {wrong.removeprefix('= ')}" if field else wrong
+        raise RefusedError(said, next="latentforge dispatch enrol --help") from None
 
 
 def _show(host: Host, address: Address, keys: Sequence[paramiko.PKey], known: set[str]) -> None:
@@ -101,11 +104,13 @@ def _tried(host: Host, places: Places) -> ExitCode:
         reply = call(transport, "probe", {})
     finally:
         transport.close()
-    facts = reply.result
+    facts, again = reply.result, f"latentforge dispatch enrol {host.name}"
     print(
         f"logged in: {facts['host'].get('hostname')}, Python {facts['python']['version']}, state root {facts['root']}"
     )
     if reply.noise.strip():
         print("note: the login shell prints text before commands; it is skipped, but quiet is safer")
+    if Interpreter.model_validate(facts["python"]).numbers < PYTHON:
+        print("note: that Python is too old to build with; 3.11 or newer:  " + again + " --python PATH")
     print(f"next: latentforge dispatch go smoke --host {host.name}")
     return ExitCode.PASS

@@ -139,8 +139,7 @@ class Inventory:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise RefusedError(
             f"host {name!r} is not enrolled (known: {', '.join(self.names())})",
-            next=f"{hint}To enrol it:  latentforge dispatch enrol "
-            + (name if _NAME.fullmatch(name) else f"NAME --address {shlex.quote(name)}"),
+            next=f"{hint}To enrol it:  {_enrolment(name)}",
         )
 
     def choose(self, flag: str | None, env: Mapping[str, str]) -> Host:
@@ -206,13 +205,19 @@ def check_name(name: str) -> str:
     if name == LOCAL:
         raise RefusedError("'local' is this machine; it is built in and needs no enrolment")
     if not _NAME.fullmatch(name):
-        user, at, rest = name.rpartition("@")
-        hint = f" {rest} --user {shlex.quote(user)}" if at and _NAME.fullmatch(rest) else " NAME --address ADDRESS"
         raise RefusedError(
-            f"{name!r} cannot name a host: letters, digits, dot, hyphen and underscore only",
-            next=f"latentforge dispatch enrol{hint}",
+            f"{name!r} cannot name a host: letters, digits, dot, hyphen and underscore only", next=_enrolment(name)
         )
     return name
+
+
+def _enrolment(name: str) -> str:
+    """The command that enrols what somebody typed for a host: its name, or ``user@name:port`` as ssh takes it."""
+    user, at, rest = name.rpartition("@")
+    rest, colon, port = rest.partition(":") if rest.count(":") == 1 else (rest, "", "")
+    words = [*(["--user", user] if at else []), *(["--port", port] if colon else [])]
+    named = [rest] if _NAME.fullmatch(rest) else ["NAME", *(["--address", rest] if rest[:1] not in ("", "-") else [])]
+    return shlex.join(["latentforge", "dispatch", "enrol", *named, *words])
 
 
 def problem(error: ValidationError) -> tuple[str, str]:

@@ -138,5 +138,8 @@ def check_fingerprint(keys: Sequence[paramiko.PKey], expected: str) -> list[para
     matching = [key for key in keys if fingerprint(key) == expected]
     if not matching:
         offered = ", ".join(f"{short_type(key.get_name())} {fingerprint(key)}" for key in keys)
-        raise RefusedError(f"no offered host key has the fingerprint {expected} (offered: {offered})")
+        raise RefusedError(
+            f"no offered host key has the fingerprint {expected} (offered: {offered})",
+            next="what the host itself says, there:  ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub",
+        )
     return matching

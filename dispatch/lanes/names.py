@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 
 from dispatch.hosts.inventory import Host, Inventory
@@ -18,4 +19,8 @@ def several(text: str, flag: str, inventory: Inventory, env: Mapping[str, str]) 
     twice = next((word for number, word in enumerate(words) if word in words[:number]), None)
     if twice is not None:
         raise RefusedError(f"{flag} {text!r} names {twice!r} twice")
+    if len(words) == 1 and words[0] not in inventory.names():
+        near = difflib.get_close_matches(words[0], inventory.lanes, n=1)
+        if near:
+            raise RefusedError(f"{flag} {text!r} is neither a host nor a lane", next=f"did you mean {near[0]!r}?")
     return tuple(inventory.choose(word, env) for word in words)

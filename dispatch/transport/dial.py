@@ -151,7 +151,7 @@ def _proxied(argv: tuple[str, ...]) -> Link:
             said = stderr.read(8192).decode("utf-8", "replace").strip()
             if error.kind == "silent" and not said:
                 raise
-            raise ProxyError(said or "the proxy command ended without a word") from error
+            raise ProxyError(said) from error
         except BaseException:
             link.close()
             raise

@@ -117,12 +117,14 @@ def _through_proxy(where: str, address: Address, said: str) -> LinkError:
             kind = found
             break
     by = f"by way of {address.jump}" if address.jump else "through its ProxyCommand"
-    first = f"ssh {shlex.quote(address.jump)} true   must work by itself first" if address.jump else None
-    return LinkError(
-        kind,
-        f"{where}: not reached {by}, which said {told(said.encode())}",
-        next=first or f"try the command by itself:  {shlex.join(address.proxy or ())}",
-    )
+    words = f"which said {told(said.encode())}" if said else "which ended without a word"
+    if address.jump and address.proxy:
+        *options, last = address.proxy
+        through = options[options.index("-J") : options.index("-J") + 2] if "-J" in options else []
+        first = f"{shlex.join(['ssh', *through, last, 'true'])}   must work by itself first"
+    else:
+        first = f"try the command by itself:  {shlex.join(address.proxy or ())}"
+    return LinkError(kind, f"{where}: not reached {by}, {words}", next=first)
 
 
 def _copy_id(host: Host, address: Address) -> str:

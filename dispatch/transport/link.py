@@ -58,7 +58,7 @@ class LinkLostError(LinkError):
 
 def told(said: bytes) -> str:
     """What a machine said, fit to be shown: printable, and not too long."""
-    text = said.decode("utf-8", "replace").strip()
+    text = said.decode("utf-8", "replace").replace("\r\n", "\n").strip()
     text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
     return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…") if text else "nothing"
 

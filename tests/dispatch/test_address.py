@@ -14,6 +14,8 @@ import pytest
 from dispatch.hosts import address
 from dispatch.hosts.address import resolve
 from dispatch.hosts.inventory import Host
+from dispatch.transport.failures import classified
+from dispatch.transport.link import ProxyError
 from latentforge.errors import TransportError
 
 Configured = Callable[[str], None]
@@ -110,14 +112,24 @@ def test_what_the_configuration_says_of_host_keys_changes_nothing(configured: Co
         ("j1", (), "j1"),
         ("me@j1:2200", (), "ssh://me@j1:2200"),
         ("j1,you@j2", ("-J", "j1"), "you@j2"),
-        ("j1,j2:22,[::1]:23", ("-J", "j1,j2:22"), "ssh://[::1]:23"),
+        ("j1,j2:22,[::1]:23", ("-J", "j1,j2:22"), "'ssh://[::1]:23'"),
     ],
 )
-def test_jump_hosts_are_gone_through_in_their_order(
+def test_jump_hosts_are_gone_through_in_their_order_and_the_command_to_try_is_one_that_ssh_takes(
     configured: Configured, jump: str, through: tuple[str, ...], last: str
 ) -> None:
     configured(f"Host far\n  HostName fe80::7\n  ProxyJump {jump}\n")
     found = resolve(Host(name="far", address="far"))
     assert found.proxy is not None
-    assert found.proxy[-3 - len(through) :] == (*through, "-W", "[fe80::7]:22", last)
+    assert found.proxy[-3 - len(through) :] == (*through, "-W", "[fe80::7]:22", last.strip("'"))
     assert "BatchMode=yes" in found.proxy
+    told = classified(Host(name="far", address="far"), found, ProxyError("Host key verification failed.\r\n"))
+    assert told.kind == "unknown host key"
+    assert "said 'Host key verification failed.'" in str(told)
+    assert told.next == f"{' '.join(['ssh', *through, last, 'true'])}   must work by itself first"
+
+
+def test_a_proxy_that_hands_over_a_socket_is_refused_by_its_name(configured: Configured) -> None:
+    configured("Host far\n  ProxyUseFdpass yes\n  ProxyCommand /bin/false\n")
+    with pytest.raises(TransportError, match="ProxyUseFdpass"):
+        resolve(Host(name="far", address="far"))

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ("go", "plan", "watch", "status", "cancel", "collect", "enrol", "hosts", "pull", "gc")
+ABSENT = "distill-" + "0" * 20
+COMMANDS = (
+    *("go", "plan", "watch", "status", "cancel", "collect", "enrol", "hosts", "pull", "gc", "preflight", "build"),
+)
 
 
 def test_help_imports_neither_fabric_nor_torch_nor_pydantic(laptop: Any) -> None:
@@ -31,6 +34,13 @@ def test_help_imports_neither_fabric_nor_torch_nor_pydantic(laptop: Any) -> None
         assert f"  {command} " in done.stdout
 
 
+def test_a_run_that_is_not_there_has_no_code_of_a_run(laptop: Any) -> None:
+    done = laptop.cli("status", ABSENT, "--host", "local")
+    assert (done.returncode, done.stdout.split()[2]) == (3, "absent")
+    done = laptop.cli("cancel", ABSENT, "--host", "local")
+    assert (done.returncode, f"{ABSENT} is not on local" in done.stderr) == (2, True), "a typo has cancelled nothing"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(laptop: Any, command: str) -> None:
     done = laptop.cli(command, "--help")
@@ -45,7 +55,12 @@ def test_every_command_has_help(laptop: Any, command: str) -> None:
         (["go", "tiny", "--host", "gx10"], {}, ["host 'gx10' is not enrolled", "dispatch enrol gx10"]),
         (["go", "tiny"], {"GX10_HOST": "gx10"}, ["host 'gx10' is not enrolled"]),
         (["go", "tiny", "--host", ""], {}, ["--host '' names no host"]),
-        (["go", "tiny", "--host", "me@box"], {}, ["dispatch enrol NAME --address me@box"]),
+        (["go", "tiny", "--host", "me@box"], {}, ["dispatch enrol box --user me"]),
+        (["go", "tiny", "--host", "me@10.0.0.7:2222"], {}, ["dispatch enrol 10.0.0.7 --user me --port 2222"]),
+        (["enrol", "me@box"], {}, ["dispatch enrol box --user me"]),
+        (["enrol", "::1"], {}, ["dispatch enrol NAME --address ::1"]),
+        (["enrol", "box", "--address", "box:22"], {}, ["--address 'box:22'", "enrol --help"]),
+        (["collect", ABSENT, "--host", "local"], {}, [f"{ABSENT} is not on this host"]),
         (["status", "--host", "gx10"], {}, ["host 'gx10' is not enrolled"]),
         (["go", "tiny"], {"EVIDENCE_DIR": "/dev/null"}, ["'/dev/null'", "/dev/null is not a folder"]),
         (["plan", "tiny"], {"EVIDENCE_DIR": "/dev/null/x"}, ["'/dev/null/x'", "/dev/null is not a folder"]),
