@@ -105,9 +105,10 @@ def main() -> int:
             codes.append(shown("plan", "tiny", "--set", "distill.steps=80", "--lanes", "spark1,spark2"))
         print("# spark1 goes away\n")
         hosts[0].stop()
-        codes.append(shown("plan", "tiny", "--set", "distill.steps=90", "--lanes", "spark1,spark2"))
+        unknown = shown("plan", "tiny", "--set", "distill.steps=90", "--lanes", "spark1,spark2")
+        codes.append(shown("plan", "tiny", "--set", "distill.steps=90", "--lanes", "spark1,spark2", "--abandon"))
         away = shown("status", "--each", "spark1,spark2")
-        return 0 if set(codes) == {0} and away == 6 else 1
+        return 0 if set(codes) == {0} and (unknown, away) == (3, 6) else 1
     finally:
         for host in hosts:
             host.stop()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dispatch.hosts.facts import RunState
 from dispatch.planning.lane import LaneChoice
 from dispatch.planning.plan import Plan
 from latentforge.errors import LatentForgeError, RefusedError, TransportError, UnknownOutcomeError
@@ -15,12 +16,16 @@ from latentforge.verdicts import ExitCode
 class LaneSeen:
     """What one lane said: its plan, or the error that stood in the way; ``given`` is a run of this plan that this
     laptop gave it earlier.
+
+    ``states`` is what a lane that cannot be planned on said of the run and its attempts all the same; None where it was
+    not asked, or did not answer.
     """
 
     host: str
     plan: Plan | None = None
     error: LatentForgeError | None = None
     given: str | None = None
+    states: Mapping[str, RunState] | None = None
 
     @property
     def unreachable(self) -> bool:
@@ -35,6 +40,16 @@ class LaneSeen:
             return f"unreachable: {first}" if self.unreachable else first
         assert self.plan is not None
         return self.plan.refusals[0].why if self.plan.refusals else None
+
+    @property
+    def there(self) -> str | None:
+        """A run of the plan that is on a lane which cannot be planned on."""
+        return next((run for run, state in (self.states or {}).items() if state.state != "absent"), None)
+
+    @property
+    def open(self) -> bool:
+        """Whether it may have the run for all that is known: the host alone can say, and has not said no."""
+        return self.plan is None and (self.states is None or self.there is not None)
 
     @property
     def holds(self) -> str | None:
@@ -53,30 +68,42 @@ class LaneSeen:
 def choose_lane(seen: Sequence[LaneSeen], *, abandon: bool, command: str) -> LaneChoice:
     """The lane that already has the run, else the first that is fit; a busy one only where no other is fit.
 
-    An unreachable lane that this laptop gave the run to may still have it, so it blocks every other one, unless
-    ``abandon``.
+    A lane that could not be asked may have the run, from this laptop or from another one, so nothing is started
+    elsewhere, unless ``abandon``.
     """
     asked = tuple(lane.host for lane in seen)
     for how in ("going on", "passed"):
         if (holder := next((lane for lane in seen if lane.holds == how), None)) is not None:
             return _there(asked, holder, seen)
-    silent = [lane for lane in seen if lane.error is not None and lane.given is not None]
-    if silent and not abandon:
-        first = silent[0]
-        raise UnknownOutcomeError(
-            f"lane {first.host} cannot be asked, and may have {first.given}, which this laptop gave it: {first.error}",
-            next=f"wait until it answers, or start it elsewhere all the same:  {command} --abandon",
-        )
+    silent = [] if abandon else [lane for lane in seen if lane.open]
+    if known := next((lane for lane in silent if lane.given or lane.there), None):
+        raise _open(known, command)
     if (holder := next((lane for lane in seen if lane.holds == "ended"), None)) is not None:
+        if silent and holder.plan is not None and holder.plan.starts_something:
+            raise _open(silent[0], command)
         return _there(asked, holder, seen)
     fit = [lane for lane in seen if lane.unfit is None]
     free = [lane for lane in fit if lane.plan is not None and lane.plan.busy is None]
     if not fit:
         raise _none_fit(seen, command)
+    if silent:
+        raise _open(silent[0], command)
     chosen = (free or fit)[0]
     because = "first that is fit" if free else f"device lease held by {chosen.plan.busy if chosen.plan else ''}; waits"
     over = tuple((lane.host, _against(lane)) for lane in seen[: seen.index(chosen)])
     return LaneChoice(asked, chosen.host, because, over)
+
+
+def _open(lane: LaneSeen, command: str) -> UnknownOutcomeError:
+    if lane.there is not None:
+        what = f"lane {lane.host} has {lane.there}, and cannot be planned on: {lane.error}"
+    elif lane.given is not None:
+        what = f"lane {lane.host} cannot be asked, and may have {lane.given}, which this laptop gave it: {lane.error}"
+    else:
+        what = f"lane {lane.host} cannot be asked, and may have the run, from another laptop say: {lane.error}"
+    return UnknownOutcomeError(
+        what, next=f"wait until it answers, or start the run elsewhere all the same:  {command} --abandon"
+    )
 
 
 def _there(asked: tuple[str, ...], holder: LaneSeen, seen: Sequence[LaneSeen]) -> LaneChoice:
@@ -89,7 +116,8 @@ def _against(lane: LaneSeen) -> str:
     if lane.unfit is None:
         assert lane.plan is not None
         return f"device lease held by {lane.plan.busy}"
-    return lane.unfit + (f"; abandoned, though it may have {lane.given}" if lane.given and lane.error else "")
+    left = f"; abandoned, though it may have {lane.there or lane.given or 'the run'}"
+    return lane.unfit + (left if lane.open else "")
 
 
 def _none_fit(seen: Sequence[LaneSeen], command: str) -> LatentForgeError:

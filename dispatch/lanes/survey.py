@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from dispatch.hosts.facts import RunState
 from dispatch.hosts.trust import HostKeyError
 from dispatch.lanes.choose import LaneSeen, choose_lane
 from dispatch.lanes.each import each
@@ -15,7 +16,8 @@ from dispatch.planning.plan import Plan
 from dispatch.planning.survey import survey
 from dispatch.records import recorded
 from dispatch.transport.open import open_transport
-from latentforge.errors import LatentForgeError
+from dispatch.transport.retry import call
+from latentforge.errors import LatentForgeError, TransportError, UnknownOutcomeError
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.pipeline import external_paths, pipeline_runs
 
@@ -35,14 +37,32 @@ def ask_for_lane(asks: Sequence[Ask], places: Places, *, abandon: bool) -> Ask:
     found = each([ask.host for ask in asks], lambda host: look(host.name))
     plans = [one.value for one in found.values() if one.value is not None]
     ids = {run for plan in plans for run in _attempts(plan.runs[-1].identity)}
+    unplanned = {name: ids | set(_own(by_host[name])) for name, one in found.items() if one.value is None}
+
+    def standing(host_name: str) -> dict[str, RunState]:
+        transport = open_transport(by_host[host_name].host, places, readonly=True)
+        try:
+            answer = call(transport, "status", {"runs": sorted(unplanned[host_name])}).result
+        finally:
+            transport.close()
+        return {run: RunState.model_validate(state) for run, state in answer.items()}
+
+    # One that was reached and cannot be planned on (a model's folder is missing there) can still say what it has.
+    answering = [by_host[name].host for name in unplanned if ids and not _away(found[name].error)]
+    states = each(answering, lambda host: standing(host.name)) if answering else {}
     seen = []
-    for ask in asks:
-        one = found[ask.host.name]
-        known = ids if one.value is not None else ids | set(_own(ask))
-        seen.append(LaneSeen(ask.host.name, one.value, _clean(one.error), _given(places, ask, known)))
-    command = asks[0].command
-    choice = choose_lane(seen, abandon=abandon, command=command)
-    return replace(by_host[choice.chosen], lane=choice)
+    for name, one in found.items():
+        given = _given(places, by_host[name], unplanned.get(name, ids))
+        said = states[name].value if name in states else None
+        seen.append(LaneSeen(name, one.value, _clean(one.error), given, said))
+    choice = choose_lane(seen, abandon=abandon, command=asks[0].command)
+    chosen = by_host[choice.chosen]
+    command = chosen.command + " --abandon" * (abandon and any(lane.open for lane in seen))
+    return replace(chosen, lane=choice, command=command)
+
+
+def _away(error: LatentForgeError | None) -> bool:
+    return isinstance(error, TransportError | UnknownOutcomeError)
 
 
 def _given(places: Places, ask: Ask, ids: Iterable[str]) -> str | None:

@@ -49,6 +49,12 @@ def away(name: str, given: str | None = None) -> LaneSeen:
     return LaneSeen(name, None, TransportError(f"{name}: nothing listens on port 22", next=f"ping {name}"), given)
 
 
+def unplanned(name: str, **states: str) -> LaneSeen:
+    """A lane that answers, and cannot be planned on."""
+    said = {run: RunState(state=state) for run, state in states.items()}
+    return LaneSeen(name, None, RefusedError("teacher.model = '/m': there is no such folder"), None, said)
+
+
 def chosen(*seen: LaneSeen, abandon: bool = False) -> tuple[str, str]:
     found = choose_lane(seen, abandon=abandon, command="latentforge dispatch go tiny --lanes x")
     return found.chosen, found.text
@@ -60,10 +66,10 @@ BUSY = Refusal("the device lease of a is held by teacher-1", "wait", ExitCode.BU
 
 def test_the_first_lane_that_is_fit_takes_the_run_and_those_before_it_are_told_with_their_reasons() -> None:
     assert chosen(lane("a"), lane("b")) == ("a", "a of a, b: first that is fit")
-    assert chosen(lane("a", refused=UNFIT), away("b"), lane("c")) == (
+    assert chosen(lane("a", refused=UNFIT), unplanned("b", run="absent"), lane("c")) == (
         "c",
         "c of a, b, c: first that is fit; a: preflight: disk: less than 2 GiB free; "
-        "b: unreachable: b: nothing listens on port 22",
+        "b: teacher.model = '/m': there is no such folder",
     )
     assert chosen(lane("a", refused=BUSY), lane("b"))[0] == "b"
 
@@ -84,22 +90,39 @@ def test_one_that_goes_on_goes_before_one_that_passed_and_that_before_one_that_e
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_an_unreachable_lane_that_may_have_the_run_blocks_the_others_unless_it_is_abandoned(order: int) -> None:
-    seen = [away("a", given=RUN), lane("b")]
+@pytest.mark.parametrize(
+    ("first", "why", "may_have"),
+    [
+        (away("a", given=RUN), f"lane a cannot be asked, and may have {RUN}, which this laptop gave it", RUN),
+        # Another laptop may have given it, or this one before it lost its records: the host alone knows.
+        (away("a"), "lane a cannot be asked, and may have the run, from another laptop say", "the run"),
+        (unplanned("a", r1="running"), "lane a has r1, and cannot be planned on: teacher.model", "r1"),
+    ],
+)
+def test_an_unreachable_lane_that_may_have_the_run_blocks_the_others_unless_it_is_abandoned(
+    order: int, first: LaneSeen, why: str, may_have: str
+) -> None:
+    seen = [first, lane("b")]
     seen = seen if order == 0 else seen[::-1]
-    with pytest.raises(LatentForgeError, match=f"lane a cannot be asked, and may have {RUN}") as blocked:
+    with pytest.raises(LatentForgeError, match=why) as blocked:
         chosen(*seen)
     assert blocked.value.code is ExitCode.UNKNOWN
     assert str(blocked.value.next).endswith("--abandon")
     name, text = chosen(*seen, abandon=True)
     assert name == "b"
-    assert order == 1 or f"abandoned, though it may have {RUN}" in text
+    assert order == 1 or f"abandoned, though it may have {may_have}" in text
 
 
 def test_a_lane_that_has_the_run_is_no_reason_to_wait_for_one_that_is_away() -> None:
     assert chosen(away("a", given=RUN), lane("b", "running"))[0] == "b"
     with pytest.raises(LatentForgeError, match="may have"):
         chosen(away("a", given=RUN), lane("b", "finished", "fail"))
+    assert chosen(away("a"), lane("b", "finished", "fail"))[0] == "b"  # it is reported; nothing is started
+    again = lane("b", "finished", "fail")
+    assert again.plan is not None
+    anew = dataclasses.replace(again.plan, runs=(dataclasses.replace(again.plan.runs[0], will="run"),))
+    with pytest.raises(LatentForgeError, match="may have the run"):
+        chosen(away("a"), LaneSeen("b", anew))
 
 
 def test_a_free_lane_goes_before_a_busy_one_that_would_be_waited_for() -> None:
@@ -107,7 +130,7 @@ def test_a_free_lane_goes_before_a_busy_one_that_would_be_waited_for() -> None:
         "b",
         "b of a, b: first that is fit; a: device lease held by teacher-1",
     )
-    assert chosen(lane("a", busy="teacher-1"), away("b"))[0] == "a"
+    assert chosen(lane("a", busy="teacher-1"), lane("b", refused=UNFIT))[0] == "a"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +242,7 @@ def test_go_with_lanes_runs_once_wherever_the_run_already_is_and_the_manifest_sa
 
 @pytest.mark.sshd
 @pytest.mark.usefixtures("pair")
-def test_a_lane_that_is_away_is_passed_over_unless_this_laptop_gave_it_the_run(
+def test_a_lane_that_is_away_is_passed_over_only_where_the_operator_says_so(
     jobs: Any, ask: Make, laptop: Any, sshd_at: Make, enrolled: Make, tmp_path: Path, checkout: Path
 ) -> None:
     from dispatch.records import remember
@@ -229,9 +252,9 @@ def test_a_lane_that_is_away_is_passed_over_unless_this_laptop_gave_it_the_run(
     gone = enrolled(server, "gone", tmp_path / "gone")
     server.stop()
     done = laptop.cli("plan", "tiny", "--lanes", "gone,b", cwd=checkout)
-    assert done.returncode == 0, done.stderr
-    assert "lane       keep    b of gone, b: first that is fit; gone: unreachable: gone" in done.stdout
-    assert "go tiny --lanes gone,b" in done.stdout
+    assert done.returncode == 3
+    assert "lane gone cannot be asked, and may have the run" in done.stderr
+    assert "go tiny --lanes gone,b --abandon" in done.stderr
     request = ask(gone)
     last = pipeline_runs(request.spec, digests={}, code=request.code, lock=request.lock)[-1].run_id
     remember(laptop.places, gone, [last], recipe="tiny", plan="p")
@@ -239,5 +262,7 @@ def test_a_lane_that_is_away_is_passed_over_unless_this_laptop_gave_it_the_run(
     assert done.returncode == 3
     assert f"lane gone cannot be asked, and may have {last}" in done.stderr
     done = laptop.cli("plan", "tiny", "--lanes", "gone,b", "--abandon", cwd=checkout)
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert "lane       keep    b of gone, b: first that is fit; gone: unreachable: gone" in done.stdout
     assert f"abandoned, though it may have {last}" in done.stdout
+    assert "go tiny --lanes gone,b --abandon" in done.stdout
