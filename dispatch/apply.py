@@ -280,13 +280,18 @@ def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower
 
 def _same_judgements(shown: Plan, now: Plan, ask: Ask) -> None:
     before = {step.name: step for step in shown.steps}
+    changed: list[str] = []
     for step in now.steps:
-        was = before[step.name]
-        same_run = was.run == step.run or step.name not in {one.kind for one in now.runs}
-        if (was.will == step.will and same_run) or (was.will, step.will) in _HARMLESS:
-            continue
-        raise RefusedError(
-            f"{ask.host.name} changed since the plan was shown: {step.name} was {was.will!r}, is now {step.will!r} "
-            f"({step.because})",
-            next=ask.command,
-        )
+        was = before.pop(step.name, None)
+        same_run = was is not None and (was.run == step.run or step.name not in {one.kind for one in now.runs})
+        if was is None and step.will not in ("keep", "check"):
+            changed.append(f"{step.name} was not needed, is now {step.will!r} ({step.because})")
+        elif was is not None and (was.will != step.will or not same_run) and (was.will, step.will) not in _HARMLESS:
+            changed.append(f"{step.name} was {was.will!r}, is now {step.will!r} ({step.because})")
+    if now.starts_something:
+        # What was to prove or bring something must not be left out unseen: a GPU that went takes its warm-up along.
+        changed += [f"{name} was {was.will!r}, is now left out" for name, was in before.items() if was.will != "keep"]
+        if now.runner.name != shown.runner.name:
+            changed.append(f"the runner was {shown.runner.name}, is now {now.runner.name} ({now.runner.why})")
+    if changed:
+        raise RefusedError(f"{ask.host.name} changed since the plan was shown: {changed[0]}", next=ask.command)
