@@ -30,7 +30,8 @@ _TORCH = """
 import json, torch as t
 x = t.randn(512, 512, device="cuda", dtype=t.bfloat16)
 print(json.dumps({"torch": t.__version__, "cuda": t.version.cuda, "arches": t.cuda.get_arch_list(),
-    "capability": list(t.cuda.get_device_capability()), "mean": float((x @ x).abs().float().mean())}))
+    "capability": list(t.cuda.get_device_capability()), "total": t.cuda.get_device_properties(0).total_memory,
+    "mean": float((x @ x).abs().float().mean())}))
 """
 _NVRTC = """
 import json, torch as t

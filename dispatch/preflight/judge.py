@@ -29,7 +29,7 @@ def _gb10(number: int, id: str, title: str, rule: str, judge: Judgement, *groups
     return Rule(id, title, rule, judge, groups, gb10_only=True, gate=gate, number=number)
 
 
-def _asked(number: int, id: str, title: str, rule: str, judge: Judgement, *groups: str, **more: Any) -> Rule:
+def _asked(number: int | None, id: str, title: str, rule: str, judge: Judgement, *groups: str, **more: Any) -> Rule:
     return Rule(id, title, rule, judge, groups, scope="asked", number=number, **more)
 
 
@@ -75,6 +75,7 @@ RULES: tuple[Rule, ...] = (
     _asked(12, "power", "power under load", ">= 80 TFLOP/s at >= 1900 MHz", gpu.power, gb10_only=True, action="power"),
     _asked(13, "hot", "temperature under load", "below 85 °C", gpu.hot, gb10_only=True, action="power"),
     _asked(15, "torch", "torch on the GPU", "CUDA 13, sm_120 or sm_121", gb10.torch, gb10_only=True, action="torch"),
+    _asked(None, "window", "memory CUDA sees", "75 % of the host's", gb10.window, gb10_only=True, action="torch"),
     _asked(16, "nvrtc", "NVRTC", "that of CUDA 13", gb10.nvrtc, gb10_only=True, action="nvrtc"),
     _asked(28, "link", "two-host link", "up, MTU 9000, CMA", gb10.link, "link", "memory", gb10_only=True),
     _asked(29, "nccl", "NCCL rate", ">= 18 GB/s", gb10.nccl, gb10_only=True),

@@ -18,6 +18,8 @@ _SIGNS = re.compile(LINES["journal"].pattern.decode())
 _RUNS = frozenset({"sm_121", "sm_121a", "sm_120"})
 _ARCH = re.compile(r"sm_\d+[af]?")
 _JOB_BYTES = 8 * GIB
+_WINDOW = 0.75
+"""What share of the host's memory CUDA must see: healthy hosts tell 98 %, a device window of 30 GiB is 25 %."""
 
 
 def platform(seen: Seen) -> Found:
@@ -110,6 +112,22 @@ def torch(seen: Seen) -> Found:
     if not isinstance(mean, int | float) or not math.isfinite(mean):
         return failed(f"{said}: a small product gave {mean}", remedy)
     return passed(said)
+
+
+def window(seen: Seen) -> Found:
+    """How much of the memory torch may have, by its own word: to allocate the peak as a trial can freeze a GB10."""
+    did = seen.found.did.get("torch") or {}
+    answer, host = did.get("answer"), seen.facts.host
+    total = answer.get("total") if isinstance(answer, dict) else None
+    if not isinstance(total, int) or isinstance(total, bool) or host.mem_total is None:
+        return unknown(f"torch does not tell its device's memory: {_said(did)}")
+    said = f"{gib(total)} of the host's {gib(host.mem_total)}"
+    said += f", {gib(seen.need.bytes)} needed" if seen.need.bytes else ""
+    if total >= max(_WINDOW * host.mem_total, seen.need.bytes):
+        return passed(said)
+    return failed(
+        said, "an allocator with a window of its own: use the cu130 aarch64 build of torch, or a smaller plan"
+    )
 
 
 def nvrtc(seen: Seen) -> Found:

@@ -121,6 +121,28 @@ def test_d13_scratch_sized_by_all_positions_is_refused_before_the_launch(facts_w
     assert judge(facts, ask_for(box, *short, "data.sequence_length=2048"))["memory"].outcome == "pass"
 
 
+def test_d14_a_device_window_of_30_of_128_gb_is_told_without_allocating_anything(
+    gb10: Any, probe: Any, facts_with: Facts, box: Host, tmp_path: Path
+) -> None:
+    from dispatch.agent.preflight_actions import _TORCH
+
+    said = {"torch": "2.11.0+cu130", "cuda": "13.0", "arches": ["sm_120"], "mean": 1.0, "total": 1 << 30}
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(said)}'\n")
+    python.chmod(0o755)
+    found = probe("window", python=str(python))[0]["window"]
+    assert (found.outcome, "1.0 GiB of the host's" in found.measured) == ("fail", True), found
+    assert "total_memory" in _TORCH
+    assert "empty(" not in _TORCH
+
+    # Enough of the host, and still less than the plan's own peak.
+    did = {"torch": {"status": "ended", "code": 0, "answer": {**said, "total": 100 * GIB}, "said": ""}}
+    ask = ask_for(box, "data.sequence_length=16384", "distill.batch_size=4", "distill.student.heads=16",
+                  "distill.student.hidden=64", "data.train_sequences=8")  # fmt: skip
+    assert judge(facts_with(did=did), box, asked=["window"])["window"].outcome == "pass"
+    assert judge(facts_with(did=did), ask, asked=["window"])["window"].outcome == "fail"
+
+
 def test_d19_a_server_that_sat_66_hours_is_seen_though_memory_is_na_and_the_list_is_empty(
     facts_with: Facts, box: Host
 ) -> None:
