@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .paths import Root, filesystem_of
-from .processes import name_of, table
+from .processes import look, name_of, pids
 
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 _READ_ONLY, _NOEXEC = 1, 8  # statvfs(3): ST_RDONLY, ST_NOEXEC
@@ -111,7 +111,8 @@ def session(user: str) -> dict[str, Any]:
 
 def _sshd() -> int | None:
     """`oom_score_adj` of the server that listens: the oldest sshd. Its children, the sessions, reset it."""
-    servers = sorted((one.ticks, one.pid) for one in table().values() if name_of(one.pid) == "sshd")
+    named = (look(pid) for pid in pids() if name_of(pid) == "sshd")
+    servers = sorted((one.ticks, one.pid) for one in named if one is not None)
     for _ticks, pid in servers[:1]:
         text = _text(f"/proc/{pid}/oom_score_adj").strip()
         with contextlib.suppress(ValueError):

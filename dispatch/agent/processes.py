@@ -56,15 +56,14 @@ def look(pid: int) -> Process | None:
     return Process(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
+def pids() -> list[int]:
+    """The processes that this user can see."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def table() -> dict[int, Process]:
     """Every process that this user can see, by pid."""
-    found = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            process = look(int(name))
-            if process is not None:
-                found[process.pid] = process
-    return found
+    return {process.pid: process for pid in pids() if (process := look(pid)) is not None}
 
 
 def descendants(of: int, processes: dict[int, Process]) -> set[int]:

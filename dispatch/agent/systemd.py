@@ -21,7 +21,6 @@ from typing import Any
 
 from . import detached
 from .durable import write_json
-from .job import passes_to_jobs
 from .paths import RunPaths
 
 OLDEST = 243
@@ -110,6 +109,8 @@ def unit_of(run: str) -> str:
 
 def spawn(first: RunPaths, program: str, chain: list[tuple[str, int]], lease: int | None) -> dict[str, Any]:
     """Start a unit, hand it its orders and the open locks; its first word, or `error` with nothing begun."""
+    from .job import passes_to_jobs  # only a launch needs what runs jobs, every probe reads this file
+
     name = f"lf-{first.id}-{os.urandom(8).hex()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind("\0" + name)  # no file that could be left behind; who comes is asked for the uid
