@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dispatch.conclude import earned_code
 from dispatch.following.view import duration
 from dispatch.hosts.facts import RunState
-from dispatch.hosts.inventory import LOCAL, Inventory
-from dispatch.hosts.trust import short_type
+from dispatch.hosts.inventory import LOCAL, Inventory, short_type
 from dispatch.places import Places
 from dispatch.planning.choice import told_end
 from dispatch.records import Record

@@ -14,10 +14,9 @@ from dispatch.following.lines import LineReader, Lines
 from dispatch.following.record import WatchEndedError
 from dispatch.following.watcher import EventTail, Watcher
 from dispatch.hosts.facts import RunState
-from dispatch.hosts.trust import HostKeyError
 from dispatch.places import Places, writing
 from dispatch.transport.call import Reply, Transport
-from dispatch.transport.link import LinkError
+from dispatch.transport.link import HostKeyError, LinkError
 from latentforge.errors import UnknownOutcomeError
 from latentforge.events import Event
 from latentforge.verdicts import ExitCode

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from dispatch.hosts.address import Address, resolve
 from dispatch.hosts.facts import Interpreter
-from dispatch.hosts.inventory import Host, Inventory, check_name, problem
-from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, pinned, short_type
+from dispatch.hosts.inventory import Host, Inventory, check_name, problem, short_type
+from dispatch.hosts.trust import check_fingerprint, fingerprint, offered_keys, pin, pinned
 from dispatch.places import Places, writing
 from dispatch.preflight.rules_run import PYTHON
 from dispatch.transport.open import open_transport

@@ -104,6 +104,14 @@ class Host(BaseModel):
         return self.name == LOCAL
 
 
+def short_type(key_type: str) -> str:
+    """A key type in a user's words: ED25519, ECDSA or RSA."""
+    for word in ("ed25519", "ecdsa", "rsa"):
+        if word in key_type:
+            return word.upper()
+    return key_type
+
+
 class Inventory:
     """``hosts.toml``. It is edited by people too: a change here rewrites one host's table and keeps all else."""
 

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 import paramiko
 
 from dispatch.hosts.address import Address
-from dispatch.hosts.inventory import Host, PinnedKey
+from dispatch.hosts.inventory import Host, PinnedKey, short_type
 from dispatch.places import Places, write_atomic
 from dispatch.transport.dial import open_link
 from dispatch.transport.failures import classified
-from dispatch.transport.link import EXCHANGE_SECONDS, GREETING_SECONDS, Failure
+from dispatch.transport.link import EXCHANGE_SECONDS, GREETING_SECONDS, HostKeyError
 from latentforge.errors import RefusedError, TransportError
 
 # Asked for one by one, so that every key the server has is shown and pinned.
@@ -26,25 +26,6 @@ def fingerprint(key: paramiko.PKey) -> str:
     """The fingerprint as OpenSSH writes it: ``SHA256:`` and 43 characters."""
     digest = hashlib.sha256(key.asbytes()).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
-
-
-def short_type(key_type: str) -> str:
-    """A key type in a user's words: ED25519, ECDSA or RSA."""
-    for word in ("ed25519", "ecdsa", "rsa"):
-        if word in key_type:
-            return word.upper()
-    return key_type
-
-
-class HostKeyError(TransportError):
-    """A host key that is unknown or not the pinned one; raised before anything is authenticated or sent.
-
-    No LinkError: asking again does not help, so nothing that waits for a link to come back waits for this.
-    """
-
-    def __init__(self, kind: Failure, what: str, *, next: str) -> None:
-        super().__init__(what, next=next)
-        self.kind = kind
 
 
 def unknown_key(host: Host, offered: paramiko.PKey) -> HostKeyError:

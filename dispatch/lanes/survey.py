@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from dispatch.hosts.facts import RunState
-from dispatch.hosts.trust import HostKeyError
 from dispatch.lanes.choose import LaneSeen, choose_lane
 from dispatch.lanes.each import each
 from dispatch.places import Places
@@ -15,6 +14,7 @@ from dispatch.planning.choice import MAX_ATTEMPTS
 from dispatch.planning.plan import Plan
 from dispatch.planning.survey import survey
 from dispatch.records import recorded
+from dispatch.transport.link import HostKeyError
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
 from latentforge.errors import LatentForgeError, TransportError, UnknownOutcomeError

@@ -16,7 +16,7 @@ from dispatch.building.build import BuildChoice
 from dispatch.building.warmup import WarmUp
 from dispatch.following.limits import Limits
 from dispatch.hosts.facts import HostFacts
-from dispatch.hosts.trust import short_type
+from dispatch.hosts.inventory import short_type
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import ChosenRun
 from dispatch.planning.memory import Judgement

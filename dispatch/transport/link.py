@@ -56,6 +56,17 @@ class LinkLostError(LinkError):
         super().__init__("lost", what)
 
 
+class HostKeyError(TransportError):
+    """A host key that is unknown or not the pinned one; raised before anything is authenticated or sent.
+
+    No LinkError: asking again does not help, so nothing that waits for a link to come back waits for this.
+    """
+
+    def __init__(self, kind: Failure, what: str, *, next: str) -> None:
+        super().__init__(what, next=next)
+        self.kind = kind
+
+
 def told(said: bytes) -> str:
     """What a machine said, fit to be shown: printable, and not too long."""
     text = said.decode("utf-8", "replace").replace("\r\n", "\n").strip()

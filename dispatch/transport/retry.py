@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-
-from dispatch.hosts.trust import HostKeyError
 from dispatch.transport.call import CALL_SECONDS, READING, Reply, Transport
-from dispatch.transport.link import LinkError, LinkLostError
+from dispatch.transport.link import HostKeyError, LinkError, LinkLostError
 from latentforge.errors import UnknownOutcomeError
 from latentforge.verdicts import ExitCode
 
@@ -23,7 +20,26 @@ def call(
     A failure to connect is not repeated: nothing was sent, and its cause (a name, a key, a port) does not pass by
     itself. Once something may have been sent, a connection that stays lost leaves an unknown outcome (exit code 3).
     """
+    try:
+        return transport.call(verb, args, payload, timeout=timeout)
+    except LinkLostError as error:
+        return _again(error, transport, verb, args, payload, timeout)
+
+
+def _again(
+    first: LinkLostError, transport: Transport, verb: str, args: dict[str, Any], payload: bytes, timeout: float
+) -> Reply:
+    """The further attempts of a call whose connection broke."""
+    # It brings asyncio along: only a link that breaks waits for that.
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
     lost: list[LinkLostError] = []
+    met = [first]
+
+    def attempt() -> Reply:
+        if met:
+            raise met.pop()
+        return transport.call(verb, args, payload, timeout=timeout)
 
     def remember(state: Any) -> None:
         error = state.outcome.exception()
@@ -38,7 +54,7 @@ def call(
         reraise=True,
     )
     try:
-        reply: Reply = retrying(transport.call, verb, args, payload, timeout=timeout)
+        reply: Reply = retrying(attempt)
     except HostKeyError as error:
         if lost and verb not in READING:
             error.code = ExitCode.UNKNOWN

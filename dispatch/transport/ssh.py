@@ -16,7 +16,7 @@ import paramiko
 from dispatch import agent_package
 from dispatch.hosts.address import Address, resolve
 from dispatch.hosts.inventory import Host
-from dispatch.hosts.trust import HostKeyError, changed_key, pinned, unknown_key
+from dispatch.hosts.trust import changed_key, pinned, unknown_key
 from dispatch.places import Places
 from dispatch.transport.call import Exchange, Transport
 from dispatch.transport.dial import open_link
@@ -27,6 +27,7 @@ from dispatch.transport.link import (
     EXCHANGE_SECONDS,
     GREETING_SECONDS,
     KEEPALIVE_SECONDS,
+    HostKeyError,
     Link,
     LinkLostError,
 )

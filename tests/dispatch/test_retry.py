@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from dispatch.hosts.inventory import Host
-from dispatch.hosts.trust import HostKeyError
 from dispatch.transport.call import Exchange, Transport
-from dispatch.transport.link import LinkError, LinkLostError
+from dispatch.transport.link import HostKeyError, LinkError, LinkLostError
 from dispatch.transport.retry import ATTEMPTS, call
 from latentforge.errors import LatentForgeError
 from latentforge.verdicts import ExitCode

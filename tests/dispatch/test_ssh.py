@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from dispatch.hosts.inventory import Host, Inventory
-from dispatch.hosts.trust import HostKeyError
 from dispatch.session import preview
-from dispatch.transport.link import LinkError
+from dispatch.transport.link import HostKeyError, LinkError
 from dispatch.transport.open import open_transport
 from latentforge.errors import RefusedError
 from latentforge.verdicts import ExitCode

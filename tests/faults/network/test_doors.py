@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from dispatch.hosts.inventory import Host
-from dispatch.hosts.trust import HostKeyError
-from dispatch.transport.link import LinkError
+from dispatch.transport.link import HostKeyError, LinkError
 from latentforge.verdicts import ExitCode
 
 Make = Callable[..., Any]
