@@ -90,12 +90,18 @@ class Link(socket.socket):
         super().__init__(opened.family, opened.type, opened.proto, fileno=opened.detach())
         self.heard = time.monotonic()
         self.proxy = proxy
+        self._acknowledge = hasattr(socket, "TCP_QUICKACK") and self.family in (socket.AF_INET, socket.AF_INET6)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """As a socket's; what comes is a sign of life."""
         data = super().recv(size, flags)
         if data:
             self.heard = time.monotonic()
+        if self._acknowledge:
+            # sshd holds back a small answer until its last one is acknowledged, which the kernel puts off by 40 ms:
+            # that long took every session's beginning. The kernel takes this back by itself, so it is said each time.
+            with contextlib.suppress(OSError):
+                self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
     def close(self) -> None:
