@@ -45,7 +45,8 @@ def pack(source: CodeSource) -> Bundle:
             except ValueError as error:
                 raise RefusedError(f"{name} cannot be packed for a host: {error}") from error
     packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=6, mtime=0, filename="") as stream:
+    # Every plan asks for the digest, few send the bundle. Level 6 takes twice as long for a twentieth less.
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=4, mtime=0, filename="") as stream:
         stream.write(tar.getvalue())
     content = packed.getvalue()
     return Bundle(hashlib.sha256(content).hexdigest(), content)
