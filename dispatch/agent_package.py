@@ -54,11 +54,15 @@ def bootstrap_argv(python: str = "python3") -> list[str]:
     return [python, "-I", "-S", "-B", "-c", BOOTSTRAP]
 
 
-def carried() -> bytes:
-    """What to send before a request so that the agent comes along over stdin; nothing is written on the host for it."""
+def carried(verb: str | None = None) -> bytes:
+    """What to send before a request so that the agent comes along over stdin; nothing is written on the host for it.
+
+    Where the request comes later, `verb` says what it will ask, so that the agent makes itself ready for that.
+    """
     # Squeezed for the way only: what is hashed is the zip, whose bytes do not depend on which zlib is here.
     squeezed = _squeezed()
-    return _second_stage({"mode": "carry", "bytes": len(squeezed), "sha256": agent_sha256()}) + squeezed
+    how = {"mode": "carry", "bytes": len(squeezed), "sha256": agent_sha256(), "verb": verb}
+    return _second_stage(how) + squeezed
 
 
 def installed(root: str | None) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from dispatch.following.watcher import judge_copy
 from dispatch.hosts.facts import RunState
 from dispatch.places import Places
 from dispatch.transport.call import Transport
-from latentforge.errors import FailedError, RefusedError
+from latentforge.errors import FailedError
 from latentforge.events import read_events
 from latentforge.evidence.ledger import LEDGER, read_chain
 from latentforge.evidence.manifest import record
@@ -105,22 +104,6 @@ def _verified_here(places: Places, run: str) -> Verification | None:
     with locked(places, run):
         verification = verify_evidence(places.run(run)) if _is_recorded(places, run) else None
     return verification if verification is not None and verification.outcome is Outcome.PASS else None
-
-
-def check_evidence_folder(places: Places) -> None:
-    """Refuse before anything is launched a place for evidence that is a file, or that cannot be written to."""
-    place = places.evidence.absolute()
-    standing = next(path for path in [place, *place.parents] if os.path.lexists(path))
-    if not standing.is_dir():
-        why = f"{standing} is not a folder"
-    elif not os.access(standing, os.W_OK | os.X_OK):
-        why = f"{standing} may not be written to"
-    else:
-        return
-    raise RefusedError(
-        f"evidence cannot be kept in {str(places.evidence)!r} (EVIDENCE_DIR, or ./runs): {why}",
-        next="EVIDENCE_DIR=<a folder of yours>, before the same command",
-    )
 
 
 def earned_code(state: RunState) -> ExitCode:

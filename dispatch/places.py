@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentforge.errors import UnknownOutcomeError
+from latentforge.errors import RefusedError, UnknownOutcomeError
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,19 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def check_evidence_folder(places: Places) -> None:
+    """Refuse before anything is launched a place for evidence that is a file, or that cannot be written to."""
+    place = places.evidence.absolute()
+    standing = next(path for path in [place, *place.parents] if os.path.lexists(path))
+    if not standing.is_dir():
+        why = f"{standing} is not a folder"
+    elif not os.access(standing, os.W_OK | os.X_OK):
+        why = f"{standing} may not be written to"
+    else:
+        return
+    raise RefusedError(
+        f"evidence cannot be kept in {str(places.evidence)!r} (EVIDENCE_DIR, or ./runs): {why}",
+        next="EVIDENCE_DIR=<a folder of yours>, before the same command",
+    )

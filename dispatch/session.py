@@ -7,17 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
 from dispatch.building.build import PREPARING
-from dispatch.conclude import Conclusion, check_evidence_folder, conclude, earned_code
 from dispatch.following.follow import Follower
 from dispatch.following.limits import Limits
 from dispatch.following.record import VERDICT_FILE, WatchEndedError
 from dispatch.following.watching import PlainObserver, phase_lines
 from dispatch.hosts.facts import HostFacts, RunState, moment
-from dispatch.places import Places
+from dispatch.places import Places, check_evidence_folder
 from dispatch.planning.applied import since_applied
 from dispatch.planning.ask import Ask
 from dispatch.planning.choice import told_end
@@ -25,14 +25,15 @@ from dispatch.planning.plan import Plan
 from dispatch.planning.preview import ending, render
 from dispatch.planning.survey import survey
 from dispatch.records import plan_context, remember
+from dispatch.transport.ahead import Ahead
 from dispatch.transport.call import Transport
 from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
 from latentforge.errors import RefusedError
-from latentforge.evidence.statement import MANIFEST
 from latentforge.verdicts import ExitCode
 
 if TYPE_CHECKING:
+    from dispatch.conclude import Conclusion
     from dispatch.following.live import LiveObserver
 
 
@@ -65,6 +66,8 @@ class Session:
     def go(self, ask: Ask, *, detach: bool = False) -> ExitCode:
         """Plan, show, apply, and follow to the verdict."""
         check_evidence_folder(self.places)
+        # What comes last is imported while the host answers what comes first.
+        Ahead(lambda: import_module("dispatch.conclude"), lambda: None)
         try:
             plan, facts = survey(self.transport, ask, self.places)
             since = since_applied(self.places, plan, ask)
@@ -103,6 +106,8 @@ class Session:
             if last.startswith(PREPARING):
                 return self._told(last, state, None)
             self.concluding = last
+            from dispatch.conclude import conclude
+
             done = conclude(
                 self.transport, last, state, self.places, plan=context, facts={"name": self.transport.host.name}
             )
@@ -123,6 +128,9 @@ class Session:
         return [*(one for one in before if not RunState.model_validate(states[one]).passed), run]
 
     def _concluded(self, plan: Plan, ask: Ask, facts: HostFacts, applied: Applied) -> ExitCode:
+        from dispatch.conclude import conclude
+        from latentforge.evidence.statement import MANIFEST
+
         # Finished, and no copy here: another clone's work, another laptop's, or that of a command that detached.
         adopted = not plan.chain and not (self.places.run(applied.final) / MANIFEST).is_file()
         done = conclude(
@@ -163,7 +171,11 @@ class Session:
                 )
         for line in done.lines() if done else []:
             self.say(line)
-        return done.code if done else earned_code(state)
+        if done:
+            return done.code
+        from dispatch.conclude import earned_code
+
+        return earned_code(state)
 
     def _stopped(self, ended: WatchEndedError) -> ExitCode:
         """Say why there is nothing to wait for; the run itself is left alone."""
@@ -211,14 +223,15 @@ def _observer(host: str, as_json: bool) -> PlainObserver | LiveObserver:
     return LiveObserver(host)
 
 
-def preview(ask: Ask, places: Places, *, as_json: bool) -> ExitCode:
-    """Show the plan over a transport that only reads; nothing is created or changed anywhere."""
+def preview(ask: Ask, places: Places, *, as_json: bool, transport: Transport | None = None) -> ExitCode:
+    """Show the plan over a transport that only reads (one of its own, or the caller's); nothing is changed anywhere."""
     check_evidence_folder(places)
-    transport = open_transport(ask.host, places, readonly=True)
+    own = transport or open_transport(ask.host, places, readonly=True)
+    assert own.readonly
     try:
-        plan, _facts = survey(transport, ask, places)
+        plan, _facts = survey(own, ask, places)
     finally:
-        transport.close()
+        own.close()
     since = since_applied(places, plan, ask)
     if as_json:
         print(json.dumps({**plan.as_json(), "since": since.as_json() if since else None}, indent=2))

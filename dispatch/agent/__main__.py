@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from .protocol import AgentError, Arguments, Payload, Reply
 
 
-def main(pyz: bytes | None = None) -> None:
-    """Serve the request on stdin, or supervise when called so; `pyz` is the zip when it was carried in over stdin."""
+def main(pyz: bytes | None = None, verb: str | None = None) -> None:
+    """Serve the request on stdin, or supervise when called so; `pyz` is the zip when it was carried in over stdin.
+
+    `verb` is what the request will be about, where that is known: it may still be on its way.
+    """
     # This file is kept readable to old interpreters, so that they get an answer instead of a syntax error.
     if sys.version_info < (3, 10):  # noqa: UP036
         _answer_old_python()
@@ -40,6 +43,9 @@ def main(pyz: bytes | None = None) -> None:
     os.dup2(2, 1)
     from .cas import Origin
 
+    if verb == "probe":
+        with contextlib.suppress(Exception):  # the verb itself says what is amiss
+            from . import probe  # noqa: F401
     try:
         with out:
             for part in answers(sys.stdin.buffer, Origin(pyz, None if pyz else sys.argv[0])):

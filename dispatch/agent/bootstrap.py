@@ -93,7 +93,7 @@ def begin(stream: BinaryIO) -> None:
         refuse("agent-corrupt", "the agent has sha256 " + found + ", not " + how["sha256"], "carry the agent in", 3)
     sys.meta_path.insert(0, MemoryFinder(unpack(data)))
     __import__(PACKAGE + ".__main__")
-    sys.modules[PACKAGE + ".__main__"].main(data)
+    sys.modules[PACKAGE + ".__main__"].main(data, how.get("verb"))
 
 
 if __name__ == "__main__":

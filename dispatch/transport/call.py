@@ -99,7 +99,13 @@ class Transport(ABC):
                 )
             except _AgentGoneError:
                 self._installed = False
-        return self._reply(self.exchange(argv, agent_package.carried() + request, timeout=timeout))
+        return self._reply(self.exchange(argv, agent_package.carried(verb) + request, timeout=timeout))
+
+    def ahead(self, verb: str) -> None:  # noqa: B027 (to do nothing is right for most)
+        """Begin what the first call will need, if it is to be of this verb; errors are raised by that call.
+
+        The host is asked nothing by that. A carrier that gains nothing does nothing here.
+        """
 
     @property
     def _argv(self) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fabric  # type: ignore[import-untyped]
@@ -18,7 +20,8 @@ from dispatch.hosts.address import Address, resolve
 from dispatch.hosts.inventory import Host
 from dispatch.hosts.trust import changed_key, pinned, unknown_key
 from dispatch.places import Places
-from dispatch.transport.call import Exchange, Transport
+from dispatch.transport.ahead import Ahead
+from dispatch.transport.call import CALL_SECONDS, Exchange, Transport
 from dispatch.transport.dial import open_link
 from dispatch.transport.failures import classified, no_commands, stuck_shell
 from dispatch.transport.keys import Keys
@@ -37,6 +40,7 @@ from latentforge.errors import RefusedError
 CHANNEL_SECONDS = 8.0
 FIRST_WORD_SECONDS = 8.5
 _CHUNK = 256 * 1024
+_SHORT_TURN_SECONDS = 0.0005
 _WINDOW = 8 * 1024 * 1024
 _PACKET = 128 * 1024
 """The most that a packet of a channel that goes on may hold: what each costs here is paid a quarter as often."""
@@ -52,6 +56,19 @@ class _RefuseUnknown(paramiko.MissingHostKeyPolicy):
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
         raise unknown_key(self._host, key)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A program that runs in a session, and what it was given so far; to close the session ends it."""
+
+    transport: paramiko.Transport
+    link: Link
+    address: Address
+    channel: paramiko.Channel
+    session: contextlib.ExitStack
+    argv: list[str]
+    sent: bytes = b""
 
 
 class SshTransport(Transport):
@@ -71,23 +88,76 @@ class SshTransport(Transport):
         self._answered = False
         self._sessions = 0
         self._ended = threading.Condition()
+        self._ahead: Ahead[_Begun | None] | None = None
+        self._taking = threading.Lock()
+
+    def ahead(self, verb: str) -> None:
+        """Connect, and start the agent on the host, while the request for it is still being made here."""
+        self._ahead = Ahead(lambda: self._sent_ahead(verb), self._close_all)
+
+    def _sent_ahead(self, verb: str) -> _Begun | None:
+        address = resolve(self.host)
+        if address.proxy is not None:
+            return None  # a command of its own, which whoever leaves early would leave behind
+        patience = sys.getswitchinterval()
+        # Each of the handshake's dozen short turns would wait that long for the interpreter that the imports keep busy.
+        sys.setswitchinterval(_SHORT_TURN_SECONDS)
+        try:
+            begun = self._begun(self._argv, CALL_SECONDS, address)
+        finally:
+            sys.setswitchinterval(patience)
+        stdin = agent_package.carried(verb)  # packed while the login shell there reads its rc files
+        with self._lost(begun.transport):
+            try:
+                begun.channel.sendall(stdin)
+            except TimeoutError:
+                raise
+            except OSError:
+                pass  # the program has ended already: what it said is read where its answer is waited for
+        return replace(begun, sent=stdin)
+
+    def _prepared(self, argv: list[str], stdin: bytes) -> _Begun | None:
+        """The program that was begun ahead, if this is the one, and its stdin so far the beginning of this."""
+        with self._taking:
+            if self._ahead is None:
+                return None
+            self._ahead.wait()
+            ahead, self._ahead = self._ahead, None
+            begun = ahead.result()
+        if begun is not None and (begun.argv != argv or not stdin.startswith(begun.sent)):
+            begun.session.close()
+            return None
+        return begun
 
     def exchange(self, argv: list[str], stdin: bytes, *, timeout: float) -> Exchange:
         """Run the program in a channel of its own, bytes in and bytes out, without a terminal."""
-        transport, link, address = self._opened()
+        begun = self._prepared(argv, stdin) or self._begun(argv, timeout)
+        with self._lost(begun.transport), begun.session:
+            # Once a host has answered, slowness is no reason to doubt its login shell.
+            asks = argv[-1] == agent_package.BOOTSTRAP and not self._answered
+            pipe = Pipe(begun.channel, begun.link, timeout, first_word=FIRST_WORD_SECONDS if asks else None)
+            try:
+                ended = pipe.through(stdin[len(begun.sent) :])
+            except NoWordError as error:
+                self._close(begun.transport)
+                raise stuck_shell(self.host, begun.address, error.said, FIRST_WORD_SECONDS) from None
+            self._answered = self._answered or pipe.begun
+            return ended
+
+    def _begun(self, argv: list[str], timeout: float, address: Address | None = None) -> _Begun:
+        """The program, started in a session of its own; connected to the host first where that is not so yet."""
+        transport, link, address = self._opened(address)
+        with self._lost(transport), contextlib.ExitStack() as session:
+            channel = session.enter_context(self._session(transport, address, timeout))
+            # The words are quoted for the login shell; values of the request never get near it.
+            self._started(channel, transport, address, shlex.join(argv))
+            return _Begun(transport, link, address, channel, session.pop_all(), argv)
+
+    @contextlib.contextmanager
+    def _lost(self, transport: paramiko.Transport) -> Iterator[None]:
+        """Raise what breaks the connection as such, and close it."""
         try:
-            with self._session(transport, address, timeout) as channel:
-                # The words are quoted for the login shell; values of the request never get near it.
-                self._started(channel, transport, address, shlex.join(argv))
-                # Once a host has answered, slowness is no reason to doubt its login shell.
-                asks = argv[-1] == agent_package.BOOTSTRAP and not self._answered
-                pipe = Pipe(channel, link, timeout, first_word=FIRST_WORD_SECONDS if asks else None)
-                ended = pipe.through(stdin)
-                self._answered = self._answered or pipe.begun
-                return ended
-        except NoWordError as error:
-            self._close(transport)
-            raise stuck_shell(self.host, address, error.said, FIRST_WORD_SECONDS) from None
+            yield
         except (paramiko.SSHException, OSError, EOFError) as error:
             self._close(transport)
             raise LinkLostError(
@@ -97,30 +167,29 @@ class SshTransport(Transport):
     def pieces(self, argv: list[str], stdin: bytes, *, silence: float) -> Generator[bytes, None, Exchange]:
         """Run the program in a channel of its own, and yield what it writes; no more than a window of it waits here."""
         transport, link, address = self._opened()
-        try:
-            with self._session(transport, address, _TURN_SECONDS, window=_WINDOW) as channel:
-                self._started(channel, transport, address, shlex.join(argv))
-                channel.settimeout(silence)
-                channel.sendall(stdin)
-                channel.shutdown_write()
-                yield from pieces_of(channel, link, silence)
-                stderr = channel.recv_stderr(_CHUNK)
-                if not channel.status_event.wait(5.0):
-                    raise TimeoutError("no exit status")
-                status = channel.recv_exit_status()
-                return Exchange(b"", stderr, None if status == -1 else status)
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            self._close(transport)
-            raise LinkLostError(
-                f"{self.host.name}: the connection broke ({type(error).__name__}: {error})".rstrip(": ")
-            ) from error
+        with self._lost(transport), self._session(transport, address, _TURN_SECONDS, window=_WINDOW) as channel:
+            self._started(channel, transport, address, shlex.join(argv))
+            channel.settimeout(silence)
+            channel.sendall(stdin)
+            channel.shutdown_write()
+            yield from pieces_of(channel, link, silence)
+            stderr = channel.recv_stderr(_CHUNK)
+            if not channel.status_event.wait(5.0):
+                raise TimeoutError("no exit status")
+            status = channel.recv_exit_status()
+            return Exchange(b"", stderr, None if status == -1 else status)
 
     def open(self) -> None:
         """Connect and log in, unless that was done."""
         self._opened()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; one that is still being made is closed when it is there, and not waited for."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.leave():
+            self._close_all()
+
+    def _close_all(self) -> None:
         self._close(None)
 
     def _close(self, broken: paramiko.Transport | None) -> None:
@@ -131,13 +200,13 @@ class SshTransport(Transport):
             _give_up(self._connection, self._link)
             self._connection = self._link = None
 
-    def _opened(self) -> tuple[paramiko.Transport, Link, Address]:
+    def _opened(self, address: Address | None = None) -> tuple[paramiko.Transport, Link, Address]:
         with self._opening:
             if self._connection is not None and not self._connection.transport.is_active():
                 _give_up(self._connection, self._link)
                 self._connection = None
             if self._connection is None:
-                self._address = resolve(self.host)
+                self._address = address or resolve(self.host)
                 self._connection, self._link = _connected(self.host, self._address, self._places)
             transport = self._connection.transport
             assert isinstance(transport, paramiko.Transport)

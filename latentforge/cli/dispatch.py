@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dispatch.places import Places
     from dispatch.planning.ask import Ask
     from dispatch.records import Record
+    from dispatch.transport.call import Transport
 
 app = typer.Typer(
     help="Plan, launch, follow and collect runs on hosts.\n\n"
@@ -64,18 +66,16 @@ def go(
     Repeating it changes nothing: what runs is followed, what finished is reported with the code that it earned.
     """
     from dispatch.following.limits import Limits
-    from dispatch.session import Session, preview
-    from dispatch.transport.open import open_transport
 
     adjust = Limits.adjuster(deadline or (), stall)
-    places, ask = _asked(pipeline, host, set_, attempt, wait, lanes=lanes, abandon=abandon, waive=waive)
-    if dry_run or _dry_run():
-        return preview(ask, places, as_json=json)
-    transport = open_transport(ask.host, places)
-    try:
+    dry_run = dry_run or _dry_run()
+    wanted = _Wanted(pipeline, host, set_, attempt, wait, lanes, abandon, waive)
+    with _asked(wanted, readonly=dry_run) as (places, ask, transport):
+        from dispatch.session import Session, preview
+
+        if dry_run:
+            return preview(ask, places, as_json=json, transport=transport)
         return Session(transport, places, json=json, adjust=adjust).go(ask, detach=detach)
-    finally:
-        transport.close()
 
 
 @app.command()
@@ -90,10 +90,11 @@ def plan(
     json: JsonOption = False,
 ) -> ExitCode:
     """Show what `go` would do, and why; nothing is created or changed anywhere."""
-    from dispatch.session import preview
+    wanted = _Wanted(pipeline, host, set_, attempt, False, lanes, abandon, waive)
+    with _asked(wanted, readonly=True) as (places, ask, transport):
+        from dispatch.session import preview
 
-    places, ask = _asked(pipeline, host, set_, attempt, False, lanes=lanes, abandon=abandon, waive=waive)
-    return preview(ask, places, as_json=json)
+        return preview(ask, places, as_json=json, transport=transport)
 
 
 @app.command()
@@ -218,32 +219,45 @@ def _places() -> tuple[Places, Inventory]:
     return places, Inventory.load(places)
 
 
-def _asked(
-    pipeline: str,
-    host: str | None,
-    overrides: list[str] | None,
-    attempt: str | None,
-    wait: bool,
-    *,
-    lanes: str | None = None,
-    abandon: bool = False,
-    waive: list[str] | None = None,
-) -> tuple[Places, Ask]:
+class _Wanted(NamedTuple):
+    """The words of `go` and `plan` that say what is asked of which host."""
+
+    pipeline: str
+    host: str | None
+    overrides: list[str] | None
+    attempt: str | None
+    wait: bool
+    lanes: str | None
+    abandon: bool
+    waive: list[str] | None
+
+    def of(self, where: Host, lanes: Sequence[str] = ()) -> Ask:
+        """The request to one host."""
+        words = (self.overrides, self.attempt, self.wait)
+        return _asked_of(self.pipeline, where, *words, env=os.environ, lanes=lanes, waive=self.waive)
+
+
+@contextlib.contextmanager
+def _asked(wanted: _Wanted, *, readonly: bool) -> Iterator[tuple[Places, Ask, Transport]]:
+    """What is asked, and a transport to the host of whom; closed in the end."""
+    from dispatch.transport.open import open_transport
     from latentforge.errors import RefusedError
 
-    if attempt not in (None, "next"):
-        raise RefusedError(f"--attempt {attempt!r} is not known", next="--attempt next")
-    if abandon and lanes is None:
+    if wanted.attempt not in (None, "next"):
+        raise RefusedError(f"--attempt {wanted.attempt!r} is not known", next="--attempt next")
+    if wanted.abandon and wanted.lanes is None:
         raise RefusedError("--abandon says that a lane may be left behind, and there are no --lanes")
     places, inventory = _places()
-    if lanes is None:
-        where = inventory.choose(host, os.environ)
-        return places, _asked_of(pipeline, where, overrides, attempt, wait, env=os.environ, waive=waive)
-
-    def ask_for(one: Host, names: Sequence[str]) -> Ask:
-        return _asked_of(pipeline, one, overrides, attempt, wait, env=os.environ, lanes=names, waive=waive)
-
-    return places, dispatch_hosts.lane_ask(ask_for, lanes, host, places, inventory, abandon=abandon)
+    if wanted.lanes is None:
+        where = inventory.choose(wanted.host, os.environ)
+        transport = open_transport(where, places, readonly=readonly)
+        transport.ahead("probe")  # the host starts our agent while the rest is imported and the request is made
+        with contextlib.closing(transport):
+            yield places, wanted.of(where), transport
+        return
+    ask = dispatch_hosts.lane_ask(wanted.of, wanted.lanes, wanted.host, places, inventory, abandon=wanted.abandon)
+    with contextlib.closing(open_transport(ask.host, places, readonly=readonly)) as transport:
+        yield places, ask, transport
 
 
 def _asked_of(
