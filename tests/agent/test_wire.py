@@ -165,6 +165,23 @@ def test_the_installed_file_answers_when_it_is_run_directly(host: AgentHost) -> 
     assert frame.document["agent"] == agent_package.agent_sha256()
 
 
+def test_a_probe_reads_none_of_what_runs_jobs_or_speaks_http() -> None:
+    """Every plan starts the agent anew and compiles what it imports."""
+    line = agent_package.bootstrap_argv(sys.executable)
+    done = subprocess.run(
+        [line[0], "-X", "importtime", *line[1:]],
+        input=agent_package.carried("probe") + protocol.encode_request("probe", args={"preflight": {"groups": []}}),
+        capture_output=True,
+        check=True,
+    )
+    frame = protocol.find_frame(done.stdout)
+    assert frame is not None
+    assert frame.document["ok"], frame.document
+    read = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}
+    assert "latentforge_agent.preflight" in read
+    assert not read & {"latentforge_agent.job", "latentforge_agent.preflight_actions", "http.client", "ssl", "email"}
+
+
 def test_an_old_python_is_answered_not_crashed() -> None:
     old = "import sys;sys.version_info=(3,8,2,chr(97),0);" + agent_package.BOOTSTRAP
     done = subprocess.run(
@@ -236,7 +253,7 @@ def test_a_damaged_beginning_is_dropped_and_everything_is_sent_again(host: Agent
     sha256 = hashlib.sha256(data).hexdigest()
     host.root.create()
     part = host.root.cas / f".part-{sha256}-1-aa"
-    part.write_bytes(b"x" + data[1:1000])
+    part.write_bytes(bytes([data[0] ^ 1]) + data[1:1000])
     told = host.frame("put", {"sha256": sha256, "offset": 1000}, data[1000:]).document["result"]
     assert (told["stored"], told["there"]) == (False, False)
     assert list(host.root.cas.iterdir()) == []
