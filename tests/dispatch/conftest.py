@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -219,6 +220,46 @@ def asked_verbs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(Transport, name, ask)
     return sent
+
+
+@dataclass
+class Aside:
+    """A dispatch in a thread of its own, whose last run has begun."""
+
+    run: str
+    copy: Path
+    """Where this laptop keeps the log of that run."""
+    ended: list[Any]
+    """What the dispatch gave or raised."""
+    thread: threading.Thread
+
+    def end(self, seconds: float = 60.0) -> Any:
+        """Wait for the dispatch; what it gave or raised."""
+        self.thread.join(seconds)
+        return self.ended[0]
+
+
+@pytest.fixture
+def aside(laptop: Laptop, jobs: Jobs, session: Callable[..., Session]) -> Callable[..., Aside]:
+    """Begins a dispatch to a host in a thread; returns once its last run was started."""
+
+    def begin(host: Host, request: Ask, *, patience: float | None = None) -> Aside:
+        dispatch, ended = session(host), []
+        if patience is not None:
+            dispatch.follower.patience = patience
+
+        def go() -> None:
+            try:
+                ended.append(dispatch.go(request))
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=go)
+        thread.start()
+        run = eventually(lambda: [one for one in jobs.starts() if one.startswith("distill-")], "it starts", 60.0)[0]
+        return Aside(run, laptop.places.followed(host.name, run) / "launch.log", ended, thread)
+
+    return begin
 
 
 @dataclass

@@ -6,7 +6,6 @@ import getpass
 import shlex
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -260,7 +259,7 @@ def test_a_connection_cut_while_following_resumes_with_no_byte_lost_or_doubled(
     enrolled: Make,
     ask: Make,
     jobs: Any,
-    session: Make,
+    aside: Make,
     built: Make,
     eventually: Make,
     tmp_path: Path,
@@ -272,20 +271,15 @@ def test_a_connection_cut_while_following_resumes_with_no_byte_lost_or_doubled(
     built(host, request)
     jobs.how |= {"steps": 3000, "noise": True}
     jobs.hold_at(2000)
-    dispatch = session(host)
-    codes: list[ExitCode] = []
-    thread = threading.Thread(target=lambda: codes.append(dispatch.go(request)))
-    thread.start()
-    run = eventually(lambda: next((one for one in jobs.starts() if one.startswith("distill-")), None), "it starts")
-    copy = laptop.places.followed("box", run) / "launch.log"
+    going = aside(host, request)
+    run, copy = going.run, going.copy
     eventually(lambda: copy.exists() and copy.stat().st_size > 1000, "it is followed")
     assert server.cut() >= 1
     size = copy.stat().st_size
     jobs.open()
     eventually(lambda: server.logins() >= 3 and copy.stat().st_size > size, "it is followed again")
     server.cut()
-    thread.join(60)
-    assert codes == [ExitCode.PASS]
+    assert going.end() is ExitCode.PASS
     for name in ("launch.log", "events.jsonl"):
         on_host = (tmp_path / "remote/runs" / run / name).read_bytes()
         assert (laptop.places.followed("box", run) / name).read_bytes() == on_host
@@ -299,13 +293,12 @@ def test_a_connection_cut_while_following_resumes_with_no_byte_lost_or_doubled(
 
 def test_a_host_that_stays_away_ends_as_unknown_and_the_run_goes_on(
     sshd_at: Make,
-    laptop: Any,
     enrolled: Make,
     ask: Make,
     jobs: Any,
+    aside: Make,
     session: Make,
     built: Make,
-    eventually: Make,
     tmp_path: Path,
 ) -> None:
     from latentforge.errors import UnknownOutcomeError
@@ -315,27 +308,15 @@ def test_a_host_that_stays_away_ends_as_unknown_and_the_run_goes_on(
     request = ask(host)
     built(host, request)
     jobs.hold_at(5)
-    dispatch = session(host)
-    dispatch.follower.patience = 1.0
-    raised: list[BaseException] = []
-
-    def go() -> None:
-        try:
-            dispatch.go(request)
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    run = eventually(lambda: next((one for one in jobs.starts() if one.startswith("distill-")), None), "it starts")
+    going = aside(host, request, patience=1.0)
     server.stop()
-    thread.join(60)
-    assert isinstance(raised[0], UnknownOutcomeError)
-    assert raised[0].code is ExitCode.UNKNOWN
-    assert raised[0].next == f"latentforge dispatch watch {run}"
+    lost = going.end()
+    assert isinstance(lost, UnknownOutcomeError)
+    assert lost.code is ExitCode.UNKNOWN
+    assert lost.next == f"latentforge dispatch watch {going.run}"
     jobs.open()
     server.start()
-    assert session(host).watch(run, [run], {"digest": "x"}) is ExitCode.PASS
+    assert session(host).watch(going.run, [going.run], {"digest": "x"}) is ExitCode.PASS
 
 
 def test_a_server_that_stops_answering_is_noticed_within_the_call_s_deadline(

@@ -213,7 +213,7 @@ def test_following_goes_on_at_its_byte_after_a_cut_and_after_a_restart_of_the_se
     ask: Make,
     built: Make,
     jobs: Any,
-    session: Make,
+    aside: Make,
     eventually: Make,
     laptop: Any,
     tmp_path: Path,
@@ -227,12 +227,8 @@ def test_following_goes_on_at_its_byte_after_a_cut_and_after_a_restart_of_the_se
     built(host, request)
     jobs.how |= {"steps": 400, "noise": True}
     jobs.hold_at(200)
-    codes: list[ExitCode] = []
-    dispatch = session(host)
-    thread = threading.Thread(target=lambda: codes.append(dispatch.go(request)))
-    thread.start()
-    run = eventually(lambda: next((one for one in jobs.starts() if one.startswith("distill-")), None), "it starts", 60)
-    copy = laptop.places.followed("box", run) / "launch.log"
+    going = aside(host, request)
+    run, copy = going.run, going.copy
     eventually(lambda: copy.exists() and b"step 199/400" in copy.read_bytes(), "it is followed")
     link.cut()
     jobs.open()
@@ -243,8 +239,7 @@ def test_following_goes_on_at_its_byte_after_a_cut_and_after_a_restart_of_the_se
     link.restore()
     time.sleep(away)  # the fault itself: a server that is away for a while
     server.start()
-    thread.join(90)
-    assert codes == [ExitCode.PASS]
+    assert going.end(90) is ExitCode.PASS
     for name in ("launch.log", "events.jsonl"):
         assert (laptop.places.followed("box", run) / name).read_bytes() == (remote / name).read_bytes()
     assert len(jobs.starts()) == 4

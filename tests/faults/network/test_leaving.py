@@ -175,27 +175,20 @@ def test_a_command_killed_while_it_sends_the_code_leaves_no_file_under_its_name(
 
 @pytest.mark.fault(row=5)
 def test_jobs_outlive_the_kill_of_every_process_that_serves_a_connection(
-    sshd_here: Make, trusted: Make, ask: Make, built: Make, jobs: Any, session: Make, eventually: Make, laptop: Any
+    sshd_here: Make, trusted: Make, ask: Make, built: Make, jobs: Any, aside: Make, eventually: Make
 ) -> None:
-    import threading
-
     server = sshd_here()
     host = trusted(server)
     request = ask(host)
     built(host, request)
     jobs.hold_at(5)
-    codes: list[ExitCode] = []
-    dispatch = session(host)
-    thread = threading.Thread(target=lambda: codes.append(dispatch.go(request)))
-    thread.start()
-    run = eventually(lambda: next((one for one in jobs.starts() if one.startswith("distill-")), None), "it starts", 60)
-    copy = laptop.places.followed("box", run) / "launch.log"
+    going = aside(host, request)
+    run, copy = going.run, going.copy
     eventually(lambda: copy.exists() and b"step 4/" in copy.read_bytes(), "it is followed")
     supervisor = json.loads((Path(host.root or "") / "runs" / run / "supervisor.json").read_text())["pid"]
     for _ in range(3):
         eventually(server.cut, "it is connected, and cut")  # what was killed last may be listed for a moment yet
     os.kill(supervisor, 0)
     jobs.open()
-    thread.join(60)
-    assert codes == [ExitCode.PASS]
+    assert going.end() is ExitCode.PASS
     once(jobs)
