@@ -114,7 +114,7 @@ def test_the_agent_carried_in_over_stdin_leaves_nothing_behind(host: AgentHost, 
     assert host.frame("probe", asked).document["result"]["root_exists"] is False
     host.frame("status", {"runs": [none]})
     host.frame("read", {"run": none, "streams": {"launch.log": None}, "max": 10, "wait": 0})
-    with pytest.raises(Refusal, match="absent"):
+    with pytest.raises(Refusal, match="is not on this host"):
         host.frame("collect", {"run": none})
     with pytest.raises(Refusal, match="cannot be read"):
         host.frame("fetch", {"run": none, "path": "launch.log"})
