@@ -90,7 +90,7 @@ class Collection:
                 self._start("platform", host.platform),
                 self._start("tenants", lambda: preflight_tenants.tenants(self._root)),
                 self._start("capabilities", lambda: preflight_stack.capabilities(self._interpreter)),
-                self._start("models", lambda: {path: preflight_stack.model(path) for path in self._models}),
+                self._start("models", lambda: {path: preflight_stack.model(path, self._root) for path in self._models}),
             ],
             deadline,
         )

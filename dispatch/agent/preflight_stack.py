@@ -12,6 +12,7 @@ from . import bounded
 from .durable import read_json
 from .paths import NAME, Root, expand
 from .protocol import AgentError
+from .pulling import MODEL
 
 _PTX = """.version 8.8
 .target sm_121a
@@ -148,10 +149,14 @@ def _mentions(path: Path, needle: bytes) -> bool | None:
         return None
 
 
-def model(path: str) -> dict[str, Any]:
-    """A model folder's `config.json` and the size of its weights, nothing hashed; `reason` where there is no model."""
+def model(path: str, root: Root) -> dict[str, Any]:
+    """A model's `config.json` and the size of its weights, nothing hashed; `reason` where there is no model.
+
+    `path` is a folder, or the name of a pulled model as a pipeline has it (repository@commit).
+    """
     try:
-        folder = expand(path, "model")
+        name = path.replace("/", "--")
+        folder = root.models / name / "files" if MODEL.fullmatch(name) else expand(path, "model")
         config = json.loads((folder / "config.json").read_bytes())
         weights = sum(one.stat().st_size for one in folder.iterdir() if one.suffix in _WEIGHTS)
     except AgentError as error:

@@ -37,6 +37,8 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
     planned = pipeline_runs(ask.spec, digests=digests, code=ask.code, lock=ask.lock)
     names = BuildNames.of(ask) if ask.bundle is not None else None
     facts = _probe(transport, ask, planned, names).model_copy(update={"paths": paths})
+    if models is not None:
+        facts = models.with_shapes(facts)
     build = warmup = None
     runs = choose(planned, facts, attempt_next=False)
     if names is not None:

@@ -158,6 +158,8 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
             terms.append(Term("build", _BUILT[0] + 2 * ask.bundle.size))
             inodes += _BUILT[1]
             compiles = True
+    if missing := sum(found.bytes or 0 for found in facts.paths.values() if found.absent and found.ok):
+        terms.append(Term("models", missing))
     tokens = _tokens(ask, facts)
     terms.append(Term("data", 4 * tokens))
     if spec.teacher.model is None and models.teacher is not None:

@@ -21,6 +21,7 @@ from dispatch.preflight.judge import judge
 from dispatch.preflight.show import render
 from dispatch.transport.open import open_transport
 from latentforge.errors import LatentForgeError
+from latentforge.spec.pipeline import external_paths
 from latentforge.verdicts import ExitCode
 
 
@@ -76,6 +77,10 @@ def preflight(host: Host, places: Places, wanted: Wanted) -> Answer:
             facts = facts_of(transport, "preflight", args, timeout=seconds_for(asked))
         finally:
             transport.close()
+        if ask is not None and any("@" in one.path for one in external_paths(ask.spec)):
+            from dispatch.pulling.pipeline import shapes_at_hub  # what speaks to hubs is slow to import
+
+            facts = shapes_at_hub(external_paths(ask.spec), facts)
         named = wanted.only | wanted.also
         report = judge(facts, ask or host, asked=named)
         if wanted.only:

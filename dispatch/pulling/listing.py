@@ -9,7 +9,7 @@ import re
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -50,8 +50,21 @@ class Listing:
     files: tuple[ModelFile, ...]
     left_out: int = 0
     left_out_bytes: int = 0
-    vocab_size: int | None = None
-    """As its config.json says, where that was read."""
+    config: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    """Its config.json, where that was read."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """As its config.json says."""
+        config = self.config or {}
+        inner = config.get("text_config")
+        found = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+        return found if isinstance(found, int) else None
+
+    @property
+    def weights(self) -> int:
+        """The size of its weights."""
+        return sum(file.bytes for file in self.files if file.path.endswith(".safetensors"))
 
     @property
     def size(self) -> int:
@@ -164,7 +177,7 @@ class Catalogue:
                 next="take a revision whose weights are safetensors",
             )
         files.sort(key=lambda one: one.path.encode("utf-8", "surrogatepass"))
-        return checked(Listing(ref, tuple(files), others, other_bytes, _vocab_size(self._config)))
+        return checked(Listing(ref, tuple(files), others, other_bytes, _object(self._config)))
 
     def _digest_of_small(self, ref: ModelRef, path: str, size: int, oid: str) -> str:
         """The sha256 of a file that git itself keeps, once its bytes are those of its git digest."""
@@ -231,13 +244,12 @@ class Catalogue:
             raise RefusedError(f"{self.endpoint}: {what}: {error}", next=error.next) from None
 
 
-def _vocab_size(config: bytes | None) -> int | None:
+def _object(content: bytes | None) -> dict[str, Any] | None:
     try:
-        value = json.loads(config or b"{}")
-        found = value.get("vocab_size", (value.get("text_config") or {}).get("vocab_size"))
-        return found if isinstance(found, int) else None
-    except (ValueError, AttributeError):
+        value = json.loads(content or b"null")
+    except ValueError:
         return None
+    return value if isinstance(value, dict) else None
 
 
 def checked(listing: Listing) -> Listing:

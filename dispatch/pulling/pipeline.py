@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dispatch.hosts.facts import HostFacts, PathFact
 from dispatch.hosts.inventory import Host
+from dispatch.preflight.facts import Model
 from dispatch.pulling.listing import Catalogue, endpoint_of
 from dispatch.pulling.pull import PullChoice, Source, choose_pull, keep, probe_models
 from dispatch.pulling.refs import ModelRef, model_ref
@@ -56,6 +57,7 @@ class PipelineModels:
                 listing = source.listing
                 paths[word] = PathFact(
                     ok=True,
+                    absent=True,
                     sha256=listing.tree_sha256,
                     files=len(listing.files),
                     bytes=listing.size,
@@ -63,6 +65,15 @@ class PipelineModels:
                     tokenizer=any(file.path == "tokenizer.json" for file in listing.files),
                 )
         return paths
+
+    def with_shapes(self, facts: HostFacts) -> HostFacts:
+        """The facts with what the hub says of models that are not there yet: memory is judged before a byte moves."""
+        if facts.preflight is None or not self.sources:
+            return facts
+        listed = {word: source.listing for word, source in self.sources.items()}
+        known = {word: Model(config=one.config, bytes=one.weights) for word, one in listed.items() if one.config}
+        preflight = facts.preflight.model_copy(update={"models": {**facts.preflight.models, **known}})
+        return facts.model_copy(update={"preflight": preflight})
 
     def _listed(self, ref: ModelRef) -> Source:
         endpoint = endpoint_of(os.environ)
@@ -89,6 +100,19 @@ class PipelineModels:
             else:
                 chosen[word] = keep(ref, facts.models[ref.folder])
         return tuple(chosen.values())
+
+
+def shapes_at_hub(wanted: Iterable[ExternalPath], facts: HostFacts) -> HostFacts:
+    """The facts of a preflight with the shapes of pinned models that the host has not; unknown where no hub answers."""
+    models, known = PipelineModels.of(tuple(wanted)), facts.preflight.models if facts.preflight is not None else {}
+    for word, ref in models.refs.items():
+        if word in known and known[word].config is None:
+            endpoint = endpoint_of(os.environ)
+            try:
+                models.sources[word] = Source(Catalogue(endpoint, wait=0.1).files_of(ref), endpoint=endpoint)
+            except LatentForgeError:
+                continue
+    return models.with_shapes(facts)
 
 
 def check_pinned(name: str, path: str, host: Host) -> bool:

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from dispatch.planning.survey import survey
+from dispatch.preflight.need import Models
+from dispatch.preflight.run import Wanted, preflight
 from dispatch.session import preview
+from dispatch.transport.open import open_transport
 from latentforge.errors import RefusedError
 from latentforge.evidence.digests import tree_sha256
 from latentforge.verdicts import ExitCode
@@ -106,3 +110,37 @@ def test_a_model_that_was_touched_is_mended_before_the_next_run_takes_it(
     assert "config.json was changed since it was verified" in capsys.readouterr().out
     assert (folder / "config.json").read_bytes() == hub.files["config.json"]
     assert not hub.asked_for("model.safetensors"), "only what is wrong comes again"
+
+
+def test_the_memory_of_a_model_is_judged_before_it_is_pulled_and_the_same_after(
+    hub: Any, laptop: Any, jobs: Any, ask: Make, session: Make
+) -> None:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {**json.loads(hub.files["config.json"]), **sizes, "intermediate_size": 512, "head_dim": 64}
+    hub.files["config.json"] = json.dumps(config).encode()
+    request = ask(None, f"{FIELD}={REF}")
+
+    def shapes() -> Models:
+        transport = open_transport(request.host, laptop.places, readonly=True)
+        try:
+            return Models.of(request, survey(transport, request, laptop.places)[1])
+        finally:
+            transport.close()
+
+    before = shapes()
+    assert before.troubles == ()
+    assert before.teacher is not None
+    assert (before.teacher.hidden, before.teacher.layers) == (256, 2)
+    assert before.teacher_bytes == len(hub.files["model.safetensors"])
+    asked = Wanted(ask=lambda _host: request, only=frozenset({"memory"}))
+    told = preflight(request.host, laptop.places, asked)
+    assert told.facts is not None
+    assert Models.of(request, told.facts) == before, "preflight --for asks the hub too"
+    assert not hub.asked_for("model.safetensors")
+    assert session().go(request) is ExitCode.PASS
+    hub.asked.clear()
+    assert shapes() == before
+    told = preflight(request.host, laptop.places, asked)
+    assert told.facts is not None
+    assert Models.of(request, told.facts) == before
+    assert hub.asked == []
