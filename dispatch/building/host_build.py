@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 from pathlib import Path
@@ -35,6 +37,8 @@ def main() -> int:
             say(f"build {asked['build']} is there already")
             products(json.loads((final / ".complete.json").read_text()))
             return 0
+        if lacking := lacks():
+            raise SystemExit(f"error: this host cannot build: {lacking}")
         shutil.rmtree(work, ignore_errors=True)
         source = work / "source"
         source.mkdir(parents=True)
@@ -73,6 +77,32 @@ def main() -> int:
         products(made)
     say(f"build {asked['build']} is in place")
     return 0
+
+
+def lacks(path: str | None = None, headers: str | None = None) -> str:
+    """What a build needs and this host has not, with the command that brings it; "" where nothing is missing.
+
+    Asked before the environment is made: else gigabytes come down the line before a compiler is missed.
+    """
+    found, packages = [], []
+    if importlib.util.find_spec("ensurepip") is None:
+        found.append("Python's venv")
+        packages.append(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")
+    if os.environ.get("LATENTFORGE_NATIVE", "").lower() not in ("off", "0", "no", "false"):
+        compilers = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+        if not any(shutil.which(name, path=path) for name in compilers):
+            found.append(f"a C++ compiler ({', '.join(compilers)})")
+            packages.append("g++")
+        header = Path(headers or sysconfig.get_path("include"), "Python.h")
+        if not header.is_file():
+            found.append(f"Python's headers ({header})")
+            packages.append(f"python{sys.version_info[0]}.{sys.version_info[1]}-dev")
+    if not found:
+        return ""
+    return (
+        f"it lacks {' and '.join(found)}. "
+        f"On Debian or Ubuntu there:  sudo apt-get install {' '.join(packages)}   then the same command --attempt next"
+    )
 
 
 def compile_jobs(meminfo: str = "/proc/meminfo", cores: int | None = None) -> tuple[int, str]:

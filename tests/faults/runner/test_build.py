@@ -200,3 +200,27 @@ def test_a_bundle_that_was_damaged_on_the_host_is_dropped_and_not_unpacked(
         program.unpack(place.bundle, tmp_path / "source")
     assert not place.bundle.exists(), "else every later build would take it"
     assert not (tmp_path / "source").exists()
+
+
+def test_a_host_without_a_compiler_or_headers_is_told_so_before_anything_is_fetched(
+    program: ModuleType, host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("LATENTFORGE_NATIVE", raising=False)
+    told = program.lacks(str(tmp_path), str(tmp_path))
+    for word in ("a C++ compiler (c++, g++, clang++)", str(tmp_path / "Python.h"), "apt-get install g++ python3"):
+        assert word in told
+    assert "--attempt next" in told
+    (tmp_path / "clang++").touch(0o755)
+    (tmp_path / "Python.h").touch()
+    assert program.lacks(str(tmp_path), str(tmp_path)) == ""
+    monkeypatch.setenv("CXX", "ccache g++")
+    assert "a C++ compiler (ccache)" in program.lacks(str(tmp_path), str(tmp_path))
+    monkeypatch.setenv("LATENTFORGE_NATIVE", "OFF")
+    assert program.lacks(str(tmp_path / "none"), str(tmp_path / "none")) == ""
+    monkeypatch.setattr(program, "lacks", lambda: "it lacks a C++ compiler")
+    asked = Place(host, tmp_path / "place").asked
+    monkeypatch.setattr(sys, "argv", ["host_build.py", json.dumps(asked)])
+    with pytest.raises(SystemExit, match="error: this host cannot build: it lacks a C"):
+        program.main()
+    assert not Path(asked["venv"]).exists()
