@@ -132,6 +132,7 @@ def cancel(
     from dispatch.standing import cancel_run
     from dispatch.transport.open import open_transport
 
+    _no_preview("cancel")
     places, record, where = located(run, host)
     transport = open_transport(where, places)
     try:
@@ -158,6 +159,7 @@ def collect(
     from dispatch.transport.open import open_transport
     from latentforge.errors import RefusedError
 
+    _no_preview("collect")
     if each is not None:
         mine = [one for one in recorded(_places()[0]) if run is None or one.run.startswith(run)]
         return dispatch_hosts.collect_each(each, host, mine, as_json=json)
@@ -195,6 +197,7 @@ def enrol(
     """Trust a host: fetch its keys, show their fingerprints, pin them, and try to log in."""
     from dispatch.hosts.enrol import enrol as do_enrol
 
+    _no_preview("enrol")
     places, inventory = _places()
     given = {"address": address, "user": user, "port": port, "identity": identity, "root": root, "python": python}
     given |= {"lock": lock, "gb10": gb10}
@@ -319,6 +322,17 @@ def _dry_run() -> bool:
     if value not in ("", "0", "1"):
         raise RefusedError(f"DRY_RUN={value!r} is neither 0 nor 1 (environment variable)")
     return value == "1"
+
+
+def _no_preview(command: str) -> None:
+    """Refuse, where a dry run is asked for, a command that has none: it would do what it says."""
+    from latentforge.errors import RefusedError
+
+    if _dry_run():
+        raise RefusedError(
+            f"{command} has no preview, and DRY_RUN=1 is set (environment variable); nothing was done",
+            next=f"to do it:  DRY_RUN=0 latentforge dispatch {command} …",
+        )
 
 
 dispatch_hosts.add_to(app)
