@@ -81,6 +81,11 @@ def _show(host: Host, address: Address, keys: Sequence[paramiko.PKey], known: se
     for key in keys:
         mark = "  (pinned)" if fingerprint(key) in known else ""
         print(f"  {short_type(key.get_name()):<8} {fingerprint(key)}{mark}")
+    gone = [old for old in host.keys if old.sha256 not in {fingerprint(key) for key in keys}]
+    if gone:
+        print("and does not offer what is pinned")
+    for one in gone:
+        print(f"  {short_type(one.type):<8} {one.sha256}  ({one.date}, enrolled by you)")
 
 
 def _confirm(name: str) -> None:

@@ -102,6 +102,9 @@ def results_table(results: Mapping[str, HostResult[Any]], row: Callable[[Any], s
                 for number, line in enumerate(row(one.value).splitlines() or [""])
             ]
             continue
-        lines.append(f"{host:<{width}}  error: {str(one.error).splitlines()[0]}")
-        lines += [f"{'':<{width}}    next: {line}" for line in (one.error.next or "").splitlines()[:1]]
+        first, *more = str(one.error).splitlines() or [""]
+        lines += [f"{host:<{width}}  error: {first}", *(f"{'':<{width}}  {line}" for line in more)]
+        follow, *others = (one.error.next or "").splitlines() or [""]
+        lines += [f"{'':<{width}}    next: {follow}"] if follow else []
+        lines += [f"{'':<{width}}          {line}" for line in others]
     return lines

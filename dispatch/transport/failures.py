@@ -77,7 +77,8 @@ def stuck_shell(host: Host, address: Address, said: bytes, seconds: float) -> Li
         "shell noise",
         f"{host.name}: logged in, but within {seconds:.0f} s the login shell did not come to run the agent; "
         f"it said: {told(said)}",
-        next=f"{_ssh(address)} true   must end at once; look for what waits (`read`, `sleep`, a menu) in its rc files",
+        next=f"{_ssh(address)} true   must end at once; look for what waits (`read`, `sleep`, a menu) in its rc files; "
+        "or is the machine too busy to start a program?",
     )
 
 

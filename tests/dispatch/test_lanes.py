@@ -14,6 +14,7 @@ import pytest
 from dispatch.hosts.facts import RunState
 from dispatch.hosts.inventory import Host, Inventory
 from dispatch.lanes.choose import LaneSeen, choose_lane
+from dispatch.lanes.each import HostResult, results_table
 from dispatch.lanes.names import several
 from dispatch.places import Places
 from dispatch.planning.choice import ChosenRun
@@ -266,3 +267,16 @@ def test_a_lane_that_is_away_is_passed_over_only_where_the_operator_says_so(
     assert "lane       keep    b of gone, b: first that is fit; gone: unreachable: gone" in done.stdout
     assert f"abandoned, though it may have {last}" in done.stdout
     assert "go tiny --lanes gone,b --abandon" in done.stdout
+
+
+def test_a_host_s_error_is_told_whole_in_the_table_of_many() -> None:
+    error = TransportError("host key of b changed\n  pinned   X\n  offered  Y", next="this\nor that")
+    found = {"b": HostResult("b", None, error, 0.1), "long": HostResult("long", "fine", None, 0.1)}
+    assert results_table(found, str) == [
+        "b     error: host key of b changed",
+        "        pinned   X",
+        "        offered  Y",
+        "        next: this",
+        "              or that",
+        "long  fine",
+    ]

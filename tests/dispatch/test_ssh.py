@@ -105,8 +105,13 @@ def test_a_changed_host_key_is_refused_before_anything_is_sent(sshd_at: Make, la
     said = server.log.read_text()
     for word in ("Accepted", "Failed", "publickey", getpass.getuser() + " "):
         assert word not in said, said
-    assert laptop.cli("enrol", "box", "--yes").returncode == 6
-    assert laptop.cli("enrol", "box", "--yes", "--replace").returncode == 0
+    done = laptop.cli("enrol", "box", "--yes")
+    assert done.returncode == 6
+    assert pinned in done.stderr
+    assert offered in done.stderr
+    done = laptop.cli("enrol", "box", "--yes", "--replace")
+    assert done.returncode == 0
+    assert f"and does not offer what is pinned\n  ED25519  {pinned}" in done.stdout
 
 
 def test_a_key_that_was_never_pinned_is_refused_before_anything_is_sent(shared_sshd: Any, laptop: Any) -> None:
