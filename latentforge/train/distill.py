@@ -12,7 +12,7 @@ import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
-from latentforge.errors import FailedError, RefusedError
+from latentforge.errors import FailedError
 from latentforge.events import EventLog, read_events
 from latentforge.spec.canary import CANARY
 from latentforge.spec.run import RunDir
@@ -31,6 +31,7 @@ from latentforge.train.assembly import (
     targets_function,
     values_in_force,
 )
+from latentforge.train.canary import require_canary
 from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.falsifiers import SAME_KL, judge
 from latentforge.train.flops import training_flops
@@ -79,11 +80,8 @@ def run(run: RunDir, log: EventLog) -> None:
             same = check_unlike(teacher, run.input_path("student_init"), profile=profile)
             if same:
                 log.warning(same)
-        if profile == "full" and CANARY not in spec.require and not run.has_input("canary"):
-            raise RefusedError(
-                f"{run.run} is a full run without a canary",
-                next="plan it as a pipeline:  latentforge dispatch go PIPELINE",
-            )
+        if profile == "full" and CANARY not in spec.require:
+            require_canary(run, identity)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         job = Job(run, log, spec, data, order, targets_function(source, spec, data), device, kernel)
         trainer = make_trainer(job, start, kd_weight=spec.kd_weight, ce_weight=spec.ce_weight)
