@@ -271,6 +271,8 @@ class Sshd:
     address: str = "127.0.0.1"
     options: str = ""
     """Lines of sshd_config that go first, and so win."""
+    env: dict[str, str] = field(default_factory=dict)
+    """The environment of its sessions, beside an empty HOME: no test is steered, or slowed, by this user's rc files."""
     prefix: tuple[str, ...] = ()
     """The command that starts the server in another namespace."""
     process: subprocess.Popen[bytes] | None = None
@@ -278,6 +280,10 @@ class Sshd:
     @property
     def key(self) -> Path:
         return self.folder / "user_key"
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
 
     @property
     def log(self) -> Path:
@@ -301,9 +307,11 @@ class Sshd:
     def start(self) -> None:
         """Start listening; returns when connections are accepted."""
         config = self.folder / "sshd_config"
+        self.home.mkdir(exist_ok=True)
+        env = " ".join(f'"{name}={value}"' for name, value in ({"HOME": str(self.home)} | self.env).items())
         keys = "".join(f"HostKey {path}\n" for path in sorted(self.folder.glob("host_*")) if path.suffix != ".pub")
         config.write_text(
-            f"{self.options}\nPort {self.port}\nListenAddress {self.address}\n{keys}"
+            f"{self.options}\nSetEnv {env}\nPort {self.port}\nListenAddress {self.address}\n{keys}"
             f"AuthorizedKeysFile {self.folder}/authorized_keys\n"
             "UsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             f"PidFile none\nLogLevel VERBOSE\nPermitRootLogin yes\n"
@@ -374,8 +382,8 @@ def sshd_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # its privilege separation folder
     made: list[Sshd] = []
 
-    def make(options: str = "") -> Sshd:
-        server = Sshd(tmp_path_factory.mktemp("sshd"), free_port(), options=options)
+    def make(**env: str) -> Sshd:
+        server = Sshd(tmp_path_factory.mktemp("sshd"), free_port(), env=env)
         made.append(server)
         server.prepare()
         server.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -26,7 +27,11 @@ def line(sshd_at: Any, checkout: Path, tmp_path_factory: pytest.TempPathFactory)
     """
     import getpass
 
-    server = sshd_at("SetEnv LATENTFORGE_CUDA=OFF")
+    server = sshd_at(LATENTFORGE_CUDA="OFF")
+    for name in (".config/pip", ".pip", ".cache/pip"):  # how this machine reaches its package index
+        if (there := Path(pwd.getpwuid(os.geteuid()).pw_dir, name)).exists():
+            (server.home / name).parent.mkdir(exist_ok=True)
+            (server.home / name).symlink_to(there)
     home = tmp_path_factory.mktemp("operator")
     env = {**os.environ, "XDG_STATE_HOME": str(home / "state"), "XDG_CONFIG_HOME": str(home / "config")}
     env |= {"EVIDENCE_DIR": str(home / "runs"), "PYTHONDONTWRITEBYTECODE": "1"}

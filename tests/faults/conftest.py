@@ -258,8 +258,9 @@ def sshd_here(tmp_path: Path, sshd_at: Callable[[], Any]) -> Iterator[Callable[.
         if wire is not None:
             server.address, server.port, server.prefix = wire.host, 22, wire.prefix
         if shell is not None or home is not None:
-            home = home or folder / "home"
+            home = home or server.home
             home.mkdir(exist_ok=True)
+            server.env["HOME"] = str(home)
             server.prefix = (*server.prefix, *login_as(folder, shell or "/bin/bash", home))
         made.append(server)
         server.prepare()
