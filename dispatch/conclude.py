@@ -15,7 +15,7 @@ from dispatch.hosts.facts import RunState
 from dispatch.places import Places
 from dispatch.transport.call import Transport
 from latentforge.errors import FailedError
-from latentforge.events import read_events
+from latentforge.events import sift_events
 from latentforge.evidence.ledger import LEDGER, read_chain
 from latentforge.evidence.manifest import record
 from latentforge.evidence.statement import MANIFEST, build_statement
@@ -82,14 +82,17 @@ def conclude(
     watched = watched or judge_copy(folder, run, state)
     watched.save(followed)
     problems = [f"{problem.what}  {problem.text}" for problem in verification.problems]
-    events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
+    events, broken = sift_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else ([], [])
     # An event that names another run is no word of this one's.
     verdicts = [said for event in events if event.run == run and (said := verdict_of(event)) is not None]
     codes = [earned, watched.code]
     if verification.outcome is not Outcome.PASS:
         codes.append(exit_code(verification.outcome))
-    if verdicts and earned is ExitCode.PASS:
-        # A trainer that ends with 0 beside a failed falsifier of its own is not believed.
+    if broken:
+        problems.append(f"events.jsonl  line {broken[0]} is no event, nor are {len(broken) - 1} others")
+        codes.append(ExitCode.UNKNOWN)
+    if earned is ExitCode.PASS and (verdicts or run.startswith("distill-")):
+        # A trainer that ends with 0 beside a failed falsifier of its own, or without a word of any, is not believed.
         codes.append(exit_code(meet(verdict.outcome for verdict in verdicts)))
     verdicts += watched.verdicts
     ends = [event.fields.get("reason") for event in events if event.kind == "end"]

@@ -32,9 +32,10 @@ class Beats:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def feed(self, beat: Mapping[str, Any] | None) -> None:
-        """Take a state's beat in."""
-        if beat and _number(beat.get("clock")) is not None and (not self._seen or beat["clock"] > self.last["clock"]):
+    def feed(self, beat: Mapping[str, Any] | None, clock: float) -> None:
+        """Take a state's beat in, as the host's clock stands; one that is yet to come is no beat."""
+        at = _number((beat or {}).get("clock"))
+        if beat and at is not None and at <= clock and (not self._seen or at > self.last["clock"]):
             self._seen.append(dict(beat))
 
     @property

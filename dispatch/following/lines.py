@@ -11,7 +11,8 @@ from typing import Self
 
 LINE_CAP = 64 * 1024
 _CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # the last ones turn the reading order
+    # The last ones turn the reading order, or are halves of characters.
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     r"(?:(?<=\x1b)(?:"  # one set of characters first: the search for it is as quick as can be
     r"\[[0-?]*[ -/]*[@-~]"  # colours, cursor movements
     r"|\][^\x07\x1b\n]{0,4096}(?:\x07|\x1b\\)"  # titles, links, clipboard

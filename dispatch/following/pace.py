@@ -19,7 +19,7 @@ SMALLEST = 1e10
 def ceiling(device: Any) -> float:
     """Operations a second that the device of an effective configuration cannot exceed; generous where unknown."""
     if isinstance(device, Mapping) and device.get("type") == "cpu" and isinstance(device.get("threads"), int):
-        return CPU_THREAD * max(1, int(device["threads"]))
+        return CPU_THREAD * min(max(1, int(device["threads"])), 1 << 20)
     name = str(device.get("name", "")) if isinstance(device, Mapping) else ""
     return next((most for gpu, most in GPU.items() if gpu in name), ANY_DEVICE)
 
@@ -31,7 +31,7 @@ def too_fast(events: Sequence[Event], effective: Mapping[str, Any]) -> Remark | 
     if not steps or not isinstance(flops, Mapping):
         return None
     models = {str(event.fields.get("model")) for event in steps}
-    own = sum(float(value) for name, value in flops.items() if name in models and isinstance(value, int | float))
+    own = sum(_operations(value) for name, value in flops.items() if name in models)
     if own < SMALLEST:
         return None
     begins = [event.t for event in events if event.kind == "phase" and event.fields.get("name") == "ready"]
@@ -47,6 +47,12 @@ def too_fast(events: Sequence[Event], effective: Mapping[str, Any]) -> Remark | 
         f"allow ({needed:.3g} s at the device's peak)"
     )
     return Remark("red", "too-fast", text)
+
+
+def _operations(value: Any) -> float:
+    """A count of operations as a run states it; one that is no number, or beyond all numbers, judges nothing."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+    return float(value) if known else 0.0
 
 
 def too_slow(left: float | None, ran: float, overall: float | None) -> Remark | None:

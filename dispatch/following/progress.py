@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,8 @@ class Progress:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.started: float | None = None
+        self._seen: float | None = None
+        self._now = math.inf
         self.loaded: float | None = None
         self.ready: float | None = None
         self.first_step: float | None = None
@@ -53,16 +56,30 @@ class Progress:
         if self.started is None:
             self.started = clock
 
+    def seen(self, clock: float) -> None:
+        """Something is under way since this moment at the latest, though when the process started is not known yet."""
+        self._seen = clock
+
+    def not_after(self, clock: float) -> None:
+        """Nothing can have happened after this moment: an event that says so is of now, or no stall would ever end."""
+        self._now = clock
+        for name in ("loaded", "ready", "first_step", "last"):
+            if (at := getattr(self, name)) is not None and at > clock:
+                setattr(self, name, clock)
+        self.step_at = min(self.step_at, clock)
+        if self._intervals and max(self._intervals) > clock:  # longer than the host is up
+            self._intervals.clear()
+
     def feed(self, event: Event) -> None:
         """Take an event in."""
-        fields = event.fields
+        fields, at = event.fields, min(event.t, self._now)
         if event.kind == "phase":
-            self._phase(str(fields.get("name", "")), fields, event.t)
+            self._phase(str(fields.get("name", "")), fields, at)
         elif event.kind == "step":
-            self._step(fields, event.t)
+            self._step(fields, at)
         elif event.kind in ("checkpoint", "metric", "verdict", "end"):
             self._between_steps = self._between_steps and event.kind == "checkpoint"
-            self.last = event.t
+            self.last = at
 
     def _phase(self, name: str, fields: dict[str, Any], at: float) -> None:
         state = fields.get("state")
@@ -105,9 +122,10 @@ class Progress:
 
     def overdue(self, limits: Limits, clock: float, *, told_anything: bool) -> Overdue | None:
         """What takes too long at this moment of the host's clock; None where nothing does."""
-        if self.started is None:
+        started = self._seen if self.started is None else self.started
+        if started is None:
             return None
-        started, ran = self.started, clock - self.started
+        ran = clock - started
         if limits.overall is not None and ran > limits.overall:
             where = f" at step {self.step['step']}" if "step" in self.step else ""
             text = f"still running{where} after {ran:.0f} s (deadline {limits.overall:.0f} s)"

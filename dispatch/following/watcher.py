@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ class Watcher:
         """The run's state at a moment of the host's clock."""
         self._state, self._clock = state, clock
         self._since = min(self._since, clock)
-        self.beats.feed(state.beat)
+        self.progress.not_after(clock)
+        self.beats.feed(state.beat, clock)
         if state.warning is not None and state.warning not in self._host_said:
             self._host_said.add(state.warning)
             self._remark(Remark("warning", "host", single_line(state.warning)))
         if state.state in ("running", "unsupervised") and state.seconds is not None:
             self.progress.start(clock - state.seconds)
+        elif state.state in ("starting", "finishing"):
+            self.progress.seen(self._since)
 
     def events(self, events: list[Event]) -> list[Event]:
         """Take new events in; returns those that are this run's."""
@@ -80,8 +84,8 @@ class Watcher:
                     self._remark(remark)
             elif event.kind == "checkpoint":
                 self._checkpoint(event.fields)
-            elif event.kind == "end":
-                self._end = event.fields
+            elif event.kind == "end" and (self._end is None or _code_of(self._end) == 0):
+                self._end = event.fields  # one that says otherwise than 0 is not taken back
         return mine
 
     def log(self, lines: Lines) -> Lines:
@@ -124,7 +128,7 @@ class Watcher:
 
     def _stopped(self, found: Overdue) -> WatchRecord:
         activity = self.beats.activity(found.since)
-        reason = f"{found.text}; {activity.text}"
+        reason = single_line(f"{found.text}; {activity.text}")
         return self._record(
             found.rule, ExitCode.STALLED, reason, (failed(found.rule, self.run, reason),), activity=activity.kind
         )
@@ -139,7 +143,7 @@ class Watcher:
             for late in (too_fast(mine, effective), fewer_steps(mine)):
                 if late is not None:
                     self._remark(late)
-        if state.passed and self.kind != "build" and (self._end or {}).get("code") != 0:
+        if state.passed and self.kind != "build" and _code_of(self._end) != 0:
             said = "no end event" if self._end is None else f"an end event with code {self._end.get('code')}"
             self._remark(Remark("red", "no-end", f"its process ended with 0, its events have {said}"))
         verdicts = tuple(
@@ -167,7 +171,7 @@ class Watcher:
             mismatches=tuple({"what": one.what, "line": one.line} for one in self._text.mismatches),
             uncounted_mismatches=self._text.uncounted,
             activity=activity,
-            step=self.progress.step.get("step"),
+            step=step if isinstance(step := self.progress.step.get("step"), int) else None,
             telemetry=self.beats.last if activity else {},
         )
 
@@ -180,9 +184,15 @@ class Watcher:
             self._remark(Remark("red", "small-checkpoint", f"no tensor of the checkpoint of step {step} has moved"))
 
     def _remark(self, remark: Remark) -> None:
+        remark = replace(remark, text=single_line(remark.text))  # a run's own words may stand in it
         if len(self._remarks) < _MOST_WARNINGS or remark.colour == "red":
             self._remarks.append(remark)
             self._news.append(remark)
+
+
+def _code_of(end: dict[str, Any] | None) -> int | None:
+    code = (end or {}).get("code")
+    return code if isinstance(code, int) and not isinstance(code, bool) else None
 
 
 class EventTail:

@@ -1,6 +1,6 @@
 """Events: one JSON line for each thing that a run did, and the same story as text for people and ``grep``."""
 
-from latentforge.events.event import KINDS, Event, parse_event, read_events
+from latentforge.events.event import KINDS, Event, parse_event, read_events, sift_events
 from latentforge.events.log import EventLog
 
-__all__ = ["KINDS", "Event", "EventLog", "parse_event", "read_events"]
+__all__ = ["KINDS", "Event", "EventLog", "parse_event", "read_events", "sift_events"]

@@ -10,6 +10,7 @@ from typing import Any
 from latentforge.errors import RefusedError
 
 KINDS = frozenset({"phase", "step", "metric", "checkpoint", "compile", "memory", "warning", "verdict", "end"})
+_LARGEST = 2**512  # what is reckoned with such numbers still fits a float
 _HEAD = ("seq", "t", "wall", "run", "kind")
 
 
@@ -30,15 +31,37 @@ class Event:
 
 
 def parse_event(line: str | bytes) -> Event:
-    """The event of one line; refused where the line is not one."""
+    """The event of one line; refused where the line is not one, or holds what no counter and no text can hold."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_int=_count)
+        if b"\\u" in line if isinstance(line, bytes) else "\\u" in line:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a character, which no file and no terminal takes
         seq, t, wall, run, kind = (value.pop(name) for name in _HEAD)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RefusedError(f"not an event: {_shown(line)} ({error})") from error
     if kind not in KINDS or not isinstance(seq, int) or isinstance(seq, bool) or not isinstance(t, int | float):
         raise RefusedError(f"not an event (kind {kind!r}, seq {seq!r}, t {t!r}): {_shown(line)}")
     return Event(seq, float(t), str(wall), str(run), kind, value)
+
+
+def _count(digits: str) -> int:
+    value = int(digits)
+    if abs(value) >= _LARGEST:
+        raise ValueError(f"the number {digits[:20]}… is beyond all that is counted")
+    return value
+
+
+def sift_events(path: Path) -> tuple[list[Event], list[int]]:
+    """All whole events of a file in order, and the numbers (from 1) of the whole lines that are none."""
+    events, broken = [], []
+    whole, _, _torn = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        try:
+            if line.strip():
+                events.append(parse_event(line))
+        except (RefusedError, RecursionError):
+            broken.append(number)
+    return events, broken
 
 
 def read_events(path: Path) -> list[Event]:

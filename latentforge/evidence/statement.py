@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from latentforge.errors import FailedError, RefusedError
-from latentforge.events import Event, read_events
+from latentforge.events import Event, sift_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.evidence.numbers import parse_json
@@ -122,7 +122,7 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
     effective = _json(run_dir / "effective.json") or {}
     record = _json(run_dir / "exit.json")
     _check_inventory(record, digests.get("artifacts.json"))
-    told = read_events(run_dir / "events.jsonl") if "events.jsonl" in digests else []
+    told, broken = sift_events(run_dir / "events.jsonl") if "events.jsonl" in digests else ([], [])
     events = [event for event in told if event.run == run_dir.name]  # another run's verdict is no word of this one's
     device = effective.get("device")
     return {
@@ -134,7 +134,7 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
         },
         "configuration": compare_configuration(identity.kind, identity.spec, effective),
         "verdicts": _verdicts(events),
-        "observations": [*_observations(events), *_foreign(told, run_dir.name)],
+        "observations": [*_observations(events), *_foreign(told, run_dir.name), *_broken(broken)],
         "environment": {
             name: effective[name] for name in ("versions", "device", "kernel_backend") if name in effective
         },
@@ -188,6 +188,12 @@ def _foreign(events: Iterable[Event], run: str) -> Iterable[dict[str, Any]]:
     for event in events:
         if event.run != run:
             yield {"what": "event of another run", "value": event.run, "source": f"events.jsonl seq {event.seq}"}
+
+
+def _broken(lines: Iterable[int]) -> Iterable[dict[str, Any]]:
+    """Lines of the event log that nobody can read: what they said is not known."""
+    for number in lines:
+        yield {"what": "no event", "value": None, "source": f"events.jsonl line {number}"}
 
 
 def _observations(events: Sequence[Event]) -> Iterable[dict[str, Any]]:

@@ -3,9 +3,8 @@
 Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviour>``. What it can be told:
 ``steps``; ``wait_at`` a step, or ``hang_in`` ("start", "load", "warm-up") until the file ``gate`` is there, by
 a busy loop if ``spin``, for ``patience`` seconds at most; ``losses`` and lines to ``say`` by step; ``noise``; ``fail``,
-or ``exit`` with a ``reason``;
-a ``stamp`` of the time after each step and a pause of so many seconds; ``no_end``; ``effective`` fields; raw ``forged``
-lines for its own event log; ``checkpoint`` fields at its last step.
+or ``exit`` with a ``reason``; a ``stamp`` of the time after each step and a pause of so many seconds; ``no_end``,
+``no_verdict``; ``effective`` fields; raw ``forged`` lines for its own event log; ``checkpoint`` fields at its last one.
 """
 
 import hashlib
@@ -85,7 +84,7 @@ def main() -> int:
             log.end(ExitCode(how["exit"]), reason=how.get("reason", ""))
             return int(how["exit"])
         outcome = Outcome.FAIL if how.get("fail") else Outcome.PASS
-        if run.kind == "distill":
+        if run.kind == "distill" and not how.get("no_verdict"):
             log.verdict(Verdict("F-DISTILL-SMOKE-001", outcome, "val_loss 4.0 < 5.0 at step 20", {}, run.run))
         code = ExitCode.FAIL if outcome is Outcome.FAIL else ExitCode.PASS
         if not how.get("no_end"):

@@ -53,6 +53,19 @@ def test_a_run_that_ends_is_told_as_it_ended(
     assert repeated == out
 
 
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [({"forged": ["no event"]}, "FAILED  events.jsonl  line "), ({"no_verdict": True}, "verified, unsigned")],
+    ids=["a line that nobody can read", "no falsifier said anything"],
+)
+def test_an_exit_of_0_that_is_not_the_whole_story_is_unknown_and_never_green(
+    going: Make, how: dict[str, Any], word: str
+) -> None:
+    code, out = going(**how).watch()
+    assert code is ExitCode.UNKNOWN, out
+    assert word in out
+
+
 def test_a_killed_run_is_told_as_killed(going: Make, eventually: Make) -> None:
     one = going(wait_at=7)
     pid = eventually(lambda: one.state()["pid"], "it runs")
