@@ -57,6 +57,7 @@ def _connected(address: Address) -> socket.socket:
     """A TCP connection to one of the addresses of the name, all of them together within the deadline."""
     deadline = time.monotonic() + CONNECT_SECONDS
     found = resolved(address.hostname, address.port)
+    deadline = max(deadline, time.monotonic() + 1.0)  # a name that took all of it to be found is tried all the same
     errors: list[OSError] = []
     for position, (family, where) in enumerate(found):
         left = deadline - time.monotonic()
@@ -72,7 +73,7 @@ def _connected(address: Address) -> socket.socket:
             errors.append(error)
     # A refusal says more than silence does: somebody is there.
     errors.sort(key=lambda error: not isinstance(error, ConnectionRefusedError))
-    raise errors[0]
+    raise errors[0] if errors else TimeoutError("timed out")
 
 
 def resolved(name: str, port: int) -> list[tuple[int, tuple[object, ...]]]:

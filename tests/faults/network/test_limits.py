@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from dispatch.hosts.address import Address
+from dispatch.transport import dial
 from dispatch.transport.link import LinkError
 from latentforge.verdicts import ExitCode
 
@@ -173,3 +175,10 @@ def test_a_cipher_that_is_its_own_digest_is_taken_where_the_server_has_one(
     transport = reached(trusted(sshd_here(options=f"Ciphers {offered}")))
     transport.call("probe", {})
     assert transport._connection.transport.remote_cipher == offered.split(",")[taken]
+
+
+def test_a_name_that_took_all_the_time_to_be_found_is_tried_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial, "CONNECT_SECONDS", -1.0)  # used up when the addresses are known
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = dial._connected(Address("127.0.0.1", server.getsockname()[1], "me", ()))
+        link.close()
