@@ -11,6 +11,8 @@ from typing import Any
 
 from dispatch.hosts.inventory import Host
 from dispatch.places import Places, write_atomic, writing
+from dispatch.transport.call import Transport
+from dispatch.transport.retry import call
 from latentforge.errors import RefusedError
 from latentforge.spec.identity import RUN_ID
 
@@ -96,6 +98,19 @@ def find(places: Places, prefix: str) -> Record:
         f"no run that this laptop knows begins with {prefix!r}",
         next=f"did you mean {close[0]}?" if close else "latentforge dispatch status   lists what it knows",
     )
+
+
+def find_there(transport: Transport, beginning: str) -> str:
+    """The id of the run on a host that begins so, whoever launched it; refused where none does, or several do."""
+    name = transport.host.name
+    if RUN_ID.fullmatch(beginning):
+        return beginning
+    runs = sorted(call(transport, "status", {"runs": [], "beginning": beginning}).result) if beginning else []
+    if len(runs) == 1:
+        return runs[0]
+    if runs:
+        raise RefusedError(f"{beginning!r} is the beginning of {len(runs)} runs on {name}", next="\n".join(runs[:8]))
+    raise RefusedError(f"no run on {name} begins with {beginning!r}, and none that this laptop gave to it")
 
 
 def _read(places: Places, run: str) -> Record | None:

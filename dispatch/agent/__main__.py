@@ -133,8 +133,10 @@ def _status(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Re
     from .protocol import Reply
     from .state import derive
 
-    runs = args.texts("runs")
+    runs, beginning = args.texts("runs"), args.optional_text("beginning")
     args.done()
+    if beginning is not None:
+        runs += [one.id for one in root.runs_present() if one.id.startswith(beginning)]
     return Reply({run: derive(root.run(run)) for run in runs})
 
 

@@ -291,13 +291,18 @@ def _asked_of(
 
 
 def located(run: str, host: str | None) -> tuple[Places, Record, Host]:
-    """The record of a run and the host that holds it; with ``--host`` a full id needs no record."""
-    from dispatch.records import Record, find
-    from latentforge.spec.identity import RUN_ID
+    """The record of a run and the host that holds it; with ``--host`` no record is needed: the host knows its runs."""
+    from dispatch.records import Record, find, find_there, recorded
+    from dispatch.transport.open import open_transport
 
     places, inventory = _places()
-    if host is not None and RUN_ID.fullmatch(run) and not places.record(run).is_file():
+    if host is not None and not any(one.run.startswith(run) for one in recorded(places)):
         where = inventory.choose(host, os.environ)
+        transport = open_transport(where, places, readonly=True)
+        try:
+            run = find_there(transport, run)
+        finally:
+            transport.close()
         return places, Record(run, where.name, where.root, where.user, (run,), "", "", ""), where
     record = find(places, run)
     return places, record, record.at_host(inventory.get(host or record.host))

@@ -40,7 +40,7 @@ def watch(
     In a pipe these are the run's own lines (of several, each with its run before it), so that
     `latentforge dispatch watch RUN | grep F-DISTILL` prints the verdict and ends. Ends by itself with 4 where a run
     makes no step, misses a deadline or writes no log; the run is left alone, and the command that stops it is shown.
-    With --host and a full id no record of this laptop is needed.
+    With --host no record of this laptop is needed: the host knows its runs, also by the beginnings of their ids.
     """
     from dispatch.following.limits import Limits
     from dispatch.session import Session

@@ -66,8 +66,17 @@ def test_another_laptop_attaches_with_the_host_alone_and_sees_all_of_it(
     assert asked.returncode == 2
     assert "--host HOST" in asked.stderr
     jobs.open()
+    strange = [*WATCH, "distill-fffffffffffff", "--host", "box"]
+    asked = subprocess.run(strange, cwd=other / "work", env=env, capture_output=True, text=True, check=False)
+    assert asked.returncode == 2
+    assert "no run on box begins with" in asked.stderr
     done = subprocess.run(
-        [*WATCH, one.run, "--host", "box"], cwd=other / "work", env=env, capture_output=True, text=True, check=False
+        [*WATCH, one.run[:14], "--host", "box"],
+        cwd=other / "work",
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
