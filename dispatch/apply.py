@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dispatch.building.build import BuildChoice, build_program
@@ -15,17 +15,17 @@ from dispatch.hosts.facts import HostFacts, RunState
 from dispatch.places import Places
 from dispatch.planning.applied import keep_applied
 from dispatch.planning.ask import Ask
-from dispatch.planning.choice import ChosenRun, told_end
+from dispatch.planning.choice import ChosenRun
 from dispatch.planning.plan import Plan
 from dispatch.planning.runner import choose_runner
 from dispatch.planning.secrets import values
 from dispatch.planning.survey import survey
+from dispatch.preparing import Preparation, finish, start
 from dispatch.records import remember
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from dispatch.transport.sending import send
-from latentforge.errors import BusyError, CrashedError, FailedError, LatentForgeError, RefusedError
-from latentforge.verdicts import ExitCode
+from latentforge.errors import BusyError, LatentForgeError, RefusedError
 
 # A change of judgement that takes nothing away from what was shown: somebody else did the step meanwhile.
 _HARMLESS = {("run", "follow"), ("run", "keep"), ("send", "keep"), ("follow", "keep"), ("write", "keep")}
@@ -144,6 +144,13 @@ def build(
     """Send the code and build it on the host, as a run of its own, unless that has been done."""
     if choice.will == "keep":
         return
+    prepared = Preparation(
+        run=choice.run,
+        kin=choice.names.kin,
+        identity=choice.identity,
+        told=f"the build {choice.run} on {ask.host.name} did not succeed",
+        next=_again(choice.run, ask),
+    )
     if choice.will == "run":
         assert ask.bundle is not None
         runner = choose_runner(ask.host, facts)
@@ -152,30 +159,15 @@ def build(
             say(f"sending {ask.code_label}, {ask.bundle.size / 1e6:.1f} MB")
             send(transport, ask.bundle.sha256, ask.bundle.content)
         send(transport, sha256, program)
-        launch_json = {
-            "run": choice.run,
-            "kin": choice.names.kin,
-            "resolved": {},
-            "predecessor": None,
+        what = {
             "argv": choice.argv(ask, facts),
             "env": {"PYTHONUNBUFFERED": "1"},
-            "lease": [],
             "plan": plan,
             "host": host_record(ask, facts),
             **runner.launch_fields(),
         }
-        call(transport, "reserve", {"run": choice.run, "identity": choice.identity, "launch": launch_json})
-        call(transport, "launch", {"chain": [choice.run], "runner": runner.asked}, timeout=60.0)
-    follower.goal = choice.run
-    state = follower.follow(choice.run)
-    follower.goal = None
-    if not state.passed:
-        raise FailedError(
-            f"the build {choice.run} on {ask.host.name} did not succeed: {told_end(state)}",
-            next=f"read its log:  latentforge dispatch watch {choice.run} --host {ask.host.name}\n"
-            f"then:  {ask.command} --attempt next",
-            code=None if state.outcome == "fail" else CrashedError.default_code,
-        )
+        start(replace(prepared, launch=what), transport, runner=runner.asked)
+    finish(prepared, follower)
 
 
 def warm_up(one: WarmUp, ask: Ask, facts: HostFacts, transport: Transport, follower: Follower, plan: Plan) -> None:
@@ -183,32 +175,31 @@ def warm_up(one: WarmUp, ask: Ask, facts: HostFacts, transport: Transport, follo
     assert plan.build is not None
     if one.will == "keep":
         return
-    if one.will == "run":
-        record = {
-            "run": one.run,
-            "kin": one.kin,
-            "resolved": {},
-            "predecessor": None,
+    prepared = Preparation(
+        run=one.run,
+        kin=one.kin,
+        identity=one.identity,
+        told=f"the kernels' warm-up {one.run} on {ask.host.name} did not pass",
+        next=_again(one.run, ask),
+        launch={
             "argv": one.argv(plan.build.python(facts.root)),
             "env": {"PYTHONUNBUFFERED": "1", "PYTHONPATH": plan.build.site(facts.root)},
             "lease": ["device"],
             "plan": plan.digest,
             "host": host_record(ask, facts),
             **plan.runner.launch_fields(),
-        }
-        call(transport, "reserve", {"run": one.run, "identity": one.identity, "launch": record})
-        args = {"chain": [one.run], "wait_lease": ask.wait, "runner": plan.runner.asked}
-        call(transport, "launch", args, timeout=90.0)
-    follower.goal = one.run
-    state = follower.follow(one.run)
-    follower.goal = None
-    if not state.passed:
-        raise FailedError(
-            f"the kernels' warm-up {one.run} on {ask.host.name} did not pass: {told_end(state)}",
-            next=f"read its log:  latentforge dispatch watch {one.run} --host {ask.host.name}\n"
-            f"then:  {ask.command} --attempt next",
-            code=ExitCode(state.exit) if state.exit else None,
-        )
+        },
+    )
+    if one.will == "run":
+        start(prepared, transport, runner=plan.runner.asked, wait_lease=ask.wait)
+    finish(prepared, follower)
+
+
+def _again(run: str, ask: Ask) -> str:
+    """What to do about a run that prepared nothing."""
+    return (
+        f"read its log:  latentforge dispatch watch {run} --host {ask.host.name}\nthen:  {ask.command} --attempt next"
+    )
 
 
 def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: Transport) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from dispatch.following.follow import Follower
 from dispatch.hosts.facts import HostFacts, ModelFact, RunState
 from dispatch.places import Places
 from dispatch.planning.choice import MAX_ATTEMPTS, told_end
+from dispatch.preparing import Preparation, finish, start
 from dispatch.pulling.folder import LocalFolder, send_folder
 from dispatch.pulling.listing import TOKEN, Listing, resolve_url
 from dispatch.pulling.program import pull_program
@@ -21,7 +22,7 @@ from dispatch.records import remember
 from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from dispatch.transport.sending import send
-from latentforge.errors import CrashedError, FailedError, RefusedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.identity import RunIdentity
 
@@ -171,46 +172,45 @@ def perform(
     if choice.will == "keep":
         return None
     host, run = transport.host, str(choice.run)
+    hub = choice.source is None or choice.source.folder is None
+    again = f"latentforge dispatch pull {choice.ref} --host {host.name}" if hub else "the same command again"
+    prepared = Preparation(
+        run=run,
+        kin="",
+        identity="",
+        told=f"the pull {run} of {choice.ref} on {host.name} did not succeed",
+        next=f"what was verified is kept; to go on:  {again}",
+    )
     transport.install()
     if choice.will == "run":
         assert choice.source is not None
         listing, (program, program_sha256) = choice.source.listing, pull_program()
         send(transport, program_sha256, program)
         send(transport, listing.sha256, listing.content)
-        secrets = _secrets(choice.source)
-        launch = {
-            "run": run,
-            "kin": kin_of(listing),
-            "resolved": {},
-            "predecessor": None,
-            "argv": _argv(choice.source, facts, program_sha256),
-            "env": {"PYTHONUNBUFFERED": "1"},
-            "lease": [],
-            "secrets": sorted(secrets),
-            "plan": "",
-            "host": {"name": host.name, "hostname": facts.host.hostname, "boot_id": facts.host.boot_id},
-        }
-        remember(places, host, [run], recipe=f"pull {choice.ref}", plan="")
-        identity = choice.identity.canonical.decode()
-        call(transport, "reserve", {"run": run, "identity": identity, "launch": launch, "secrets": secrets})
-        if choice.source.folder is not None:  # reserved first: what a reserved pull lists is removed by nobody
-            send_folder(choice.source.folder, listing, facts, transport, places, say=say)
-        call(transport, "launch", {"chain": [run]}, timeout=60.0)
-    remember(places, host, [run], recipe=f"pull {choice.ref}", plan="")
-    follower.goal = run
-    if detach:
-        return None
-    state = follower.follow(run)
-    follower.goal = None
-    if not state.passed:
-        raise FailedError(
-            f"the pull {run} of {choice.ref} on {host.name} did not succeed: {told_end(state)}",
-            next=f"what was verified is kept; to go on:  latentforge dispatch pull {choice.ref} --host {host.name}"
-            if choice.source is None or choice.source.folder is None
-            else "what was verified is kept; to go on:  the same command again",
-            code=None if state.outcome == "fail" else CrashedError.default_code,
+        prepared = replace(
+            prepared,
+            kin=kin_of(listing),
+            identity=choice.identity.canonical.decode(),
+            launch={
+                "argv": _argv(choice.source, facts, program_sha256),
+                "env": {"PYTHONUNBUFFERED": "1"},
+                "plan": "",
+                "host": {"name": host.name, "hostname": facts.host.hostname, "boot_id": facts.host.boot_id},
+            },
+            secrets=_secrets(choice.source),
         )
-    return state
+        remember(places, host, [run], recipe=f"pull {choice.ref}", plan="")
+
+        def bring() -> None:
+            if choice.source is not None and choice.source.folder is not None:
+                send_folder(choice.source.folder, listing, facts, transport, places, say=say)
+
+        start(prepared, transport, bring=bring)
+    remember(places, host, [run], recipe=f"pull {choice.ref}", plan="")
+    if detach:
+        follower.goal = run
+        return None
+    return finish(prepared, follower)
 
 
 def _secrets(source: Source) -> dict[str, str]:

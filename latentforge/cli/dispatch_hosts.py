@@ -133,23 +133,36 @@ def build(
 def status_each(each: str, host: str | None, records: list[Record], *, as_json: bool) -> ExitCode:
     """How the runs of each host are."""
     from dispatch.lanes.commands import standing
-    from latentforge.cli.dispatch import _places
 
-    places, inventory = _places()
-    return on_each(
-        each,
-        host,
-        inventory,
-        lambda _hosts: standing(records, places),
-        row=lambda one: str(one.lines()),
-        value=lambda one: {run: state.model_dump(mode="json") for run, state in one.runs.items()},
-        as_json=as_json,
-    )
+    def value(one: Any) -> Any:
+        return {run: state.model_dump(mode="json") for run, state in one.runs.items()}
+
+    return _runs_of_each(each, host, lambda places: standing(records, places), value, as_json=as_json)
 
 
 def collect_each(each: str, host: str | None, records: list[Record], *, as_json: bool) -> ExitCode:
     """Copy what the finished runs of each host left."""
     from dispatch.lanes.commands import gathering
+
+    def value(one: Any) -> Any:
+        return {
+            "collected": {run: str(copy.folder) for run, copy in one.copies.items()},
+            "failed": {run: str(error) for run, error in one.failed.items()},
+            "going_on": list(one.going_on),
+        }
+
+    return _runs_of_each(each, host, lambda places: gathering(records, places), value, as_json=as_json)
+
+
+def _runs_of_each(
+    each: str,
+    host: str | None,
+    work: Callable[[Places], Callable[[Host], Any]],
+    value: Callable[[Any], Any],
+    *,
+    as_json: bool,
+) -> ExitCode:
+    """Do on each host what is done with the runs that this laptop gave it."""
     from latentforge.cli.dispatch import _places
 
     places, inventory = _places()
@@ -157,13 +170,9 @@ def collect_each(each: str, host: str | None, records: list[Record], *, as_json:
         each,
         host,
         inventory,
-        lambda _hosts: gathering(records, places),
+        lambda _hosts: work(places),
         row=lambda one: str(one.lines()),
-        value=lambda one: {
-            "collected": {run: str(copy.folder) for run, copy in one.copies.items()},
-            "failed": {run: str(error) for run, error in one.failed.items()},
-            "going_on": list(one.going_on),
-        },
+        value=value,
         as_json=as_json,
     )
 
