@@ -14,6 +14,7 @@ from .ending import write_for_the_dead
 from .paths import RunPaths
 from .processes import (
     AGENT,
+    MARK,
     SUPERVISOR,
     Process,
     boot_clock,
@@ -43,17 +44,29 @@ def cancel(run: RunPaths, grace: float, by: str | None) -> dict[str, Any]:
     intent = {"by": (by or "unknown")[:100], "wall": time.time(), "grace": grace}
     if before["state"] == "reserved" and _remove(run):
         return _answer(run, "removed")
+    if before["state"] in ("finished", "lost") and _members(run):
+        return _end(run, grace, intent, before["state"])  # its end is known; something of it lives on all the same
     if before["state"] in ("absent", "reserved", "finished", "lost", "interrupted"):
         return _answer(run, "nothing")
     if not run.cancel.is_file():
         write_json(run.cancel, intent)
         journal.record(run, "cancel-requested", **intent)
+    _wake_supervisor(run)
     before = _settle(run)
     if before["state"] == "absent":
         return _answer(run, "removed")
-    if before["state"] not in _ACTIVE:
+    if before["state"] not in (*_ACTIVE, "finishing"):
         return _answer(run, "nothing" if before["outcome"] != "cancelled" else "ended")
-    return _end(run, grace, intent)
+    return _end(run, grace, intent, before["state"])
+
+
+def _wake_supervisor(run: RunPaths) -> None:
+    """A supervisor that somebody stopped can neither drop a waiting run nor record an end."""
+    supervisor = read_json(run.supervisor) or {}
+    if supervisor.get("boot_id") == boot_id() and is_alive(supervisor.get("pid"), supervisor.get("ticks")):
+        guardian = look(supervisor["pid"])
+        if guardian is not None and guardian.state in "Tt":
+            send(guardian, signal.SIGCONT)
 
 
 def _settle(run: RunPaths) -> dict[str, Any]:
@@ -81,7 +94,7 @@ def _remove(run: RunPaths) -> bool:
         locks.release(lock)
 
 
-def _end(run: RunPaths, grace: float, intent: dict[str, Any]) -> dict[str, Any]:
+def _end(run: RunPaths, grace: float, intent: dict[str, Any], found: str) -> dict[str, Any]:
     begun = boot_clock()
     asked: set[tuple[int, int]] = set()
     forced = False
@@ -102,7 +115,7 @@ def _end(run: RunPaths, grace: float, intent: dict[str, Any]) -> dict[str, Any]:
         if boot_clock() - begun > grace + _PATIENCE:
             break
         time.sleep(_PAUSE)
-    if state["state"] == "lost":
+    if state["state"] == "lost" and found in _ACTIVE:
         # Nobody saw how the job ended, since its supervisor was gone; that it was cancelled is known, and is written.
         reason = "its supervisor was gone, so nobody saw its exit status"
         write_for_the_dead(run, "cancelled", "cancelled", reason, cancel=intent)
@@ -114,7 +127,8 @@ def _end(run: RunPaths, grace: float, intent: dict[str, Any]) -> dict[str, Any]:
 
 
 def _members(run: RunPaths) -> list[Process]:
-    """The living processes of the run: its leader's session and offspring, its supervisor's, holders of its lock."""
+    """The living processes of the run: its leader's session and offspring, its supervisor's, holders of its lock, and
+    where no supervisor has adopted what the job orphaned, all that carry the mark of its start."""
     past = journal.read(run).started
     if past is None or past.get("boot_id") != boot_id():
         return []
@@ -128,10 +142,12 @@ def _members(run: RunPaths) -> list[Process]:
     supervisor = read_json(run.supervisor) or {}
     guardian = look(supervisor["pid"]) if isinstance(supervisor.get("pid"), int) else None
     supervised = guardian is not None and guardian.ticks == supervisor.get("ticks")
+    found |= _lock_holders(run)
     if supervised and guardian is not None and derive(run)["state"] == "running":
         # Its supervisor adopts what the job orphans, and has only this one job at a time.
         found |= descendants(guardian.pid, processes)
-    found |= _lock_holders(run)
+    else:
+        found |= _marked(past, processes, found)
     if supervised and isinstance(supervisor.get("cgroup"), str) and supervisor.get("runner") == "systemd":
         grouped = systemd.members(supervisor["cgroup"])
         # While its supervisor lives, the group holds nothing but the run; afterwards `finalize` is in it.
@@ -141,6 +157,21 @@ def _members(run: RunPaths) -> list[Process]:
     if guardian is not None and supervised:
         found -= {guardian.pid}
     return [processes[pid] for pid in found if pid in processes and processes[pid].alive]
+
+
+def _marked(past: dict[str, Any], processes: dict[int, Process], known: set[int]) -> set[int]:
+    """Processes of this user, younger than the run's leader, whose environment names this start."""
+    mark = past.get("mark")
+    if not isinstance(mark, str):
+        return set()  # started by an older agent
+    word, found = f"{MARK}={mark}".encode(), set()
+    for process in processes.values():
+        if process.pid in known or not process.alive or process.ticks < past["ticks"]:
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/environ", "rb") as file:
+            if word in file.read().split(b"\0"):
+                found.add(process.pid)
+    return found
 
 
 def _lock_holders(run: RunPaths) -> set[int]:

@@ -18,7 +18,18 @@ from . import collecting, ending, exitrec, journal, memory_evidence
 from .disk_watch import DiskWatch
 from .durable import read_json
 from .paths import RunPaths
-from .processes import Process, boot_clock, boot_id, descendants, look, send, table
+from .processes import (
+    MARK,
+    Process,
+    boot_clock,
+    boot_id,
+    descendants,
+    look,
+    no_core_files,
+    own_children,
+    send,
+    table,
+)
 from .stopping import Stop
 from .telemetry import Telemetry, total_memory
 from .watchdog import Floors, Watchdog
@@ -27,6 +38,7 @@ BEAT_SECONDS = 5.0
 _SWEEP_SECONDS = 10.0
 _LEFTOVER_GRACE = 0.25
 _LOOK_MILLISECONDS = 200
+_HUNT_SECONDS = 0.1
 # fmt: off
 _HOST_ENVIRONMENT = frozenset({
     "PATH", "HOME", "LANG", "USER", "LOGNAME",
@@ -179,6 +191,7 @@ class Job:
         environment["LATENTFORGE_STATE"] = str(run.dir.parent.parent)  # what a job keeps of this host lies there too
         environment.update(launch["env"])
         environment.update(self._secrets(launch))
+        environment[MARK] = mark = os.urandom(16).hex()
         log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         gate_read, gate_write = os.pipe()
         word_read, word_write = os.pipe()
@@ -192,7 +205,8 @@ class Job:
             leader = look(pid)
             self._leader = pid
             self._wall, self._clock, self._monotonic = time.time(), boot_clock(), time.monotonic()
-            journal.record(run, "started", pid=pid, ticks=None if leader is None else leader.ticks, argv=launch["argv"])
+            ticks = None if leader is None else leader.ticks
+            journal.record(run, "started", pid=pid, ticks=ticks, mark=mark, argv=launch["argv"])
             self._beat()
             os.write(gate_write, b"1")
         except OSError:
@@ -257,13 +271,15 @@ class Job:
         try:
             while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 poll.poll(_LOOK_MILLISECONDS if fd is not None else 50)
-                if boot_clock() - self._last_beat >= BEAT_SECONDS:
-                    self._beat()
-                    self._reap(table())
-                disk.look()
-                if self.stop.why is not None:
-                    self.stop.advance()
-                self._on_idle()
+                # Whatever a host that runs out of things refuses here, the end of the job is still to be recorded.
+                with contextlib.suppress(OSError):
+                    if boot_clock() - self._last_beat >= BEAT_SECONDS:
+                        self._beat()
+                        self._reap(table())
+                    disk.look()
+                    if self.stop.why is not None:
+                        self.stop.advance()
+                    self._on_idle()
         finally:
             if fd is not None:
                 os.close(fd)
@@ -289,18 +305,20 @@ class Job:
 
     def _clean_up(self, leader: int) -> dict[str, Any]:
         """Kill and reap whatever the leader left behind, then the leader; a subreaper is parent to all of it."""
-        killed: set[tuple[int, int]] = set()
+        killed: set[int] = set()
         begun = boot_clock()
         while True:
-            left = [process for process in self._members() if process.pid != leader]
+            left = [process.pid for process in self._members() if process.pid != leader]
             self._reap(table())  # after the look: whatever it found dead can be reaped now
+            left = left or self._children(leader)
             if not left or boot_clock() - begun > _SWEEP_SECONDS:
                 break
             # A moment of their own first: Python's resource tracker, for one, ends after its parent, tidying up.
             if boot_clock() - begun > _LEFTOVER_GRACE:
-                for process in left:
-                    if send(process, signal.SIGKILL):
-                        killed.add((process.pid, process.ticks))
+                for process in self._members():
+                    if process.pid != leader and send(process, signal.SIGKILL):
+                        killed.add(process.pid)
+                killed |= self._hunt(leader)
             time.sleep(0.01)
         _, status, usage = os.wait4(leader, 0)
         signalled = os.WIFSIGNALED(status)
@@ -308,9 +326,30 @@ class Job:
             "code": None if signalled else os.WEXITSTATUS(status),
             "signal": os.WTERMSIG(status) if signalled else None,
             "leftovers": len(killed),
-            "survivors": [process.pid for process in left][:20],
+            "survivors": sorted(left)[:20],
             "usage": {"user": usage.ru_utime, "system": usage.ru_stime, "peak_rss_bytes": usage.ru_maxrss * 1024},
         }
+
+    def _children(self, leader: int) -> list[int]:
+        """What is a child of this process beside the leader and a question to the GPU; empty is final."""
+        return sorted((own_children() or set()) - {leader, self._telemetry.gpu.pid or -1})
+
+    def _hunt(self, leader: int) -> set[int]:
+        """Kill and reap children as fast as they come: what forks and dies at once is never caught by a slow look.
+
+        The pid of a child that was not reaped is nobody else's, so it may be killed by its number.
+        """
+        killed: set[int] = set()
+        until = boot_clock() + _HUNT_SECONDS
+        while boot_clock() < until and (children := self._children(leader)):
+            for pid in children:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    _, status = os.waitpid(pid, os.WNOHANG)
+                    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                        killed.add(pid)
+        return killed
 
     def _reap(self, processes: dict[int, Process]) -> None:
         """Take leave of adopted orphans; the leader keeps its pid to the end, and a question to the GPU is heard."""

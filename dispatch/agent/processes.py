@@ -12,6 +12,8 @@ from typing import NamedTuple
 _PR_SET_CHILD_SUBREAPER = 36
 #: What processes of the agent call themselves: for people who look at `ps`, and so that a cancel leaves them alone.
 AGENT, SUPERVISOR = "lf-agent", "lf-supervisor"
+MARK = "LATENTFORGE_MARK"
+"""Names the start that a process belongs to: what was adopted by nobody of ours is found by its environment."""
 
 
 def boot_id() -> str:
@@ -81,6 +83,30 @@ def descendants(of: int, processes: dict[int, Process]) -> set[int]:
     return found
 
 
+def own_children() -> set[int] | None:
+    """The pids of this process's own children, dead or alive; None where the kernel does not list them.
+
+    Of a subreaper that alone reaps, an empty answer is final: a child that is dying hands its own over in the same
+    moment, and whatever comes is put behind what is there. A look at the whole table can miss what forks and dies.
+    """
+    found: set[int] = set()
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", encoding="ascii") as file:
+                found |= {int(pid) for pid in file.read().split()}
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def no_core_files() -> None:
+    """This process and what it starts leave no core: 1 byte, since 0 is no limit for a handler that is a program."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+
 def is_alive(pid: object, ticks: object) -> bool:
     """Whether exactly this process (pid and start ticks) still runs."""
     if not isinstance(pid, int) or not isinstance(ticks, int):
@@ -90,7 +116,11 @@ def is_alive(pid: object, ticks: object) -> bool:
 
 
 def send(process: Process, number: int) -> bool:
-    """Signal exactly this process through a pidfd, so that a reused pid is never hit; False when it is gone."""
+    """Signal exactly this process through a pidfd, so that a reused pid is never hit.
+
+    False when it is gone, and when it may not be signalled (a job can turn into another user's process): whoever counts
+    what is left sees it there.
+    """
     try:
         fd = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -100,7 +130,7 @@ def send(process: Process, number: int) -> bool:
             return False
         try:
             os.kill(process.pid, number)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):
             return False
         return True
     try:
@@ -108,7 +138,7 @@ def send(process: Process, number: int) -> bool:
         if found is None or found.ticks != process.ticks:
             return False
         signal.pidfd_send_signal(fd, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     finally:
         os.close(fd)

@@ -104,6 +104,8 @@ def _report(
             report[name] = ended.get(name)
         report["exit"] = exit_code(ended.get("outcome"))
         report["supervisor_pid"] = None  # it has nothing more to do for this run
+        if state == "finishing" and (left := ended.get("survivors")):
+            report["reason"] = f"it has ended ({report['outcome']}), but its processes {left} could not be ended"
     elif state in ("lost", "interrupted"):
         report["outcome"], report["exit"] = "unknown", UNKNOWN
         report["reason"] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dispatch.agent import journal, locks
-from dispatch.agent.processes import Process, look, send
+from dispatch.agent import exitrec, journal, locks
+from dispatch.agent.processes import MARK, Process, look, send
 
 from .conftest import AgentHost, wait_for
 
@@ -211,6 +212,133 @@ def test_other_runs_of_the_same_host_are_left_alone(host: AgentHost) -> None:
     host.call("cancel", run=mine, grace=0)
     assert host.state(other)["state"] == "running"
     host.call("cancel", run=other, grace=0)
+
+
+_RUNNING_AWAY = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if os.fork(): os._exit(0)
+    os._exit(0)
+open("out/ready", "w").close()
+time.sleep(600)
+"""
+
+
+def test_what_forks_and_dies_at_once_never_outruns_a_cancel(host: AgentHost) -> None:
+    run = host.python(_RUNNING_AWAY)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    answer = host.call("cancel", run=run, grace=0)
+    assert (answer["state"]["state"], answer["survivors"]) == ("finished", [])
+    # A look at the table can miss it, the lock that it inherited cannot.
+    assert not locks.held(host.paths(run).lock)
+    assert host.marked() == []
+
+
+# One has let go of every descriptor, one calls itself as our own processes do; nobody of ours is their parent.
+_HIDING = """
+import os, time
+def orphan(name, hide):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            hide()
+            fd = os.open("out/" + name, os.O_CREAT | os.O_WRONLY)
+            os.write(fd, str(os.getpid()).encode())
+            os.close(fd)
+            time.sleep(600)
+        os._exit(0)
+    os.wait()
+def take_name():
+    with open("/proc/self/comm", "w") as file: file.write("lf-supervisor")
+orphan("closed", lambda: os.closerange(0, 4096))
+orphan("named", take_name)
+while len(os.listdir("out")) < 2: time.sleep(0.005)
+open("out/ready", "w").close()
+"""
+
+
+@pytest.mark.parametrize("leader_lives", [True, False])
+def test_an_orphan_of_an_unsupervised_run_that_hides_is_found_by_the_mark_of_its_start(
+    host: AgentHost, leader_lives: bool
+) -> None:
+    run = host.python(_HIDING + ("time.sleep(600)" if leader_lives else "while not os.path.exists('end'): pass"))
+    host.call("launch", chain=[run])
+    os.kill(host.wait(run, "running")["supervisor_pid"], signal.SIGKILL)
+    _ready(host, run)
+    host.wait(run, "unsupervised")
+    if not leader_lives:
+        (host.paths(run).dir / "end").touch()
+        wait_for(lambda: not Path(f"/proc/{host.state(run)['pid']}").exists())
+    answer = host.call("cancel", run=run, grace=0)
+    assert (answer["survivors"], answer["state"]["outcome"]) == ([], "cancelled")
+    assert host.marked() == []
+
+
+def test_what_outlived_a_finished_run_is_ended_by_a_cancel_and_its_outcome_stays(host: AgentHost) -> None:
+    state = host.ran("pass")
+    mark = journal.read(host.paths(state["run"])).started["mark"]  # type: ignore[index]
+    left = subprocess.Popen(["/bin/sleep", "600"], env={MARK: mark})
+    stranger = subprocess.Popen(["/bin/sleep", "600"], env={MARK: mark[:-1]})
+    wait_for(lambda: Path(f"/proc/{left.pid}/cmdline").read_bytes().startswith(b"/bin/sleep"))
+    answer = host.call("cancel", run=state["run"], grace=5)
+    assert (answer["did"], answer["survivors"], answer["state"]["outcome"]) == ("ended", [], "pass")
+    assert left.wait(10) == -signal.SIGTERM
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+def test_a_supervisor_that_was_stopped_is_woken_to_record_the_end(host: AgentHost) -> None:
+    run = host.python(_WAIT)
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    os.kill(host.state(run)["supervisor_pid"], signal.SIGSTOP)
+    answer = host.call("cancel", run=run, grace=5)
+    assert (answer["state"]["state"], answer["state"]["outcome"], answer["survivors"]) == ("finished", "cancelled", [])
+
+
+def test_a_process_that_may_not_be_signalled_is_left_not_stumbled_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(fd: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    me = look(os.getpid())
+    assert me is not None
+    monkeypatch.setattr(signal, "pidfd_send_signal", refused)
+    assert send(me, 0) is False
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("leader_stays", [True, False])
+def test_another_users_process_in_a_run_is_named_as_a_survivor_and_the_end_is_recorded(
+    host: AgentHost, leader_stays: bool
+) -> None:
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("it takes root and setpriv to become another user, and to lose the power over others")
+    host.prefix = ["setpriv", "--bounding-set=-kill", "--inh-caps=-kill"]
+    program = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setresuid(65534, 65534, 65534)\n"
+        "    os.write(1, b'another\\n')\n"
+        "    time.sleep(600)\n"
+        "while not os.path.getsize('launch.log'): time.sleep(0.005)\n"
+        "open('out/ready', 'w').close()\n"
+    )
+    run = host.python(program + ("time.sleep(600)" if leader_stays else ""))
+    host.call("launch", chain=[run])
+    _ready(host, run)
+    (other,) = (pid for pid in host.marked() if os.stat(f"/proc/{pid}").st_uid == 65534)
+    if leader_stays:
+        assert host.call("cancel", run=run, grace=0)["survivors"] == [other]
+    state = host.wait(run, "finishing", seconds=40)
+    assert state["outcome"] == ("cancelled" if leader_stays else "pass")
+    assert exitrec.read(host.paths(run).exit)["survivors"] == [other]  # type: ignore[index]
+    os.kill(other, signal.SIGKILL)
+    host.wait(run, "finished")
 
 
 def test_a_reused_pid_is_never_signalled() -> None:
