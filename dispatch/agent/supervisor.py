@@ -115,13 +115,14 @@ class Chain:
             )
             outcome = self._job.execute(before_exit=self._stop_after)
             self._job = None
+            # Before the run's own lock: whoever sees it finished may want the device at once.
+            if self.lease is not None and not any(wants_device(later) for later, _ in self.left):
+                locks.release(self.lease)
+                self.lease = None
             self.say({})
             locks.release(lock)
             if outcome != "pass":
                 return
-            if self.lease is not None and not any(wants_device(later) for later, _ in self.left):
-                locks.release(self.lease)
-                self.lease = None
 
     def _started(self, pid: int) -> None:
         run = self.current
