@@ -63,7 +63,7 @@ def serve(stream: Any, origin: Origin) -> bytes:
 def answers(stream: Any, origin: Origin) -> Iterator[bytes]:
     """The framed answers to the request on `stream`: one, or as many as `follow` has to give."""
     from .paths import Root
-    from .protocol import AgentError, Arguments, Reply, encode_reply, read_request
+    from .protocol import AgentError, Arguments, Reply, encode_reply, read_request, shown
 
     try:
         agent: str | None = origin.sha256
@@ -75,7 +75,7 @@ def answers(stream: Any, origin: Origin) -> Iterator[bytes]:
         payload = request.payload
         verb = VERBS.get(request.verb)
         if verb is None:
-            raise AgentError("protocol", f"verb={request.verb!r} is not one of {', '.join(sorted(VERBS))}")
+            raise AgentError("protocol", f"verb={shown(request.verb)} is not one of {', '.join(sorted(VERBS))}")
         arguments = Arguments(request.verb, request.args)
         reply = verb(Root(request.root), arguments, request.payload, origin)
         for one in [reply] if isinstance(reply, Reply) else reply:
@@ -176,10 +176,12 @@ def _install(root: Root, args: Arguments, payload: Payload, origin: Origin) -> R
 
 
 def _reserve(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
+    from .processes import no_core_files
     from .protocol import Reply
     from .reserving import reserve
     from .state import derive
 
+    no_core_files()  # it may be given secrets
     run, identity, launch = args.text("run"), args.text("identity"), args.table("launch", required=True)
     secrets = args.table("secrets")
     args.done()

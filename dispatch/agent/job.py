@@ -7,7 +7,6 @@ import errno
 import functools
 import json
 import os
-import resource
 import select
 import signal
 import time
@@ -59,6 +58,12 @@ def passes_to_jobs(name: str) -> bool:
     return name in _HOST_ENVIRONMENT or name.startswith(_HOST_PREFIXES)
 
 
+def forget_secrets(run: RunPaths) -> None:
+    """Take the run's secrets off the disk, and what a killed writer left of them; the caller holds the run's lock."""
+    for path in (run.secrets, *run.dir.glob(f".tmp-{run.secrets.name}-*")):
+        path.unlink(missing_ok=True)
+
+
 class Job:
     """The leader process of a run and everything that descends from it."""
 
@@ -84,7 +89,6 @@ class Job:
         self._monotonic = time.monotonic()
         self._leader: int | None = None
         self._telemetry = Telemetry()
-        self._given = False
         self.stop = Stop(self._members)
 
     def execute(self, before_exit: Callable[[RunPaths, str], None]) -> str:
@@ -102,6 +106,8 @@ class Job:
             exitrec.preallocate(run.beat)
             pid = self._spawn(launch)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                forget_secrets(run)
             failure = f"it could not be started: {error.strerror or error}" + (
                 f": {error.filename}" if error.filename else ""
             )
@@ -227,9 +233,10 @@ class Job:
     def _secrets(self, launch: dict[str, Any]) -> dict[str, str]:
         """The secrets that the run was given; from here on they are nowhere but in this process and in the job's."""
         names = launch.get("secrets", [])
+        if names:
+            no_core_files()  # what it is given must not lie about in one, of this process or of the job
         secrets = (read_json(self.run.secrets) or {}) if names else {}
-        self.run.secrets.unlink(missing_ok=True)
-        self._given = bool(names)
+        forget_secrets(self.run)
         if sorted(secrets) != sorted(names):
             raise OSError(errno.ENOENT, "its secrets are gone; dispatch it again", self.run.secrets.name)
         return secrets
@@ -247,8 +254,6 @@ class Job:
             os.dup2(log, 2)
             with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
                 file.write("300")  # if memory runs out, the job goes before the supervisor that records it
-            if self._given:
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what it was given must not lie about in a core file
             if os.read(gate, 1) != b"1":
                 os._exit(125)
             os.chdir(self.run.dir)

@@ -181,7 +181,7 @@ def test_the_agent_takes_no_secrets_but_those_that_the_launch_names_and_says_no_
             host.python("pass", secrets=names, given=given)
         assert canary not in str(refused.value)
     seen = host.python(
-        "import os, resource as r; assert os.environ['A_TOKEN'] and r.getrlimit(r.RLIMIT_CORE)[0] == 0",
+        "import os, resource as r; assert os.environ['A_TOKEN'] and r.getrlimit(r.RLIMIT_CORE)[0] == 1",
         secrets=["A_TOKEN"],
         given={"A_TOKEN": canary},
     )
@@ -195,3 +195,21 @@ def test_the_agent_takes_no_secrets_but_those_that_the_launch_names_and_says_no_
     host.paths(lacking).secrets.unlink()
     host.call("launch", chain=[lacking])
     assert "its secrets are gone" in host.wait(lacking, "finished")["reason"]
+
+
+@pytest.mark.parametrize("broken", ["launch", "program", "writer"])
+def test_no_secret_is_left_by_a_run_that_could_not_be_started_or_by_a_writer_that_was_killed(
+    host: Any, broken: str
+) -> None:
+    canary = "canary-" + secrets.token_hex(16)
+    argv = ["/nowhere/at-all"] if broken == "program" else [sys.executable, "-I", "-c", "pass"]
+    run = host.reserve(argv, secrets=["A_TOKEN"], given={"A_TOKEN": canary})
+    paths = host.paths(run)
+    if broken == "launch":
+        paths.launch.write_text("{")
+    if broken == "writer":
+        (paths.dir / f".tmp-{paths.secrets.name}-1-00000000").write_text(canary)
+    assert holding(canary, host.dir)
+    host.call("launch", chain=[run])
+    assert host.wait(run, "finished")["outcome"] == ("pass" if broken == "writer" else "crashed")
+    assert holding(canary, host.dir) == []
