@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from pathlib import Path
 
-from .protocol import AgentError
+from .protocol import AgentError, shown
 
 RUN_ID = re.compile(r"[a-z][a-z0-9]{0,31}-[0-9a-f]{20}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -33,14 +34,14 @@ def expand(path: str, what: str) -> Path:
 def check_run_id(run: object) -> str:
     """`run` itself when it is `<kind>-<20 hex>`; refused otherwise."""
     if not isinstance(run, str) or not RUN_ID.fullmatch(run):
-        raise AgentError("refused", f"run={run!r} is not a run id (kind, hyphen, 20 hex digits)")
+        raise AgentError("refused", f"run={shown(run)} is not a run id (kind, hyphen, 20 hex digits)")
     return run
 
 
 def check_sha256(sha256: object) -> str:
     """`sha256` itself when it is 64 lower-case hex digits; refused otherwise."""
     if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
-        raise AgentError("refused", f"sha256={sha256!r} is not 64 lower-case hex digits")
+        raise AgentError("refused", f"sha256={shown(sha256)} is not 64 lower-case hex digits")
     return sha256
 
 
@@ -130,21 +131,7 @@ class Root:
                 )
         try:
             self.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = os.stat(self.dir)
-            if not stat.S_ISDIR(found.st_mode):
-                raise NotADirectoryError
-            if found.st_uid != os.geteuid():
-                raise AgentError(
-                    "refused",
-                    f"state root {self.dir} belongs to uid {found.st_uid}, not to uid {os.geteuid()}",
-                    next="set GX10_REPO_PATH to a folder of your own",
-                )
-            if found.st_mode & 0o022:
-                raise AgentError(
-                    "refused",
-                    f"state root {self.dir} has mode {stat.S_IMODE(found.st_mode):04o}: others may write into it",
-                    next=f"on the host: chmod 700 {self.dir}",
-                )
+            _check_own(self.dir)
             kind = filesystem_of(self.dir)
             if kind in NETWORK_FILESYSTEMS:
                 raise AgentError(
@@ -154,12 +141,32 @@ class Root:
                 )
             for folder in (self.agent, self.cas, self.builds, self.models, self.store, self.runs, self.locks):
                 folder.mkdir(mode=0o700, exist_ok=True)
+                _check_own(folder)
         except OSError as error:
             raise AgentError(
                 "refused",
                 f"state root {self.dir} cannot be made: {error.strerror}",
                 next="set GX10_REPO_PATH to a folder that you may write",
             ) from None
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse a folder of the state root, or where a link in its place leads, that others may change."""
+    found = os.stat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if found.st_uid != os.geteuid():
+        raise AgentError(
+            "refused",
+            f"state root {folder} belongs to uid {found.st_uid}, not to uid {os.geteuid()}",
+            next="set GX10_REPO_PATH to a folder of your own",
+        )
+    if found.st_mode & 0o022:
+        raise AgentError(
+            "refused",
+            f"state root {folder} has mode {stat.S_IMODE(found.st_mode):04o}: others may write into it",
+            next=f"on the host: chmod 700 {folder}",
+        )
 
 
 def filesystem_of(path: Path) -> str | None:

@@ -7,6 +7,7 @@ import re
 from typing import Any, BinaryIO, NamedTuple
 
 MAX_REQUEST_LINE = 32 << 20
+_LONGEST_QUOTE = 200
 _BEGIN = re.compile(rb"\n=LF-BEGIN ([0-9]{1,12})=\n")
 _END = b"\n=LF-END=\n"
 HERE = b"\n=LF-HERE=\n"
@@ -86,6 +87,13 @@ class Reply(NamedTuple):
     payload: bytes = b""
 
 
+def shown(value: object) -> str:
+    """A value as a refusal quotes it: its beginning, however long it is."""
+    text = value if isinstance(value, str) else repr(value)
+    short = text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…"
+    return repr(short) if isinstance(value, str) else short
+
+
 def read_request(stream: BinaryIO) -> Request:
     """Parse the request line; AgentError(kind="protocol") names what is wrong with it."""
     line = stream.readline(MAX_REQUEST_LINE)
@@ -93,7 +101,7 @@ def read_request(stream: BinaryIO) -> Request:
         raise AgentError("protocol", f"the request line is incomplete ({len(line)} bytes without an end of line)")
     try:
         document = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AgentError("protocol", f"the request is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise AgentError("protocol", "the request is not a JSON object")
@@ -103,13 +111,13 @@ def read_request(stream: BinaryIO) -> Request:
     verb, root = document.get("verb"), document.get("root")
     args, length = document.get("args", {}), document.get("payload_bytes", 0)
     if not isinstance(verb, str):
-        raise AgentError("protocol", f"verb={verb!r} is not a string")
+        raise AgentError("protocol", f"verb={shown(verb)} is not a string")
     if root is not None and not isinstance(root, str):
-        raise AgentError("protocol", f"root={root!r} is neither null nor a path")
+        raise AgentError("protocol", f"root={shown(root)} is neither null nor a path")
     if not isinstance(args, dict):
-        raise AgentError("protocol", f"args={args!r} is not an object")
+        raise AgentError("protocol", f"args={shown(args)} is not an object")
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-        raise AgentError("protocol", f"payload_bytes={length!r} is not a byte count")
+        raise AgentError("protocol", f"payload_bytes={shown(length)} is not a byte count")
     return Request(verb, root, args, Payload(stream, length))
 
 
@@ -173,7 +181,8 @@ class Arguments:
         if value is None and not required:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise AgentError("protocol", f"{self._verb}: {name}={value!r} is not {what}")
+            told = "what was given" if name == "secrets" else shown(value)
+            raise AgentError("protocol", f"{self._verb}: {name}={told} is not {what}")
         return value
 
     def text(self, name: str) -> str:
@@ -187,10 +196,10 @@ class Arguments:
 
     def number(self, name: str, default: float, *, low: float, high: float) -> float:
         """A finite number within [low, high]."""
-        value = float(self._take(name, (int, float), default, False, "a number"))
+        value = self._take(name, (int, float), default, False, "a number")
         if not low <= value <= high:
-            raise AgentError("protocol", f"{self._verb}: {name}={value!r} is outside {low} to {high}")
-        return value
+            raise AgentError("protocol", f"{self._verb}: {name}={shown(value)} is outside {low} to {high}")
+        return float(value)
 
     def flag(self, name: str) -> bool:
         """A boolean, False when absent."""
@@ -206,7 +215,7 @@ class Arguments:
         value = self._take(name, (list,), [], False, "a list")
         for item in value:
             if not isinstance(item, dict):
-                raise AgentError("protocol", f"{self._verb}: {name} holds {item!r}, which is not an object")
+                raise AgentError("protocol", f"{self._verb}: {name} holds {shown(item)}, which is not an object")
         return list(value)
 
     def texts(self, name: str) -> list[str]:
@@ -214,7 +223,7 @@ class Arguments:
         value = self._take(name, (list,), [], False, "a list")
         for item in value:
             if not isinstance(item, str):
-                raise AgentError("protocol", f"{self._verb}: {name} holds {item!r}, which is not a string")
+                raise AgentError("protocol", f"{self._verb}: {name} holds {shown(item)}, which is not a string")
         return list(value)
 
     def has(self, name: str) -> bool:

@@ -58,7 +58,7 @@ def check_identity(run_id: str, identity: str) -> bytes:
     try:
         data = identity.encode("utf-8")
         document = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AgentError("refused", f"identity of {run_id} is not JSON in UTF-8: {error}") from None
     kind, _, digest = run_id.rpartition("-")
     found = hashlib.sha256(data).hexdigest()

@@ -108,6 +108,18 @@ def test_a_root_that_others_may_write_into_is_refused(host: AgentHost) -> None:
     assert os.listdir(host.dir) == []
 
 
+def test_a_folder_of_the_root_that_others_may_write_into_is_refused(host: AgentHost, tmp_path: Path) -> None:
+    host.call("install")
+    host.root.locks.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").chmod(0o770)
+    host.root.locks.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refusal, match="0770") as refusal:
+        _reserve(host, *identity_of("data"))
+    assert refusal.value.next == f"on the host: chmod 700 {host.root.locks}"
+    assert os.listdir(host.root.runs) == []
+
+
 def test_a_root_that_cannot_be_made_is_refused(host: AgentHost, tmp_path: Path) -> None:
     host.dir.write_text("a file")
     with pytest.raises(Refusal, match="state root"):

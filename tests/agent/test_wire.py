@@ -40,7 +40,7 @@ def test_a_reply_is_found_amid_whatever_a_login_shell_prints(
     frame = protocol.find_frame(before + reply + after)
     assert frame is not None
     assert frame.document["result"] == {"value": value}
-    assert (frame.noise, frame.payload, frame.rest) == (before, payload, after)
+    assert (frame.noise, frame.payload, frame.rest) == (before.replace(protocol.HERE, b""), payload, after)
 
 
 def test_a_reply_that_is_not_whole_is_no_reply() -> None:
@@ -92,13 +92,25 @@ def test_the_agent_uses_the_standard_library_alone(host: AgentHost) -> None:
         (b'{"verb": "probe", "args": {"runz": []}}\n', "'runz'"),
         (b'{"verb": "status", "args": {"runs": ["../x"]}}\n', "run='../x'"),
         (b'{"verb": "probe", "root": "here"}\n', "root='here'"),
+        (b"[" * 100_000 + b"\n", "not JSON"),
+        (b'{"verb": "cancel", "args": {"run": "data-%s", "grace": 1%s}}\n' % (b"0" * 20, b"0" * 400), "is outside 0.0 to 600.0"),
+        (
+            b'{"verb": "reserve", "args": {"run": "d", "identity": "", "launch": {}, "secrets": "hush"}}\n',
+            "secrets=what",
+        ),
+        (b'{"verb": "status", "args": {"runs": ["%s"]}}\n' % (b"x" * (1 << 20)), "is not a run id"),
+        (b'{"verb": "%s"}\n' % (b"x" * (1 << 20)), "is not one of"),
+        (b'{"verb": "cancel", "args": {"run": %s}}\n' % (b"9" * 4000), "is not a string"),
     ],
 )
 def test_a_bad_request_is_answered_with_what_is_wrong_with_it(line: bytes, told: str) -> None:
     frame = protocol.find_frame(serve(io.BytesIO(line), Origin(agent_package.agent_bytes(), None)))
     assert frame is not None
     assert not frame.document["ok"]
-    assert told in frame.document["error"]["message"]
+    error = frame.document["error"]
+    assert told in error["message"]
+    assert len(error["message"]) < 500, "what was refused is quoted, not sent back"
+    assert (error["kind"] in ("protocol", "refused"), "hush" in error["message"]) == (True, False)
     assert frame.document["agent"] == agent_package.agent_sha256()
 
 
