@@ -65,11 +65,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def append_line(path: Path, document: dict[str, Any]) -> None:
-    """Append one JSON line in one write and flush it."""
+    """Append one JSON line in one write and flush it; what a full disk tore before it takes no line with it."""
     data = json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        write_all(fd, data)
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        write_all(fd, b"\n" + data if torn else data)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -75,3 +75,12 @@ def test_an_exit_record_is_written_on_a_full_disk_where_a_new_file_is_not(small_
     assert sorted(os.listdir(small_disk)) == ["exit.rec", "filler"]
     exitrec.write(small_disk / "exit.rec", {"code": 0, "outcome": "unknown"})
     assert exitrec.read(small_disk / "exit.rec") == {"code": 0, "outcome": "unknown"}
+
+
+def test_a_line_after_one_that_a_full_disk_tore_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    durable.append_line(path, {"event": "launching"})
+    with path.open("ab") as file:
+        file.write(b'{"event":"disk-l')
+    durable.append_line(path, {"event": "started"})
+    assert path.read_text().splitlines() == ['{"event":"launching"}', '{"event":"disk-l', '{"event":"started"}']
