@@ -17,8 +17,8 @@ from .reserving import never_started, remove
 from .state import derive
 
 LONGEST_CHAIN = 64
-# How long to wait for the owner of a lock to say who it is.
-_PATIENCE = 15.0
+# How long to wait for the owner of a lock to say who it is: as long as it may take to hand the lock over.
+_PATIENCE = 3 * detached.PATIENCE
 _PAUSE = 0.02
 _SPACE_FLOOR = 16 << 20
 
