@@ -93,7 +93,10 @@ def test_the_agent_uses_the_standard_library_alone(host: AgentHost) -> None:
         (b'{"verb": "status", "args": {"runs": ["../x"]}}\n', "run='../x'"),
         (b'{"verb": "probe", "root": "here"}\n', "root='here'"),
         (b"[" * 100_000 + b"\n", "not JSON"),
-        (b'{"verb": "cancel", "args": {"run": "data-%s", "grace": 1%s}}\n' % (b"0" * 20, b"0" * 400), "is outside 0.0 to 600.0"),
+        (
+            b'{"verb": "cancel", "args": {"run": "data-%s", "grace": 1%s}}\n' % (b"0" * 20, b"0" * 400),
+            "is outside 0.0 to 600.0",
+        ),
         (
             b'{"verb": "reserve", "args": {"run": "d", "identity": "", "launch": {}, "secrets": "hush"}}\n',
             "secrets=what",
