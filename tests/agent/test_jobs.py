@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -266,9 +265,9 @@ def test_a_program_that_does_not_exist_ends_the_run_with_its_name(host: AgentHos
 
 def test_the_launching_session_is_not_held_open_by_the_job(host: AgentHost) -> None:
     run = host.python("import time; time.sleep(600)")
-    begun = time.monotonic()
-    host.call("launch", chain=[run])  # returns only when stdout and stderr of the request are closed by everyone
-    assert time.monotonic() - begun < 5
+    host.call(
+        "launch", chain=[run]
+    )  # refused by its deadline unless everyone has closed the request's stdout and stderr
     state = host.wait(run, "running")
     for pid in (state["pid"], state["supervisor_pid"]):
         assert os.getsid(pid) not in (os.getsid(0), 0)
