@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[list[str], float]] = {
 #: Of a long answer, the lines that count; the first is kept too, and shows that there was something to read.
 LINES = {"journal": re.compile(rb"NV_ERR_NO_MEMORY|\bXid\b|\bDOE\b|oom-kill|Out of memory: Killed")}
 _GB10 = ("banner", "nvcc", "nvcc-targets", "journal", "firmware")
+_GB10_ACTIONS = frozenset({"power", "torch", "nvrtc"})
 ACTIONS = frozenset({"write", "drop-caches", "power", "torch", "nvrtc", "teacher-server"})
 
 
@@ -95,7 +96,8 @@ class Collection:
             deadline,
         )
         self._describe_listed()
-        if self._declared or "GB10" in str(self._found["commands"]["gpu"].get("out")):
+        gb10 = self._declared or "GB10" in str(self._found["commands"]["gpu"].get("out"))
+        if gb10:
             self._wait(
                 [
                     *(self._command(name) for name in _GB10),
@@ -108,6 +110,8 @@ class Collection:
                 deadline,
             )
         for action in self._actions:  # one after the other: each may load the machine
+            if action in _GB10_ACTIONS and not gb10:
+                continue  # their checks do not apply, so the device is not loaded for them
             thread = _into(self._found["did"], action, partial(self._act, action))
             self._wait([thread], time.monotonic() + ACTION_SECONDS)
 

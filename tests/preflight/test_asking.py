@@ -269,6 +269,18 @@ def test_the_gpu_is_never_loaded_beside_a_run_and_no_run_starts_beside_the_load(
     assert locks.holder(root.device_lock) is None
 
 
+def test_a_host_that_is_no_gb10_is_not_loaded_for_checks_that_do_not_apply_to_it(
+    gb10: Any, probe: Probe, tmp_path: Path
+) -> None:
+    gb10.write(gpu={"name": "NVIDIA H100", "compute_cap": "9.0"})
+    ran, python = tmp_path / "ran", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntouch '{ran}'\n")
+    python.chmod(0o755)
+    report, _facts = probe("power", "torch", "nvrtc", python=str(python))
+    assert {report[id].outcome for id in ("power", "torch", "nvrtc")} == {"n/a"}
+    assert not ran.exists()
+
+
 def test_the_capabilities_are_those_kept_beside_the_build_else_the_built_command_is_asked(tmp_path: Path) -> None:
     root = Root(str(tmp_path))
     for folder in ("venvs/v/bin", "builds/b/site"):
