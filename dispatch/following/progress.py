@@ -58,7 +58,8 @@ class Progress:
 
     def seen(self, clock: float) -> None:
         """Something is under way since this moment at the latest, though when the process started is not known yet."""
-        self._seen = clock
+        if self._seen is None:
+            self._seen = clock
 
     def not_after(self, clock: float) -> None:
         """Nothing can have happened after this moment: an event that says so is of now, or no stall would ever end."""

@@ -64,7 +64,7 @@ class Watcher:
         if state.state in ("running", "unsupervised") and state.seconds is not None:
             self.progress.start(clock - state.seconds)
         elif state.state in ("starting", "finishing"):
-            self.progress.seen(self._since)
+            self.progress.seen(clock)
 
     def events(self, events: list[Event]) -> list[Event]:
         """Take new events in; returns those that are this run's."""

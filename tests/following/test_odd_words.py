@@ -108,6 +108,14 @@ def test_a_run_that_never_gets_beyond_its_start_is_not_waited_for_without_end(st
     assert record.ending == "log never appeared"
 
 
+def test_a_run_that_waited_long_for_its_turn_has_all_the_time_to_start() -> None:
+    watcher = Watcher(RUN, Limits())
+    watcher.state(RunState(state="queued"), 1000.0)
+    for clock in (9000.0, 9010.0):
+        watcher.state(RunState(state="starting"), clock)
+        assert watcher.overdue() is None
+
+
 @pytest.mark.parametrize("flops", [float("nan"), float("inf"), HUGE, -1e30, True])
 def test_operations_that_are_no_number_judge_no_pace(flops: Any) -> None:
     events = [Event(0, 1.0, "", RUN, "step", STEP), Event(1, 1.1, "", RUN, "step", STEP)]
