@@ -122,8 +122,8 @@ class Root:
 
         Refused too where it is / or the home folder: our rooms would lie among what is the user's.
         """
-        for folder, what in ((Path("/"), "the root of the file system"), (Path.home(), "your home folder")):
-            if os.path.realpath(self.dir) == os.path.realpath(folder):
+        for own, what in (("/", "the root of the file system"), (os.path.expanduser("~"), "your home folder")):
+            if os.path.realpath(self.dir) == os.path.realpath(own):
                 raise AgentError(
                     "refused",
                     f"state root {self.dir} is {what} itself",
