@@ -110,7 +110,7 @@ def _end(run: RunPaths, grace: float, intent: dict[str, Any], found: str) -> dic
                 send(process, signal.SIGTERM)
                 send(process, signal.SIGCONT)  # a stopped process would sleep through its grace
         state = derive(run)
-        if not members and state["state"] not in (*_ACTIVE, "finishing"):
+        if not members and state["state"] not in (*_ACTIVE, "finishing") and not _holds_the_device(run):
             break
         if boot_clock() - begun > grace + _PATIENCE:
             break
@@ -124,6 +124,12 @@ def _end(run: RunPaths, grace: float, intent: dict[str, Any], found: str) -> dic
     with contextlib.suppress(OSError):  # a full disk must not keep a cancel from answering
         journal.record(run, "cancelled", grace_used=used, forced=forced, survivors=survivors)
     return _answer(run, "ended", used=used, forced=forced, survivors=survivors)
+
+
+def _holds_the_device(run: RunPaths) -> bool:
+    """Whether its supervisor has yet to give the lease back: who was told that it is cancelled may launch the next."""
+    holder = locks.holder(run.dir.parent.parent / "locks" / "device.lock")
+    return holder is not None and holder.get("run") == run.id
 
 
 def _members(run: RunPaths) -> list[Process]:
