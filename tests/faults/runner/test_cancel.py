@@ -63,7 +63,7 @@ def _cancel_a_tree(host: Any, seed: int, grace: float) -> int:
     assert (answer["survivors"], answer["state"]["state"], answer["state"]["class"]) == ([], "finished", "cancelled")
     left = [pid for pid in pids if _is_of(pid, host.mark)]
     assert not left, (seed, left)
-    assert host.marked() == [], seed
+    wait_for(lambda: not host.marked(), describe=lambda: (seed, host.marked()))  # the supervisor itself goes last
     assert host.call("cancel", run=run, grace=0)["did"] == "nothing"
     return len(pids)
 
