@@ -92,7 +92,7 @@ def cancel_run(transport: Transport, run: str, *, grace: float) -> ExitCode:
     args = {"run": run, "grace": grace, "by": getpass.getuser()}
     done = call(transport, "cancel", args, timeout=grace + 60.0).result
     state = RunState.model_validate(done["state"])
-    if state.state == "absent":
+    if state.state == "absent" and done["did"] == "nothing":
         raise RefusedError(
             f"{run} is not on {transport.host.name}: it never was, or was cleaned up; nothing was ended",
             next="latentforge dispatch status   lists the runs that this laptop knows",
