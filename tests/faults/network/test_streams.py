@@ -108,8 +108,10 @@ class Tally:
         return f"{self.streams} streams, {self.cuts} cuts, {self.bytes} bytes, {self.different} different"
 
 
-TOGETHER = 12
-"""Streams that are made by one chain of runs and followed at the same time, each over a bad line of its own."""
+TOGETHER = 125
+"""Streams that are followed at the same time, each over a bad line of its own."""
+CHAINS = 8
+"""Chains of runs that make them, side by side: one run after the other took most of the time."""
 
 
 def streams(count: int, first: int, server: Any, trusted: Make, reached: Make, laptop: Any, remote: Path) -> Tally:
@@ -120,7 +122,8 @@ def streams(count: int, first: int, server: Any, trusted: Make, reached: Make, l
     found = Tally()
     for begin in range(first, first + count, TOGETHER):
         seeds = {_reserved(remote, seed): seed for seed in range(begin, min(begin + TOGETHER, first + count))}
-        call(direct, "launch", {"chain": list(seeds)})
+        for chain in (list(seeds)[number::CHAINS] for number in range(min(CHAINS, len(seeds)))):
+            call(direct, "launch", {"chain": chain})
         with ThreadPoolExecutor(TOGETHER) as pool:
             follow = lambda run, seed: _followed(run, seed, server, host, laptop)  # noqa: E731
             for run, cuts in zip(seeds, pool.map(follow, *zip(*seeds.items(), strict=True)), strict=True):
