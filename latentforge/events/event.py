@@ -54,8 +54,7 @@ def _count(digits: str) -> int:
 def sift_events(path: Path) -> tuple[list[Event], list[int]]:
     """All whole events of a file in order, and the numbers (from 1) of the whole lines that are none."""
     events, broken = [], []
-    whole, _, _torn = path.read_bytes().rpartition(b"\n")
-    for number, line in enumerate(whole.split(b"\n"), start=1):
+    for number, line in enumerate(_whole_lines(path), start=1):
         try:
             if line.strip():
                 events.append(parse_event(line))
@@ -66,9 +65,12 @@ def sift_events(path: Path) -> tuple[list[Event], list[int]]:
 
 def read_events(path: Path) -> list[Event]:
     """All whole events of a file in order; a torn last line (a run killed while writing) is left out."""
-    content = path.read_bytes()
-    whole, _, _torn = content.rpartition(b"\n")
-    return [parse_event(line) for line in whole.split(b"\n") if line.strip()]
+    return [parse_event(line) for line in _whole_lines(path) if line.strip()]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    whole, _, _torn = path.read_bytes().rpartition(b"\n")
+    return whole.split(b"\n")
 
 
 def _shown(line: str | bytes) -> str:

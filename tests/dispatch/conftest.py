@@ -417,6 +417,20 @@ def enrolled(laptop: Laptop, tmp_path: Path) -> Callable[..., Host]:
 
 
 @pytest.fixture
+def reached(laptop: Laptop) -> Iterator[Callable[..., Transport]]:
+    """Transports, closed at the end."""
+    opened: list[Transport] = []
+
+    def reach(host: Host, **more: Any) -> Transport:
+        opened.append(open_transport(host, laptop.places, **more))
+        return opened[-1]
+
+    yield reach
+    for transport in opened:
+        transport.close()
+
+
+@pytest.fixture
 def built() -> Callable[..., None]:
     """Pretend that a host has the build that a request needs, for tests whose jobs are fake."""
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,24 +15,19 @@ import pytest
 from dispatch.hosts.inventory import Host
 from dispatch.transport.ahead import Ahead
 from dispatch.transport.link import Link, LinkError
-from dispatch.transport.open import open_transport
 from dispatch.transport.retry import call
 
 Make = Callable[..., Any]
 
 
 @pytest.fixture
-def reached(laptop: Any) -> Iterator[Make]:
-    """Transports, closed in the end."""
-    opened: list[Any] = []
-
-    def reach(host: Host) -> Any:
-        opened.append(open_transport(host, laptop.places))
-        return opened[-1]
-
-    yield reach
-    for transport in opened:
-        transport.close()
+def begun(shared_sshd: Any, enrolled: Make, reached: Make, eventually: Make) -> Any:
+    """A transport whose agent was started ahead, and was asked nothing yet."""
+    transport = reached(enrolled(shared_sshd))
+    before = commands(shared_sshd)
+    transport.ahead("probe")
+    eventually(lambda: commands(shared_sshd) > before, "the agent is started")
+    return transport
 
 
 def commands(server: Any) -> int:
@@ -64,25 +59,17 @@ def test_another_call_than_the_one_begun_ahead_is_answered_all_the_same(
 
 @pytest.mark.sshd
 def test_a_connection_that_breaks_before_the_first_call_is_made_again(
-    shared_sshd: Any, enrolled: Make, reached: Make, eventually: Make
+    shared_sshd: Any, begun: Any, eventually: Make
 ) -> None:
-    transport = reached(enrolled(shared_sshd))
-    before = commands(shared_sshd)
-    transport.ahead("probe")
-    eventually(lambda: commands(shared_sshd) > before, "the agent is started")
     assert eventually(shared_sshd.cut, "a session is cut")
-    assert call(transport, "probe", {}).result["root"]
+    assert call(begun, "probe", {}).result["root"]
 
 
 @pytest.mark.sshd
 def test_what_was_begun_ahead_and_never_asked_leaves_no_session_behind(
-    shared_sshd: Any, enrolled: Make, reached: Make, eventually: Make
+    shared_sshd: Any, begun: Any, eventually: Make
 ) -> None:
-    transport = reached(enrolled(shared_sshd))
-    before = commands(shared_sshd)
-    transport.ahead("probe")
-    eventually(lambda: commands(shared_sshd) > before, "the agent is started")
-    transport.close()
+    begun.close()
     eventually(lambda: not shared_sshd.sessions(), "its session ends")
 
 

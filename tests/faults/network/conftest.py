@@ -16,8 +16,6 @@ import pytest
 
 from dispatch.hosts.inventory import Host
 from dispatch.hosts.trust import pin
-from dispatch.transport.call import Transport
-from dispatch.transport.open import open_transport
 
 
 def key_of(public: Path) -> paramiko.PKey:
@@ -47,20 +45,6 @@ def trusted(laptop: Any, tmp_path: Path) -> Callable[..., Host]:
         return pin(Host(name=name, **described), chosen, laptop.places)
 
     return trust
-
-
-@pytest.fixture
-def reached(laptop: Any) -> Iterator[Callable[..., Transport]]:
-    """Transports, closed at the end."""
-    opened: list[Transport] = []
-
-    def reach(host: Host, **more: Any) -> Transport:
-        opened.append(open_transport(host, laptop.places, **more))
-        return opened[-1]
-
-    yield reach
-    for transport in opened:
-        transport.close()
 
 
 @pytest.fixture
