@@ -49,8 +49,7 @@ def cancel(run: RunPaths, grace: float, by: str | None) -> dict[str, Any]:
     if before["state"] in ("absent", "reserved", "finished", "lost", "interrupted"):
         return _answer(run, "nothing")
     if not run.cancel.is_file():
-        write_json(run.cancel, intent)
-        journal.record(run, "cancel-requested", **intent)
+        _ask(run, intent)
     _wake_supervisor(run)
     before = _settle(run)
     if before["state"] == "absent":
@@ -58,6 +57,16 @@ def cancel(run: RunPaths, grace: float, by: str | None) -> dict[str, Any]:
     if before["state"] not in (*_ACTIVE, "finishing"):
         return _answer(run, "nothing" if before["outcome"] != "cancelled" else "ended")
     return _end(run, grace, intent, before["state"])
+
+
+def _ask(run: RunPaths, intent: dict[str, Any]) -> None:
+    """Leave the request where its supervisor looks; a waiting run may be dropped, and gone, before we note it."""
+    try:
+        write_json(run.cancel, intent)
+        journal.record(run, "cancel-requested", **intent)
+    except FileNotFoundError:
+        if run.identity.is_file():
+            raise
 
 
 def _wake_supervisor(run: RunPaths) -> None:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dispatch.agent import exitrec, journal, locks
+from dispatch.agent import cancelling, exitrec, journal, locks
+from dispatch.agent.paths import RunPaths
 from dispatch.agent.processes import MARK, Process, look, send
 
 from .conftest import AgentHost, wait_for
@@ -146,6 +148,37 @@ def test_a_run_queued_for_the_device_can_be_cancelled(host: AgentHost) -> None:
     host.call("launch", chain=[waiting], wait_lease=True)
     assert host.call("cancel", run=waiting)["state"]["state"] == "absent"
     assert host.state(holder)["state"] == "running"
+    host.call("cancel", run=holder, grace=0)
+
+
+@pytest.mark.parametrize("gone_before", ["the request is written", "it is journalled"])
+def test_a_queued_run_that_is_dropped_while_it_is_being_cancelled_is_cancelled(
+    host: AgentHost, monkeypatch: pytest.MonkeyPatch, gone_before: str
+) -> None:
+    holder, waiting = host.python(_WAIT, lease=["device"]), host.python("pass", lease=["device"])
+    host.call("launch", chain=[holder])
+    host.call("launch", chain=[waiting], wait_lease=True)
+    run = host.paths(waiting)
+    write, record = cancelling.write_json, journal.record
+
+    def dropped() -> bool:
+        return not run.dir.exists()
+
+    def written(path: Path, document: dict[str, Any]) -> bytes:
+        if gone_before == "the request is written":
+            write(path, document)  # another laptop's request, which the supervisor follows at once
+            wait_for(dropped)
+        return write(path, document)
+
+    def recorded(paths: RunPaths, event: str, **fields: Any) -> dict[str, Any]:
+        wait_for(dropped)
+        return record(paths, event, **fields)
+
+    monkeypatch.setattr(cancelling, "write_json", written)
+    monkeypatch.setattr(journal, "record", recorded)
+    answer = cancelling.cancel(run, 5, "a test")
+    assert (answer["did"], answer["state"]["state"]) == ("removed", "absent")
+    monkeypatch.undo()
     host.call("cancel", run=holder, grace=0)
 
 
