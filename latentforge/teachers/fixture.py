@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import DenseTargets, TopKTargets
-from latentforge.targets.topk import topk_rows
-from latentforge.teachers.protocol import Capability, TeacherIdentity, check_temperature, check_tokens
+from latentforge.targets.row import SequenceTargets
+from latentforge.targets.topk import sequence_rows, topk_rows
+from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
 
 _PEAK = 8.0
 
@@ -41,6 +45,11 @@ class FixtureTeacher:
         """One sentence: this is no model."""
         return ("the fixture teacher repeats the last token; it is no model",)
 
+    @property
+    def limits(self) -> Limits:
+        """Any T, any length; as many entries as there are tokens."""
+        return Limits(self._vocab_size, None, None)
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Dense logits float32 ``[B·(L-1), V]`` for ``tokens`` int64 ``[B, L]``."""
         check_tokens(tokens, self._vocab_size)
@@ -58,3 +67,14 @@ class FixtureTeacher:
             return DenseTargets(logits)
         ids, logprobs, tails = topk_rows(logits, k, [temperature])
         return TopKTargets(ids, logprobs, tails[float(temperature)])
+
+    def score(
+        self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+    ) -> Iterator[tuple[int, SequenceTargets]]:
+        """Targets of each sequence, in order."""
+        for number, tokens in enumerate(sequences):
+            logits = self.logits(torch.from_numpy(np.asarray(tokens)).unsqueeze(0))
+            yield number, sequence_rows(*topk_rows(logits, k, temperatures), sequences=1)[0]
+
+    def close(self) -> None:
+        """Nothing is held."""

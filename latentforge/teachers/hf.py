@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import DenseTargets, TopKTargets
-from latentforge.targets.topk import topk_rows
+from latentforge.targets.row import SequenceTargets
+from latentforge.targets.topk import sequence_rows, topk_rows
 from latentforge.teachers.folder import ModelFolder, check_model_folder
-from latentforge.teachers.protocol import Capability, TeacherIdentity, check_temperature, check_tokens
+from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -89,6 +92,11 @@ class HFTeacher:
         padding = self.rows - self.vocab_size
         return (f"teacher has {self.rows} rows for {self.vocab_size} tokens: {padding} padding rows are masked",)
 
+    @property
+    def limits(self) -> Limits:
+        """Any T; as many entries as there are tokens; as many tokens as the model has positions."""
+        return Limits(self.vocab_size, self.folder.max_positions, None)
+
     @torch.no_grad()
     def logits(self, tokens: Tensor, *, width: int | None = None) -> Tensor:
         """Dense logits ``[B·(L-1), width]`` for ``tokens`` int64 ``[B, L]``; row (b, i) predicts token i + 1.
@@ -131,6 +139,28 @@ class HFTeacher:
                 f"k = {k} is larger than the vocabulary ({self.vocab_size} tokens)", next="lower score.k"
             )
         return topk_rows(self.logits(tokens, width=self.vocab_size), k, temperatures)
+
+    def score(
+        self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+    ) -> Iterator[tuple[int, SequenceTargets]]:
+        """Targets of each sequence, in order; neighbours of equal length are one forward pass."""
+        for begin, end in equal_lengths(sequences):
+            batch = torch.from_numpy(np.stack([np.asarray(tokens) for tokens in sequences[begin:end]]))
+            ids, logprobs, tails = self.topk(batch, k=k, temperatures=temperatures)
+            yield from enumerate(sequence_rows(ids, logprobs, tails, sequences=end - begin), start=begin)
+
+    def close(self) -> None:
+        """Let the weights go."""
+        self.model = None
+
+
+def equal_lengths(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int]]:
+    """The runs ``[begin, end)`` of neighbouring sequences that have one length."""
+    begin = 0
+    for end in range(1, len(sequences) + 1):
+        if end == len(sequences) or len(sequences[end]) != len(sequences[begin]):
+            yield begin, end
+            begin = end
 
 
 def _first_line(error: BaseException) -> str:

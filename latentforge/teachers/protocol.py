@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from latentforge.errors import RefusedError
 
 if TYPE_CHECKING:
     from latentforge.kernels.targets import DenseTargets, TopKTargets
+    from latentforge.targets.row import SequenceTargets
 
+Tokens = npt.NDArray[np.int64]
 Capability = Literal["score", "sample", "logits", "chat"]
 
 
@@ -71,6 +75,69 @@ class Teacher(Protocol):
         ``k=None`` asks for dense targets where the teacher has the capability *logits*; else top-k with the exact tail
         at ``temperature``.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What :meth:`Scorer.score` can be asked for; None is no limit.
+
+    ``max_k`` entries a row, ``max_tokens`` tokens a sequence, ``temperatures`` for which the tail can be said.
+    """
+
+    max_k: int | None
+    max_tokens: int | None
+    temperatures: tuple[float, ...] | None
+
+    def check(self, *, k: int, tokens: int, temperatures: tuple[float, ...]) -> None:
+        """Refuse, before anything is asked, a question that this teacher cannot answer."""
+        if k < 1:
+            raise RefusedError(f"k = {k}: at least one entry a row is needed", next="raise score.k")
+        if self.max_k is not None and k > self.max_k:
+            raise RefusedError(
+                f"k = {k}: this teacher answers at most {self.max_k} entries a row", next="lower score.k"
+            )
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise RefusedError(
+                f"a sequence of {tokens} tokens is longer than the teacher's {self.max_tokens} positions",
+                next=f"set data.sequence_length = {self.max_tokens} or less",
+            )
+        for temperature in temperatures:
+            check_temperature(temperature)
+            if self.temperatures is not None and temperature not in self.temperatures:
+                can = ", ".join(f"{t:g}" for t in self.temperatures)
+                raise RefusedError(
+                    f"temperature {temperature:g}: this teacher gives tails for T = {can} only",
+                    next=f"set score.temperatures = [{can}], or score with a teacher in this process (hf)",
+                )
+
+
+class Scorer(Teacher, Protocol):
+    """A teacher that scores given token ids, document by document, as a store of targets is filled.
+
+    Every backend of the capability *score* has it: ``hf``, ``openai``, ``vllm``, ``store``, ``fixture``, and
+    :class:`latentforge.teachers.cached.CachedTeacher` around any of them.
+    """
+
+    @property
+    def limits(self) -> Limits:
+        """What can be asked."""
+        ...
+
+    def score(
+        self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+    ) -> Iterator[tuple[int, SequenceTargets]]:
+        """Yield (index, targets) of each of ``sequences`` (int64 ``[L]``, L may differ) as soon as it is answered.
+
+        In any order; ``targets`` has L - 1 rows, row i for token i + 1. A row may end in *absent* entries (id -1,
+        logprob minus infinity) where the backend was asked for fewer than ``k``. A backend that computes in this
+        process takes the sequences of one call as one batch, so pass it a batch at a time. Raises
+        :class:`latentforge.teachers.failures.TeacherFailure`; what was yielded before stays true.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back connections, files and memory; twice is once."""
         ...
 
 

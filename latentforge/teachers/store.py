@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
+from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
-from latentforge.teachers.protocol import Capability, TeacherIdentity, check_temperature, check_tokens
+from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
 
 
 class StoreTeacher:
@@ -56,22 +58,19 @@ class StoreTeacher:
         shown = ", ".join(f"{value:.1%} at T = {t}" for t, value in mass.items() if value is not None)
         return (f"top-{self.store.k} targets from the store; mass outside: {shown or 'no rows yet'}",)
 
+    @property
+    def limits(self) -> Limits:
+        """What was stored: its entries a row and its temperatures."""
+        return Limits(self.store.k, None, self.store.temperatures)
+
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """Top-k rows of ``tokens`` int64 ``[B, L]``, on the device of ``tokens``; a ``k`` below the stored is exact.
 
         Refused for a temperature without stored tails, a larger ``k`` and a sequence that was not scored.
         """
-        check_temperature(temperature)
-        check_tokens(tokens, self.vocab_size)
         temperature = float(temperature)
-        if temperature not in self.store.temperatures:
-            stored = ", ".join(f"{t:g}" for t in self.store.temperatures)
-            raise RefusedError(
-                f"temperature = {temperature:g}: tails are stored for T = {stored} only",
-                next=f'add {temperature:g} to score.temperatures, or set distill.targets = "live"',
-            )
-        if k is not None and not 1 <= k <= self.store.k:
-            raise RefusedError(f"k = {k}: the store holds {self.store.k} entries a row", next="raise score.k")
+        self._check(k, (temperature,))
+        check_tokens(tokens, self.vocab_size)
         found = self.store.get_many(tokens.detach().to("cpu").numpy())
         ids = np.concatenate([targets.ids for targets in found])
         logprobs = np.concatenate([targets.logprobs for targets in found])
@@ -83,6 +82,37 @@ class StoreTeacher:
         return TopKTargets(
             torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), torch.from_numpy(tail).to(device)
         )
+
+    def score(
+        self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+    ) -> Iterator[tuple[int, SequenceTargets]]:
+        """Stored targets of each sequence, in order; a smaller ``k`` is exact, a sequence without a row is refused."""
+        self._check(k, temperatures)
+        for number, tokens in enumerate(sequences):
+            found = self.store.get(tokens)
+            tails = {t: found.tails[t] for t in temperatures}
+            if k == self.store.k:
+                yield number, SequenceTargets(found.ids, found.logprobs, tails)
+                continue
+            tails = {t: _longer_tail(found.logprobs[:, k:], tail, t) for t, tail in tails.items()}
+            ids, logprobs = np.ascontiguousarray(found.ids[:, :k]), np.ascontiguousarray(found.logprobs[:, :k])
+            yield number, SequenceTargets(ids, logprobs, tails)
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def _check(self, k: int | None, temperatures: tuple[float, ...]) -> None:
+        for temperature in temperatures:
+            check_temperature(temperature)
+            if temperature not in self.store.temperatures:
+                stored = ", ".join(f"{t:g}" for t in self.store.temperatures)
+                raise RefusedError(
+                    f"temperature = {temperature:g}: tails are stored for T = {stored} only",
+                    next=f'add {temperature:g} to score.temperatures, or set distill.targets = "live"',
+                )
+        if k is not None and not 1 <= k <= self.store.k:
+            raise RefusedError(f"k = {k}: the store holds {self.store.k} entries a row", next="raise score.k")
 
 
 def _longer_tail(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from latentforge.targets import TargetStore
 from latentforge.targets.topk import sequence_rows
 from latentforge.teachers.fixture import FixtureTeacher
 from latentforge.teachers.hf import HFTeacher
-from latentforge.teachers.protocol import Teacher, TeacherIdentity
+from latentforge.teachers.protocol import Limits, Teacher, TeacherIdentity
 from latentforge.teachers.store import StoreTeacher
 
 TEMPERATURES = (1.0, 2.0)
@@ -62,6 +63,46 @@ def test_every_backend_is_a_teacher(teacher: HFTeacher, store_path: Path) -> Non
         assert [sorted(one.capabilities) for one in backends] == [["logits", "score"], ["score"], ["logits", "score"]]
         assert all(one.vocab_size == 270 for one in backends)
         assert stored.identity == teacher.identity
+
+
+@pytest.mark.parametrize("k", [8, 3])
+def test_every_backend_scores_document_by_document_what_it_gives_as_a_batch(
+    teacher: HFTeacher, store_path: Path, tokens: torch.Tensor, k: int
+) -> None:
+    with StoreTeacher.open(store_path) as stored:
+        for backend in (teacher, stored, FixtureTeacher(270)):
+            scored = dict(backend.score(list(tokens.numpy()), k=k, temperatures=TEMPERATURES))
+            assert sorted(scored) == [0, 1, 2]
+            for temperature in TEMPERATURES:
+                batch = top(backend, tokens, temperature, k)
+                ids = np.concatenate([scored[number].ids for number in range(3)])
+                tails = np.concatenate([scored[number].tails[temperature] for number in range(3)])
+                assert np.array_equal(ids, batch.ids.numpy())
+                assert np.allclose(tails, batch.tail.numpy(), atol=1e-5)
+
+
+def test_documents_of_different_lengths_are_scored_each_by_its_own_tokens(
+    teacher: HFTeacher, tokens: torch.Tensor
+) -> None:
+    documents = [tokens[0].numpy(), tokens[1, :9].numpy(), tokens[2, :9].numpy(), tokens[0, :2].numpy()]
+    for number, targets in teacher.score(documents, k=4, temperatures=(1.0,)):
+        alone = top(teacher, torch.from_numpy(documents[number]).unsqueeze(0), 1.0, 4)
+        assert np.array_equal(targets.ids, alone.ids.numpy())
+        assert np.allclose(targets.logprobs, alone.logprobs.numpy(), atol=1e-5)
+
+
+def test_limits_refuse_what_a_teacher_cannot_answer() -> None:
+    limits = Limits(20, 16, (1.0,))
+    limits.check(k=20, tokens=16, temperatures=(1.0,))
+    for asked, said in (
+        ({"k": 21}, "k = 21: this teacher answers at most 20"),
+        ({"k": 0}, "k = 0"),
+        ({"tokens": 17}, "17 tokens is longer than the teacher's 16"),
+        ({"temperatures": (1.0, 2.0)}, "temperature 2: this teacher gives tails for T = 1 only"),
+        ({"temperatures": (float("nan"),)}, "temperature nan"),
+    ):
+        with pytest.raises(RefusedError, match=said):
+            limits.check(**{"k": 20, "tokens": 16, "temperatures": (1.0,), **asked})  # type: ignore[arg-type]
 
 
 def test_the_fixture_repeats_the_last_token_at_every_position(tokens: torch.Tensor) -> None:
