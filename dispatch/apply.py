@@ -26,6 +26,7 @@ from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from dispatch.transport.sending import send
 from latentforge.errors import BusyError, LatentForgeError, RefusedError
+from latentforge.spec.teacher import ASKING, reach_of
 
 # A change of judgement that takes nothing away from what was shown: somebody else did the step meanwhile.
 _HARMLESS = {("run", "follow"), ("run", "keep"), ("send", "keep"), ("follow", "keep"), ("write", "keep")}
@@ -210,6 +211,7 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         "kin": one.kin,
         "resolved": _located(one, plan),
         "predecessor": one.predecessor,
+        "reach": reach_of(ask.spec.teacher) if one.kind in ASKING else {},
         "argv": argv,
         "env": env,
         "lease": [] if one.kind == "data" else ["device"],

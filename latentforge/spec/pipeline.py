@@ -12,6 +12,7 @@ from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
 from latentforge.spec.sections import PipelineSpec
+from latentforge.spec.teacher import answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
 
@@ -146,21 +147,26 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
     if teacher_folder is not None:
         teacher = teacher_folder
     else:
-        yield "teacher", {"seed": spec.seed, "teacher": _json(spec.teacher)}, {"data": "data"}
+        yield "teacher", {"seed": spec.seed, "teacher": training_of(spec.teacher)}, {"data": "data"}
 
     if spec.distill.targets == "store":
-        yield "score", {"seed": spec.seed, "score": _json(spec.score)}, {"data": "data", "teacher": teacher}
+        asked = {"seed": spec.seed, "score": _json(spec.score), "teacher": answers_of(spec.teacher)}
+        yield "score", asked, {"data": "data", "teacher": teacher}
 
     inputs: _Sources = {"data": "data", "teacher": teacher}
     if spec.distill.targets == "store":
         inputs["targets"] = "score"
     if (init := external.get("distill.student.init")) is not None:
         inputs["student_init"] = init
+    # A student that is fed from the store alone asks no teacher.
+    asks = spec.distill.targets == "live" or spec.distill.on_policy > 0.0
+    teacher_asked = {"teacher": answers_of(spec.teacher)} if asks else {}
     if spec.profile == "full":
-        short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of(spec.distill))}
+        short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of(spec.distill)), **teacher_asked}
         yield "canary", short, dict(inputs)
         inputs["canary"] = "canary"
-    yield "distill", {"profile": spec.profile, "seed": spec.seed, "distill": _json(spec.distill)}, inputs
+    asked = {"profile": spec.profile, "seed": spec.seed, "distill": _json(spec.distill), **teacher_asked}
+    yield "distill", asked, inputs
 
 
 def _json(section: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class LaunchRecord:
     lease: list[str] = field(default_factory=list)
     predecessor: str | None = None
     plan: str | None = None
+    reach: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from difflib import get_close_matches
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,12 +54,52 @@ class DataSpec(Section):
     sequence_length: Annotated[int, Field(ge=8, le=131_072)] = Field(128, description="tokens a packed row")
     train_sequences: Count | None = Field(None, description="packed training rows to keep; all of the corpus if absent")
     heldout_sequences: Count = Field(64, description="packed rows of the fixed held-out split")
+    documents: Literal["corpus", "chat"] = Field(
+        "corpus", description="'chat' = the teacher's answers to the corpus's prompts are the documents"
+    )
+    bos: Literal["none", "add"] = Field("none", description="'add' puts the tokenizer's BOS before each document")
+
+
+Backend = Literal[
+    "auto", "hf", "openai", "venice", "vllm-remote", "vllm-local", "vllm-local-inproc", "store", "fixture"
+]
+"""Where a teacher's answers come from; ``venice`` and ``vllm-remote`` are ``openai`` with names of their own."""
+
+HTTP_BACKENDS: tuple[Backend, ...] = ("openai", "venice", "vllm-remote")
+"""Servers that somebody else runs: of the teacher's folder only the tokenizer and config.json are needed."""
 
 
 class TeacherSpec(Section):
-    """A teacher: a folder that exists, or a small model to train on the corpus."""
+    """A teacher: who answers and how it is reached; a folder that exists, or a small model to train on the corpus."""
 
-    model: str | None = Field(None, min_length=1, description="Hugging Face folder, or repo@commit in the hub cache")
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="Hugging Face folder, or repo@commit in the hub cache; a server needs no weights in it",
+    )
+    backend: Backend = Field("auto", description="where answers come from; 'auto' chooses and says why")
+    url: str | None = Field(None, description="an OpenAI-compatible server's base, like http://host:8000/v1")
+    served_model: str | None = Field(None, min_length=1, description="the model's name there; absent: the only one")
+    revision: str | None = Field(None, min_length=1, description="what pins a served model: it has no folder to hash")
+    api_key_env: EnvironmentName | None = Field(None, description="NAME of the variable that holds the key")
+    precision: Literal["auto", "fp32", "bf16", "quantized"] = Field(
+        "auto", description="how the teacher computes; 'auto' = the path that really runs on the GPU, measured"
+    )
+    quantization: str | None = Field(None, min_length=1, description="vllm-local: the engine's --quantization")
+    max_model_len: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
+        16_384, description="vllm-local: longest sequence that the engine makes room for, in tokens"
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.8, description="vllm-local: share of the GPU's memory that the engine may take"
+    )
+    environment: str | None = Field(None, min_length=1, description="vllm-local: folder of vLLM's own environment")
+    store: str | None = Field(None, min_length=1, description="backend 'store': a file of targets that was scored")
+    cache: str | None = Field(None, min_length=1, description="file of answers, asked before the teacher is")
+    cache_readonly: bool = Field(False, description="never write to the cache, as --kd-cache-ro asks")
+    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests in flight at once")
+    timeout: Positive = Field(60.0, description="seconds that one request may take")
+    max_requests: Count | None = Field(None, description="budget of requests of a run, retries included")
+    max_tokens: Count | None = Field(None, description="budget of tokens sent and received of a run")
     layers: Count = 3
     hidden: Count = 128
     heads: Count = 4
@@ -70,9 +111,32 @@ class TeacherSpec(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 20
 
     @model_validator(mode="after")
-    def _shape_fits(self) -> Self:
+    def _consistent(self) -> Self:
         _attention_fits("teacher", self.hidden, self.heads, self.kv_heads)
+        if self.url is not None:
+            check_url(self.url)
+        if self.backend in ("openai", "vllm-remote") and self.url is None:
+            raise ValueError(f"backend = {self.backend!r} is a server, and url names none")
+        if self.backend == "store" and self.store is None:
+            raise ValueError("backend = 'store' reads a file of targets, and store names none")
+        if self.cache_readonly and self.cache is None:
+            raise ValueError("cache_readonly = true, and cache names no file")
         return self
+
+
+def check_url(url: str) -> None:
+    """Refuse (ValueError) a server's address that is not http(s), or that holds what must not be written down."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"url does not parse: {error}") from None
+    if "@" in parts.netloc:  # The value is not repeated: what stands before the @ is a secret.
+        raise ValueError("url holds a user or password before the @: api_key_env names the variable of a key")
+    if parts.query or parts.fragment:
+        raise ValueError("url holds a ? or #, and so perhaps a key: api_key_env names the variable of a key")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url = {url!r} is not http://… or https://…")
 
 
 class ScoreSpec(Section):
@@ -81,11 +145,17 @@ class ScoreSpec(Section):
     k: Annotated[int, Field(ge=1, le=262_144)] = Field(32, description="entries kept a position")
     temperatures: tuple[Positive, ...] = Field((1.0,), min_length=1, description="T for which exact tails are stored")
     batch_size: Count = 16
+    mode: Literal["topk", "sample"] = Field("topk", description="'sample' = ids drawn from the teacher: unbiased")
+    draws: Count = Field(50, description="mode 'sample': ids drawn a position")
+    ttl_days: Positive | None = Field(None, description="how long a stored row is good; for ever if absent")
+    max_bytes: Count | None = Field(None, description="size of the store from which the oldest used rows go")
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures {list(self.temperatures)} holds a value twice")
+        if self.mode == "sample" and self.temperatures != (1.0,):
+            raise ValueError(f"mode = 'sample' draws at T = 1, and temperatures is {list(self.temperatures)}")
         return self
 
 
@@ -125,6 +195,19 @@ class DistillSpec(Section):
     direction: Literal["forward"] = "forward"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 250
+    prefetch: Annotated[int, Field(ge=0, le=64)] = Field(2, description="batches whose targets are fetched ahead")
+    on_teacher_loss: Literal["stop", "degrade"] = Field(
+        "stop", description="'degrade' goes on without KD where the teacher is lost, and reports the coverage"
+    )
+    on_policy: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0, description="share of batches whose text the student writes and the teacher scores (GKD)"
+    )
+    on_policy_tokens: Count = Field(32, description="tokens that the student writes after a prefix")
+    on_policy_temperature: Positive = Field(1.0, description="temperature at which the student writes")
+    cross_tokenizer: bool = Field(False, description="align a teacher of another tokenizer by byte spans")
+    min_coverage: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.9, description="share of aligned spans below which a teacher of another tokenizer is refused"
+    )
     require: tuple[str, ...] = Field((), description="falsifiers that must pass")
 
     @model_validator(mode="after")
@@ -163,6 +246,11 @@ class PipelineSpec(Section):
     def _sections_agree(self) -> Self:
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError(f"secrets = {list(self.secrets)} names one twice")
+        backend = self.teacher.backend
+        if self.teacher.model is None and backend in HTTP_BACKENDS:
+            raise ValueError(
+                f"teacher.backend = {backend!r} answers with token ids, and teacher.model names no tokenizer"
+            )
         if self.teacher.model is None and self.score.k > self.data.vocab_size:
             raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
         return self

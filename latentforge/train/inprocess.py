@@ -17,6 +17,7 @@ from latentforge.spec.identity import Kind
 from latentforge.spec.pipeline import PlannedRun, Role, effective_pipeline, external_paths, pipeline_runs
 from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
+from latentforge.spec.teacher import ASKING, reach_of
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
 
@@ -52,7 +53,9 @@ def execute_pipeline(
         if not folder.artifacts_file.is_file():
             if folder.events_file.is_file():
                 raise FailedError(f"{planned.run_id} was run here before and is not whole: {_reason(folder)}")
-            folder = RunDir.create(runs, planned.identity, LaunchRecord(planned.run_id, planned.kin, planned.resolved))
+            reach = reach_of(spec.teacher) if planned.kind in ASKING else {}
+            launch = LaunchRecord(planned.run_id, planned.kin, planned.resolved, reach=reach)
+            folder = RunDir.create(runs, planned.identity, launch)
             with _torch_settings_kept():
                 code = execute(folder.path, text=text)
             if not accept(planned.kind, code):

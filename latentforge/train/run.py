@@ -184,7 +184,10 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         ref = run.input_ref("corpus")
         # The recipe has hashed a corpus of the user's again and refused another one.
         corpus = made["corpus"]["kind"] if "builtin" in ref else f"sha256:{ref['sha256']}"
-        return {"seed": torch.initial_seed(), "data": {"corpus": corpus, **{name: made[name] for name in kept}}}
+        # What a recipe that knows no other way did: it wrote the corpus's documents, and no BOS.
+        ways = {"documents": made.get("documents_from", "corpus"), "bos": made.get("bos", "none")}
+        return {"seed": torch.initial_seed(), "data": {"corpus": corpus, **ways, **{name: made[name] for name in kept}}}
     made = json.loads((run.out / "score.json").read_bytes())
-    kept = ("k", "temperatures", "batch_size")
-    return {"seed": torch.initial_seed(), "score": {name: made[name] for name in kept}}
+    kept = ("k", "temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")
+    score = {name: made[name] for name in kept}
+    return {"seed": torch.initial_seed(), "score": score, "teacher": made["teacher"]}

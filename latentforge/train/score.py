@@ -14,9 +14,11 @@ from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import ScoreSpec
+from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.scoring import check_agreement, check_scorable, coverage, score_all
 from latentforge.train.data import checked_path
 
@@ -24,12 +26,15 @@ from latentforge.train.data import checked_path
 def run(run: RunDir, log: EventLog) -> None:
     """Load the teacher, score what the store lacks, ask again for a sample, require coverage of 100 %."""
     spec = ScoreSpec.model_validate_json(json.dumps(run.load_identity().spec["score"]))
+    asked = teacher_of(run)
     with log.phase("load"):
         data = ShardSet.open(run.input_path("data"))
         data.verify()
         folder = teacher_folder(run)
         alignment = compare_vocabularies(folder, data.tokenizer_dir)
-        teacher = HFTeacher.open(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+        teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
+        if not isinstance(teacher, HFTeacher) or spec.mode != "topk":
+            raise RefusedError(f"backend {asked.backend!r} with score.mode {spec.mode!r} cannot fill a store yet")
         check_scorable(teacher, data, k=spec.k)
     for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
         log.say(note)
@@ -58,6 +63,11 @@ def run(run: RunDir, log: EventLog) -> None:
             "k": store.k,
             "batch_size": spec.batch_size,
             "temperatures": list(store.temperatures),
+            "mode": spec.mode,
+            "draws": spec.draws,
+            "ttl_days": spec.ttl_days,
+            "max_bytes": spec.max_bytes,
+            "teacher": answers_of(asked),
             "tail_mass": stats["tail_mass"],
             "bytes": stats["bytes"],
             "agreement": {"worst_nats": agreement.worst, "positions": agreement.positions},
