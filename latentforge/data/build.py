@@ -11,6 +11,7 @@ from typing import Any
 
 from latentforge.data.corpus import Corpus, Entry
 from latentforge.data.shards import Packed, ShardSet, pack, shard_dtype
+from latentforge.data.special import BosRule, bos_of
 from latentforge.data.split import packing_order
 from latentforge.data.tokenizer import Tokenizer, copy_tokenizer, train_bpe
 from latentforge.errors import RefusedError
@@ -27,11 +28,13 @@ def build_shards(
     train_sequences: int | None,
     heldout_sequences: int,
     tokenizer_folder: Path | None = None,
+    bos: BosRule = "none",
     phase: Phase = lambda name: nullcontext(),
 ) -> ShardSet:
     """Write ``tokenizer/``, ``train.bin``, ``heldout.bin`` and ``data.json`` into ``out``.
 
     The same inputs give the same bytes. ``tokenizer_folder`` is used unchanged where given, ``vocab_size`` then not.
+    ``bos = "add"`` begins each document with the tokenizer's BOS; see :func:`latentforge.data.special.bos_of`.
     RefusedError where the corpus is not readable, or too small (with both numbers).
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -50,12 +53,15 @@ def build_shards(
         else:
             # Learnt from training documents alone: held-out text has no part in anything that is trained.
             tokenizer = train_bpe(_texts(corpus, train), vocab_size, out / "tokenizer")
+        bos_id = bos_of(tokenizer.folder, bos, tokenizer)
     with phase("tokenize"):
-        packed_heldout = _pack(corpus, heldout, tokenizer, out / "heldout.bin", sequence_length, heldout_sequences)
+        packed_heldout = _pack(
+            corpus, heldout, tokenizer, out / "heldout.bin", sequence_length, heldout_sequences, bos_id
+        )
         _check_enough("heldout_sequences", heldout_sequences, packed_heldout, sequence_length, len(heldout))
-        packed_train = _pack(corpus, train, tokenizer, out / "train.bin", sequence_length, train_sequences)
+        packed_train = _pack(corpus, train, tokenizer, out / "train.bin", sequence_length, train_sequences, bos_id)
         _check_enough("train_sequences", train_sequences or 1, packed_train, sequence_length, len(train))
-    record = _record(corpus, tokenizer, sequence_length, packed_train, packed_heldout)
+    record = _record(corpus, tokenizer, sequence_length, packed_train, packed_heldout) | {"bos": bos, "bos_id": bos_id}
     temporary = out / "data.json.partial"
     temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, out / "data.json")
@@ -67,9 +73,15 @@ def _texts(corpus: Corpus, entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _pack(
-    corpus: Corpus, entries: Sequence[Entry], tokenizer: Tokenizer, path: Path, length: int, limit: int | None
+    corpus: Corpus,
+    entries: Sequence[Entry],
+    tokenizer: Tokenizer,
+    path: Path,
+    length: int,
+    limit: int | None,
+    bos_id: int | None,
 ) -> Packed:
-    encoded = tokenizer.encode(_texts(corpus, entries))
+    encoded = tokenizer.encode(_texts(corpus, entries), bos_id=bos_id)
     return pack(encoded, path, vocab_size=tokenizer.vocab_size, sequence_length=length, limit=limit)
 
 

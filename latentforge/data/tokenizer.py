@@ -70,12 +70,18 @@ class Tokenizer:
             raise RefusedError(f"{file} has an empty vocabulary")
         return cls(folder, backend, max(vocabulary.values()) + 1, _eos_id(folder, vocabulary), file_sha256(file))
 
-    def encode(self, texts: Iterable[str]) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
-        """(UTF-8 bytes, ids ending in EOS as uint32) of each text in order; works in batches, lazily."""
+    def encode(
+        self, texts: Iterable[str], *, bos_id: int | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
+        """(UTF-8 bytes, ids ending in EOS as uint32) of each text in order; works in batches, lazily.
+
+        Each document begins with ``bos_id`` where one is given; nothing is added otherwise.
+        """
+        first = () if bos_id is None else (bos_id,)
         for batch in _batches(texts):
             encoded = self.backend.encode_batch_fast(batch, add_special_tokens=False)
             for text, encoding in zip(batch, encoded, strict=True):
-                yield len(text.encode()), np.array([*encoding.ids, self.eos_id], dtype=np.uint32)
+                yield len(text.encode()), np.array([*first, *encoding.ids, self.eos_id], dtype=np.uint32)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -143,7 +149,7 @@ def _eos_id(folder: Path, vocabulary: dict[str, int]) -> int:
             raise RefusedError(f"{folder}: eos_token {text!r} is not in its tokenizer.json")
         return vocabulary[text]
     for name in ("generation_config.json", "config.json"):
-        number = _read_json(folder / name).get("eos_token_id")
+        number = read_json(folder / name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and not isinstance(number, bool):
             if number not in vocabulary.values():
@@ -157,14 +163,15 @@ def _eos_id(folder: Path, vocabulary: dict[str, int]) -> int:
 
 def _eos_text(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = _read_json(folder / name).get("eos_token")
+        value = read_json(folder / name).get("eos_token")
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
             return text
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, empty where there is no such file; RefusedError where it is something else."""
     if not path.is_file():
         return {}
     try:

@@ -26,6 +26,7 @@ def run(run: RunDir, log: EventLog) -> None:
         train_sequences=spec.train_sequences,
         heldout_sequences=spec.heldout_sequences,
         tokenizer_folder=tokenizer,
+        bos=spec.bos,
         phase=log.phase,
     )
     with log.phase("verify"):
