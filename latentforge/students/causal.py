@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentforge.errors import RefusedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.api import kd_loss
-from latentforge.kernels.targets import Targets
+from latentforge.kernels.decode import latent_decode
+from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 
 IGNORE = -100
 # Settings with which an architecture changes its logits after the last layer; the loss here would not see that.
@@ -32,12 +33,29 @@ class ModelShape:
 
 class LossParts(NamedTuple):
     """``loss`` is differentiable and already divided by the step's denominator; ``ce`` and ``kd`` are its detached
-    parts, unweighted (``kd`` is NaN without targets); ``rows`` predictions went into them."""
+    parts, unweighted (``kd`` is NaN without targets); ``rows`` predictions went into them, of which ``ce_rows`` had a
+    label and ``kd_rows`` targets (None: all that ``rows`` counts, and none where there were no targets)."""
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
     rows: int
+    ce_rows: int | None = None
+    kd_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """What the N rows of a batch are trained on where they differ: ``labelled`` and ``taught`` are bool [N].
+
+    A labelled row's next token is the text's own, and counts in cross-entropy; a taught one has targets. Both has the
+    weights of the objective, a taught row without a label KD alone, a labelled one without targets cross-entropy alone
+    with the weight ``ce_alone``.
+    """
+
+    labelled: Tensor
+    taught: Tensor
+    ce_alone: float
 
 
 class Student(nn.Module):
@@ -69,25 +87,76 @@ class Student(nn.Module):
         ce_weight: float,
         kd_weight: float,
         kernel_backend: str = "auto",
+        use: RowUse | None = None,
     ) -> LossParts:
         """The loss of ``tokens`` int64 [B, L] against ``targets`` of N = B·(L-1) rows (None only with kd_weight = 0).
 
-        ``denominator`` counts the valid predictions of the whole optimiser step. Refused where the targets are not of
-        exactly these rows: a part of a batch is never trained in silence.
+        With ``use`` rows differ in what they are trained on, and ``targets`` are of the taught rows alone, in their
+        order. ``denominator`` counts the valid predictions of the whole optimiser step. Refused where the targets are
+        not of exactly these rows: a part of a batch is never trained in silence.
         """
         labels = tokens[:, 1:].reshape(-1)
+        settings = {"temperature": temperature, "denominator": denominator, "backend": kernel_backend}
+        if use is not None:
+            return self._by_use(tokens, labels, targets, use, ce_weight, kd_weight, settings)
         loss, ce, kd = kd_loss(
             self.logits(tokens),
             targets,
             labels,
-            temperature=temperature,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
-            denominator=denominator,
             ignore_index=IGNORE,
-            backend=kernel_backend,
+            **settings,
         )
         return LossParts(loss, ce, kd, int((labels != IGNORE).sum()))
+
+    def _by_use(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        use: RowUse,
+        ce_weight: float,
+        kd_weight: float,
+        settings: dict[str, Any],
+    ) -> LossParts:
+        """One pass through the layers, then a head and a loss for the rows of each use."""
+        counted = labels != IGNORE
+        if bool((~use.labelled & ~use.taught & counted).any()):
+            raise RefusedError("a row has neither label nor targets: nothing of it would be trained")
+        taught, given = int(use.taught.sum()), 0 if targets is None else target_count(targets)
+        if given != taught:
+            raise RefusedError(f"targets of {given} rows were given for {taught} taught rows")
+        # Row n of the batch is row place[n] of the targets, which are of the taught rows alone.
+        place = use.taught.long().cumsum(0) - 1
+        states = self.hidden(tokens[:, :-1])
+        uses = (
+            (True, use.labelled & use.taught, ce_weight, kd_weight),
+            (True, use.labelled & ~use.taught, use.ce_alone, 0.0),
+            (False, ~use.labelled & use.taught, 0.0, kd_weight),
+        )
+        zero = torch.zeros((), dtype=torch.float32, device=tokens.device)
+        loss, ce, kd, rows, ce_rows, kd_rows = zero, zero, zero, 0, 0, 0
+        for labelled, chosen, ce_share, kd_share in uses:
+            index = chosen.nonzero().squeeze(-1)
+            if not len(index):
+                continue
+            part = kd_loss(
+                self.head(states[index]),
+                target_rows(targets, place[index]) if kd_share > 0 and targets is not None else None,
+                labels[index],
+                ce_weight=ce_share,
+                kd_weight=kd_share,
+                ignore_index=IGNORE,
+                **settings,
+            )
+            valid = int(counted[index].sum())
+            loss, rows = loss + part.loss, rows + valid
+            if labelled:
+                ce, ce_rows = ce + part.ce, ce_rows + valid
+            if kd_share > 0:
+                kd, kd_rows = kd + part.kd, kd_rows + valid
+        return LossParts(loss, ce, kd if kd_rows else torch.full_like(kd, torch.nan), rows, ce_rows, kd_rows)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Fresh logits [B·(L-1), vocab_size], row-major: row (b, i) predicts token i + 1 of ``tokens`` [B, L]."""
@@ -114,6 +183,46 @@ class Student(nn.Module):
             states: Tensor = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
             inputs = torch.cat([inputs, self.head(states[:, -1].contiguous()).argmax(-1, keepdim=True)], dim=1)
         return inputs
+
+    @torch.no_grad()
+    def sample(self, inputs: Tensor, new_tokens: int, *, temperature: float, seeds: Tensor) -> Tensor:
+        """``inputs`` int64 [B, L] followed by ``new_tokens`` drawn at ``temperature``; the same for the same weights
+        and ``seeds`` int64 [B], whatever else was drawn in this process.
+        """
+        head = self.model.get_output_embeddings()
+        text, given, cache = inputs, inputs, None
+        for _ in range(new_tokens):
+            found = self.model.base_model(input_ids=given, past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            positions = torch.full_like(seeds, text.shape[1])
+            drawn = latent_decode(
+                found.last_hidden_state[:, -1].contiguous(),
+                head.weight,
+                temperature=temperature,
+                seeds=seeds,
+                positions=positions,
+                bias=head.bias,
+                vocab=self.vocab_size,
+            ).ids
+            if bool((drawn < 0).any()):
+                raise FailedError("the student's logits are not finite: nothing can be drawn from it")
+            given = drawn.unsqueeze(1)
+            text = torch.cat([text, given], dim=1)
+        return text
+
+
+def target_rows(targets: Targets, index: Tensor) -> Targets:
+    """The rows ``index`` int64 [n] of some targets, in that order."""
+    if len(index) == target_count(targets) and bool((index == torch.arange(len(index), device=index.device)).all()):
+        return targets
+    if isinstance(targets, DenseTargets):
+        return DenseTargets(targets.logits[index])
+    return TopKTargets(targets.ids[index], targets.logprobs[index], targets.tail[index])
+
+
+def target_count(targets: Targets) -> int:
+    """The rows that some targets are of."""
+    return len(targets.logits if isinstance(targets, DenseTargets) else targets.ids)
 
 
 def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int, seed: int) -> Any:

@@ -21,9 +21,12 @@ from latentforge.teachers.folder import check_model_folder
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.data import checked_path
-from latentforge.train.loop import Objective, TargetsOf, Trainer
+from latentforge.train.feed import Feed
+from latentforge.train.loop import Objective, Trainer
+from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import training_batch
+from latentforge.train.supply import Supply
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -37,7 +40,8 @@ class Job:
     spec: DistillSpec
     data: ShardSet
     order: BatchOrder
-    targets_of: TargetsOf
+    supply: Supply
+    on_policy: OnPolicy
     device: torch.device
     kernel: str
 
@@ -56,11 +60,33 @@ def open_targets(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.de
     return source
 
 
-def targets_function(source: StoreTeacher | HFTeacher, spec: DistillSpec, data: ShardSet) -> TargetsOf:
-    """The targets of a batch at the training temperature: top-k rows with their tail, or dense logits."""
-    if isinstance(source, HFTeacher):
-        return lambda tokens: source.targets(tokens, temperature=spec.temperature, width=data.vocab_size)
-    return lambda tokens: source.targets(tokens, temperature=spec.temperature)
+def open_supply(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device, data: ShardSet) -> Supply:
+    """The teacher's targets at the training temperature: stored top-k rows with their tail, or dense logits."""
+    source = open_targets(run, spec, teacher, device)
+    return Supply(
+        source,
+        temperature=spec.temperature,
+        k=source.store.k if isinstance(source, StoreTeacher) else None,
+        width=data.vocab_size,
+        on_loss=spec.on_teacher_loss,
+        # Without targets the student is trained as its twin is.
+        ce_alone=spec.ce_weight or 1.0,
+    )
+
+
+def make_feed(job: Job, trainer: Trainer, steps: range) -> Feed:
+    """The material of a trainer's ``steps``; without KD in its objective there is no teacher in it."""
+    data, spec = job.data, job.spec
+    return Feed(
+        lambda step: training_batch(data.train, job.order, step, job.device),
+        steps,
+        supply=job.supply if trainer.objective.kd_weight > 0 else None,
+        ahead=spec.prefetch,
+        dense_bytes=4 * spec.batch_size * (data.sequence_length - 1) * data.vocab_size,
+        on_policy=job.on_policy,
+        micro_batch_size=trainer.micro_batch_size,
+        eos_id=data.eos_id,
+    )
 
 
 def start_model(run: RunDir, spec: StudentSpec, data: ShardSet, teacher: Path, seed: int) -> Any:
@@ -96,12 +122,13 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
     return Trainer(Student(model, job.data.vocab_size), optimiser, objective, micro_batch_size=spec.micro_batch_size)
 
 
-def values_in_force(job: Job, trainer: Trainer, source: Any, profile: str) -> dict[str, Any]:
+def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
     """Every value of the spec as the objects that will run hold it."""
     spec, optimiser, objective = job.spec, trainer.optimiser, trainer.objective
     model = trainer.student.model
     batch = training_batch(job.data.train, job.order, 0, job.device)
     parts = batch.split(trainer.micro_batch_size or len(batch))
+    feed = make_feed(job, trainer, range(0))
     config = model.config
     student: dict[str, Any] = {"frozen": not any(p.requires_grad for p in model.parameters())}
     if job.run.has_input("student_init"):
@@ -115,7 +142,7 @@ def values_in_force(job: Job, trainer: Trainer, source: Any, profile: str) -> di
         "seed": job.order.seed,
         "distill": {
             "student": student,
-            "targets": "store" if isinstance(source, StoreTeacher) else "live",
+            "targets": "store" if job.supply.stored else "live",
             "steps": spec.steps,
             "batch_size": len(batch),
             "micro_batch_size": len(parts[0]),
@@ -124,21 +151,22 @@ def values_in_force(job: Job, trainer: Trainer, source: Any, profile: str) -> di
             "weight_decay": optimiser.weight_decay,
             "clip_norm": optimiser.clip_norm,
             "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype],
-            "temperature": objective.temperature,
+            "temperature": job.supply.temperature if objective.kd_weight > 0 else objective.temperature,
             "ce_weight": objective.ce_weight,
             "kd_weight": objective.kd_weight,
             "direction": "forward",
             "device": next(model.parameters()).device.type,
             "checkpoint_every": spec.checkpoint_every,
-            "prefetch": spec.prefetch,
-            "on_teacher_loss": spec.on_teacher_loss,
-            "on_policy": spec.on_policy,
-            "on_policy_tokens": spec.on_policy_tokens,
-            "on_policy_temperature": spec.on_policy_temperature,
+            "prefetch": feed.asked_ahead,
+            "on_teacher_loss": job.supply.on_loss,
+            "on_policy": feed.on_policy.share,
+            "on_policy_tokens": feed.on_policy.tokens,
+            "on_policy_temperature": feed.on_policy.temperature,
             "cross_tokenizer": spec.cross_tokenizer,
             "min_coverage": spec.min_coverage,
             "require": list(spec.require),
         },
+        "targets_fetched_ahead": feed.ahead,
         "predictions_per_sequence": batch.shape[1] - 1,
         "micro_batches": len(parts),
         "parameters": sum(p.numel() for p in model.parameters()),

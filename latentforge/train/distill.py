@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,24 @@ import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
-from latentforge.errors import FailedError
+from latentforge.errors import FailedError, LatentForgeError
 from latentforge.events import EventLog, read_events
 from latentforge.spec.canary import CANARY
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
 from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.likeness import check_unlike
 from latentforge.train import effective
 from latentforge.train.assembly import (
     PRECISIONS,
     Job,
+    make_feed,
     make_trainer,
-    open_targets,
+    open_supply,
     start_model,
-    targets_function,
     values_in_force,
 )
 from latentforge.train.canary import require_canary
@@ -36,12 +37,15 @@ from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.falsifiers import SAME_KL, judge
 from latentforge.train.flops import training_flops
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
+from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.products import save_model, start_digests
 from latentforge.train.resume import Earlier, carry_events, open_predecessor
 from latentforge.train.samples import samples
 from latentforge.train.score import teacher_folder
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+from latentforge.train.tally import Tally, percent
+from latentforge.verdicts import ExitCode
 
 TWIN = "F-DISTILL-SMOKE-002"
 CHECKPOINTS = {"student": "", "twin": "twin"}
@@ -49,12 +53,14 @@ CHECKPOINTS = {"student": "", "twin": "twin"}
 
 @dataclass(frozen=True)
 class Trained:
-    """One model after its steps: who trained it, its tensors' digests before step 1, held-out values at both ends."""
+    """One model after its steps: who trained it, its tensors' digests before step 1, held-out values at both ends, and
+    what its steps came to."""
 
     trainer: Trainer
     start: dict[str, str]
     before: Evaluation
     after: Evaluation
+    tally: Tally
 
 
 def run(run: RunDir, log: EventLog) -> None:
@@ -70,8 +76,8 @@ def run(run: RunDir, log: EventLog) -> None:
         kernel, slow = choose_kernel(device, PRECISIONS[spec.precision])
         teacher = teacher_folder(run)
         notes = list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
-        source = open_targets(run, spec, teacher, device)
-        notes += source.notes
+        supply = open_supply(run, spec, teacher, device, data)
+        notes += supply.source.notes
         start = start_model(run, spec.student, data, teacher, seed)
         predictions = data.sequence_length - 1
         step_flops = training_flops(start, predictions, spec.batch_size * predictions)
@@ -83,7 +89,8 @@ def run(run: RunDir, log: EventLog) -> None:
         if profile == "full" and CANARY not in spec.require:
             require_canary(run, identity)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
-        job = Job(run, log, spec, data, order, targets_function(source, spec, data), device, kernel)
+        on_policy = OnPolicy(spec.on_policy, spec.on_policy_tokens, spec.on_policy_temperature, seed)
+        job = Job(run, log, spec, data, order, supply, on_policy, device, kernel)
         trainer = make_trainer(job, start, kd_weight=spec.kd_weight, ce_weight=spec.ce_weight)
         earlier = open_predecessor(run, log, CHECKPOINTS)
     for note in dict.fromkeys(notes):
@@ -91,7 +98,7 @@ def run(run: RunDir, log: EventLog) -> None:
     if slow:
         log.warning(slow)
 
-    in_force = values_in_force(job, trainer, source, profile)
+    in_force = values_in_force(job, trainer, profile)
     wants_twin = TWIN in spec.require
     flops = dict.fromkeys(("student", "twin") if wants_twin else ("student",), spec.steps * step_flops)
     effective.record(
@@ -105,7 +112,7 @@ def run(run: RunDir, log: EventLog) -> None:
     effective.require_same("distill", identity.spec, in_force)
     if device.type != "cpu":
         with log.phase("rehearse"):
-            rehearse(trainer, training_batch(data.train, order, 0, device), job.targets_of)
+            rehearse(trainer, training_batch(data.train, order, 0, device), supply.targets)
             held_out_once(job, trainer.student)
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
@@ -129,8 +136,8 @@ def run(run: RunDir, log: EventLog) -> None:
             model="student",
         )
         models = {name: one.trainer.student for name, one in trained.items()}
-        if isinstance(source, HFTeacher):
-            models = {"teacher": Student(source.model, data.vocab_size), **models}
+        if isinstance(supply.source, HFTeacher):
+            models = {"teacher": Student(supply.source.model, data.vocab_size), **models}
         elif profile == "smoke":
             # The teacher of a full run is not loaded beside the student only to show a sample.
             models = {"teacher": Student(HFTeacher.open(teacher, device=str(device)).model, data.vocab_size), **models}
@@ -149,14 +156,16 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     start = start_digests(trainer.optimiser, trainer.student)
     first = 0
     before = known_evaluation(earlier, model)
+    tally = Tally()
     if before is None:
-        before = held_out(job, trainer.student)
+        before = held_out(job, trainer.student, teacher_needed=True)
         report(job, model, before, step=0)
     checkpoint = earlier.checkpoints.get(model) if earlier is not None else None
     if earlier is not None and checkpoint is not None:
         carry_events(earlier, model, until=checkpoint.step, before=spec.steps, log=log)
         restore(trainer, checkpoint, log)
         first = checkpoint.step
+        tally = Tally.of(earlier.events, model=model, until=first)
         log.emit("phase", name="resume", state="end", model=model, step=first, predecessor=earlier.run)
         log.say(f"{model} resumes from step {first} of {earlier.run}")
         keep(job, trainer, model, first, start)
@@ -168,33 +177,59 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
             raise FailedError(message, next="name another teacher or student")
         log.warning(message)
 
-    with log.phase("train" if model == "student" else model), deferred_stop():
+    feed = make_feed(job, trainer, range(first, spec.steps))
+    with log.phase("train" if model == "student" else model), deferred_stop(), feed:
+        kept = first
         for step in range(first, spec.steps):
-            result = trainer.step(step, training_batch(job.data.train, job.order, step, job.device), job.targets_of)
-            log_step(log, result, step=step + 1, steps=spec.steps, model=model)
+            try:
+                given = feed.next(step, trainer.student)
+            except TeacherFailure as failure:
+                if step > kept:
+                    keep(job, trainer, model, step, start)
+                report_teaching(job, model, tally, step=step)
+                raise lost_teacher(failure, model, step) from failure
+            result = trainer.step(step, given.tokens, given.lessons)
+            result = replace(result, seconds=result.seconds + given.wait_seconds)
+            log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(given.fields))
+            tally.add({"rows": result.rows, "sequences": result.sequences, **given.fields})
+            say_notes(job, step + 1)
             signal = stop_requested()
             if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
                 keep(job, trainer, model, step + 1, start)
+                kept = step + 1
             if signal is not None:
+                report_teaching(job, model, tally, step=step + 1)
                 raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {model}; checkpoint written")
 
     after = held_out(job, trainer.student)
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
-    return Trained(trainer, start, before, after)
+    if trainer.objective.kd_weight > 0:
+        report_teaching(job, model, tally, step=spec.steps)
+    return Trained(trainer, start, before, after, tally)
 
 
-def held_out(job: Job, student: Student) -> Evaluation:
-    """Cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order."""
-    batches = evaluation_batches(job.data.heldout, job.device)
+def held_out(job: Job, student: Student, *, teacher_needed: bool = False) -> Evaluation:
+    """Cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order.
+
+    Without the KL where the teacher is lost and the run goes on; never so where it is ``teacher_needed``: before step 1
+    nothing has shown yet that there is a teacher at all.
+    """
+    settings: dict[str, Any] = {"temperature": job.spec.temperature, "backend": job.kernel}
     with job.log.phase("evaluate"):
-        return evaluate(student, batches, job.targets_of, temperature=job.spec.temperature, backend=job.kernel)
+        try:
+            return evaluate(student, evaluation_batches(job.data.heldout, job.device), job.supply.held_out, **settings)
+        except TeacherFailure as failure:
+            if teacher_needed or job.supply.on_loss == "stop":
+                raise
+            job.log.warning(f"the teacher is lost, so KL to it is not measured: {failure}")
+        return evaluate(student, evaluation_batches(job.data.heldout, job.device), None, **settings)
 
 
 def held_out_once(job: Job, student: Student) -> None:
     """The held-out passes with their shapes, for what they load; the values are thrown away."""
     batches = {len(batch): batch for batch in evaluation_batches(job.data.heldout, job.device)}
-    evaluate(student, batches.values(), job.targets_of, temperature=job.spec.temperature, backend=job.kernel)
+    evaluate(student, batches.values(), job.supply.held_out, temperature=job.spec.temperature, backend=job.kernel)
 
 
 def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
@@ -206,6 +241,36 @@ def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
     if model == "student":
         name = "initial_loss" if step == 0 else "final_loss"
         job.log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
+
+
+def report_teaching(job: Job, model: str, tally: Tally, *, step: int) -> None:
+    """Say what share of the rows had targets, what the teacher's time was spent on, and what it counted itself."""
+    fields = {**tally.fields(), **job.supply.metrics()}
+    job.log.emit("metric", name="kd_coverage", value=tally.coverage, step=step, split="train", model=model, **fields)
+    job.log.say(tally.sentence())
+    if tally.on_policy_sequences:
+        share = tally.on_policy_sequences / tally.sequences
+        job.log.say(f"on-policy share {percent(share)}: {tally.on_policy_tokens} tokens were the student's own")
+
+
+def say_notes(job: Job, step: int) -> None:
+    """Say what became of the teacher since the step before."""
+    while job.supply.notes:
+        job.log.warning(f"step {step}: {job.supply.notes.popleft()}")
+
+
+def lost_teacher(failure: TeacherFailure, model: str, step: int) -> LatentForgeError:
+    """The end of a run whose teacher is lost: something was sent and done, so it is no failure of transport."""
+    return LatentForgeError(
+        f"the teacher is lost before step {step + 1} of the {model}: {failure}",
+        next="mend the teacher, then resume from the last checkpoint:  latentforge dispatch go --attempt next",
+        code=ExitCode.UNKNOWN if failure.code is ExitCode.TRANSPORT else failure.code,
+    )
+
+
+def rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to the microsecond."""
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in fields.items()}
 
 
 def keep(job: Job, trainer: Trainer, model: str, step: int, start: dict[str, str]) -> None:
@@ -263,6 +328,7 @@ def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, flo
         name: {
             "initial": {"val_loss": one.before.loss, "val_kl": one.before.kl},
             "final": {"val_loss": one.after.loss, "val_kl": one.after.kl},
+            **(one.tally.record() if one.trainer.objective.kd_weight > 0 else {}),
         }
         for name, one in trained.items()
     }

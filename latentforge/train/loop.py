@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,21 @@ from latentforge.events import EventLog
 from latentforge.kernels.api import kd_loss
 from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
-from latentforge.students.causal import IGNORE, Student
+from latentforge.students.causal import IGNORE, LossParts, RowUse, Student
 from latentforge.train.effective import memory_in_use
 from latentforge.train.optimiser import MasterOptimiser
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A part of a batch as it is trained: tokens int64 [b, L], the targets of its taught rows, and what each row is
+    for (None: every row is labelled, and taught where there are targets).
+    """
+
+    tokens: Tensor
+    targets: Targets | None
+    use: RowUse | None = None
+
 
 TargetsOf = Callable[[Tensor], Targets]
 """The teacher's targets for tokens int64 [B, L]: N = B·(L-1) rows."""
@@ -38,12 +51,14 @@ class Objective:
 class StepResult:
     """What one step did: losses in nats a token over all ``rows`` predictions of ``sequences`` sequences.
 
-    ``micro_batches`` holds the sequences of each forward pass; ``kd`` is None where no targets were used;
-    ``batch_sha256`` is that of the batch's tokens in their order; ``compiles`` what was compiled since the step before.
+    ``micro_batches`` holds the sequences of each forward pass; ``ce`` is the mean over the ``ce_rows`` that had a
+    label, ``kd`` over the ``kd_rows`` that had targets and None where there were none (``kd_rows`` is None where none
+    were wanted); ``batch_sha256`` is that of the batch's tokens in their order; ``compiles`` what was compiled since
+    the step before.
     """
 
     loss: float
-    ce: float
+    ce: float | None
     kd: float | None
     learning_rate: float
     rows: int
@@ -54,6 +69,8 @@ class StepResult:
     batch_sha256: str
     seconds: float
     compiles: tuple[Compiles, ...] = ()
+    ce_rows: int = 0
+    kd_rows: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,35 +95,33 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.watch = CompileWatch()
 
-    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | None) -> StepResult:
+    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | Sequence[Lesson] | None) -> StepResult:
         """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0.
 
-        The denominator counts the valid predictions of the whole batch before its first micro-batch. FailedError, with
-        nothing updated, where a row was not trained or a number is not finite.
+        With lessons it is these that are trained, each a part of the batch in some form. The denominator counts the
+        valid predictions of the whole batch before its first micro-batch. FailedError, with nothing updated, where a
+        row was not trained or a number is not finite.
         """
         began = time.perf_counter()
         wanted = self.objective
         denominator = int((tokens[:, 1:] != IGNORE).sum())
         learning_rate = self.optimiser.set_learning_rate(step)
         self.student.train()
-        rows, loss, ce, kd = 0, 0.0, 0.0, 0.0
+        rows, ce_rows, kd_rows, loss, ce, kd = 0, 0, 0, 0.0, 0.0, 0.0
         sizes: list[int] = []
-        for part in tokens.split(self.micro_batch_size or len(tokens)):
-            parts = self.student(
-                part,
-                targets_of(part) if targets_of is not None and wanted.kd_weight > 0 else None,
-                denominator,
-                temperature=wanted.temperature,
-                ce_weight=wanted.ce_weight,
-                kd_weight=wanted.kd_weight,
-                kernel_backend=wanted.kernel_backend,
-            )
+        wants_targets = targets_of is not None and wanted.kd_weight > 0
+        for lesson in lessons_of(tokens, targets_of if wants_targets else None, self.micro_batch_size):
+            parts = self.pass_over(lesson, denominator)
             if parts.loss.requires_grad:
                 parts.loss.backward()
                 self.optimiser.collect()
-            sizes.append(len(part))
+            sizes.append(len(lesson.tokens))
             rows += parts.rows
-            loss, ce, kd = loss + float(parts.loss.detach()), ce + float(parts.ce), kd + float(parts.kd)
+            ce_rows += parts.rows if parts.ce_rows is None else parts.ce_rows
+            taught = (0 if lesson.targets is None else parts.rows) if parts.kd_rows is None else parts.kd_rows
+            kd_rows += taught
+            loss, ce = loss + float(parts.loss.detach()), ce + float(parts.ce)
+            kd += float(parts.kd) if taught else 0.0
         if rows != denominator or sum(sizes) != len(tokens):
             raise FailedError(f"step {step + 1}: {rows} of {denominator} rows were trained; the step is refused")
         _refuse_not_finite("loss", loss, step)
@@ -114,8 +129,9 @@ class Trainer:
         _refuse_not_finite("gradient norm", grad_norm, step)
         return StepResult(
             loss=loss,
-            ce=ce,
-            kd=kd if wanted.kd_weight > 0 else None,
+            # The parts are sums over the step's denominator; said are means over the rows that they are of.
+            ce=ce * (denominator / ce_rows) if ce_rows else None,
+            kd=kd * (denominator / kd_rows) if kd_rows else None,
             learning_rate=learning_rate,
             rows=rows,
             sequences=sum(sizes),
@@ -125,11 +141,43 @@ class Trainer:
             batch_sha256=hashlib.sha256(_bytes(tokens)).hexdigest(),
             seconds=time.perf_counter() - began,
             compiles=tuple(self.watch.drain()),
+            ce_rows=ce_rows,
+            kd_rows=kd_rows if wants_targets else None,
         )
 
+    def pass_over(self, lesson: Lesson, denominator: int) -> LossParts:
+        """The loss of one lesson under this trainer's objective."""
+        wanted = self.objective
+        # Without use the call is the one that it always was: a student of one's own need not know the word.
+        of_rows: dict[str, Any] = {} if lesson.use is None else {"use": lesson.use}
+        found: LossParts = self.student(
+            lesson.tokens,
+            lesson.targets,
+            denominator,
+            temperature=wanted.temperature,
+            ce_weight=wanted.ce_weight,
+            kd_weight=wanted.kd_weight,
+            kernel_backend=wanted.kernel_backend,
+            **of_rows,
+        )
+        return found
 
-def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model: str) -> None:
-    """Say what one step did, with every value that was in force; ``step`` counts from 1."""
+
+def lessons_of(
+    tokens: Tensor, targets_of: TargetsOf | Sequence[Lesson] | None, micro_batch_size: int | None
+) -> Iterator[Lesson]:
+    """The parts of a batch as they are trained: those that were made of it, or its micro-batches with their targets."""
+    if targets_of is not None and not callable(targets_of):
+        yield from targets_of
+        return
+    for part in tokens.split(micro_batch_size or len(tokens)):
+        yield Lesson(part, None if targets_of is None else targets_of(part))
+
+
+def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model: str, **fields: Any) -> None:
+    """Say what one step did, with every value that was in force; ``step`` counts from 1, ``fields`` are more of it."""
+    if result.kd_rows is not None:
+        fields = {"kd_rows": result.kd_rows, **fields}
     log_compiles(log, result.compiles, step=step, model=model)
     log.step(
         step,
@@ -148,6 +196,7 @@ def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model:
         micro_batches=len(result.micro_batches),
         batch_sha256=result.batch_sha256,
         compiles=sum(found.count for found in result.compiles),
+        **fields,
     )
 
 
@@ -180,15 +229,9 @@ def rehearse(trainer: Trainer, tokens: Tensor, targets_of: TargetsOf | None) -> 
     parts = {len(part): part for part in tokens.split(trainer.micro_batch_size or len(tokens))}
     with torch.random.fork_rng():
         for part in parts.values():
-            found = student(
-                part,
-                targets_of(part) if targets_of is not None and wanted.kd_weight > 0 else None,
-                int((tokens[:, 1:] != IGNORE).sum()),
-                temperature=wanted.temperature,
-                ce_weight=wanted.ce_weight,
-                kd_weight=wanted.kd_weight,
-                kernel_backend=wanted.kernel_backend,
-            )
+            wants_targets = targets_of is not None and wanted.kd_weight > 0
+            lesson = Lesson(part, targets_of(part) if wants_targets else None)
+            found = trainer.pass_over(lesson, int((tokens[:, 1:] != IGNORE).sum()))
             if found.loss.requires_grad:
                 found.loss.backward()
     student.zero_grad(set_to_none=True)
