@@ -32,7 +32,7 @@ struct KdCall {
   Logits student;
   Logits teacher;
   Logits gradient;                    // null: not wanted; the student's own: it is overwritten
-  const int64_t* topk_ids = nullptr;  // [rows, k]
+  const int64_t* topk_ids = nullptr;  // [rows, k]; -1 at a row's end: absent, the row has fewer
   const float* topk_logprobs = nullptr;
   const float* topk_tail = nullptr;
   int64_t k = 0;
@@ -91,9 +91,9 @@ std::vector<std::string> cpu_variants();
 
 // What is wrong with the indices of a call; kind is empty where nothing is.
 struct BadIndex {
-  std::string kind;  // "label", "id", "duplicate", "tail"
+  std::string kind;  // "label", "id", "duplicate", "absent with a logprob", "absent before present", "silent"
   int64_t row = 0;
-  int64_t value = 0;
+  int64_t value = 0;  // the label or id; of an absent entry its column
 };
 BadIndex check_indices(const KdCall& call);
 

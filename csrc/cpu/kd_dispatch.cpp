@@ -2,6 +2,7 @@
 // is written.
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <stdexcept>
 
 #include "arm_features.h"
@@ -55,12 +56,23 @@ BadIndex check_indices(const KdCall& call) {
   std::vector<bool> seen(static_cast<size_t>(call.vocab), false);
   for (int64_t row = 0; row < call.rows; ++row) {
     const int64_t* ids = call.topk_ids + row * call.k;
-    for (int64_t j = 0; j < call.k; ++j) {
+    const float* logprobs = call.topk_logprobs + row * call.k;
+    int64_t count = 0;
+    while (count < call.k && ids[count] != -1) ++count;
+    for (int64_t j = count; j < call.k; ++j) {
+      if (ids[j] < -1 || ids[j] >= call.vocab) return {"id", row, ids[j]};
+      if (ids[j] != -1) return {"absent before present", row, j - 1};
+      if (logprobs[j] != -std::numeric_limits<float>::infinity()) return {"absent with a logprob", row, j};
+    }
+    const bool counts = call.labels == nullptr || call.labels[row] != call.ignore_index;
+    if (count == 0 && counts && call.topk_tail[row] == -std::numeric_limits<float>::infinity())
+      return {"silent", row, 0};
+    for (int64_t j = 0; j < count; ++j) {
       if (ids[j] < 0 || ids[j] >= call.vocab) return {"id", row, ids[j]};
       if (seen[static_cast<size_t>(ids[j])]) return {"duplicate", row, ids[j]};
       seen[static_cast<size_t>(ids[j])] = true;
     }
-    for (int64_t j = 0; j < call.k; ++j) seen[static_cast<size_t>(ids[j])] = false;
+    for (int64_t j = 0; j < count; ++j) seen[static_cast<size_t>(ids[j])] = false;
   }
   return {};
 }

@@ -21,7 +21,7 @@ struct Entries {
 
   template <class S>
   Entries(const KdCall& call, const Row& row, const S* s, Scratch& working)
-      : ids(call.topk_ids + row.index * call.k), k(call.k), scratch(working) {
+      : ids(call.topk_ids + row.index * call.k), k(entries_of(call, row.index)), scratch(working) {
     scratch.block_head.assign(static_cast<size_t>((call.vocab + kBlock - 1) / kBlock), -1);
     scratch.entry_next.resize(static_cast<size_t>(k));
     scratch.raw.resize(static_cast<size_t>(k));
@@ -158,7 +158,7 @@ void sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   const double one_sum = student.ce_sum();
   const double one_outside = one_sum == 0.0 ? minus_infinite : std::log2(one_sum) - moved * units.at_one;
   Folded folded;
-  folded.fold(call, row.index, units, outside, one_outside, scratch);
+  folded.fold(call, row.index, entries.k, units, outside, one_outside, scratch);
   if (!folded.usable) return refuse_row<G>(call, row);
   call.kd_rows[row.index] = folded.kd;
   const int64_t label = call.labels == nullptr ? -1 : call.labels[row.index];

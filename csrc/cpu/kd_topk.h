@@ -63,18 +63,26 @@ struct Units {
   double reference = 0.0;
 };
 
+// How many entries a row has: what is absent (id -1) stands at its end, and counts to the tokens outside.
+inline int64_t entries_of(const KdCall& call, int64_t row) {
+  const int64_t* ids = call.topk_ids + row * call.k;
+  int64_t count = call.k;
+  while (count > 0 && ids[count - 1] < 0) --count;
+  return count;
+}
+
 struct Folded {
   bool usable = false;
   double all = 0.0, one_all = 0.0;  // log2 of the student's mass at T and at temperature 1
   double kd = 0.0;
   double outside = 0.0;  // T * d kd / d s of all tokens outside the top-k together; each has its share of it
 
-  // `raw` [k] the student's logits of the top-k; log2_outside and one_outside its mass outside them. Fills
+  // `raw` [count] the student's logits of the row's entries; log2_outside and one_outside its mass outside them. Fills
   // scratch.derivative with T * d kd / d s of the top-k, scratch.student_share and one_log2 with their probabilities at
   // T and at temperature 1.
-  void fold(const KdCall& call, int64_t row, const Units& units, double log2_outside, double one_outside,
-            Scratch& scratch) {
-    const auto k = static_cast<size_t>(call.k);
+  void fold(const KdCall& call, int64_t row, int64_t count, const Units& units, double log2_outside,
+            double one_outside, Scratch& scratch) {
+    const auto k = static_cast<size_t>(count);
     auto& q = scratch.student_share;
     auto& one = scratch.one_share;
     auto& p = scratch.teacher_share;
@@ -82,9 +90,9 @@ struct Folded {
     auto& z = scratch.gaps;
     for (auto* each : {&q, &one, &p, &d, &z}) each->resize(k);
     for (size_t j = 0; j < k; ++j) z[j] = (scratch.raw[j] - units.reference) * units.at_one;
-    one_all = log2_shares(z.data(), call.k, one_outside, one.data());
+    one_all = log2_shares(z.data(), count, one_outside, one.data());
     for (size_t j = 0; j < k; ++j) z[j] = (scratch.raw[j] - units.reference) * units.at_t;
-    all = log2_shares(z.data(), call.k, log2_outside, q.data());
+    all = log2_shares(z.data(), count, log2_outside, q.data());
     if (!std::isfinite(all) || !std::isfinite(one_all)) return;
     if (call.topk_tail == nullptr) {
       usable = true;
@@ -94,7 +102,7 @@ struct Folded {
     const double tail = call.topk_tail[row] * kLog2e;
     for (size_t j = 0; j < k; ++j)
       d[j] = call.topk_logprobs[row * call.k + static_cast<int64_t>(j)] * (kLog2e / call.teacher_temperature);
-    const double teacher_all = log2_shares(d.data(), call.k, tail, p.data());
+    const double teacher_all = log2_shares(d.data(), count, tail, p.data());
     if (!std::isfinite(teacher_all)) return;
     usable = true;
     // From here z is ln(q / p).

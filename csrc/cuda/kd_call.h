@@ -18,7 +18,7 @@ struct KdCall {
   int64_t vocab = 0;
   Logits student;
   Logits teacher;
-  const void* topk_ids = nullptr;  // [rows, k], int64 or int32
+  const void* topk_ids = nullptr;  // [rows, k], int64 or int32; -1 is absent: in no slice of the row
   bool ids_are_64_bit = true;
   const float* topk_logprobs = nullptr;
   const float* topk_tail = nullptr;

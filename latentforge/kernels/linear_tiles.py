@@ -85,9 +85,13 @@ def _block_sums(x: Tensor, targets: Targets | None, bias: Tensor | None, setting
             offset = weighted_gap(log_q.exp(), log_q - other).sum(-1)
     elif isinstance(targets, TopKTargets):
         log_q = s.sub_(log_student[:, None])
-        ids = targets.ids.long()
-        entries = log_q.gather(-1, ids)
-        log_outside = log_q.scatter_(-1, ids, -torch.inf).logsumexp(-1)
+        present = targets.ids >= 0
+        ids = targets.ids.long().clamp_min(0)
+        entries = log_q.gather(-1, ids).masked_fill_(~present, -torch.inf)
+        # Absent entries take token 0 to the lesser of itself and infinity: no list of those present, which would make
+        # a GPU wait for each block.
+        lowered = torch.where(present, -torch.inf, torch.inf)
+        log_outside = log_q.scatter_reduce_(-1, ids, lowered, "amin").logsumexp(-1)
         raw = torch.cat([targets.logprobs / settings.teacher_temperature, targets.tail[:, None]], dim=-1)
         folded = torch.cat([entries, log_outside[:, None]], dim=-1)
         _, derivative = divergence_terms(raw.log_softmax(-1), folded, settings)

@@ -27,6 +27,10 @@ class TopKTargets:
     ``ids`` [N, k] int32 or int64, no id twice in a row; ``logprobs`` [N, k] float32, natural logarithms at temperature
     1; ``tail`` [N] float32, log of the sum over the tokens outside the top-k of exp(logprob / T) **at the temperature
     of the teacher in the loss**, minus infinity where k is the whole vocabulary.
+
+    Rows may have fewer than k entries: those at the end of a row are then *absent*, id -1 and logprob minus infinity.
+    They count to the tokens outside, so such a row is the same as one of its own, smaller k. Where all are absent the
+    teacher says nothing but that its mass lies somewhere: tail 0 = log 1, and the divergence is zero.
     """
 
     ids: Tensor
@@ -63,3 +67,14 @@ def topk_targets(logits: Tensor, k: int, temperature: float) -> TopKTargets:
     values, ids = logprobs.topk(k, dim=-1)
     tail = torch.logsumexp(logprobs.scatter(-1, ids, -torch.inf) / temperature, dim=-1)
     return TopKTargets(ids, values.float(), tail.float())
+
+
+def cut_rows(targets: TopKTargets, counts: Tensor, temperature: float) -> TopKTargets:
+    """The same rows with the first ``counts`` [N] entries each: the others become absent, their mass joins the tail.
+
+    ``temperature`` is that of the tail. The tail is computed in fp64.
+    """
+    cut = torch.arange(targets.ids.shape[1], device=targets.ids.device) >= counts[:, None]
+    joining = (targets.logprobs.double() / temperature).masked_fill(~cut, -torch.inf)
+    tail = torch.logsumexp(torch.cat([joining, targets.tail.double()[:, None]], dim=-1), dim=-1)
+    return TopKTargets(targets.ids.masked_fill(cut, -1), targets.logprobs.masked_fill(cut, -torch.inf), tail.float())

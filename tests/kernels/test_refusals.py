@@ -80,7 +80,7 @@ def test_a_label_outside_the_vocabulary_is_named_and_nothing_is_written(backend:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("value", "said"), [(V, f"id {V} at row 2"), (-1, "id -1 at row 2"), (None, "twice at row 2")])
+@pytest.mark.parametrize(("value", "said"), [(V, f"id {V} at row 2"), (-2, "id -2 at row 2"), (None, "twice at row 2")])
 def test_an_id_out_of_range_or_given_twice_is_named(backend: str, value: int | None, said: str) -> None:
     targets = topk_targets(logits(), 4, 1.0)
     targets.ids[2, 1] = targets.ids[2, 3] if value is None else value

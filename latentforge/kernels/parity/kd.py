@@ -12,14 +12,14 @@ from latentforge.kernels.parity import where
 from latentforge.kernels.parity.finding import Parity, disagreements, distance
 from latentforge.kernels.reference import kd as reference
 from latentforge.kernels.settings import KDSettings
-from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
+from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, cut_rows, topk_targets
 
 # What the gradient error may be, as a multiple of torch's own at the same precision. For bf16 both are the rounding of
 # the result; for fp32 both are a few units in the last place of different sums, hence the width and the floor.
 ALLOWED = {torch.bfloat16: 1.01, torch.float32: 1.5}
 GRADIENT_FLOOR = 5e-7
 LOSS_FLOOR = 1e-5
-EDGES = ("rows", "all masked", "k over support", "excluded by the teacher")
+EDGES = ("rows", "all masked", "k over support", "excluded by the teacher", "mixed k")
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "int8"}
 
 
@@ -104,6 +104,8 @@ class Case:
         if self.k is None:
             return _placed(student, self.misaligned), DenseTargets(_placed(teacher, self.misaligned)), labels
         targets = topk_targets(teacher, self.k, self.teacher_temperature or self.temperature)
+        if self.edge == "mixed k":
+            targets = cut_rows(targets, mixed_counts(self.rows, self.k), self.teacher_temperature or self.temperature)
         return _placed(student, self.misaligned), targets, labels
 
     def bias_tensor(self) -> Tensor | None:
@@ -135,9 +137,14 @@ class Case:
             teacher[:, self.k // 2 :] = -torch.inf
         elif self.edge == "excluded by the teacher":
             teacher[3, 0] = -torch.inf  # forward: costs nothing; reverse: loss +inf, gradient NaN
-        elif self.edge is not None:
+        elif self.edge is not None and self.edge != "mixed k":
             raise ValueError(f"edge {self.edge!r} is not one of {EDGES}")
         return student, teacher, labels
+
+
+def mixed_counts(rows: int, k: int) -> Tensor:
+    """How many entries each row keeps where they differ, [rows]: from none at all to k, side by side."""
+    return torch.tensor([0, k, k // 2, 0, 1, k, k - 1])[torch.arange(rows) % 7]
 
 
 def _placed(logits: Tensor, misaligned: bool) -> Tensor:

@@ -59,6 +59,9 @@ def grid(*, quick: bool = False) -> Iterator[tuple[str, Case]]:
         yield "edges", Case(3001, dtype, dtype, 2.0, k=k, edge="rows")
         yield "edges", Case(3001, dtype, dtype, 2.0, k=k, edge="all masked")
         yield "edges", Case(301, dtype, dtype, 2.0, k=k, rows=0)
+    for dtype, direction in product(DTYPES, ("forward", "reverse", "jsd")):
+        yield "mixed k", Case(2051, dtype, dtype, 2.0, k=24, rows=7, direction=direction, beta=0.3, edge="mixed k")
+        yield "mixed k", Case(2051, dtype, dtype, 1.0, k=150, rows=7, direction=direction, bias=True, edge="mixed k")
     for dtype in DTYPES:
         yield "padding", Case(2100, dtype, dtype, 2.0, padding=52, padded_side="teacher")
         yield "padding", Case(2100, dtype, dtype, 2.0, padding=52, padded_side="student")

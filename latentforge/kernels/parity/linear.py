@@ -11,10 +11,10 @@ from torch import Tensor
 
 from latentforge.kernels.parity import where
 from latentforge.kernels.parity.finding import Parity, disagreements, distance
-from latentforge.kernels.parity.kd import ALLOWED, GRADIENT_FLOOR, LOSS_FLOOR, NAMES, loss_distance
+from latentforge.kernels.parity.kd import ALLOWED, GRADIENT_FLOOR, LOSS_FLOOR, NAMES, loss_distance, mixed_counts
 from latentforge.kernels.reference import kd as reference
 from latentforge.kernels.settings import KDSettings
-from latentforge.kernels.targets import DenseTargets, LinearTargets, Targets, TopKTargets, topk_targets
+from latentforge.kernels.targets import DenseTargets, LinearTargets, Targets, TopKTargets, cut_rows, topk_targets
 
 # Where teacher and student agree this closely, logits that were rounded to bf16 first spoil the gradient; ours must be
 # this many times better (reference: the differences that the gradient is made of are smaller than that rounding).
@@ -46,6 +46,7 @@ class Case:
     direction: str = "forward"
     chunk_rows: int | None = None
     all_masked: bool = False
+    mixed_k: bool = False
 
     def __str__(self) -> str:
         kind = f"k={self.k}" if self.k is not None else f"teacher H={self.teacher_hidden or self.hidden}"
@@ -60,6 +61,7 @@ class Case:
         said += [f"cap {self.soft_cap:g}"] if self.soft_cap is not None else []
         said += [f"{self.chunk_rows} rows at a time"] if self.chunk_rows is not None else []
         said += ["all masked"] if self.all_masked else []
+        said += ["mixed k"] if self.mixed_k else []
         return ", ".join(said)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Targets | LinearTargets, Tensor]:
@@ -89,6 +91,8 @@ class Case:
         else:
             logits = teacher_hidden.double() @ teacher_weight.double().T
             targets = topk_targets(logits, self.k, self.temperature)
+            if self.mixed_k:
+                targets = cut_rows(targets, mixed_counts(self.rows, self.k), self.temperature)
         return hidden.to(self.dtype), weight, bias, targets, labels
 
     @property
@@ -120,6 +124,11 @@ def grid(*, quick: bool = False) -> Iterator[tuple[str, Case]]:
         yield "reverse", Case(16, 64, 777, dtype, 2.0, teacher_hidden=64, direction="reverse")
         yield "chunks", Case(50, 64, 777, dtype, 2.0, k=16, chunk_rows=7)
         yield "chunks", Case(50, 64, 777, dtype, 2.0, teacher_hidden=96, chunk_rows=7)
+        for chunk_rows, direction in ((None, "forward"), (7, "forward"), (7, "reverse")):
+            yield (
+                "mixed k",
+                Case(50, 64, 777, dtype, 2.0, k=16, direction=direction, chunk_rows=chunk_rows, mixed_k=True),
+            )
         yield "edges", Case(16, 64, 777, dtype, 2.0, k=16, all_masked=True)
         yield "edges", Case(0, 64, 777, dtype, 2.0, k=16)
     for noise, k in product((0.01, 0.02), (None, 777)):

@@ -10,8 +10,8 @@ For a row with student logits s, teacher distribution p, label y, student temper
     loss = (ce_weight * sum ce + kd_weight * T^2 * sum kd) / denominator
 
 so the gradient of the KD term carries T, not T squared. p is softmax(t / T_t) for dense teacher logits t. For top-k
-targets p has one entry for each of the k tokens and one for all others together (the tail); q is folded the same way,
-``q_tail = sum of q outside the top-k``, and what falls on the tail's entry is shared among the tokens outside in
+targets p has one entry for each of the row's tokens and one for all others together (the tail); q is folded the same
+way, ``q_tail = sum of q outside the top-k``, and what falls on the tail's entry is shared among the tokens outside in
 proportion to q (DistillKit and Megatron-LM call the tail a ghost logit; here it is exact at the teacher's
 temperature).
 
@@ -156,22 +156,24 @@ def divergence_terms(log_p: Tensor, log_q: Tensor, settings: KDSettings) -> tupl
 def _topk_terms(log_q: Tensor, q: Tensor, targets: TopKTargets, settings: KDSettings) -> tuple[Tensor, Tensor]:
     """The divergence [N] and its derivative times T [N, V] for top-k targets with a tail."""
     dtype = log_q.dtype
-    ids = targets.ids.long()
+    present = targets.ids >= 0
+    ids = targets.ids.long().clamp_min(0)
+    at = (*present.nonzero(as_tuple=True)[:1], ids[present])  # rows and columns of the entries that are there
     raw = torch.cat(
         [targets.logprobs.to(dtype) / settings.teacher_temperature, targets.tail.to(dtype)[:, None]], dim=-1
     )
     log_p = torch.log_softmax(raw, dim=-1)
     # Summed over the tokens outside, not taken as a difference: the tail may be a millionth of the whole.
-    outside = log_q.scatter(-1, ids, -torch.inf)
+    outside = log_q.index_put(at, log_q.new_full((), -torch.inf))
     log_q_tail = torch.logsumexp(outside, dim=-1, keepdim=True)
-    log_q_folded = torch.cat([log_q.gather(-1, ids), log_q_tail], dim=-1)
+    log_q_folded = torch.cat([log_q.gather(-1, ids).masked_fill(~present, -torch.inf), log_q_tail], dim=-1)
     kd, d_folded = divergence_terms(log_p, log_q_folded, settings)
 
     # softmax over the tokens outside; a student that excludes them all has nothing there to move.
     zero = torch.zeros((), dtype=dtype, device=log_q.device)
     share = torch.where(log_q_tail > -torch.inf, (outside - log_q_tail).exp(), zero)
     d_kd = share * d_folded[:, -1:]
-    return kd, d_kd.scatter(-1, ids, d_folded[:, :-1])
+    return kd, d_kd.index_put(at, d_folded[:, :-1][present])
 
 
 def divergence(student: Tensor, targets: Targets, settings: KDSettings, *, bias: Tensor | None = None) -> Tensor:

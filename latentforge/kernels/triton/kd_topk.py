@@ -33,7 +33,7 @@ def divergence(log_p, log_q, REVERSE: tl.constexpr):
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def kd_topk(
     student,  # [rows, vocab], overwritten by the gradient where WRITE
-    ids,  # [rows, k] int32, no id twice in a row
+    ids,  # [rows, k] int32, no id twice in a row; -1 at its end: absent
     logprobs,  # [rows, k] fp32 at temperature 1
     tail,  # [rows] fp32, log of the teacher's mass outside at its temperature
     labels,  # [rows] int64, or None: no cross-entropy
@@ -90,10 +90,12 @@ def kd_topk(
     z_t = tl.zeros([PIECE], tl.float32)
     z_k = tl.zeros([PIECE], tl.float32)
     z_1 = tl.zeros([PIECE], tl.float32)
+    present = tl.zeros([PIECE], tl.int32)
     for start in range(0, pieces, PIECE):
         at = start + tl.arange(0, PIECE)
-        given = at < k
-        token = tl.load(ids + at, mask=given, other=0)
+        token = tl.load(ids + at, mask=at < k, other=-1)
+        given = token >= 0
+        present += given.to(tl.int32)
         t = tl.load(logprobs + at, mask=given, other=-INF) * inverse_teacher
         x = tl.load(student + token, mask=given, other=-INF)
         s = shaped(x, bias, token, given, logit_scale, soft_cap, SCALED, CAPPED)
@@ -115,6 +117,8 @@ def kd_topk(
         if ROOT != 1:
             z_1 = z_1 * at_one(shrink, step_k, ROOT) + at_one(e_k, d_k, ROOT)
         z_k = z_k * shrink + e_k
+    # From here on the row's own entries: what is absent stands at the end.
+    pieces = tl.sum(present, 0)
     tl.debug_barrier()
 
     m_o = -INF
@@ -161,7 +165,7 @@ def kd_topk(
     terms = tl.zeros([PIECE], tl.float32)
     for start in range(0, pieces, PIECE):
         at = start + tl.arange(0, PIECE)
-        given = at < k
+        given = at < pieces
         t = tl.load(logprobs + at, mask=given, other=-INF) * inverse_teacher
         s = tl.load(saved + at, mask=given, other=-INF)
         term, slope = divergence((t - m_t) - log_t, (s - m_s) * inverse - log_s, REVERSE)
@@ -201,7 +205,7 @@ def kd_topk(
         tl.debug_barrier()
         for start in range(0, pieces, PIECE):
             at = start + tl.arange(0, PIECE)
-            given = at < k
+            given = at < pieces
             token = tl.load(ids + at, mask=given, other=0)
             t = tl.load(logprobs + at, mask=given, other=-INF) * inverse_teacher
             s = tl.load(saved + at, mask=given, other=-INF)

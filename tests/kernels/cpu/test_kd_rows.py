@@ -69,6 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
         width=draw(st.sampled_from([1.0, 0.01, 30.0])),
         padding=0 if k else draw(st.integers(0, min(5, vocab - 2))),
         rows=draw(st.integers(3, 6)),
+        edge=draw(st.sampled_from([None, "mixed k"])) if k else None,
     )
 
 

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from latentforge.kernels.parity.kd import mixed_counts
 from latentforge.kernels.reference import kd as reference
 from latentforge.kernels.settings import KDSettings
-from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
+from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, cut_rows, topk_targets
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ALLOWED = {BF16: 1.01, FP32: 1.5}
@@ -33,6 +34,7 @@ class Case:
     student: torch.dtype = BF16
     teacher: torch.dtype | None = BF16  # None: no teacher
     k: int | None = None
+    mixed_k: bool = False
     rows: int = 4
     direction: str = "forward"
     temperature: float = 2.0
@@ -83,7 +85,9 @@ class Case:
             return None
         if self.k is None:
             return DenseTargets(teacher)
-        return topk_targets(teacher, min(self.k, self.vocab), self.teacher_temperature or self.temperature)
+        temperature = self.teacher_temperature or self.temperature
+        targets = topk_targets(teacher, min(self.k, self.vocab), temperature)
+        return cut_rows(targets, mixed_counts(self.rows, self.k), temperature) if self.mixed_k else targets
 
 
 def doubled(targets: Targets | None) -> Targets | None:
@@ -138,6 +142,8 @@ BATTERY = [
     Case(40000, padding=17, rows=3),
     Case(40001, FP32, FP32, k=64, rows=3, padding=17),
     Case(40001, k=64, rows=3, temperature=1.0, direction="reverse"),
+    *(Case(20011, s, k=24, mixed_k=True, rows=7, direction=d)
+      for s, d in product((BF16, FP32), ("forward", "reverse"))),
     Case(333, FP32, FP32, k=333), Case(1, FP32, FP32), Case(7, FP32, BF16, k=3),
     Case(1003, labels=False), Case(1003, ce_scale=0.0), Case(1003, kd_scale=0.0, direction="reverse"),
     Case(1003, FP32, FP32, width=60.0, noise=20.0, temperature=1.0),
@@ -341,6 +347,7 @@ def cases(draw: st.DrawFn) -> Case:
         student=draw(st.sampled_from((BF16, FP32))),
         teacher=FP32 if k is not None else draw(st.sampled_from((BF16, FP32, None))),
         k=k,
+        mixed_k=draw(st.booleans()) if k is not None else False,
         rows=draw(st.integers(1, 3)),
         direction=draw(st.sampled_from(("forward", "reverse"))),
         temperature=draw(st.sampled_from((0.7, 1.0, 2.0, 3.0))),
@@ -403,6 +410,9 @@ FAULTS = [
     ("bf16 is cut instead of rounded", "device.cuh",
      "return lf_host::round_bf16(low) | lf_host::round_bf16(high) << 16;",
      "return lf_host::bits_of(low) >> 16 | (lf_host::bits_of(high) & 0xffff0000u);"),
+    ("an absent entry is taken for a token", "kd_sweep.cuh",
+     "? static_cast<const int64_t*>(p.call.topk_ids)[entry]",
+     "? (static_cast<const int64_t*>(p.call.topk_ids)[entry] & 0x7)"),
 ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def exact(
 
 def cases(group: str) -> list[Case]:
     found = [case for name, case in grid(quick=True) if name == group and case.direction != "jsd"]
-    if group != "edges":  # whose rows differ
+    if group not in ("edges", "mixed k"):  # whose rows differ
         found = [replace(case, rows=min(case.rows, 7 if group == "close pair" else 4)) for case in found]
     return found
 
@@ -77,11 +77,12 @@ def drawn(draw: st.DrawFn) -> Case:
         noise=draw(st.sampled_from([0.7, 0.02])),
         width=draw(st.sampled_from([1.0, 0.01, 30.0])),
         padding=0 if k else draw(st.integers(0, min(5, vocab - 2))),
-        rows=3,
+        rows=4,
         bias=draw(st.booleans()),
         logit_scale=draw(st.sampled_from([1.0, 0.5])),
         soft_cap=draw(st.sampled_from([None, 20.0])),
         misaligned=draw(st.booleans()),
+        edge=draw(st.sampled_from([None, "mixed k"])) if k else None,
     )
 
 
