@@ -78,10 +78,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _isolated_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's own configuration, state or evidence, or is steered by an operator's names."""
+    from latentforge.spec.choice import ALL_NAMES
+
     home = tmp_path_factory.mktemp("xdg")
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     for name in ("GX10_HOST", "GX10_USER", "GX10_REPO_PATH", "TEACHER_REPO", "STUDENT_INIT", "STEPS", "BATCH_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("LR", "T", "ALPHA", "EVIDENCE_DIR", "DRY_RUN", "TEACHER_BACKEND"):
+    for name in ("LR", "T", "ALPHA", "EVIDENCE_DIR", "DRY_RUN", *ALL_NAMES):
         monkeypatch.delenv(name, raising=False)

@@ -14,6 +14,7 @@ from dispatch.planning.lane import LaneChoice
 from dispatch.planning.secrets import check_names, values
 from latentforge.errors import RefusedError
 from latentforge.spec.code import CodeSource, code_around, running_code
+from latentforge.spec.dotenv import Environment
 from latentforge.spec.pipeline import BUILTIN_CORPUS, effective_pipeline
 from latentforge.spec.resolve import ResolvedPipeline, resolve_pipeline
 from latentforge.spec.sections import PipelineSpec
@@ -64,6 +65,8 @@ def asked(
     resolved = resolve_pipeline(recipe, env=env, overrides=overrides)
     spec, notes = effective_pipeline(_with_absolute_paths(resolved.spec, host))
     check_names(spec.secrets)
+    if isinstance(env, Environment):
+        env.export(spec.secrets)  # what keeps evidence clean of secrets looks for them in this process's environment
     if spec.secrets:
         notes.append(f"secrets are given by name: {', '.join(sorted(spec.secrets))}")
     source = code_around(folder)
@@ -149,9 +152,12 @@ def _with_absolute_paths(spec: PipelineSpec, host: Host) -> PipelineSpec:
     if spec.data.corpus != BUILTIN_CORPUS:
         data = spec.data.model_copy(update={"corpus": absolute("data.corpus", spec.data.corpus)})
         spec = spec.model_copy(update={"data": data})
-    if spec.teacher.model is not None and not _pinned("teacher.model", spec.teacher.model, host):
-        teacher = spec.teacher.model_copy(update={"model": absolute("teacher.model", spec.teacher.model)})
-        spec = spec.model_copy(update={"teacher": teacher})
+    teacher, placed = spec.teacher, {}
+    for name in ("model", "store", "cache", "environment"):
+        path = getattr(teacher, name)
+        if path is not None and not (name == "model" and _pinned("teacher.model", path, host)):
+            placed[name] = absolute(f"teacher.{name}", path)
+    spec = spec.model_copy(update={"teacher": teacher.model_copy(update=placed)})
     init = spec.distill.student.init
     if init is not None and not _pinned("distill.student.init", init, host):
         student = spec.distill.student.model_copy(update={"init": absolute("distill.student.init", init)})

@@ -42,6 +42,9 @@ WaiveOption = Annotated[
     list[str] | None,
     typer.Option("--waive", metavar="CHECK=WHY", help="Let a failing check through; the reason is kept with the run."),
 ]
+CacheOption = Annotated[
+    bool, typer.Option("--kd-cache-ro", help="Read teacher.cache, and never write to it (teacher.cache_readonly).")
+]
 PipelineArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe by name, or a .toml file.")]
 
 
@@ -59,6 +62,7 @@ def go(
     deadline: DeadlineOption = None,
     stall: StallOption = None,
     waive: WaiveOption = None,
+    kd_cache_ro: CacheOption = False,
     json: JsonOption = False,
 ) -> ExitCode:
     """Do a pipeline: plan, build, launch, follow, collect, verify; ends with the verdict and its exit code.
@@ -69,7 +73,7 @@ def go(
 
     adjust = Limits.adjuster(deadline or (), stall)
     dry_run = dry_run or _dry_run()
-    wanted = _Wanted(pipeline, host, set_, attempt, wait, lanes, abandon, waive)
+    wanted = _Wanted(pipeline, host, set_, attempt, wait, lanes, abandon, waive, kd_cache_ro)
     with _asked(wanted, readonly=dry_run) as (places, ask, transport):
         from dispatch.session import Session, preview
 
@@ -87,10 +91,11 @@ def plan(
     set_: SetOption = None,
     attempt: AttemptOption = None,
     waive: WaiveOption = None,
+    kd_cache_ro: CacheOption = False,
     json: JsonOption = False,
 ) -> ExitCode:
     """Show what `go` would do, and why; nothing is created or changed anywhere."""
-    wanted = _Wanted(pipeline, host, set_, attempt, False, lanes, abandon, waive)
+    wanted = _Wanted(pipeline, host, set_, attempt, False, lanes, abandon, waive, kd_cache_ro)
     with _asked(wanted, readonly=True) as (places, ask, transport):
         from dispatch.session import preview
 
@@ -233,11 +238,15 @@ class _Wanted(NamedTuple):
     lanes: str | None
     abandon: bool
     waive: list[str] | None
+    cache_readonly: bool = False
 
     def of(self, where: Host, lanes: Sequence[str] = ()) -> Ask:
         """The request to one host."""
-        words = (self.overrides, self.attempt, self.wait)
-        return _asked_of(self.pipeline, where, *words, env=os.environ, lanes=lanes, waive=self.waive)
+        from latentforge.spec.dotenv import Environment
+
+        overrides = [*(self.overrides or ()), *(["teacher.cache_readonly=true"] if self.cache_readonly else ())]
+        words = (overrides, self.attempt, self.wait)
+        return _asked_of(self.pipeline, where, *words, env=Environment.here(), lanes=lanes, waive=self.waive)
 
 
 @contextlib.contextmanager

@@ -70,9 +70,10 @@ def preflight(
     def ask(one: Host) -> Ask:
         from dispatch.planning.ask import asked
         from latentforge.cli.dispatch import _stale_extension
+        from latentforge.spec.dotenv import Environment
 
         assert for_ is not None
-        return asked(for_, one, env=os.environ, overrides=set_ or [], stale=_stale_extension)
+        return asked(for_, one, env=Environment.here(), overrides=set_ or [], stale=_stale_extension)
 
     server = {"url": teacher_server, "k": teacher_k} if teacher_server is not None else None
     wanted = Wanted(ask if for_ is not None else None, named, frozenset(also), server)

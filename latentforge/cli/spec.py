@@ -25,14 +25,13 @@ def show(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show each value with its origin: default, file, environment NAME or flag (the later ones win)."""
-    import os
-
+    """Show each value with its origin: default, file, .env NAME, environment NAME or flag (the later ones win)."""
     from latentforge.cli.terminal import print_json
+    from latentforge.spec.dotenv import Environment
     from latentforge.spec.pipeline import check_profile, effective_pipeline
     from latentforge.spec.resolve import resolve_pipeline
 
-    resolved = resolve_pipeline(recipe, env=os.environ, overrides=overrides or [])
+    resolved = resolve_pipeline(recipe, env=Environment.here(), overrides=overrides or [])
     check_profile(resolved.spec)
     _, notes = effective_pipeline(resolved.spec)
     if json:

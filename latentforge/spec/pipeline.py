@@ -9,9 +9,10 @@ from typing import Any, Literal
 from latentforge.errors import RefusedError
 from latentforge.spec.canary import canary_key, canary_of
 from latentforge.spec.canonical import canonical_sha256
+from latentforge.spec.choice import auto_of
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
-from latentforge.spec.sections import PipelineSpec
+from latentforge.spec.sections import HTTP_BACKENDS, PipelineSpec, TeacherSpec
 from latentforge.spec.teacher import answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
@@ -65,16 +66,27 @@ def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:
 def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
     """The pipeline as it will run, and a sentence for each choice that the file did not spell out.
 
-    A temperature for which no tails are stored needs dense targets of a live teacher.
+    A temperature for which no tails are stored needs dense targets of a live teacher. A server's key is a secret of
+    the pipeline's, by its name.
     """
-    distill, notes = spec.distill, []
+    distill, teacher, secrets = spec.distill, spec.teacher, spec.secrets
+    notes: list[str] = []
+    if teacher.backend == "auto":
+        backend, why = auto_of(teacher)
+        teacher = TeacherSpec.model_validate(teacher.model_dump() | {"backend": backend})
+        if backend != "hf":
+            notes.append(f"teacher.backend = auto: {backend}, since {why}")
+    if teacher.backend in HTTP_BACKENDS:
+        notes.append(f"teacher: {teacher.served_model or 'the only model'} of {teacher.url} ({teacher.backend})")
+        key = teacher.api_key_env
+        secrets = tuple(sorted({*secrets, key})) if key is not None else secrets
     if distill.targets == "store" and distill.temperature not in spec.score.temperatures:
         stored = ", ".join(f"{t:g}" for t in spec.score.temperatures)
         notes.append(
             f"T = {distill.temperature:g} is not in score.temperatures [{stored}]: planned with live dense targets"
         )
         distill = distill.model_copy(update={"targets": "live"})
-    return spec.model_copy(update={"distill": distill}), notes
+    return spec.model_copy(update={"distill": distill, "teacher": teacher, "secrets": secrets}), notes
 
 
 def check_profile(spec: PipelineSpec) -> None:

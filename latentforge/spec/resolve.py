@@ -16,6 +16,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from latentforge.errors import RefusedError
+from latentforge.spec import choice
+from latentforge.spec.dotenv import origin_of
 from latentforge.spec.sections import PipelineSpec
 
 ENVIRONMENT = {
@@ -28,17 +30,19 @@ ENVIRONMENT = {
 }
 """The operator's names, and the field that each sets. ``ALPHA`` sets both weights of the final student run."""
 
-_BACKENDS = {"store": "store", "hf": "live"}
-
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from: ``default``, ``file``, ``environment NAME`` or ``flag``."""
+    """Where a value came from: ``default``, ``preset``, ``file``, ``.env NAME``, ``environment NAME`` or ``flag``.
+
+    ``why`` is the reason of a value that was chosen.
+    """
 
     source: str
+    why: str = ""
 
     def __str__(self) -> str:
-        return self.source
+        return f"{self.source} ({self.why})" if self.why else self.source
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,23 @@ def resolve_pipeline(
 ) -> ResolvedPipeline:
     """Read a recipe by name or a pipeline file by path, and lay environment and ``FIELD=VALUE`` flags over it.
 
-    Precedence: flag > environment > file > default. A value that does not parse is an error, never a default.
+    Precedence: flag > environment > .env > file > default (``env`` may be a
+    :class:`latentforge.spec.dotenv.Environment`). A value that does not parse is an error, never a default.
     """
+    env = env or {}
     name, document = _read(recipe)
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     _check_keys(document, PipelineSpec, prefix="", where=name)
     for field, value in _leaves(document):
         values[field], origins[field] = value, Origin("file")
-    for field, value, source in [*_from_environment(env or {}), *_from_flags(overrides)]:
+    flags = list(_from_flags(overrides))
+    for field, value, source in [*_from_environment(env), *flags]:
         values[field], origins[field] = value, Origin(source)
+    _choose_backend(values, origins, env)
+    for field, value, source in flags:  # what is typed wins over the names of a backend, too
+        if field != "teacher.backend":
+            values[field], origins[field] = value, Origin(source)
     spec = _validated(_tree(values), origins, name)
     return ResolvedPipeline(name, spec, origins)
 
@@ -116,17 +127,41 @@ def _read_file(path: Path) -> str:
 def _from_environment(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
     for variable, field in ENVIRONMENT.items():
         if variable in env:
-            value = _scalar(env[variable], field, f"{variable}={env[variable]!r}", "environment variable")
-            yield field, value, f"environment {variable}"
+            source = origin_of(env, variable)
+            yield field, _scalar(env[variable], field, f"{variable}={env[variable]!r}", _noun(source)), source
     if "ALPHA" in env:
         for field, value in _weights(env["ALPHA"]).items():
-            yield field, value, "environment ALPHA"
-    backend = env.get("TEACHER_BACKEND", "auto")
-    if backend != "auto":
-        if backend not in _BACKENDS:
-            known = ", ".join(["auto", *_BACKENDS])
-            raise RefusedError(f"TEACHER_BACKEND={backend!r} is not one of: {known} (environment variable)")
-        yield "distill.targets", _BACKENDS[backend], "environment TEACHER_BACKEND"
+            yield field, value, origin_of(env, "ALPHA")
+    if choice.VARIABLE in env:
+        source = origin_of(env, choice.VARIABLE)
+        yield "teacher.backend", choice.check_backend(env[choice.VARIABLE], _noun(source)), source
+
+
+def _noun(source: str) -> str:
+    return "environment variable" if source.startswith("environment ") else source
+
+
+def _choose_backend(values: dict[str, Any], origins: dict[str, Origin], env: Mapping[str, str]) -> None:
+    """Settle what ``auto`` comes to, and lay the variables of the chosen backend over the file's values."""
+    backend = values.get("teacher.backend", "auto")
+    if backend == "auto":
+        said = "teacher.backend" in values
+        backend, why = choice.auto(values, env, said=said)
+        source = origins["teacher.backend"].source if said else "default"
+        values["teacher.backend"], origins["teacher.backend"] = backend, Origin(source, f"auto: {why}")
+    choice.check_one_model(env, str(backend))
+    for variable, field in choice.variables(str(backend), env):
+        source = origin_of(env, variable)
+        # A URL may hold a password: the section refuses it without repeating it.
+        shown = variable if field == "teacher.url" else f"{variable}={env[variable]!r}"
+        values[field], origins[field] = _scalar(env[variable], field, shown, _noun(source)), Origin(source)
+    key = choice.KEYS.get(str(backend))
+    if key is not None and env.get(key) and "teacher.api_key_env" not in values:
+        values["teacher.api_key_env"] = key
+        origins["teacher.api_key_env"] = Origin(f"preset {backend}", f"{key} is set")
+    for field, value in choice.PRESETS.get(str(backend), {}).items():
+        if field not in values:
+            values[field], origins[field] = value, Origin(f"preset {backend}")
 
 
 def _weights(text: str) -> dict[str, float]:

@@ -116,7 +116,8 @@ class TeacherSpec(Section):
         if self.url is not None:
             check_url(self.url)
         if self.backend in ("openai", "vllm-remote") and self.url is None:
-            raise ValueError(f"backend = {self.backend!r} is a server, and url names none")
+            also = " (nor does VLLM_REMOTE_URL)" if self.backend == "vllm-remote" else ""
+            raise ValueError(f"backend = {self.backend!r} is a server, and url names none{also}")
         if self.backend == "store" and self.store is None:
             raise ValueError("backend = 'store' reads a file of targets, and store names none")
         if self.cache_readonly and self.cache is None:
@@ -247,7 +248,7 @@ class PipelineSpec(Section):
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError(f"secrets = {list(self.secrets)} names one twice")
         backend = self.teacher.backend
-        if self.teacher.model is None and backend in HTTP_BACKENDS:
+        if self.teacher.model is None and backend in (*HTTP_BACKENDS, "store"):
             raise ValueError(
                 f"teacher.backend = {backend!r} answers with token ids, and teacher.model names no tokenizer"
             )
