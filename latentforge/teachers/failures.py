@@ -72,8 +72,9 @@ class TeacherFailure(LatentForgeError):
     """A teacher that did not answer, or whose answer is refused. Nothing that was stored before is lost.
 
     ``kind`` is one of :data:`KINDS`, ``url`` where it was asked (without user, password and query), ``status`` the HTTP
-    status where there was one. Exit code 6 only where nothing was sent; 3 where the server may answer another time;
-    1 where its answer was refused; 2 where the question was.
+    status where there was one, ``retry_after`` the seconds that the server asked to wait. Exit code 6 only where
+    nothing was sent; 3 where the server may answer another time; 1 where its answer was refused; 2 where the question
+    was.
     """
 
     default_code = ExitCode.FAIL
@@ -93,6 +94,7 @@ class TeacherFailure(LatentForgeError):
         self.kind: FailureKind = kind
         self.url = None if url is None else public_url(url)
         self.status = status
+        self.retry_after: float | None = None
         place = "" if self.url is None else f" {self.url}"
         answer = "" if status is None else f" (HTTP {status})"
         super().__init__(

@@ -72,16 +72,9 @@ class StoreTeacher:
         self._check(k, (temperature,))
         check_tokens(tokens, self.vocab_size)
         found = self.store.get_many(tokens.detach().to("cpu").numpy())
-        ids = np.concatenate([targets.ids for targets in found])
-        logprobs = np.concatenate([targets.logprobs for targets in found])
-        tail = np.concatenate([targets.tails[temperature] for targets in found])
-        if k is not None and k < self.store.k:
-            tail = _longer_tail(logprobs[:, k:], tail, temperature)
-            ids, logprobs = np.ascontiguousarray(ids[:, :k]), np.ascontiguousarray(logprobs[:, :k])
-        device = tokens.device
-        return TopKTargets(
-            torch.from_numpy(ids).to(device), torch.from_numpy(logprobs).to(device), torch.from_numpy(tail).to(device)
-        )
+        k = self.store.k if k is None else k
+        rows = [self.narrowed(one, k=k, temperatures=(temperature,)) for one in found]
+        return stacked(rows, temperature, tokens.device)
 
     def score(
         self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
@@ -89,14 +82,17 @@ class StoreTeacher:
         """Stored targets of each sequence, in order; a smaller ``k`` is exact, a sequence without a row is refused."""
         self._check(k, temperatures)
         for number, tokens in enumerate(sequences):
-            found = self.store.get(tokens)
-            tails = {t: found.tails[t] for t in temperatures}
-            if k == self.store.k:
-                yield number, SequenceTargets(found.ids, found.logprobs, tails)
-                continue
-            tails = {t: _longer_tail(found.logprobs[:, k:], tail, t) for t, tail in tails.items()}
-            ids, logprobs = np.ascontiguousarray(found.ids[:, :k]), np.ascontiguousarray(found.logprobs[:, :k])
-            yield number, SequenceTargets(ids, logprobs, tails)
+            yield number, self.narrowed(self.store.get(tokens), k=k, temperatures=temperatures)
+
+    def narrowed(self, found: SequenceTargets, *, k: int, temperatures: tuple[float, ...]) -> SequenceTargets:
+        """A stored row's first ``k`` entries and some of its temperatures: what is cut off counts to the outside."""
+        self._check(k, temperatures)
+        tails = {t: found.tails[t] for t in temperatures}
+        if k == found.ids.shape[1]:
+            return SequenceTargets(found.ids, found.logprobs, tails)
+        tails = {t: _longer_tail(found.logprobs[:, k:], tail, t) for t, tail in tails.items()}
+        ids, logprobs = np.ascontiguousarray(found.ids[:, :k]), np.ascontiguousarray(found.logprobs[:, :k])
+        return SequenceTargets(ids, logprobs, tails)
 
     def close(self) -> None:
         """Close the store."""
@@ -115,12 +111,23 @@ class StoreTeacher:
             raise RefusedError(f"k = {k}: the store holds {self.store.k} entries a row", next="raise score.k")
 
 
+def stacked(found: Sequence[SequenceTargets], temperature: float, device: torch.device) -> TopKTargets:
+    """The rows of several sequences as one batch, row-major."""
+    return TopKTargets(
+        torch.from_numpy(np.concatenate([one.ids for one in found])).to(device),
+        torch.from_numpy(np.concatenate([one.logprobs for one in found])).to(device),
+        torch.from_numpy(np.concatenate([one.tails[temperature] for one in found])).to(device),
+    )
+
+
 def _longer_tail(
     dropped: npt.NDArray[np.float32], tail: npt.NDArray[np.float32], temperature: float
 ) -> npt.NDArray[np.float32]:
     """The tail with the dropped entries added: log(exp(tail) + Σ exp(dropped / T)), in float64."""
     scaled = dropped.astype(np.float64) / temperature
-    top = scaled.max(axis=1)
-    inside = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
+    # A row may end in absent entries: minus infinity, the whole of what is dropped too.
+    top = np.maximum(scaled.max(axis=1), np.finfo(np.float64).min)
+    with np.errstate(divide="ignore"):
+        inside = top + np.log(np.exp(scaled - top[:, None]).sum(axis=1))
     longer: npt.NDArray[np.float32] = np.logaddexp(inside, tail.astype(np.float64)).astype(np.float32)
     return longer

@@ -1,0 +1,141 @@
+"""A teacher behind a store: what is stored is not asked again, what is asked is stored at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.targets import TopKTargets
+from latentforge.targets.row import SequenceTargets
+from latentforge.targets.store import TargetStore
+from latentforge.teachers.failures import TeacherFailure
+from latentforge.teachers.protocol import (
+    Capability,
+    Limits,
+    Scorer,
+    TeacherIdentity,
+    Tokens,
+    check_temperature,
+    check_tokens,
+)
+from latentforge.teachers.store import StoreTeacher, stacked
+
+
+class CachedTeacher:
+    """``store`` first, ``teacher`` for what it lacks; an answer is written before it is given (not where read-only).
+
+    While everything is stored, the teacher is never asked, not even what it can do: a teacher that is gone is then no
+    obstacle. Where it fails, the stored rows have been given, and the failure follows.
+    """
+
+    def __init__(self, store: TargetStore, teacher: Scorer) -> None:
+        if store.identity != teacher.identity.as_json():
+            raise RefusedError(
+                f"{store.path} was filled by another teacher ({store.identity.get('model')}, "
+                f"{str(store.identity.get('sha256'))[:12]}…)",
+                next="name another file in teacher.cache",
+            )
+        self.store = store
+        self.teacher = teacher
+        self._stored = StoreTeacher(store)
+        self._from_store = self._asked = 0
+
+    @classmethod
+    def open(
+        cls, path: Path, teacher: Scorer, *, k: int, temperatures: tuple[float, ...], readonly: bool = False
+    ) -> CachedTeacher:
+        """The store at ``path``, made where there is none; ``readonly`` writes nothing and needs one that exists."""
+        identity, path = teacher.identity.as_json(), Path(path)
+        if readonly or path.exists():
+            store = TargetStore.open(path, identity=identity, readonly=readonly)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store = TargetStore.create(path, identity, k, temperatures, vocab_size=teacher.vocab_size)
+        return cls(store, teacher)
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Scores; whatever else the teacher can do does not pass through the store."""
+        return frozenset({"score"})
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The teacher's."""
+        return self.teacher.identity
+
+    @property
+    def vocab_size(self) -> int:
+        """The teacher's."""
+        return self.teacher.vocab_size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The teacher's, and where its answers are kept."""
+        kept = "is read, nothing is written" if self.store.readonly else "keeps every answer"
+        return (*self.teacher.notes, f"{self.store.path.name} {kept}")
+
+    @property
+    def limits(self) -> Limits:
+        """The store's entries and temperatures; the teacher's own bounds show when it is asked."""
+        return Limits(self.store.k, None, self.store.temperatures)
+
+    def metrics(self) -> dict[str, Any]:
+        """The teacher's, where it counts, with how many sequences came from the store."""
+        inner = getattr(self.teacher, "metrics", None)
+        total = self._from_store + self._asked
+        return {
+            **(inner() if inner is not None else {}),
+            "hit_rate": self._from_store / total if total else 0.0,
+            "rows_from_store": self._from_store,
+        }
+
+    def score(
+        self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+    ) -> Iterator[tuple[int, SequenceTargets]]:
+        """Stored sequences first, then the others as the teacher answers; equal sequences are asked once."""
+        keys = [self.store.key(tokens) for tokens in sequences]
+        present = self.store.present(keys)
+        stored = [number for number, key in enumerate(keys) if key in present]
+        self._from_store += len(stored)
+        given = self._stored.score([sequences[number] for number in stored], k=k, temperatures=temperatures)
+        for at, targets in given:
+            yield stored[at], targets
+        missing: dict[bytes, list[int]] = {}
+        for number, key in enumerate(keys):
+            if key not in present:
+                missing.setdefault(key, []).append(number)
+        if not missing:
+            return
+        wanted = [sequences[numbers[0]] for numbers in missing.values()]
+        places = list(missing.values())
+        self._asked += len(wanted)
+        self._from_store += sum(map(len, places)) - len(places)
+        # Whole rows are asked and stored, whatever k this caller wants of them.
+        try:
+            for at, targets in self.teacher.score(wanted, k=self.store.k, temperatures=self.store.temperatures):
+                if not self.store.readonly:
+                    self.store.put_many([(wanted[at], targets)])
+                for number in places[at]:
+                    yield number, self._stored.narrowed(targets, k=k, temperatures=temperatures)
+        except TeacherFailure as failure:
+            failure.add_note(f"{len(stored)} of {len(keys)} sequences were given from {self.store.path.name}")
+            raise
+
+    def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
+        """Top-k rows of ``tokens`` int64 ``[B, L]``, on the device of ``tokens``."""
+        check_temperature(temperature)
+        check_tokens(tokens, self.vocab_size)
+        rows = [np.asarray(row) for row in tokens.detach().to("cpu").numpy()]
+        asked = self.score(rows, k=self.store.k if k is None else k, temperatures=(float(temperature),))
+        found = dict(asked)
+        return stacked([found[number] for number in range(len(rows))], float(temperature), tokens.device)
+
+    def close(self) -> None:
+        """Close the store and the teacher."""
+        self.store.close()
+        self.teacher.close()

@@ -1,0 +1,236 @@
+"""One HTTP server: requests over a pool of connections, every way of failing told apart, the key never shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import httpx2
+
+from latentforge.errors import RefusedError
+from latentforge.teachers.failures import FailureKind, TeacherFailure, public_url
+
+LARGEST_ANSWER = 1 << 30
+_CONNECT_SECONDS = 10.0
+_SHOWN = 240
+_TOO_LONG = re.compile(r"context length|maximum model length|max_model_len|too long|maximum length|input_tokens", re.I)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
+
+
+class HttpClient:
+    """``POST`` and ``GET`` of JSON below ``url`` (``https://host/v1``).
+
+    ``key`` is sent as a bearer token and to this host only: redirects are not followed. It stands in no error, no log
+    and no ``repr``. ``timeout`` (seconds) bounds a whole answer, however slowly it drips. Certificates are verified
+    always; ``SSL_CERT_FILE`` names authorities of one's own. Safe to use from several threads.
+    """
+
+    def __init__(self, url: str, *, key: str | None = None, timeout: float = 60.0, connections: int = 8) -> None:
+        parts = _checked(url)
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self._key = key
+        headers = {"Accept": "application/json"}
+        if key is not None:
+            if not key.isascii() or not key.isprintable() or not key.strip():
+                raise RefusedError(f"the key for {public_url(url)} holds characters that no header can carry")
+            headers["Authorization"] = f"Bearer {key}"
+        local = _is_loopback(parts.hostname or "")
+        self.clear_text = parts.scheme == "http" and key is not None and not local
+        self._client = httpx2.Client(
+            headers=headers,
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
+            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            follow_redirects=False,
+            # A proxy of the environment cannot reach this machine's own loopback.
+            trust_env=not local,
+            verify=ssl_context() if parts.scheme == "https" else False,
+        )
+
+    def __repr__(self) -> str:
+        return f"HttpClient({public_url(self.url)!r})"
+
+    def close(self) -> None:
+        """Close every connection; a request in flight in another thread fails."""
+        self._client.close()
+
+    def get(self, path: str) -> Any:
+        """The JSON value at ``path`` (``/models``). Raises TeacherFailure."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON value that the server answers to ``body``. Raises TeacherFailure."""
+        return self._ask("POST", path, body)
+
+    def failure(self, kind: FailureKind, what: str, *, status: int | None = None, next: str | None = None) -> NoReturn:
+        """Raise what is wrong with this server's answer."""
+        raise TeacherFailure(kind, self._shown(what), url=self.url, status=status, next=next) from None
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        deadline = time.monotonic() + self.timeout
+        content = None if body is None else json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        typed = {} if content is None else {"Content-Type": "application/json"}
+        began = False
+        try:
+            with self._client.stream(method, self.url + path, content=content, headers=typed) as answer:
+                began = True
+                raw = self._read(answer, deadline)
+                status, headers = answer.status_code, answer.headers
+        except httpx2.ConnectTimeout:
+            self.failure("timeout", f"no connection within {min(self.timeout, _CONNECT_SECONDS):g} s")
+        except httpx2.TimeoutException:
+            self.failure("timeout", f"no whole answer within {self.timeout:g} s")
+        except httpx2.ConnectError as error:
+            if _is_tls(error):
+                self.failure("tls", f"the certificate is not accepted: {_reason(error)}")
+            self.failure("connection", f"cannot be reached: {_reason(error)}")
+        except httpx2.ProxyError as error:
+            self.failure("connection", f"the proxy of this environment refused: {_reason(error)}")
+        except httpx2.DecodingError as error:
+            self.failure("malformed", f"the body cannot be decompressed: {_reason(error)}")
+        except (httpx2.TransportError, httpx2.StreamError, ssl.SSLError, OSError) as error:
+            where = "in the middle of its answer" if began else "before it answered"
+            self.failure("cut", f"the server went away {where}: {_reason(error)}")
+        except RuntimeError as error:  # httpx says so where the client was closed by another thread
+            self.failure("cut", f"the client was closed: {_reason(error)}")
+        if status != 200:
+            self._refuse(status, headers, raw)
+        try:
+            # Python's reader takes NaN and Infinity, which JSON has not: they come through and are told as not finite.
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            self.failure("malformed", f"the answer is not JSON ({_reason(error)}): {_shown(raw)}", status=status)
+
+    def _read(self, answer: httpx2.Response, deadline: float) -> bytes:
+        parts, size = [], 0
+        for part in answer.iter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST_ANSWER:
+                self.failure("malformed", f"the answer is larger than {LARGEST_ANSWER >> 20} MiB")
+            if time.monotonic() > deadline:
+                self.failure("timeout", f"no whole answer within {self.timeout:g} s ({size} bytes of it came)")
+        return b"".join(parts)
+
+    def _refuse(self, status: int, headers: Mapping[str, str], raw: bytes) -> NoReturn:
+        message = _message(raw)
+        kind: FailureKind = "refused-request"
+        hint = None
+        if status in (401, 403):
+            kind = "unauthorized"
+        elif status == 404:
+            kind = "model-not-found"
+            if "model" not in message.lower():
+                hint = "check teacher.url: it usually ends in /v1"
+        elif status == 408:
+            kind = "timeout"
+        elif status == 429:
+            kind = "rate-limited"
+        elif status >= 500:
+            kind = "server-error"
+        elif 300 <= status < 400:
+            message = f"answers from another place: {public_url(headers.get('location', ''))}"
+            hint = "name that URL in teacher.url, if you trust it"
+        elif _TOO_LONG.search(message):
+            kind = "too-long"
+        failure = TeacherFailure(kind, self._shown(message), url=self.url, status=status, next=hint)
+        failure.retry_after = retry_after(headers)
+        raise failure
+
+    def _shown(self, text: str) -> str:
+        # Servers like to repeat the key that they refuse.
+        hidden = text if self._key is None else text.replace(self._key, "•••")
+        return _CONTROL.sub(" ", hidden)
+
+
+def ssl_context() -> ssl.SSLContext:
+    """Certificates verified against this machine's authorities, or those of ``SSL_CERT_FILE``."""
+    context = httpx2.create_ssl_context()
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert context.check_hostname
+    return context
+
+
+def retry_after(headers: Mapping[str, str], *, now: Callable[[], float] = time.time) -> float | None:
+    """Seconds that ``Retry-After`` asks to wait: a number, or a date (against the server's own ``Date``); else None."""
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return min(float(value), 1e9)
+    until = _seconds(value)
+    if until is None:
+        return None
+    # A clock that is wrong on either side does not matter where the server says what it thinks the time is.
+    said = _seconds(headers.get("date", ""))
+    return max(0.0, until - (now() if said is None else said))
+
+
+def _seconds(date: str) -> float | None:
+    try:
+        value = parsedate_to_datetime(date)
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def _checked(url: str) -> Any:
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise RefusedError(f"teacher.url {public_url(url)!r} is not an http(s) URL", next="https://host:port/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise RefusedError(
+            f"teacher.url {public_url(url)!r} carries a user, a password or a query: it would stand in logs",
+            next="put the key into an environment variable and its name into teacher.api_key_env",
+        )
+    return parts
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_tls(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ssl.SSLError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return "CERTIFICATE" in str(error).upper() or "[SSL" in str(error)
+
+
+def _reason(error: BaseException) -> str:
+    return ((str(error).strip() or type(error).__name__).splitlines())[0][:_SHOWN]
+
+
+def _message(raw: bytes) -> str:
+    """What an error body says: ``error.message`` as OpenAI and vLLM write it, else its beginning."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return _shown(raw)
+    for path in (("error", "message"), ("message",), ("detail",), ("error",)):
+        found = value
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        if isinstance(found, str) and found.strip():
+            return found.strip()[:_SHOWN]
+    return _shown(raw)
+
+
+def _shown(raw: bytes) -> str:
+    text = raw[: 2 * _SHOWN].decode("utf-8", "replace").strip()
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…") if text else "no text"
