@@ -35,6 +35,7 @@ ENTRIES = {
     "spec": Entry("latentforge.cli.spec", "Show a pipeline's values and where each comes from."),
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
+    "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
     "capabilities": Entry(
         "latentforge.cli.capabilities", "Print what this install can be asked for, as JSON.", single=True

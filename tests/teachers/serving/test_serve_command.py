@@ -1,0 +1,86 @@
+"""`latentforge teacher serve`: however it ends, nothing of vLLM outlives it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentforge.cli import main
+
+from .conftest import SECONDS, Stub, gone
+
+
+def _command(folder: Path, environment: Path, stub: Stub, *more: str) -> list[str]:
+    command = [sys.executable, "-m", "latentforge", "teacher", "serve", str(folder), "--port", "0", "--json"]
+    command += ["--memory-timeout", "0"]
+    return [*command, "--environment", str(environment), "--log", str(stub.log), *more]
+
+
+def _line(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    return json.loads(line) if line else None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_ends_the_server_and_all_below_it(
+    teacher_folder: Path, stub_environment: Path, stub: Stub, number: signal.Signals
+) -> None:
+    command = _command(teacher_folder, stub_environment, stub)
+    with subprocess.Popen(command, env=stub.behaving("good"), stdout=subprocess.PIPE, text=True) as process:
+        serving = _line(process)
+        assert serving["state"] == "serving"
+        assert serving["url"].startswith("http://127.0.0.1:")
+        assert serving["max_model_len"] == 64
+        assert len(stub.pids) == 3
+        process.send_signal(number)
+        assert all(gone(pid) for pid in stub.pids)
+        stopped = _line(process)
+        code = process.wait(SECONDS)
+    if number == signal.SIGKILL:
+        assert (stopped, code) == (None, -signal.SIGKILL)
+        return
+    assert stopped["state"] == "stopped"
+    assert stopped["asked"]
+    assert code == (0 if stopped["memory_returned"] else 1)
+
+
+def test_a_signal_during_the_start_ends_it(teacher_folder: Path, stub_environment: Path, stub: Stub) -> None:
+    command = [part for part in _command(teacher_folder, stub_environment, stub) if part != "--json"]
+    with subprocess.Popen(command, env=stub.behaving("silent"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "starts vLLM" in process.stdout.readline()
+        process.terminate()
+        assert process.wait(SECONDS) == 0
+    assert all(gone(pid, seconds=0.0) for pid in stub.pids)
+
+
+def test_a_server_that_ends_by_itself_is_an_error(
+    teacher_folder: Path,
+    stub_environment: Path,
+    stub: Stub,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STUB", "dies")
+    monkeypatch.setenv("STUB_PIDS", str(stub.file))
+    assert main(_command(teacher_folder, stub_environment, stub)[3:]) == 5
+    assert "ValueError: the model does not fit" in capfd.readouterr().err
+
+
+def test_what_cannot_be_served_is_refused_with_the_way_out(
+    teacher_folder: Path, stub_environment: Path, stub: Stub, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(*more: str) -> str:
+        assert main(_command(teacher_folder, stub_environment, stub, *more)[3:]) == 2
+        return capfd.readouterr().err
+
+    assert "--max-model-len 64" in refusal("--max-model-len", "65")
+    assert "--utilisation 1.5" in refusal("--utilisation", "1.5")
+    assert stub.pids == []
