@@ -11,8 +11,7 @@ from typing import Any
 from dispatch.building.build import BuildNames
 from dispatch.hosts.facts import HostFacts
 from dispatch.planning.ask import Ask
-from latentforge.errors import RefusedError
-from latentforge.memory import MemoryPlan, ModelShape, Term, kv_bytes, pipeline_peak
+from latentforge.memory import KnownModel, MemoryPlan, ModelShape, Term, pipeline_peak
 from latentforge.memory.estimate import TWIN, student_shape, teacher_shape
 from latentforge.spec.capabilities import wanted_of
 from latentforge.spec.pipeline import BUILTIN_CORPUS
@@ -74,64 +73,57 @@ def need_of(ask: Ask, facts: HostFacts) -> Need:
 
 @dataclass(frozen=True)
 class Models:
-    """The shapes of a pipeline's models: its own, and those of folders as their ``config.json`` states them."""
+    """What is known of a pipeline's models: its own, and those of folders as their ``config.json`` states them."""
 
-    teacher: ModelShape | None
-    teacher_bytes: int | None
-    student: ModelShape | None
+    teacher: KnownModel
+    student: KnownModel
     troubles: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, ask: Ask, facts: HostFacts) -> Models:
-        """The shapes, as far as the host's answer tells them."""
+        """The models, as far as the host's answer tells them."""
         spec, troubles = ask.spec, []
-        teacher, size = None, None
         known = facts.preflight.models if facts.preflight is not None else {}
 
-        def shape(path: str) -> tuple[ModelShape | None, int | None]:
+        def model(path: str) -> KnownModel:
             found = known.get(path)
             if found is None or found.config is None:
                 troubles.append(f"{path}: {found.reason if found and found.reason else 'its config.json was not read'}")
-                return None, None
-            try:
-                return ModelShape.from_config(found.config), found.bytes or None
-            except RefusedError as error:
-                troubles.append(f"{path}: {error}")
-                return None, found.bytes or None
+                return KnownModel()
+            told = KnownModel.of_config(found.config, found.bytes or None)
+            troubles.extend(f"{path}: {trouble}" for trouble in told.troubles)
+            return told
 
         if spec.teacher.model is not None:
-            teacher, size = shape(spec.teacher.model)
-        vocab_size = teacher.vocab_size if teacher is not None else spec.data.vocab_size
-        if spec.teacher.model is None:
-            teacher = teacher_shape(spec.teacher, vocab_size)
-        if (init := spec.distill.student.init) is not None:
-            student, _size = shape(init)
+            teacher = model(spec.teacher.model)
         else:
-            student = student_shape(spec.distill.student, vocab_size)
-        return cls(teacher, size, student, tuple(troubles))
+            teacher = KnownModel.of_shape(teacher_shape(spec.teacher, spec.data.vocab_size))
+        if (init := spec.distill.student.init) is not None:
+            student = model(init)
+        else:
+            student = KnownModel.of_shape(
+                student_shape(spec.distill.student, teacher.vocabulary or spec.data.vocab_size)
+            )
+        return cls(teacher, student, tuple(troubles))
 
 
 def memory_need(ask: Ask, facts: HostFacts) -> tuple[MemoryPlan, tuple[str, ...]]:
     """The largest plan of the pipeline, and sentences that explain its terms."""
     models = Models.of(ask, facts)
-    external = ask.spec.teacher.model is not None
     device = "cuda" if facts.host.gpus else "cpu"
-    plan = pipeline_peak(
-        ask.spec,
-        device=device,
-        teacher=models.teacher if external else None,
-        teacher_bytes=models.teacher_bytes,
-        student=models.student,
-    )
+    plan = pipeline_peak(ask.spec, device=device, teacher=models.teacher, student=models.student)
     length = ask.spec.data.sequence_length
     notes = list(models.troubles)
-    for who, shape in (("teacher", models.teacher), ("student", models.student)):
-        if shape is not None and (ask.spec.teacher.model if who == "teacher" else ask.spec.distill.student.init):
-            notes.append(f"{who}: {attention_note(shape, length)}")
-            if who == "teacher":
-                notes.append(
-                    f"teacher: {kv_bytes(shape, 1) / 2**10:.0f} KiB of keys and values a token where it caches"
-                )
+    named = {"teacher": ask.spec.teacher.model, "student": ask.spec.distill.student.init}
+    for who, model in (("teacher", models.teacher), ("student", models.student)):
+        if named[who] is None:
+            continue
+        if model.shape is not None:
+            notes.append(f"{who}: {attention_note(model.shape, length)}")
+        if who == "teacher" and model.cache is not None:
+            notes.append(
+                f"teacher: {model.cache.kv_bytes(1) / 2**10:.0f} KiB of keys and values a token where it caches"
+            )
     return plan, tuple(notes)
 
 
@@ -162,15 +154,15 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
         terms.append(Term("models", missing))
     tokens = _tokens(ask, facts)
     terms.append(Term("data", 4 * tokens))
-    if spec.teacher.model is None and models.teacher is not None:
-        terms.append(Term("teacher", models.teacher.parameters * 4 * (1 + 3 * _CHECKPOINTS)))
+    if spec.teacher.model is None and models.teacher.shape is not None:
+        terms.append(Term("teacher", models.teacher.shape.parameters * 4 * (1 + 3 * _CHECKPOINTS)))
     if spec.distill.targets == "store":
         row = spec.score.k * 6 + 4 * len(spec.score.temperatures) + 8
         terms.append(Term("targets", tokens * row))
-    if models.student is not None:
+    if models.student.shape is not None:
         states = 16 if spec.distill.precision == "bf16" else 12
         students = 2 if TWIN in spec.distill.require else 1
-        terms.append(Term("student", models.student.parameters * (4 * students + states * _CHECKPOINTS)))
+        terms.append(Term("student", models.student.shape.parameters * (4 * students + states * _CHECKPOINTS)))
     runs = 4
     terms.append(Term("logs", runs * _RUN[0]))
     return tuple(terms), inodes + runs * _RUN[1], compiles

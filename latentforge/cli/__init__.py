@@ -33,6 +33,7 @@ class Entry(NamedTuple):
 ENTRIES = {
     "dispatch": Entry("latentforge.cli.dispatch", "Plan, launch, follow and collect runs on hosts."),
     "spec": Entry("latentforge.cli.spec", "Show a pipeline's values and where each comes from."),
+    "memory": Entry("latentforge.cli.memory", "Show what a pipeline will hold on a host, term by term.", single=True),
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),

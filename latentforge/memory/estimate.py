@@ -7,11 +7,15 @@ against the tensors that torch really saves. Other constants: ``reference`` GB10
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from latentforge.memory.engine import EngineSetting, engine_terms
+from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.plan import GIB, MemoryPlan, Term, largest
 from latentforge.memory.shape import ModelShape
-from latentforge.spec.sections import PipelineSpec, StudentSpec, TeacherSpec
+from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
+Place = Literal["process", "engine", "nowhere"]
 TWIN = "F-DISTILL-SMOKE-002"
 _RUNTIME = {"cpu": int(0.6 * GIB), "cuda": 3 * GIB}
 """The interpreter with torch and transformers; on CUDA also the context, workspaces and loaded kernels."""
@@ -103,57 +107,130 @@ def student_shape(spec: StudentSpec, vocab_size: int) -> ModelShape:
     )
 
 
+@dataclass(frozen=True)
+class Answering:
+    """How the teacher of a run answers: in this process (``hf``), in an engine of ours, or from where it takes nothing.
+
+    ``model`` is what is known of its folder; ``device`` ``cpu`` or ``cuda``.
+    """
+
+    model: KnownModel
+    place: Place
+    precision: Precision
+    device: str
+    engine: EngineSetting | None = None
+
+    @classmethod
+    def of(cls, spec: TeacherSpec, model: KnownModel, *, length: int, device: str) -> Answering:
+        """The teacher of a spec, asked for sequences of ``length`` tokens."""
+        place = place_of(spec)
+        engine = None
+        if place == "engine":
+            engine = EngineSetting.scoring(
+                sequences=spec.concurrency, length=length, max_model_len=spec.max_model_len, method=spec.quantization
+            )
+        return cls(model, place, spec.precision, device, engine)
+
+    def terms(self, rows: int, length: int, *, copies: int) -> tuple[list[Term], list[str]]:
+        """Its terms for ``rows`` sequences a forward pass, and the names of what could not be counted."""
+        if self.place == "nowhere":
+            return [], []
+        if self.engine is not None:
+            return engine_terms(self.model, self.engine, self.device)
+        weights = self.model.weights(self.precision, self.device)
+        least = weights if weights is not None else self.model.bytes or 0
+        known = weights is not None and self.model.shape is not None
+        return _inference(self.model.shape, least, rows, length, copies=copies), [] if known else ["the teacher"]
+
+    @property
+    def load(self) -> int:
+        """Bytes at once while it is loaded into this process: the weights, and the file where they are converted."""
+        if self.place != "process":
+            return 0
+        weights = self.model.weights(self.precision, self.device) or self.model.bytes or 0
+        # Numbers that are kept as they lie in the file are mapped from it, not copied.
+        mapped = weights == self.model.bytes and self.device == "cpu"
+        return weights + (0 if mapped else self.model.bytes or 0)
+
+
+def place_of(spec: TeacherSpec) -> Place:
+    """Where a teacher's memory is held: the run's process, an engine of ours beside it, or nowhere on this host."""
+    backend = spec.backend
+    if backend == "auto":
+        backend = "store" if spec.store is not None else "hf" if spec.url is None else "openai"
+    if backend == "hf":
+        return "process"
+    return "engine" if backend in ("vllm-local", "vllm-local-inproc") else "nowhere"
+
+
+def teacher_memory(spec: TeacherSpec, shape: ModelShape, *, length: int, device: str) -> MemoryPlan:
+    """The plan of a run that trains a small teacher."""
+    # Cross-entropy of transformers holds the logits, their log-softmax and the gradient.
+    terms = training_terms(shape, rows=spec.batch_size, length=length, precision="fp32", who="teacher", logit_copies=3)
+    return MemoryPlan("teacher", (*terms, _runtime(device)))
+
+
+def score_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
+    """The plan of a run that asks a teacher for ``rows`` sequences of ``length`` tokens at a time."""
+    terms, unknown = teacher.terms(rows, length, copies=3)
+    return MemoryPlan("score", (*terms, _runtime(teacher.device)), tuple(unknown), teacher.load)
+
+
+def distill_memory(
+    spec: DistillSpec, teacher: Answering | None, student: KnownModel, *, length: int, device: str, live: bool
+) -> MemoryPlan:
+    """The plan of a run that trains a student; ``teacher`` is what stands in memory beside it (None: nothing).
+
+    ``live`` says that it answers every step; else it is loaded at the end, for a sample.
+    """
+    rows = spec.micro_batch_size or spec.batch_size
+    terms, unknown = teacher.terms(rows, length, copies=2 if live else 1) if teacher is not None else ([], [])
+    if student.shape is None:
+        unknown = [*unknown, "the student"]
+    else:
+        trained = training_terms(
+            student.shape, rows=rows, length=length, precision=spec.precision, who="student", logit_copies=2
+        )
+        start = Term("start", 4 * student.shape.parameters)  # what the student, and its twin, are copies of
+        terms = [*terms, *trained, start]
+        if TWIN in spec.require:
+            terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
+    load = teacher.load if teacher is not None else 0
+    return MemoryPlan("distill", (*_joined(terms), _runtime(device)), tuple(unknown), load)
+
+
 def pipeline_memory(
     spec: PipelineSpec,
     *,
     device: str = "cpu",
-    teacher: ModelShape | None = None,
-    teacher_bytes: int | None = None,
-    student: ModelShape | None = None,
+    teacher: KnownModel | None = None,
+    student: KnownModel | None = None,
 ) -> dict[str, MemoryPlan]:
     """The plan of each run of an effective pipeline, by kind, for ``device`` ``cpu`` or ``cuda``.
 
-    ``teacher`` and ``student`` are the shapes of folders that the spec names (from their ``config.json``). Runs load
-    both in fp32, whatever the folder keeps. Where a folder's shape is not given, the plans that need it say so in
-    ``unknown``; ``teacher_bytes``, the size of its weights on disk, is then the least that it takes.
+    ``teacher`` and ``student`` are what is known of folders that the spec names. Where a folder's shape is not known,
+    the plans that need it say so in ``unknown``; the size of its weights on disk is then the least that it takes. A
+    student is trained from fp32, whatever its folder keeps.
     """
-    runtime = Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
-    external = spec.teacher.model is not None
-    vocab_size = teacher.vocab_size if external and teacher is not None else spec.data.vocab_size
-    own = None if external else teacher_shape(spec.teacher, vocab_size)
-    taught = teacher if external else own
-    if spec.distill.student.init is None:
-        student = student_shape(spec.distill.student, vocab_size)
     length = spec.data.sequence_length
     plans: dict[str, MemoryPlan] = {}
-    if own is not None:
-        # Cross-entropy of transformers holds the logits, their log-softmax and the gradient.
-        terms = training_terms(
-            own, rows=spec.teacher.batch_size, length=length, precision="fp32", who="teacher", logit_copies=3
-        )
-        plans["teacher"] = MemoryPlan("teacher", (*terms, runtime))
-    missing = [] if taught is not None else ["the teacher"]
-    weights = (teacher_bytes or 0) if taught is None else taught.parameters * 4
+    if spec.teacher.model is None:
+        own = teacher_shape(spec.teacher, spec.data.vocab_size)
+        teacher = KnownModel.of_shape(own)
+        plans["teacher"] = teacher_memory(spec.teacher, own, length=length, device=device)
+    teacher = teacher or KnownModel()
+    answering = Answering.of(spec.teacher, teacher, length=length, device=device)
+    if spec.distill.student.init is None:
+        width = teacher.vocabulary if spec.teacher.model is not None else None
+        student = KnownModel.of_shape(student_shape(spec.distill.student, width or spec.data.vocab_size))
     if spec.distill.targets == "store":
-        plans["score"] = MemoryPlan(
-            "score", (*_inference(taught, weights, spec.score.batch_size, length, copies=3), runtime), tuple(missing)
-        )
-    distill = spec.distill
-    rows = distill.micro_batch_size or distill.batch_size
+        plans["score"] = score_memory(answering, rows=spec.score.batch_size, length=length)
+    live = spec.distill.targets != "store" or spec.distill.on_policy > 0
     # With a store a full run never loads its teacher; a smoke run does, to show what it would have written.
-    live = distill.targets != "store"
-    beside = live or spec.profile == "smoke"
-    terms = _inference(taught, weights, rows, length, copies=2 if live else 1) if beside else []
-    if student is None:
-        missing.append("the student")
-    else:
-        trained = training_terms(
-            student, rows=rows, length=length, precision=distill.precision, who="student", logit_copies=2
-        )
-        terms += [*trained, Term("start", 4 * student.parameters)]  # what the student, and its twin, are copies of
-        if TWIN in distill.require:
-            terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
-    plans["distill"] = MemoryPlan("distill", (*_joined(terms), runtime), tuple(missing))
+    beside = live or (spec.profile == "smoke" and answering.place == "process")
+    plans["distill"] = distill_memory(
+        spec.distill, answering if beside else None, student or KnownModel(), length=length, device=device, live=live
+    )
     return plans
 
 
@@ -161,17 +238,19 @@ def pipeline_peak(
     spec: PipelineSpec,
     *,
     device: str = "cpu",
-    teacher: ModelShape | None = None,
-    teacher_bytes: int | None = None,
-    student: ModelShape | None = None,
+    teacher: KnownModel | None = None,
+    student: KnownModel | None = None,
 ) -> MemoryPlan:
     """The largest plan of a pipeline, whose runs are made one after the other (arguments of ``pipeline_memory``)."""
-    plans = pipeline_memory(spec, device=device, teacher=teacher, teacher_bytes=teacher_bytes, student=student)
-    return largest(plans.values())
+    return largest(pipeline_memory(spec, device=device, teacher=teacher, student=student).values())
+
+
+def _runtime(device: str) -> Term:
+    return Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
 
 
 def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *, copies: int) -> list[Term]:
-    """A teacher that answers: weights, one layer's activations, its logits, one layer's attention."""
+    """A teacher that answers in process: weights, one layer's activations, its logits, one layer's attention."""
     if shape is None:
         return [Term("teacher", weights)]
     return [
@@ -182,10 +261,13 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
     ]
 
 
-_ORDER = ("teacher", "student", "start", "twin", "states", "activations", "logits", "attention", "runtime")
+_ORDER = (
+    *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
+    *("student", "start", "twin", "states", "activations", "logits", "attention", "runtime"),
+)
 
 
 def _joined(terms: list[Term]) -> list[Term]:
-    """Terms of one name added up, in the order in which a plan shows them."""
-    names = sorted({term.name for term in terms}, key=_ORDER.index)
-    return [Term(name, sum(term.bytes for term in terms if term.name == name)) for name in names]
+    """Terms of one name and process added up, in the order in which a plan shows them."""
+    keys = sorted({(term.name, term.elsewhere) for term in terms}, key=lambda key: _ORDER.index(key[0]))
+    return [Term(key[0], sum(t.bytes for t in terms if (t.name, t.elsewhere) == key), key[1]) for key in keys]

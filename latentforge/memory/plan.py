@@ -22,10 +22,11 @@ def kill_floor(total: int) -> int:
 
 @dataclass(frozen=True)
 class Term:
-    """A named part of the need, in bytes."""
+    """A named part of the need, in bytes; ``elsewhere``: held by another process than the run's, on the same host."""
 
     name: str
     bytes: int
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,34 @@ class MemoryVerdict:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The terms of one run. ``unknown`` names what could not be counted (then the verdict cannot be a pass)."""
+    """The terms of one run. ``unknown`` names what could not be counted (then the verdict cannot be a pass).
+
+    ``load`` is what stands in memory at once while a model is loaded: its weights and the file's part that they are
+    read from, the runtime not counted. It comes before the other terms, not on top of them.
+    """
 
     run: str
     terms: tuple[Term, ...]
     unknown: tuple[str, ...] = ()
+    load: int = 0
 
     @property
     def bytes(self) -> int:
         """The sum of the terms, without the host's margin."""
         return sum(term.bytes for term in self.terms)
 
+    @property
+    def own_bytes(self) -> int:
+        """The most that the run's own process is planned to hold, while it loads or afterwards."""
+        steady = sum(term.bytes for term in self.terms if not term.elsewhere)
+        runtime = sum(term.bytes for term in self.terms if term.name == "runtime")
+        return max(steady, self.load + runtime if self.load else 0)
+
     def line(self, total: int | None = None) -> str:
         """``teacher 1.1 + student 0.4 + … + margin 16.0 = 20.3 GiB``, the margin of a host with ``total`` bytes."""
         terms = list(self.terms) + ([Term("margin", margin(total))] if total is not None else [])
-        parts = " + ".join(f"{term.name} {_gib(term.bytes)}" for term in terms if term.bytes)
-        return f"{parts} = {_gib(sum(term.bytes for term in terms))} GiB"
+        parts = " + ".join(f"{term.name} {gib(term.bytes)}" for term in terms if term.bytes)
+        return f"{parts} = {gib(sum(term.bytes for term in terms))} GiB"
 
     def verdict(self, total: int | None, available: int | None) -> MemoryVerdict:
         """Whether the terms and the margin fit into ``available`` bytes of a host with ``total``; None: not known.
@@ -62,7 +75,7 @@ class MemoryPlan:
         What could not be counted makes it unknown, but for a host that cannot even hold what was.
         """
         if self.unknown and total is not None and self.bytes + margin(total) > total:
-            text = f"not enough, even without {', '.join(self.unknown)}: {self.line(total)}, the host has {_gib(total)}"
+            text = f"not enough, even without {', '.join(self.unknown)}: {self.line(total)}, the host has {gib(total)}"
             return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
         if self.unknown:
             return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the size of {', '.join(self.unknown)} is not known")
@@ -70,10 +83,10 @@ class MemoryPlan:
             return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the host does not say what is free; {self.line()}")
         need = self.bytes + margin(total)
         if need > total:
-            text = f"not enough: {self.line(total)}, the host has {_gib(total)}"
+            text = f"not enough: {self.line(total)}, the host has {gib(total)}"
             return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
         if need > available:
-            text = f"not enough now: {self.line(total)}, {_gib(available)} of {_gib(total)} are free"
+            text = f"not enough now: {self.line(total)}, {gib(available)} of {gib(total)} are free"
             return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
         return MemoryVerdict(Outcome.PASS, f"enough: {self.line(total)}")
 
@@ -83,10 +96,10 @@ def largest(plans: Iterable[MemoryPlan]) -> MemoryPlan:
     plans = list(plans)
     most = max(plans, key=lambda plan: plan.bytes)
     unknown = tuple(dict.fromkeys(name for plan in plans for name in plan.unknown))
-    return MemoryPlan(most.run, most.terms, unknown)
+    return MemoryPlan(most.run, most.terms, unknown, most.load)
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
     """GiB with one decimal, with two below 0.1 and never "0.0" for something that is there."""
     value = count / GIB
     if value >= 0.095:

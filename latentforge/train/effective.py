@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -81,8 +82,13 @@ def device_record(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process held (resident set; on a GPU that of its allocator added)."""
+    """The most memory that this process held (resident set; on a GPU that of its allocator added).
+
+    Counted from the last time that the kernel was told to forget it: what ran in this process before is not this run's.
+    """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        resident = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), resident)
     return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
 
 

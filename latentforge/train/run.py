@@ -16,10 +16,11 @@ import torch
 from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.events import EventLog, read_events
 from latentforge.evidence.digests import file_sha256, tree_sha256
+from latentforge.memory import MemoryPlan
 from latentforge.spec.code import running_code
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
-from latentforge.train import effective
+from latentforge.train import effective, memory
 from latentforge.train.setting import fit_threads
 from latentforge.train.stopping import Interrupted, handled_signals
 from latentforge.verdicts import ExitCode, Outcome, exit_code, meet
@@ -35,9 +36,12 @@ def execute(path: Path, *, signals: bool = False, text: TextIO | None = None) ->
     run.load_identity()
     _refuse_second_start(run)
     with EventLog(run.events_file, run.run, text=text) as log:
+        before = memory.begin_measuring()
         try:
             with handled_signals() if signals else nullcontext():
-                _run(run, log)
+                planned = _run(run, log)
+            if planned is not None:
+                memory.compare(run, log, planned, before=before)
             code, reason = _earned(run), ""
         except Interrupted as error:
             code, reason = ExitCode.UNKNOWN, str(error)
@@ -56,7 +60,8 @@ def execute(path: Path, *, signals: bool = False, text: TextIO | None = None) ->
     return code
 
 
-def _run(run: RunDir, log: EventLog) -> None:
+def _run(run: RunDir, log: EventLog) -> MemoryPlan | None:
+    """Check, plan its memory and follow the recipe of its kind; returns what it was planned to hold."""
     identity = run.load_identity()
     check_code(identity)
     with log.phase("inputs"):
@@ -74,6 +79,9 @@ def _run(run: RunDir, log: EventLog) -> None:
         extension=effective.extension(),
         device=effective.device_record(torch.device("cpu")),
     )
+    planned = memory.plan_of(run, identity)
+    if planned is not None:
+        memory.require_room(run, log, planned)
     if identity.kind == "data":
         from latentforge.train.data import run as recipe
     elif identity.kind == "teacher":
@@ -89,6 +97,7 @@ def _run(run: RunDir, log: EventLog) -> None:
         made = json.loads((run.out / "score.json").read_bytes())
         batches = made["sequences"] / identity.spec["score"]["batch_size"]
         effective.record(run, flops={"score": _scoring_flops(run, identity) * batches})
+    return planned
 
 
 def check_code(identity: RunIdentity) -> None:

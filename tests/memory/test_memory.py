@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentforge.errors import RefusedError
-from latentforge.memory import MemoryPlan, ModelShape, Term, kill_floor, margin, pipeline_memory, pipeline_peak
+from latentforge.memory import (
+    KnownModel,
+    MemoryPlan,
+    ModelShape,
+    Term,
+    kill_floor,
+    margin,
+    pipeline_memory,
+    pipeline_peak,
+)
 from latentforge.memory.estimate import (
     activation_bytes,
     attention_bytes,
@@ -230,7 +239,7 @@ def test_a_folder_of_unknown_size_is_unknown_not_enough() -> None:
     spec = resolve_pipeline("tiny", overrides=["teacher.model=/somewhere"]).spec
     assert pipeline_peak(spec).verdict(128 * GIB, 100 * GIB).outcome is Outcome.UNKNOWN
     shape = ModelShape(151_936, 28, 1024, 16, 8, 3072, 128)
-    peak = pipeline_peak(spec, teacher=shape)
+    peak = pipeline_peak(spec, teacher=KnownModel.of_shape(shape))
     assert peak.verdict(128 * GIB, 100 * GIB).outcome is Outcome.PASS
     assert any(term.bytes == shape.parameters * 4 for term in peak.terms if term.name == "teacher")
 
@@ -238,15 +247,15 @@ def test_a_folder_of_unknown_size_is_unknown_not_enough() -> None:
 def test_a_folder_is_counted_in_fp32_as_runs_load_it_whatever_it_keeps_on_disk() -> None:
     spec = resolve_pipeline("tiny", overrides=["teacher.model=/somewhere"]).spec
     shape = ModelShape.from_config(GOOD)
-    plans = pipeline_memory(spec, teacher=shape, teacher_bytes=2 * shape.parameters)
+    plans = pipeline_memory(spec, teacher=KnownModel(shape, 2 * shape.parameters))
     assert plans["score"].terms[0] == Term("teacher", 4 * shape.parameters)
 
 
 def test_a_model_that_cannot_be_counted_is_refused_where_its_files_alone_do_not_fit() -> None:
     spec = resolve_pipeline("tiny", overrides=["teacher.model=/somewhere"]).spec
-    unknown = pipeline_peak(spec, teacher_bytes=30 * GIB).verdict(122 * GIB, 110 * GIB)
+    unknown = pipeline_peak(spec, teacher=KnownModel(bytes=30 * GIB)).verdict(122 * GIB, 110 * GIB)
     assert unknown.outcome is Outcome.UNKNOWN
-    verdict = pipeline_peak(spec, teacher_bytes=160 * GIB).verdict(122 * GIB, 110 * GIB)
+    verdict = pipeline_peak(spec, teacher=KnownModel(bytes=160 * GIB)).verdict(122 * GIB, 110 * GIB)
     assert verdict.outcome is Outcome.FAIL
     assert verdict.text.startswith("not enough, even without the teacher: teacher 160.0 + ")
 

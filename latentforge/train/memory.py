@@ -1,0 +1,121 @@
+"""A run and its memory: planned before it loads anything, refused where the host cannot hold it, compared after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentforge.errors import FailedError, RefusedError
+from latentforge.events import EventLog
+from latentforge.memory import HostMemory, KnownModel, MeasuredMemory, MemoryPlan, admission
+from latentforge.memory.estimate import (
+    Answering,
+    distill_memory,
+    score_memory,
+    student_shape,
+    teacher_memory,
+    teacher_shape,
+)
+from latentforge.memory.plan import gib
+from latentforge.spec.identity import RunIdentity
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import DistillSpec, ScoreSpec, TeacherSpec
+from latentforge.spec.teacher import teacher_of
+from latentforge.train import effective
+from latentforge.verdicts import Outcome
+
+
+def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
+    """The plan of one run from what its folder says: the same arithmetic as ``latentforge memory`` and a plan's line.
+
+    None for a run that holds no model.
+    """
+    if identity.kind == "data":
+        return None
+    data = json.loads((run.input_path("data") / "data.json").read_bytes())
+    length, vocab_size = int(data["sequence_length"]), int(data["vocab_size"])
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if identity.kind == "teacher":
+        spec = _section(TeacherSpec, identity.spec["teacher"])
+        return teacher_memory(spec, teacher_shape(spec, vocab_size), length=length, device=there)
+    answering = Answering.of(teacher_of(run), _teacher(run), length=length, device=there)
+    if identity.kind == "score":
+        return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)
+    distill = _section(DistillSpec, identity.spec["distill"])
+    if run.has_input("student_init"):
+        student = KnownModel.of_folder(run.input_path("student_init"))
+    else:
+        student = KnownModel.of_shape(student_shape(distill.student, vocab_size))
+    live = distill.targets != "store" or distill.on_policy > 0
+    beside = live or (identity.spec["profile"] == "smoke" and answering.place == "process")
+    device = "cpu" if distill.device == "cpu" else there
+    return distill_memory(distill, answering if beside else None, student, length=length, device=device, live=live)
+
+
+def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory | None = None) -> None:
+    """Say what the run is planned to hold, and refuse it (FailedError: the host is not fit) where that is not there."""
+    host = HostMemory.read() if host is None else host
+    judged = admission(plan, host)
+    terms = {f"planned_{term.name.replace(' ', '_')}": term.bytes for term in plan.terms if term.bytes}
+    told = {"total_bytes": host.total, "available_bytes": host.available}
+    log.memory(
+        planned_bytes=plan.bytes,
+        planned_own_bytes=plan.own_bytes,
+        planned_load=plan.load,
+        **terms,
+        **{name: value for name, value in told.items() if value is not None},
+    )
+    log.say(f"memory planned: {plan.line(host.total)}")
+    effective.record(run, memory={"planned_bytes": plan.bytes, "planned_own_bytes": plan.own_bytes, "terms": terms})
+    if judged.outcome is Outcome.UNKNOWN:
+        missing = ", ".join(plan.unknown)
+        log.warning(f"memory: the size of {missing} is not known" if missing else "memory: the host tells no size")
+    for condition in judged.refused:
+        raise FailedError(
+            f"this host cannot hold the run: {plan.line(host.total)}; {condition.name} needs "
+            f"{gib(condition.need or 0)} GiB, {gib(condition.have or 0)} of {gib(host.total or 0)} GiB are free",
+            next="latentforge memory SPEC shows each term; lower the batch, the sequence length or the model",
+        )
+
+
+def begin_measuring() -> int:
+    """Forget the peak of what ran in this process before; returns the bytes that it holds now."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    return effective.memory_in_use()
+
+
+def compare(run: RunDir, log: EventLog, plan: MemoryPlan, *, before: int) -> MeasuredMemory:
+    """Set the peak beside the plan, as an event and in ``effective.json``; a warning where it is far above."""
+    found = MeasuredMemory.of(plan, peak=effective.peak_memory_bytes(), before=before)
+    values = {"planned_bytes": found.planned, "measured_bytes": found.measured, "peak_bytes": found.peak}
+    log.memory(**values)
+    share = f"{found.measured / found.planned:.0%}" if found.planned else "?"
+    log.say(f"memory measured: {gib(found.measured)} of {gib(found.planned)} GiB planned ({share})")
+    effective.record(run, memory={"measured_bytes": found.measured, "peak_bytes": found.peak, "over": found.warning})
+    if found.warning is not None:
+        log.warning(found.warning)
+    return found
+
+
+def _teacher(run: RunDir) -> KnownModel:
+    """The folder of the run's teacher, as far as it is here: a server has no weights on this host."""
+    if not run.has_input("teacher"):
+        return KnownModel()
+    path = run.input_path("teacher")
+    folder = path / "model" if run.input_run("teacher") is not None else path
+    try:
+        return KnownModel.of_folder(Path(folder))
+    except RefusedError as error:
+        return KnownModel(troubles=(str(error),))
+
+
+def _section(kind: Any, values: Mapping[str, Any]) -> Any:
+    return kind.model_validate_json(json.dumps(values))
