@@ -46,11 +46,12 @@ def check_backend(value: str, source: str) -> str:
     return value
 
 
-def auto(values: Mapping[str, Any], env: Mapping[str, str], *, said: bool) -> tuple[str, str]:
+def auto(values: Mapping[str, Any], env: Mapping[str, str], *, said: bool, alone: bool = False) -> tuple[str, str]:
     """(backend, why) that ``auto`` comes to; ``values`` holds what file and flags say by dotted field.
 
     The variables of other backends count only where ``auto`` was *said* (variable, file or flag): a
-    ``VLLM_REMOTE_URL`` that lies in the environment for something else sends no pipeline's text away.
+    ``VLLM_REMOTE_URL`` that lies in the environment for something else sends no pipeline's text away. ``alone``: there
+    is no pipeline, so none that trains its teacher.
     """
     for field, backend in (("teacher.store", "store"), ("teacher.url", "openai")):
         if values.get(field) is not None:
@@ -68,7 +69,7 @@ def auto(values: Mapping[str, Any], env: Mapping[str, str], *, said: bool) -> tu
     if not said:
         stray = f"; {found[0][1]} is set, and counts only where {VARIABLE} is" if found and folder else ""
         return "hf", ("teacher.model is a folder" if folder else "the pipeline trains its teacher") + stray
-    if not folder:
+    if not folder and not alone:
         return "hf", "the pipeline trains its teacher, which no server has"
     if found:
         return found[0][0], f"{found[0][1]} is set"

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from latentforge.errors import RefusedError
 from latentforge.spec import choice
 from latentforge.spec.dotenv import origin_of
-from latentforge.spec.sections import PipelineSpec
+from latentforge.spec.sections import PipelineSpec, TeacherSpec
 
 ENVIRONMENT = {
     "TEACHER_REPO": "teacher.model",
@@ -73,22 +73,48 @@ def resolve_pipeline(
     Precedence: flag > environment > .env > file > default (``env`` may be a
     :class:`latentforge.spec.dotenv.Environment`). A value that does not parse is an error, never a default.
     """
-    env = env or {}
     name, document = _read(recipe)
+    values, origins = _laid(name, document, env or {}, overrides)
+    spec = _validated(_tree(values), origins, name)
+    return ResolvedPipeline(name, spec, origins)
+
+
+def resolve_teacher(
+    recipe: str | None, *, env: Mapping[str, str], overrides: Sequence[str] = ()
+) -> tuple[TeacherSpec, dict[str, Origin]]:
+    """The teacher's section alone, of a recipe or of nothing but environment and flags, with its values' origins.
+
+    Here no pipeline trains a teacher: without a recipe, ``auto`` counts as said.
+    """
+    name, document = _read(recipe) if recipe is not None else ("no file", {"teacher": {"backend": "auto"}})
+    values, origins = _laid(name, document, env, overrides, alone=recipe is None)
+    kept = {field: value for field, value in values.items() if field.startswith("teacher.")}
+    tree = _tree(kept)
+    try:
+        section = TeacherSpec.model_validate_json(json.dumps(tree.get("teacher", {}), default=str))
+    except ValidationError as error:
+        problems = [{**one, "loc": ("teacher", *one["loc"])} for one in error.errors(include_url=False)]
+        raise RefusedError("; ".join(_told(one, origins, name) for one in problems)) from None
+    return section, {field: origin for field, origin in origins.items() if field in kept}
+
+
+def _laid(
+    name: str, document: dict[str, Any], env: Mapping[str, str], overrides: Sequence[str], *, alone: bool = False
+) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """Values and origins by dotted field: the document's, with the environment and the flags over them."""
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     _check_keys(document, PipelineSpec, prefix="", where=name)
     for field, value in _leaves(document):
-        values[field], origins[field] = value, Origin("file")
+        values[field], origins[field] = value, Origin("default" if alone else "file")
     flags = list(_from_flags(overrides))
     for field, value, source in [*_from_environment(env), *flags]:
         values[field], origins[field] = value, Origin(source)
-    _choose_backend(values, origins, env)
+    _choose_backend(values, origins, env, alone=alone)
     for field, value, source in flags:  # what is typed wins over the names of a backend, too
         if field != "teacher.backend":
             values[field], origins[field] = value, Origin(source)
-    spec = _validated(_tree(values), origins, name)
-    return ResolvedPipeline(name, spec, origins)
+    return values, origins
 
 
 def _read(recipe: str) -> tuple[str, dict[str, Any]]:
@@ -141,12 +167,14 @@ def _noun(source: str) -> str:
     return "environment variable" if source.startswith("environment ") else source
 
 
-def _choose_backend(values: dict[str, Any], origins: dict[str, Origin], env: Mapping[str, str]) -> None:
+def _choose_backend(
+    values: dict[str, Any], origins: dict[str, Origin], env: Mapping[str, str], *, alone: bool = False
+) -> None:
     """Settle what ``auto`` comes to, and lay the variables of the chosen backend over the file's values."""
     backend = values.get("teacher.backend", "auto")
     if backend == "auto":
         said = "teacher.backend" in values
-        backend, why = choice.auto(values, env, said=said)
+        backend, why = choice.auto(values, env, said=said, alone=alone)
         source = origins["teacher.backend"].source if said else "default"
         values["teacher.backend"], origins["teacher.backend"] = backend, Origin(source, f"auto: {why}")
     choice.check_one_model(env, str(backend))
