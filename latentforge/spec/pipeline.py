@@ -150,9 +150,12 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
     external = {path.field: path for path in external_paths(spec)}
     teacher_folder = external.get("teacher.model")
 
+    crosses = spec.distill.cross_tokenizer
     data_inputs: _Sources = {"corpus": external.get("data.corpus", BUILTIN_CORPUS)}
-    if teacher_folder is not None:
-        data_inputs["tokenizer"] = teacher_folder
+    # Across tokenizers the data is the student's: its folder's tokens, or a vocabulary of its own.
+    tokenizer = external.get("distill.student.init") if crosses else teacher_folder
+    if tokenizer is not None:
+        data_inputs["tokenizer"] = tokenizer
     yield "data", {"seed": spec.seed, "data": _json(spec.data)}, data_inputs
 
     teacher: ExternalPath | Role = "teacher"
@@ -163,6 +166,7 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
 
     if spec.distill.targets == "store":
         asked = {"seed": spec.seed, "score": _json(spec.score), "teacher": answers_of(spec.teacher)}
+        asked |= {"cross_tokenizer": True} if crosses else {}
         yield "score", asked, {"data": "data", "teacher": teacher}
 
     inputs: _Sources = {"data": "data", "teacher": teacher}

@@ -252,6 +252,13 @@ class PipelineSpec(Section):
             raise ValueError(
                 f"teacher.backend = {backend!r} answers with token ids, and teacher.model names no tokenizer"
             )
+        if self.distill.cross_tokenizer and self.teacher.model is None:
+            raise ValueError(
+                "distill.cross_tokenizer = true, and teacher.model names no teacher: one that is trained here has the "
+                "data's own tokenizer"
+            )
+        if self.distill.cross_tokenizer and self.distill.on_policy > 0.0 and self.distill.targets == "store":
+            raise ValueError("distill.on_policy with cross_tokenizer needs distill.targets = 'live'")
         if self.teacher.model is None and self.score.k > self.data.vocab_size:
             raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
         return self

@@ -50,6 +50,20 @@ class Crossing:
     spans: Spans
     altered: frozenset[int]
 
+    def carried(self) -> tuple[Tokens, Tokens]:
+        """(student, teacher token) of spans of one token each; (student, first, last + 1) where the teacher has more.
+
+        A token that is the first of its sequence is given, not predicted: it is in neither.
+        """
+        spans = self.spans
+        single = (spans.student[:, 1] - spans.student[:, 0] == 1) & (spans.student[:, 0] >= 1)
+        single &= (spans.teacher[:, 0] >= 1) & (spans.teacher[:, 1] > spans.teacher[:, 0])
+        if self.altered:
+            single &= ~np.isin(spans.teacher[:, 0], list(self.altered))
+        table = np.concatenate([spans.student[single, :1], spans.teacher[single]], axis=1)
+        one = table[:, 2] - table[:, 1] == 1
+        return table[one][:, :2], table[~one]
+
 
 @dataclass(frozen=True)
 class MappedRows:
@@ -164,30 +178,20 @@ class Bridge:
         logprobs = np.full((length - 1, k), _NO_MASS, dtype=np.float32)
         tail = np.zeros(length - 1, dtype=np.float32)
         carries = np.zeros(length - 1, dtype=np.bool_)
-        one, many = self._carried(crossing)
+        one, many = crossing.carried()
         if len(one):
             to, source = one[:, 0] - 1, one[:, 1] - 1
             ids[to], logprobs[to], tail[to] = self._by_bytes(rows, source, temperature)
-            carries[to] = True
+            carries[to] = ids[to, 0] >= 0
+            tail[to] = np.where(carries[to], tail[to], 0.0)
         if temperature == 1.0:
             for student, first, last in many.tolist():
                 found = self._along(crossing.teacher, rows, first, last, k)
-                if found is not None:
+                if found is not None and found[0][0] >= 0:
                     row = student - 1
                     ids[row], logprobs[row], tail[row] = found
                     carries[row] = True
         return MappedRows(ids, logprobs, tail, carries)
-
-    def _carried(self, crossing: Crossing) -> tuple[Tokens, Tokens]:
-        """(student, teacher token) of spans of one token each; (student, first, last + 1) of one student token."""
-        spans = crossing.spans
-        single = (spans.student[:, 1] - spans.student[:, 0] == 1) & (spans.student[:, 0] >= 1)
-        single &= (spans.teacher[:, 0] >= 1) & (spans.teacher[:, 1] > spans.teacher[:, 0])
-        if crossing.altered:
-            single &= ~np.isin(spans.teacher[:, 0], list(crossing.altered))
-        table = np.concatenate([spans.student[single, :1], spans.teacher[single]], axis=1)
-        one = table[:, 2] - table[:, 1] == 1
-        return table[one][:, :2], table[~one]
 
     def _by_bytes(self, rows: SequenceTargets, source: Tokens, temperature: float) -> tuple[Any, Any, Any]:
         ids, logprobs = rows.ids[source], rows.logprobs[source]
