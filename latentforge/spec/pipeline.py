@@ -13,7 +13,7 @@ from latentforge.spec.choice import auto_of
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
 from latentforge.spec.sections import HTTP_BACKENDS, PipelineSpec, TeacherSpec
-from latentforge.spec.teacher import answers_of, training_of
+from latentforge.spec.teacher import DENSE_BACKENDS, answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
 
@@ -80,12 +80,24 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
         notes.append(f"teacher: {teacher.served_model or 'the only model'} of {teacher.url} ({teacher.backend})")
         key = teacher.api_key_env
         secrets = tuple(sorted({*secrets, key})) if key is not None else secrets
+    dense = teacher.backend in DENSE_BACKENDS
     if distill.targets == "store" and distill.temperature not in spec.score.temperatures:
         stored = ", ".join(f"{t:g}" for t in spec.score.temperatures)
+        if not dense:
+            raise RefusedError(
+                f"distill.temperature = {distill.temperature:g} is not in score.temperatures [{stored}], and "
+                f"teacher.backend = {teacher.backend!r} has no dense logits from which it could be had",
+                next=f"set distill.temperature = {spec.score.temperatures[0]:g}, or teacher.backend = 'hf'",
+            )
         notes.append(
             f"T = {distill.temperature:g} is not in score.temperatures [{stored}]: planned with live dense targets"
         )
         distill = distill.model_copy(update={"targets": "live"})
+    if distill.targets == "live" and teacher.backend in HTTP_BACKENDS and distill.temperature != 1.0:
+        raise RefusedError(
+            f"distill.temperature = {distill.temperature:g}: rows over HTTP have T = 1 only",
+            next="set distill.temperature = 1, or teacher.backend = 'hf'",
+        )
     return spec.model_copy(update={"distill": distill, "teacher": teacher, "secrets": secrets}), notes
 
 
@@ -177,6 +189,8 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
     # A student that is fed from the store alone asks no teacher.
     asks = spec.distill.targets == "live" or spec.distill.on_policy > 0.0
     teacher_asked = {"teacher": answers_of(spec.teacher)} if asks else {}
+    if asks and spec.teacher.backend not in DENSE_BACKENDS:
+        teacher_asked["score"] = {"k": spec.score.k}
     if spec.profile == "full":
         short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of(spec.distill)), **teacher_asked}
         yield "canary", short, dict(inputs)

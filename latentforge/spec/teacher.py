@@ -29,6 +29,9 @@ REACH = (
 )
 """The fields that say how to get at the answers: kept in ``launch.json``, not in a run's identity."""
 
+DENSE_BACKENDS = ("hf", "fixture")
+"""Backends that give a student dense logits where their targets are live; the others give top-k rows of score.k."""
+
 ASKING = ("score", "distill")
 """The kinds of runs that may ask a teacher."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
+from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
+from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.folder import check_model_folder
-from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.opening import open_teacher
+from latentforge.teachers.protocol import Scorer
 from latentforge.teachers.store import StoreTeacher
+from latentforge.train.asking import answers_dense, check_live, check_on_policy
 from latentforge.train.data import checked_path
 from latentforge.train.feed import Feed
 from latentforge.train.loop import Objective, Trainer
@@ -41,34 +46,62 @@ class Job:
     data: ShardSet
     order: BatchOrder
     supply: Supply
+    judge: Supply
     on_policy: OnPolicy
     device: torch.device
     kernel: str
 
 
-def open_targets(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device) -> StoreTeacher | HFTeacher:
-    """The store of the score run, refused where another teacher filled it; or the teacher itself, in this process."""
-    if spec.targets == "live":
-        return HFTeacher.open(teacher, device=str(device))
+def open_stored(run: RunDir, teacher: Path) -> StoreTeacher:
+    """The store of the score run, refused where another teacher filled it."""
     source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite")
-    wanted = check_model_folder(teacher).sha256
-    if source.identity.sha256 != wanted:
+    scored = run.input_run("targets")
+    asked = {} if scored is None else scored.load_identity().spec.get("teacher", {})
+    if asked.get("backend", "hf") == "hf":
+        filled, wanted = source.identity.sha256, check_model_folder(teacher).sha256
+    else:
+        # A served model's files cannot be seen: its tokenizer is what the folder and the rows have in common.
+        filled, wanted = source.identity.tokenizer_sha256, Tokenizer.open(teacher).sha256
+    if filled != wanted:
         raise RefusedError(
-            f"the store was filled by teacher {source.identity.sha256[:12]}…, this run's is {wanted[:12]}…",
+            f"the store was filled by teacher {filled[:12]}…, this run's is {wanted[:12]}…",
             next="score again with this teacher",
         )
     return source
 
 
-def open_supply(run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device, data: ShardSet) -> Supply:
-    """The teacher's targets at the training temperature: stored top-k rows with their tail, or dense logits."""
-    source = open_targets(run, spec, teacher, device)
+def open_supply(
+    run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device, data: ShardSet
+) -> tuple[Supply, Supply]:
+    """The teacher's targets at the training temperature, of the data and of the student's own text.
+
+    Stored top-k rows with their tail; or, of a teacher that answers while the student trains, dense logits where it has
+    them, else top-k rows. Refused where it cannot give them. Both are one where nothing is stored or nothing written.
+    """
+    live = None
+    if spec.targets == "live" or spec.on_policy > 0.0:
+        source: Scorer = open_teacher(teacher_of(run), teacher, str(device), os.environ)
+        asked = run.load_identity().spec
+        k = None if answers_dense(source) else int(asked["score"]["k"])
+        check_live(source, spec, data, k=k)
+        check_on_policy(source, spec, data)
+        live = _supply(source, spec, data, k=k, live=True)
+    if spec.targets == "live":
+        assert live is not None
+        return live, live
+    stored = open_stored(run, teacher)
+    supply = _supply(stored, spec, data, k=stored.store.k, live=False)
+    return supply, supply if live is None else live
+
+
+def _supply(source: Scorer, spec: DistillSpec, data: ShardSet, *, k: int | None, live: bool) -> Supply:
     return Supply(
         source,
         temperature=spec.temperature,
-        k=source.store.k if isinstance(source, StoreTeacher) else None,
+        k=k,
         width=data.vocab_size,
         on_loss=spec.on_teacher_loss,
+        live=live,
         # Without targets the student is trained as its twin is.
         ce_alone=spec.ce_weight or 1.0,
     )
@@ -84,6 +117,7 @@ def make_feed(job: Job, trainer: Trainer, steps: range) -> Feed:
         ahead=spec.prefetch,
         dense_bytes=4 * spec.batch_size * (data.sequence_length - 1) * data.vocab_size,
         on_policy=job.on_policy,
+        judge=job.judge,
         micro_batch_size=trainer.micro_batch_size,
         eos_id=data.eos_id,
     )
@@ -137,12 +171,15 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
         student |= {"init": None, "layers": config.num_hidden_layers, "hidden": config.hidden_size}
         student |= {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
         student |= {"intermediate": config.intermediate_size}
+    asked: dict[str, Any] = {}
+    if "teacher" in job.run.load_identity().spec:
+        asked = {"teacher": answers_of(teacher_of(job.run)), "score": {"k": job.judge.k}}
     return {
         "profile": profile,
         "seed": job.order.seed,
         "distill": {
             "student": student,
-            "targets": "store" if job.supply.stored else "live",
+            "targets": "live" if job.supply.live else "store",
             "steps": spec.steps,
             "batch_size": len(batch),
             "micro_batch_size": len(parts[0]),
@@ -166,6 +203,7 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
             "min_coverage": spec.min_coverage,
             "require": list(spec.require),
         },
+        **asked,
         "targets_fetched_ahead": feed.ahead,
         "predictions_per_sequence": batch.shape[1] - 1,
         "micro_batches": len(parts),

@@ -73,24 +73,28 @@ def run(run: RunDir, log: EventLog) -> None:
         data = ShardSet.open(run.input_path("data"))
         data.verify()
         device = choose_device(spec.device)
-        kernel, slow = choose_kernel(device, PRECISIONS[spec.precision])
+        drawing = ("latent_decode",) if spec.on_policy > 0.0 else ()
+        kernel, slow = choose_kernel(device, PRECISIONS[spec.precision], also=drawing)
         teacher = teacher_folder(run)
         notes = list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
-        supply = open_supply(run, spec, teacher, device, data)
-        notes += supply.source.notes
+        supply, critic = open_supply(run, spec, teacher, device, data)
+        notes += [*supply.source.notes, *critic.source.notes]
         start = start_model(run, spec.student, data, teacher, seed)
         predictions = data.sequence_length - 1
         step_flops = training_flops(start, predictions, spec.batch_size * predictions)
         fit_threads(step_flops)
         if run.has_input("student_init"):
-            same = check_unlike(teacher, run.input_path("student_init"), profile=profile)
+            if has_weights(teacher):
+                same = check_unlike(teacher, run.input_path("student_init"), profile=profile)
+            else:
+                same = "the teacher's folder holds no weights: whether the student starts as its copy is not known"
             if same:
                 log.warning(same)
         if profile == "full" and CANARY not in spec.require:
             require_canary(run, identity)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         on_policy = OnPolicy(spec.on_policy, spec.on_policy_tokens, spec.on_policy_temperature, seed)
-        job = Job(run, log, spec, data, order, supply, on_policy, device, kernel)
+        job = Job(run, log, spec, data, order, supply, critic, on_policy, device, kernel)
         trainer = make_trainer(job, start, kd_weight=spec.kd_weight, ce_weight=spec.ce_weight)
         earlier = open_predecessor(run, log, CHECKPOINTS)
     for note in dict.fromkeys(notes):
@@ -112,7 +116,10 @@ def run(run: RunDir, log: EventLog) -> None:
     effective.require_same("distill", identity.spec, in_force)
     if device.type != "cpu":
         with log.phase("rehearse"):
-            rehearse(trainer, training_batch(data.train, order, 0, device), supply.targets)
+            batch = training_batch(data.train, order, 0, device)
+            rehearse(trainer, batch, supply.targets)
+            if drawing:
+                on_policy.write(trainer.student, batch[:1], 0, 0)
             held_out_once(job, trainer.student)
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
@@ -138,7 +145,7 @@ def run(run: RunDir, log: EventLog) -> None:
         models = {name: one.trainer.student for name, one in trained.items()}
         if isinstance(supply.source, HFTeacher):
             models = {"teacher": Student(supply.source.model, data.vocab_size), **models}
-        elif profile == "smoke":
+        elif profile == "smoke" and has_weights(teacher) and not supply.elsewhere:
             # The teacher of a full run is not loaded beside the student only to show a sample.
             models = {"teacher": Student(HFTeacher.open(teacher, device=str(device)).model, data.vocab_size), **models}
         write_json(run.out / "samples.json", samples(models, data, device))
@@ -333,6 +340,11 @@ def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, flo
         for name, one in trained.items()
     }
     return {"steps": spec.steps, "kl_temperature": spec.temperature, "flops": flops, "models": values}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a teacher's folder could be loaded: of one that a server runs the tokenizer is enough."""
+    return any(folder.glob("*.safetensors"))
 
 
 def flops_of_inputs(run: RunDir) -> dict[str, float]:

@@ -40,7 +40,8 @@ class Feed:
 
     Targets of the data are fetched up to ``ahead`` steps before they are used, where dense ones of ``dense_bytes`` a
     batch fit into :data:`AHEAD_BYTES`; else teacher and student take turns. The student's own text cannot be fetched:
-    it depends on the weights of its step, so its teacher is waited for. Without a supply nothing is fetched. A context.
+    it depends on the weights of its step, so its teacher is waited for: ``judge``, where it is another one than that of
+    the data. Without a supply nothing is fetched. A context.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Feed:
         ahead: int,
         dense_bytes: int = 0,
         on_policy: OnPolicy = NOTHING_WRITTEN,
+        judge: Supply | None = None,
         micro_batch_size: int | None = None,
         eos_id: int = -1,
     ) -> None:
         self._batch_of = batch_of
         self._supply = supply
+        self._judge = supply if judge is None else judge
         self.asked_ahead = ahead
         self.on_policy = on_policy
         self._size = micro_batch_size
@@ -95,7 +98,7 @@ class Feed:
             "target_wait_seconds": taken.wait_seconds,
             "target_hidden_seconds": taken.hidden_seconds,
         }
-        lessons: Iterable[Lesson] = self._in_turn(data, fields) if fetched is None else fetched
+        lessons: Iterable[Lesson] = self._in_turn(self._supply, data, fields) if fetched is None else fetched
         waited = taken.wait_seconds
         if len(own):
             written = self.on_policy.write(student, own, step, len(data))
@@ -115,10 +118,9 @@ class Feed:
         data, _ = self._shares(step, tokens)
         return tokens, list(self._supply.lessons(data, self._size or len(tokens))) if len(data) else []
 
-    def _in_turn(self, tokens: Tensor, fields: dict[str, Any], own: bool = False) -> Iterator[Lesson]:
+    def _in_turn(self, supply: Supply, tokens: Tensor, fields: dict[str, Any], own: bool = False) -> Iterator[Lesson]:
         """Lessons whose targets a teacher in this process computes when each is trained."""
-        assert self._supply is not None
-        lessons = self._supply.lessons(tokens, self._size or len(tokens)) if len(tokens) else iter(())
+        lessons = supply.lessons(tokens, self._size or len(tokens)) if len(tokens) else iter(())
         while True:
             began = time.perf_counter()
             lesson = next(lessons, None)
@@ -126,7 +128,7 @@ class Feed:
             if lesson is None:
                 return
             if own:
-                use = self.on_policy.use(lesson.tokens, self._supply.ce_alone)
+                use = self.on_policy.use(lesson.tokens, supply.ce_alone)
                 lesson = replace(lesson, use=use)
             yield lesson
 
@@ -136,11 +138,11 @@ class Feed:
         A sequence that the teacher does not answer for stays the data's, and has cross-entropy alone: of the student's
         own text nothing can be learnt without its teacher.
         """
-        supply, mine = self._supply, self.on_policy
+        supply, mine = self._judge, self.on_policy
         assert supply is not None
         if not supply.elsewhere:
             fields |= {"on_policy_sequences": len(written), **written_fields(written, mine.tokens, self._eos_id)}
-            return self._in_turn(written, fields, own=True), 0.0
+            return self._in_turn(supply, written, fields, own=True), 0.0
         began = time.perf_counter()
         found = supply.ask(written)
         seconds = time.perf_counter() - began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -42,16 +42,16 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+def choose_kernel(device: torch.device, dtype: torch.dtype, *, also: Sequence[str] = ()) -> tuple[str, str | None]:
     """The kernel backend for logits of a device and a precision, and the sentence to say where it is a fallback.
 
     On a GPU it is what the warm-up guard has proven there: refused, before step 0, where it has no record or nothing
-    that is right.
+    that is right for the loss, or for an operator of ``also``.
     """
     if device.type != "cpu":
         from latentforge.kernels.guard.ladder import require_fit
 
-        (choice,) = require_fit(["kd_loss"], dtype, device.index or 0)
+        choice = require_fit(["kd_loss", *also], dtype, device.index or 0)[0]
         return str(choice.backend), None if choice.native else choice.text
     try:
         from latentforge.kernels.native import native

@@ -47,6 +47,7 @@ class Supply:
         width: int,
         on_loss: OnLoss,
         ce_alone: float,
+        live: bool = True,
     ) -> None:
         self.source = source
         self.temperature = float(temperature)
@@ -54,6 +55,7 @@ class Supply:
         self.width = width
         self.on_loss: OnLoss = on_loss
         self.ce_alone = ce_alone
+        self.live = live
         self.notes: deque[str] = deque()
         self._resting = 0
         self._rest = 0
