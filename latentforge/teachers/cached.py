@@ -14,6 +14,7 @@ from latentforge.kernels.targets import TopKTargets
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.failures import TeacherFailure
+from latentforge.teachers.http.flow import FlowControl, flow_of
 from latentforge.teachers.protocol import (
     Capability,
     Limits,
@@ -83,6 +84,11 @@ class CachedTeacher:
     def limits(self) -> Limits:
         """The store's entries and temperatures; the teacher's own bounds show when it is asked."""
         return Limits(self.store.k, None, self.store.temperatures)
+
+    @property
+    def flow(self) -> FlowControl | None:
+        """The gate before the teacher, where it is a remote one."""
+        return flow_of(self.teacher)
 
     def metrics(self) -> dict[str, Any]:
         """The teacher's, where it counts, with how many sequences came from the store."""

@@ -12,14 +12,17 @@ import torch
 
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, RefusedError
-from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import Coverage, TargetStore
-from latentforge.targets.topk import sequence_rows
 from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.protocol import Scorer
 
 # Store and fresh forward differ by the shape of the matrix products; a shifted row differs by whole nats.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
+ELSEWHERE = 0.5
+"""Nats by which an entry of a served teacher may differ when it is asked again: it does not say how it computes."""
+_ABOVE_ROUNDING = -8.0
 _COMMIT_ROWS = 256
+_ASK_ROWS = 4096
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -41,28 +44,35 @@ def sequences(data: ShardSet, *, batch_size: int) -> Iterator[Rows]:
 
 
 def score_all(
-    teacher: HFTeacher,
+    teacher: Scorer,
     data: ShardSet,
     store: TargetStore,
     *,
     batch_size: int,
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Score what the store lacks, in the data's order; returns how many rows are new. Stopped anywhere, it resumes."""
+    """Score what the store lacks; returns how many rows are new. Stopped anywhere, it resumes.
+
+    What is answered is stored before anything else happens to it: a document at a time, or, where the teacher computes
+    in this process, ``batch_size`` at a time. So whoever kills this loses what was being computed, and nothing stored
+    is ever asked for again. TeacherFailure leaves everything stored that was answered.
+    """
     total, done, new = len(data.train) + len(data.heldout), 0, 0
-    for block in sequences(data, batch_size=max(batch_size, _COMMIT_ROWS)):
+    computes_here = "logits" in teacher.capabilities
+    for block in sequences(data, batch_size=max(batch_size, _COMMIT_ROWS) if computes_here else _ASK_ROWS):
         keys = [store.key(tokens) for tokens in block]
         present = store.present(keys)
         # One of equal sequences is enough.
         wanted = list({key: tokens for key, tokens in zip(keys, block, strict=True) if key not in present}.values())
-        rows: list[tuple[Rows, SequenceTargets]] = []
-        for at in range(0, len(wanted), batch_size):
-            batch = np.stack(wanted[at : at + batch_size])
-            ids, logprobs, tails = teacher.topk(torch.from_numpy(batch), k=store.k, temperatures=store.temperatures)
-            rows += zip(batch, sequence_rows(ids, logprobs, tails, sequences=len(batch)), strict=True)
-        new += store.put_many(rows)
-        done += len(block)
+        done += len(block) - len(wanted)
         progress(done, total)
+        for at in range(0, len(wanted), batch_size if computes_here else max(1, len(wanted))):
+            batch = wanted[at : at + batch_size] if computes_here else wanted
+            scored = teacher.score(batch, k=store.k, temperatures=store.temperatures)
+            for rows in [list(scored)] if computes_here else ([one] for one in scored):
+                new += store.put_many((batch[number], targets) for number, targets in rows)
+                done += len(rows)
+                progress(done, total)
     return new
 
 
@@ -71,23 +81,37 @@ def coverage(store: TargetStore, data: ShardSet) -> Coverage:
     return store.coverage(store.key(tokens) for block in sequences(data, batch_size=1024) for tokens in block)
 
 
-def check_agreement(teacher: HFTeacher, store: TargetStore, data: ShardSet, *, sample: int = 8) -> Agreement:
+def check_agreement(teacher: Scorer, store: TargetStore, data: ShardSet, *, sample: int = 8) -> Agreement:
     """Ask the teacher again for single positions of a sample and compare; FailedError where the store differs.
 
     Each question is a *prefix* of a sequence and the answer its last row, which cannot be off by one: a store whose
-    rows were shifted against the tokens disagrees. Compared are all stored ids of the row, not the top one alone.
+    rows were shifted against the tokens disagrees. Compared are all stored ids of the row, not the top one alone; of a
+    teacher elsewhere, which is paid for each question, a quarter of the sample, without whole sequences, and entries
+    above its rounding only.
     """
     worst, positions = 0.0, 0
     length = data.sequence_length
+    places = [0, length // 2 - 1, length - 2]
+    here = isinstance(teacher, HFTeacher)
+    if not here:
+        sample, places = max(2, sample // 4), places[:2]
+    tolerance = TOLERANCE[teacher.dtype] if isinstance(teacher, HFTeacher) else ELSEWHERE
     for tokens in _sampled(data, sample):
         stored = store.get(tokens)
-        for position in sorted({0, length // 2 - 1, length - 2}):
+        for position in sorted(set(places)):
             # targets() wants a token after the last predicted one and does not look at it.
-            asked = torch.from_numpy(tokens[: position + 2]).unsqueeze(0)
-            fresh = torch.log_softmax(teacher.logits(asked)[-1].double(), dim=-1).cpu().numpy()
-            worst = max(worst, float(np.abs(fresh[stored.ids[position]] - stored.logprobs[position]).max()))
+            asked = tokens[: position + 2]
+            ids, logprobs = stored.ids[position], stored.logprobs[position]
+            if isinstance(teacher, HFTeacher):
+                logits = teacher.logits(torch.from_numpy(asked).unsqueeze(0))
+                fresh = torch.log_softmax(logits[-1].double(), dim=-1).cpu().numpy()
+                known = ids >= 0
+                differs = float(np.abs(fresh[ids[known]] - logprobs[known]).max())
+            else:
+                _, again = next(teacher.score([asked], k=store.k, temperatures=store.temperatures))
+                differs = _apart(ids, logprobs, again.ids[-1], again.logprobs[-1])
+            worst = max(worst, differs)
             positions += 1
-    tolerance = TOLERANCE[teacher.dtype]
     if not worst <= tolerance:
         raise FailedError(
             f"stored targets differ from the teacher's own by {worst:.3g} nats at {positions} positions asked again "
@@ -97,6 +121,23 @@ def check_agreement(teacher: HFTeacher, store: TargetStore, data: ShardSet, *, s
     return Agreement(worst, positions)
 
 
+def _apart(
+    ids: npt.NDArray[np.int32],
+    logprobs: npt.NDArray[np.float32],
+    other_ids: npt.NDArray[np.int32],
+    other_logprobs: npt.NDArray[np.float32],
+) -> float:
+    """How far two rows of one position lie from each other, in nats, over the entries of the first above rounding."""
+    other = {int(n): float(v) for n, v in zip(other_ids, other_logprobs, strict=True) if n >= 0}
+    floor = min(other.values())
+    apart = [
+        abs(other[int(n)] - float(v)) if int(n) in other else max(0.0, float(v) - floor)
+        for n, v in zip(ids, logprobs, strict=True)
+        if n >= 0 and v > _ABOVE_ROUNDING
+    ]
+    return max(apart, default=0.0)
+
+
 def _sampled(data: ShardSet, sample: int) -> Iterator[npt.NDArray[np.int64]]:
     """About ``sample`` rows, spread evenly over the training and over the held-out rows."""
     for shard in (data.train, data.heldout):
@@ -104,16 +145,22 @@ def _sampled(data: ShardSet, sample: int) -> Iterator[npt.NDArray[np.int64]]:
         yield from shard.rows(np.unique(chosen.astype(np.int64)))
 
 
-def check_scorable(teacher: HFTeacher, data: ShardSet, *, k: int) -> None:
-    """Refuse, before the first forward pass, what could not be scored."""
+def check_scorable(teacher: Scorer, data: ShardSet, *, k: int, temperatures: tuple[float, ...] = (1.0,)) -> None:
+    """Refuse, before the first document, what could not be scored; a server is asked what it can do."""
     if k > teacher.vocab_size:
         raise RefusedError(
             f"score.k = {k} is larger than the vocabulary ({teacher.vocab_size} tokens)",
             next=f"set score.k = {teacher.vocab_size} or less",
         )
-    limit = teacher.folder.max_positions
-    if limit is not None and data.sequence_length > limit:
+    limits = teacher.limits
+    if limits.max_k is not None and k > limits.max_k:
         raise RefusedError(
-            f"data.sequence_length = {data.sequence_length} is longer than the teacher's {limit} positions",
-            next=f"set data.sequence_length = {limit} or less",
+            f"score.k = {k}: this teacher answers at most {limits.max_k} entries a position",
+            next=f"set score.k = {limits.max_k}, or start the server with a larger --max-logprobs",
         )
+    if limits.max_tokens is not None and data.sequence_length > limits.max_tokens:
+        raise RefusedError(
+            f"data.sequence_length = {data.sequence_length} is longer than the teacher's {limits.max_tokens} positions",
+            next=f"set data.sequence_length = {limits.max_tokens} or less",
+        )
+    limits.check(k=k, tokens=data.sequence_length, temperatures=temperatures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import ScoreSpec
 from latentforge.spec.teacher import answers_of, teacher_of
-from latentforge.targets.store import TargetStore
+from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
-from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.opening import open_teacher
-from latentforge.teachers.scoring import check_agreement, check_scorable, coverage, score_all
+from latentforge.teachers.protocol import Scorer
+from latentforge.teachers.scoring import Agreement, check_agreement, check_scorable, coverage, score_all
+from latentforge.train.asked import AskedLog
 from latentforge.train.data import checked_path
 
 
@@ -27,30 +30,23 @@ def run(run: RunDir, log: EventLog) -> None:
     """Load the teacher, score what the store lacks, ask again for a sample, require coverage of 100 %."""
     spec = ScoreSpec.model_validate_json(json.dumps(run.load_identity().spec["score"]))
     asked = teacher_of(run)
-    with log.phase("load"):
-        data = ShardSet.open(run.input_path("data"))
-        data.verify()
-        folder = teacher_folder(run)
-        alignment = compare_vocabularies(folder, data.tokenizer_dir)
-        teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
-        if not isinstance(teacher, HFTeacher) or spec.mode != "topk":
-            raise RefusedError(f"backend {asked.backend!r} with score.mode {spec.mode!r} cannot fill a store yet")
-        check_scorable(teacher, data, k=spec.k)
-    for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
-        log.say(note)
-    run.out.mkdir(parents=True, exist_ok=True)
-    take_over(run, teacher, spec, log)
-    with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
-        before = coverage(store, data)
-        if before.present:
-            log.say(f"resumes: {before} are in the store")
-        with log.phase("score", present=before.present, total=before.total):
-            new = score_all(
-                teacher, data, store, batch_size=spec.batch_size, progress=lambda *at: log.progress("score", *at)
-            )
-        with log.phase("verify"):
-            agreement = check_agreement(teacher, store, data)
-            reached = coverage(store, data)
+    if spec.mode != "topk":
+        raise RefusedError(f"backend {asked.backend!r} with score.mode {spec.mode!r} cannot fill a store yet")
+    with ExitStack() as held:
+        with log.phase("load"):
+            data = ShardSet.open(run.input_path("data"))
+            data.verify()
+            folder = teacher_folder(run)
+            alignment = compare_vocabularies(folder, data.tokenizer_dir)
+            teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
+            held.callback(teacher.close)
+            check_scorable(teacher, data, k=spec.k, temperatures=spec.temperatures)
+        for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
+            log.say(note)
+        run.out.mkdir(parents=True, exist_ok=True)
+        take_over(run, teacher, spec, log)
+        with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
+            new, agreement, reached = fill(store, teacher, data, spec, log)
     if reached.present < reached.total:
         raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
     with TargetStore.open(run.out / "targets.sqlite") as store:
@@ -82,6 +78,30 @@ def run(run: RunDir, log: EventLog) -> None:
     )
 
 
+def fill(
+    store: TargetStore, teacher: Scorer, data: ShardSet, spec: ScoreSpec, log: EventLog
+) -> tuple[int, Agreement, Coverage]:
+    """Score what ``store`` lacks and ask again for a sample: how many rows are new, how far they agree, the coverage.
+
+    A TeacherFailure ends it; the log then says what is kept.
+    """
+    told = AskedLog(log, teacher)
+    before = coverage(store, data)
+    if before.present:
+        log.say(f"resumes: {before} are in the store")
+    try:
+        with log.phase("score", present=before.present, total=before.total):
+            new = score_all(teacher, data, store, batch_size=spec.batch_size, progress=told.progress)
+        with log.phase("verify"):
+            agreement = check_agreement(teacher, store, data)
+    except TeacherFailure:
+        told.lost(coverage(store, data), store)
+        raise
+    reached = coverage(store, data)
+    told.metrics(reached.present)
+    return new, agreement, reached
+
+
 def teacher_folder(run: RunDir) -> Path:
     """The model folder of the input ``teacher``: ``out/model`` of a teacher run, or the folder that was named."""
     if run.input_run("teacher") is not None:
@@ -89,7 +109,7 @@ def teacher_folder(run: RunDir) -> Path:
     return checked_path(run, "teacher") or run.input_path("teacher")
 
 
-def take_over(run: RunDir, teacher: HFTeacher, spec: ScoreSpec, log: EventLog) -> None:
+def take_over(run: RunDir, teacher: Scorer, spec: ScoreSpec, log: EventLog) -> None:
     """Copy what an earlier attempt stored, so that its rows need not be scored again; its own folder is not touched.
 
     Rows that were damaged are dropped, and a store that cannot be read at all is left behind: both are said.
@@ -117,7 +137,7 @@ def take_over(run: RunDir, teacher: HFTeacher, spec: ScoreSpec, log: EventLog) -
         log.warning(f"{damaged} rows of {earlier.run} were damaged and are scored again")
 
 
-def open_for_scoring(path: Path, teacher: HFTeacher, spec: ScoreSpec) -> TargetStore:
+def open_for_scoring(path: Path, teacher: Scorer, spec: ScoreSpec) -> TargetStore:
     """The store of this run, new or as an earlier start left it; refused where it is another teacher's."""
     identity = teacher.identity.as_json()
     if not path.exists():

@@ -36,8 +36,8 @@ class FlowControl:
     ``k`` entries a position are asked; after a 429 only ``k_low``, until ``restore_after`` requests with ``k_low`` have
     been answered. A failure that may pass (429, 5xx, time-out, cut, malformed) is tried again up to ``attempts`` times,
     after a wait that doubles from 1 s to ``backoff_cap`` seconds, with jitter; ``Retry-After`` is obeyed by all
-    requests, and refused where it is longer than ``patience`` seconds. ``say`` is told when the number of entries
-    changes.
+    requests, and refused where it is longer than ``patience`` seconds. :attr:`notes` are sentences for the log, to be
+    taken by the thread that writes it; ``say`` is told the same by the thread that asks.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class FlowControl:
         self.budget = budget or Budget()
         self.attempts = attempts
         self.patience = patience
-        self.say = say
+        self.notes: deque[str] = deque(maxlen=1000)
+        self._say = say
         self._clock, self._sleep, self._jitter = clock, sleep, jitter
         self._slots = threading.BoundedSemaphore(concurrency)
         self._lock = threading.Lock()
@@ -211,7 +212,7 @@ class FlowControl:
                 if self._successes >= self.restore_after:
                     self._limited, restored = False, True
         if restored and self.k > self.k_low:
-            self.say(f"{self.restore_after} answers since the rate limit: asks for {self.k} entries a position again")
+            self._tell(f"rate limit over: asks for {self.k} entries a position again")
 
     def _failed(self, failure: TeacherFailure, again: bool, attempt: int, tokens: int) -> float | None:
         """Seconds to wait before the next attempt; None where there is none."""
@@ -235,8 +236,12 @@ class FlowControl:
                 # The limit is the account's, not the request's: nobody asks before.
                 self._not_before = max(self._not_before, self._clock() + (asked if asked is not None else wait or 0.0))
         if lowered:
-            self.say(f"rate limited: asks for {self.k_low} entries a position instead of {self.k}")
+            self._tell(f"rate limited: asks for {self.k_low} entries a position instead of {self.k}")
         return wait
+
+    def _tell(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        self._say(sentence)
 
     def _await_gate(self, stop: threading.Event) -> None:
         while (left := self._not_before - self._clock()) > 0 and not stop.is_set():
@@ -249,6 +254,12 @@ class FlowControl:
             self._sleep(seconds)
         else:
             stop.wait(seconds)
+
+
+def flow_of(teacher: object) -> FlowControl | None:
+    """The gate of a teacher that has one: a remote one, or a store in front of it."""
+    found = getattr(teacher, "flow", None)
+    return found if isinstance(found, FlowControl) else None
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:
