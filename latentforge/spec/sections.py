@@ -27,6 +27,7 @@ RUN_FALSIFIERS = (
     "F-ARTEFACT-SIZE-001",
     "F-ARTEFACT-MOVED-001",
     "F-KERNEL-NOJIT-001",
+    "F-TEACHER-COVERAGE-001",
 )
 """What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``distill.require`` may name."""
 

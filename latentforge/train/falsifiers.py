@@ -10,6 +10,7 @@ from latentforge.events import Event
 from latentforge.spec.canary import CANARY
 from latentforge.train.effective import differences
 from latentforge.train.optimiser import warmup_cosine
+from latentforge.train.tally import percent
 from latentforge.verdicts import Outcome, Verdict
 
 Events = Sequence[Event]
@@ -165,6 +166,34 @@ def kernel_nojit_001(events: Events) -> Verdict:
     return _verdict(events, name, False, text, measured)
 
 
+def coverage_001(events: Events) -> Verdict:
+    """F-TEACHER-COVERAGE-001: the KD coverage that the run reports is that of the rows that its steps passed to the KD
+    loss; all of them where a lost teacher was to stop the run.
+    """
+    name = "F-TEACHER-COVERAGE-001"
+    asked = _ready(events).get("requested", {}).get("distill", {})
+    if asked.get("kd_weight") == 0:
+        return _verdict(events, name, True, "no KD was asked for: kd_weight = 0", {"rows_with_targets": 0})
+    steps = _steps(events, "student")
+    said = [
+        e.fields
+        for e in events
+        if e.kind == "metric" and (e.fields.get("name"), e.fields.get("model")) == ("kd_coverage", "student")
+    ]
+    if not steps or not said or said[-1]["step"] != max(steps) or any("kd_rows" not in s for s in steps.values()):
+        return _verdict(events, name, None, "the events do not say which rows had targets")
+    rows, taught = (sum(fields[what] for fields in steps.values()) for what in ("rows", "kd_rows"))
+    reported = said[-1]
+    measured = {"coverage": taught / rows, "rows_with_targets": taught, "rows": rows, "reported": reported["value"]}
+    text = f"KD coverage {percent(taught / rows)}: {taught} of {rows} rows had targets"
+    if reported["value"] != taught / rows or reported["target_rows"] != taught or reported["rows"] != rows:
+        told = f"{reported['target_rows']} of {reported['rows']}"
+        return _verdict(events, name, False, f"{text}; {told} were reported ({percent(reported['value'])})", measured)
+    if taught < rows and asked.get("on_teacher_loss", "stop") == "stop":
+        return _verdict(events, name, False, f"{text}, and a lost teacher was to stop the run", measured)
+    return _verdict(events, name, True, text, measured)
+
+
 def canary_001(events: Events) -> Verdict:
     """F-DISTILL-CANARY-001: a checkpoint before the last step is whole and every tensor in it moved; the teacher has
     something to teach at step 0, so held-out KL and the first step's KD term are above what rounding leaves.
@@ -210,6 +239,9 @@ ALWAYS: tuple[Callable[[Events], Verdict], ...] = (
 )
 """Judged at the end of every training run, asked for or not."""
 
+OF_STUDENTS: tuple[Callable[[Events], Verdict], ...] = (coverage_001,)
+"""Judged too at the end of a run that distils."""
+
 REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-DISTILL-SMOKE-001": smoke_001,
     "F-DISTILL-SMOKE-002": smoke_002,
@@ -221,13 +253,15 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-ARTEFACT-SIZE-001": artefact_size_001,
     "F-ARTEFACT-MOVED-001": artefact_moved_001,
     "F-KERNEL-NOJIT-001": kernel_nojit_001,
+    "F-TEACHER-COVERAGE-001": coverage_001,
 }
 """What ``distill.require`` may name: each of ``latentforge.spec.sections.RUN_FALSIFIERS``."""
 
 
 def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:
     """The verdicts of a run, those that are always due first, the required ones last (a log's last lines)."""
-    chosen = [check for check in ALWAYS if all(REQUIRABLE[name] is not check for name in require)]
+    due = (*ALWAYS, *OF_STUDENTS) if (_run(events) or "").startswith("distill-") else ALWAYS
+    chosen = [check for check in due if all(REQUIRABLE[name] is not check for name in require)]
     return [check(events) for check in (*chosen, *(REQUIRABLE[name] for name in require))]
 
 

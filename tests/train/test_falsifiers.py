@@ -13,6 +13,7 @@ from latentforge.events import Event
 from latentforge.spec.sections import RUN_FALSIFIERS
 from latentforge.train.falsifiers import REQUIRABLE, judge
 from latentforge.train.optimiser import warmup_cosine
+from latentforge.train.tally import percent
 from latentforge.verdicts import Outcome, parse_line
 
 RUN = "distill-" + "a" * 20
@@ -26,6 +27,7 @@ OURS = (
     "batch-honesty",
     "kernel-warmup",
     "canary",
+    "teacher-supply",
 )
 
 
@@ -48,8 +50,11 @@ def good_events() -> list[Event]:
         for step in range(1, 7):
             rate = 1e-3 * schedule(step - 1)
             rows = {"rows": 28, "denominator": 28, "sequences": 4, "batch_sha256": f"{step}", "compiles": 0, "kd": 2.0}
-            told.append(("step", {"model": model, "step": step, "steps": 6, "learning_rate": rate, **rows}))
+            taught = {"kd_rows": 28, "target_rows": 28} if model == "student" else {}
+            told.append(("step", {"model": model, "step": step, "steps": 6, "learning_rate": rate, **rows, **taught}))
         told += [("metric", _metric(model, "val_loss", 6, 3.0)), ("metric", _metric(model, "val_kl", 6, last))]
+    covered = {"step": 6, "split": "train", "rows": 168, "target_rows": 168}
+    told.append(("metric", {"name": "kd_coverage", "value": 1.0, "model": "student", **covered}))
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
     told.append(("checkpoint", {"step": 3, **weight}))
     told.append(("checkpoint", {"step": 6, "product": True, **weight}))
@@ -151,6 +156,20 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": "nan"}, "held-out KL nan"),
     ("F-DISTILL-CANARY-001", "step", {"step": 1, "model": "student"}, {"kd": 3e-8}, "KD term 3.00e-08"),
     (
+        "F-TEACHER-COVERAGE-001",
+        "step",
+        {"model": "student", "step": 4},
+        {"kd_rows": 7},
+        "KD coverage 87.5 %: 147 of 168 rows had targets; 168 of 168 were reported (100.0 %)",
+    ),
+    (
+        "F-TEACHER-COVERAGE-001",
+        "metric",
+        {"name": "kd_coverage"},
+        {"value": 0.99, "target_rows": 166},
+        "KD coverage 100.0 %: 168 of 168 rows had targets; 166 of 168 were reported (99.0 %)",
+    ),
+    (
         "F-EFFECTIVE-CONFIG-001",
         "phase",
         {"name": "ready"},
@@ -165,6 +184,37 @@ def test_a_planted_fault_fails(name: str, kind: str, where: dict[str, Any], valu
     found = REQUIRABLE[name](change(good_events(), kind, where, **values))
     assert found.outcome is Outcome.FAIL
     assert text in found.text
+
+
+def covered(rows: int, on_loss: str) -> list[Event]:
+    """A run whose step 4 lacked targets for all but ``rows`` of its 28 rows, as it reports itself."""
+    events = change(good_events(), "step", {"model": "student", "step": 4}, kd_rows=rows, target_rows=rows)
+    taught = 140 + rows
+    events = change(events, "metric", {"name": "kd_coverage"}, value=taught / 168, target_rows=taught)
+    asked = {"distill": {**ASKED, "on_teacher_loss": on_loss}}
+    return change(events, "phase", {"name": "ready"}, requested=asked)
+
+
+@pytest.mark.parametrize(("on_loss", "outcome"), [("degrade", Outcome.PASS), ("stop", Outcome.FAIL)])
+def test_a_gap_that_is_reported_passes_where_the_run_was_to_go_on(on_loss: str, outcome: Outcome) -> None:
+    found = REQUIRABLE["F-TEACHER-COVERAGE-001"](covered(0, on_loss))
+    assert found.outcome is outcome
+    assert "KD coverage 83.3 %: 140 of 168 rows had targets" in found.text
+    assert found.measured["coverage"] == 140 / 168
+
+
+def test_coverage_is_never_rounded_up_to_a_whole() -> None:
+    assert [percent(share) for share in (0.99999, 1.0, 0.873, 0.0)] == ["99.9 %", "100.0 %", "87.3 %", "0.0 %"]
+
+
+def test_a_run_that_does_not_say_which_rows_had_targets_is_unknown() -> None:
+    name = "F-TEACHER-COVERAGE-001"
+    unsaid = [e for e in good_events() if e.fields.get("name") != "kd_coverage"]
+    assert REQUIRABLE[name](unsaid).outcome is Outcome.UNKNOWN
+    events = good_events()
+    for event in events:
+        event.fields.pop("kd_rows", None)
+    assert REQUIRABLE[name](events).outcome is Outcome.UNKNOWN
 
 
 def test_a_run_without_its_last_metric_is_unknown_not_pass() -> None:
