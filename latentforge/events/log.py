@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class EventLog:
         self._text = sys.stdout if text is None else text
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._seq = 0
+        self._lock = threading.Lock()  # a teacher is watched from a thread of its own
         self.timings: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -55,12 +57,13 @@ class EventLog:
         if kind not in KINDS:
             raise ValueError(f"unknown event kind {kind!r}")
         wall = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        head = {"seq": self._seq, "t": round(boot_clock(), 6), "wall": wall, "run": self.run, "kind": kind}
-        line = json.dumps({**head, **_finite(fields)}, ensure_ascii=False, allow_nan=False) + "\n"
-        os.write(self._file, line.encode())
-        if kind in _DURABLE:
-            os.fsync(self._file)
-        self._seq += 1
+        with self._lock:
+            head = {"seq": self._seq, "t": round(boot_clock(), 6), "wall": wall, "run": self.run, "kind": kind}
+            line = json.dumps({**head, **_finite(fields)}, ensure_ascii=False, allow_nan=False) + "\n"
+            os.write(self._file, line.encode())
+            if kind in _DURABLE:
+                os.fsync(self._file)
+            self._seq += 1
 
     def say(self, line: str) -> None:
         """Write one line for people."""

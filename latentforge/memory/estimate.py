@@ -6,13 +6,14 @@ against the tensors that torch really saves. Other constants: ``reference`` GB10
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.plan import GIB, MemoryPlan, Term, largest
 from latentforge.memory.shape import ModelShape
+from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
 Place = Literal["process", "engine", "nowhere"]
@@ -155,9 +156,9 @@ class Answering:
 
 def place_of(spec: TeacherSpec) -> Place:
     """Where a teacher's memory is held: the run's process, an engine of ours beside it, or nowhere on this host."""
-    backend = spec.backend
+    backend: str = spec.backend
     if backend == "auto":
-        backend = "store" if spec.store is not None else "hf" if spec.url is None else "openai"
+        backend, _why = auto_of(spec)
     if backend == "hf":
         return "process"
     return "engine" if backend in ("vllm-local", "vllm-local-inproc") else "nowhere"
@@ -181,9 +182,11 @@ def distill_memory(
 ) -> MemoryPlan:
     """The plan of a run that trains a student; ``teacher`` is what stands in memory beside it (None: nothing).
 
-    ``live`` says that it answers every step; else it is loaded at the end, for a sample.
+    ``live`` says that it answers every step; else it is loaded at the end, in fp32, for a sample.
     """
     rows = spec.micro_batch_size or spec.batch_size
+    if teacher is not None and not live:
+        teacher = replace(teacher, precision="fp32")
     terms, unknown = teacher.terms(rows, length, copies=2 if live else 1) if teacher is not None else ([], [])
     if student.shape is None:
         unknown = [*unknown, "the student"]

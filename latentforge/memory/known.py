@@ -87,7 +87,7 @@ class KnownModel:
         ``auto`` is fp32 on a CPU and bf16 on a GPU, or what the folder holds where it is quantised. A quantised folder
         is as large as its files where a GPU computes with it; on a CPU transformers expands it to bf16.
         """
-        if self.quantization is not None:
+        if self.quantization is not None and precision in ("auto", "quantized"):
             if device == "cuda":
                 return self.bytes
             return None if self.shape is None else 2 * self.shape.parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,19 +16,31 @@ from latentforge.kernels.targets import DenseTargets, TopKTargets
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.topk import sequence_rows, topk_rows
 from latentforge.teachers.folder import ModelFolder, check_model_folder
+from latentforge.teachers.loading import Dtype, Kept, load_model
 from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    from latentforge.teachers.precision import PrecisionChoice
 
 
 class HFTeacher:
     """Any causal LM folder that transformers loads. Never trained: parameters take no gradient, the mode is eval."""
 
-    def __init__(self, model: Any, folder: ModelFolder, tokenizer: Tokenizer, dtype: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        folder: ModelFolder,
+        tokenizer: Tokenizer,
+        dtype: Dtype,
+        kept: Kept = "plain",
+        choice: PrecisionChoice | None = None,
+    ) -> None:
         self.model = model
         self.folder = folder
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self.kept = kept
+        self.choice = choice
         self.rows = int(model.get_output_embeddings().weight.shape[0])
         if self.rows < tokenizer.vocab_size:
             raise RefusedError(
@@ -36,36 +48,26 @@ class HFTeacher:
             )
 
     @classmethod
-    def open(cls, path: Path, *, device: str = "cpu", dtype: Literal["float32", "bfloat16"] = "float32") -> HFTeacher:
-        """Check the folder, then load it from disk alone; no code from the folder is run, nothing is fetched."""
-        # Imported here: transformers takes seconds, and checking a folder must not wait for it.
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
+    def open(
+        cls,
+        path: Path,
+        *,
+        device: str = "cpu",
+        dtype: Dtype = "float32",
+        expand: bool = False,
+        folder: ModelFolder | None = None,
+        choice: PrecisionChoice | None = None,
+    ) -> HFTeacher:
+        """Check the folder, then load it from disk alone; no code from the folder is run, nothing is fetched.
 
-        folder = check_model_folder(Path(path))
+        Computed in ``dtype``; a quantised folder is kept as it is where this machine computes with it, and expanded
+        where it does not or where ``expand`` asks. ``folder`` is the same folder, checked before. ``choice`` says why
+        it is computed so, where somebody chose (:func:`latentforge.teachers.precision.open_hf`).
+        """
+        folder = check_model_folder(Path(path)) if folder is None else folder
         tokenizer = Tokenizer.open(Path(path))
-        transformers_logging.disable_progress_bar()
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                dtype=_DTYPES[dtype],
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise RefusedError(f"transformers cannot load teacher {path}: {_first_line(error)}") from error
-        model, report = loaded
-        # A tensor that is missing would be random numbers, and the teacher would teach them.
-        wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind, ()))
-        if wrong:
-            raise RefusedError(
-                f"teacher {path} lacks {len(wrong)} tensor(s) of {folder.architecture}: {', '.join(wrong[:3])}",
-                next="copy the model folder again, or correct its config.json",
-            )
-        model.requires_grad_(False).eval().to(device)
-        return cls(model, folder, tokenizer, dtype)
+        loaded = load_model(folder, device=device, dtype=dtype, expand=expand)
+        return cls(loaded.model, folder, tokenizer, dtype, loaded.kept, choice)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -86,11 +88,19 @@ class HFTeacher:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A sentence where the model has more rows than tokens."""
-        if self.rows == self.vocab_size:
-            return ()
-        padding = self.rows - self.vocab_size
-        return (f"teacher has {self.rows} rows for {self.vocab_size} tokens: {padding} padding rows are masked",)
+        """A sentence where the model has more rows than tokens, and where its weights are not kept as in the folder."""
+        found = []
+        if self.rows != self.vocab_size:
+            padding = self.rows - self.vocab_size
+            found.append(
+                f"teacher has {self.rows} rows for {self.vocab_size} tokens: {padding} padding rows are masked"
+            )
+        if self.kept == "expanded":
+            found.append(
+                f"teacher's {self.folder.quantization} weights are expanded to {self.dtype}: they keep their rounding, "
+                "not their size"
+            )
+        return tuple(found)
 
     @property
     def limits(self) -> Limits:
@@ -161,7 +171,3 @@ def equal_lengths(sequences: Sequence[Tokens]) -> Iterator[tuple[int, int]]:
         if end == len(sequences) or len(sequences[end]) != len(sequences[begin]):
             yield begin, end
             begin = end
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

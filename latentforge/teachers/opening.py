@@ -48,9 +48,9 @@ def open_teacher(
     if folder is None:
         raise RefusedError(f"teacher.backend = {backend!r} needs its tokenizer's folder", next="name teacher.model")
     if backend == "hf":
-        from latentforge.teachers.hf import HFTeacher
+        from latentforge.teachers.precision import open_hf
 
-        return HFTeacher.open(folder, device=device)
+        return open_hf(folder, spec.precision, device)
     if backend == "fixture":
         from latentforge.data.tokenizer import Tokenizer
         from latentforge.teachers.fixture import FixtureTeacher

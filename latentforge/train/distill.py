@@ -45,6 +45,7 @@ from latentforge.train.score import teacher_folder
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
 from latentforge.train.tally import Tally, percent
+from latentforge.train.teaching import report_precision
 from latentforge.verdicts import ExitCode
 
 TWIN = "F-DISTILL-SMOKE-002"
@@ -78,6 +79,7 @@ def run(run: RunDir, log: EventLog) -> None:
         teacher = teacher_folder(run)
         notes = list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
         supply, critic = open_supply(run, spec, teacher, device, data)
+        report_precision(run, log, critic.source)
         notes += [*supply.source.notes, *critic.source.notes]
         start = start_model(run, spec.student, data, teacher, seed)
         predictions = data.sequence_length - 1

@@ -14,7 +14,7 @@ from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
-from latentforge.spec.sections import ScoreSpec
+from latentforge.spec.sections import ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
@@ -24,6 +24,7 @@ from latentforge.teachers.protocol import Scorer
 from latentforge.teachers.scoring import Agreement, check_agreement, check_scorable, coverage, score_all
 from latentforge.train.asked import AskedLog
 from latentforge.train.data import checked_path
+from latentforge.train.teaching import idleness, in_force, report_precision
 
 
 def run(run: RunDir, log: EventLog) -> None:
@@ -40,13 +41,14 @@ def run(run: RunDir, log: EventLog) -> None:
             alignment = compare_vocabularies(folder, data.tokenizer_dir)
             teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
             held.callback(teacher.close)
+            report_precision(run, log, teacher)
             check_scorable(teacher, data, k=spec.k, temperatures=spec.temperatures)
         for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
             log.say(note)
         run.out.mkdir(parents=True, exist_ok=True)
         take_over(run, teacher, spec, log)
         with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
-            new, agreement, reached = fill(store, teacher, data, spec, log)
+            new, agreement, reached = fill(store, teacher, data, spec, log, asked)
     if reached.present < reached.total:
         raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
     with TargetStore.open(run.out / "targets.sqlite") as store:
@@ -63,7 +65,7 @@ def run(run: RunDir, log: EventLog) -> None:
             "draws": spec.draws,
             "ttl_days": spec.ttl_days,
             "max_bytes": spec.max_bytes,
-            "teacher": answers_of(asked),
+            "teacher": answers_of(asked) | in_force(teacher),
             "tail_mass": stats["tail_mass"],
             "bytes": stats["bytes"],
             "agreement": {"worst_nats": agreement.worst, "positions": agreement.positions},
@@ -79,7 +81,7 @@ def run(run: RunDir, log: EventLog) -> None:
 
 
 def fill(
-    store: TargetStore, teacher: Scorer, data: ShardSet, spec: ScoreSpec, log: EventLog
+    store: TargetStore, teacher: Scorer, data: ShardSet, spec: ScoreSpec, log: EventLog, asked: TeacherSpec
 ) -> tuple[int, Agreement, Coverage]:
     """Score what ``store`` lacks and ask again for a sample: how many rows are new, how far they agree, the coverage.
 
@@ -90,7 +92,7 @@ def fill(
     if before.present:
         log.say(f"resumes: {before} are in the store")
     try:
-        with log.phase("score", present=before.present, total=before.total):
+        with log.phase("score", present=before.present, total=before.total), idleness(log, teacher, asked):
             new = score_all(teacher, data, store, batch_size=spec.batch_size, progress=told.progress)
         with log.phase("verify"):
             agreement = check_agreement(teacher, store, data)

@@ -1,0 +1,106 @@
+"""How a run's teacher computes: said when it is opened, and watched while it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from latentforge.events import EventLog
+from latentforge.memory.estimate import place_of
+from latentforge.spec.run import RunDir
+from latentforge.spec.sections import TeacherSpec
+from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.utilisation import EVERY, IdleWatch, Read, gpu_utilisation, watched
+from latentforge.train import effective
+from latentforge.verdicts import Outcome, Verdict
+
+FAST_PATH = "F-BACKEND-SELECT-001"
+
+
+def in_process(teacher: Any) -> HFTeacher | None:
+    """The model in this process that answers, behind a cache or not; None where something else answers."""
+    found = getattr(teacher, "teacher", teacher)
+    return found if isinstance(found, HFTeacher) else None
+
+
+def in_force(teacher: Any) -> dict[str, Any]:
+    """The precision that the teacher really computes in, as the spec's field says it; empty of one elsewhere."""
+    found = in_process(teacher)
+    if found is None:
+        return {}
+    if found.choice is not None:
+        return {"precision": found.choice.precision}
+    return {"precision": "fp32" if found.dtype == "float32" else "bf16"}
+
+
+def report_precision(run: RunDir, log: EventLog, teacher: Any) -> None:
+    """The choice, its reason and its figures: an event, a line, and a part of ``effective.json``."""
+    found = in_process(teacher)
+    if found is None or found.choice is None:
+        return
+    choice = found.choice
+    device, dtype = str(found.model.device), str(found.model.dtype).removeprefix("torch.")
+    fields = {**choice.as_json(), "device": device, "dtype": dtype, "weights": found.kept}
+    log.emit("phase", name="precision", state="chosen", **fields)
+    log.say(f"teacher precision {choice.precision} on {device}: {choice.reason}")
+    if choice.idle:
+        log.warning(f"teacher: {choice.reason}")
+    effective.record(run, teacher_precision={name: fields[name] for name in ("precision", "reason", "device", "dtype")})
+
+
+@contextmanager
+def idleness(
+    log: EventLog,
+    teacher: Any,
+    asked: TeacherSpec,
+    *,
+    read: Read | None = None,
+    every: float = EVERY,
+    watch: IdleWatch | None = None,
+) -> Iterator[None]:
+    """While the block asks the teacher: a GPU that it leaves idle is a warning and a verdict, within a minute.
+
+    The verdict is FAIL where the path was chosen for the user; who asked for one is told by the warning alone. Readings
+    that the GPU does not give are none: then the end says that it is not known. Nothing is watched where the teacher
+    computes on no GPU of this host. ``read`` replaces nvidia-smi.
+    """
+    found = in_process(teacher)
+    here = found is not None and found.model.device.type == "cuda"
+    if read is None:
+        if not here and place_of(asked) != "engine":
+            yield
+            return
+        read = _reader(found)
+    watch = IdleWatch() if watch is None else watch
+    state = watch
+
+    def see(seconds: float, utilisation: float | None) -> None:
+        sentence = state.see(seconds, utilisation)
+        if sentence is None:
+            return
+        log.warning(sentence)
+        if asked.precision == "auto":
+            log.verdict(Verdict(FAST_PATH, Outcome.FAIL, sentence, {"readings": state.readings[-20:]}, run=log.run))
+
+    with watched(read, see, every=every):
+        yield
+    if watch.reported:
+        return
+    if watch.median is None:
+        log.say(f"GPU utilisation while it scored: not known ({len(watch.readings)} readings)")
+        return
+    text = f"GPU {watch.median:.0f} % busy in the middle of {len(watch.readings)} readings"
+    if asked.precision != "auto" or watch.median < watch.threshold:
+        log.say(f"{text} while it scored")
+        return
+    log.verdict(Verdict(FAST_PATH, Outcome.PASS, text, {"median_percent": watch.median}, run=log.run))
+
+
+def _reader(teacher: HFTeacher | None) -> Callable[[], float | None]:
+    if teacher is None:
+        return gpu_utilisation
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(teacher.model.device).uuid)
+    return lambda: gpu_utilisation(uuid)
