@@ -225,6 +225,11 @@ def target_count(targets: Targets) -> int:
     return len(targets.logits if isinstance(targets, DenseTargets) else targets.ids)
 
 
+def told_rows(targets: Targets) -> int:
+    """The rows in which the teacher says something: not those whose every entry is absent."""
+    return len(targets.logits) if isinstance(targets, DenseTargets) else int((targets.ids[:, 0] >= 0).sum())
+
+
 def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int, seed: int) -> Any:
     """A Qwen3 causal LM with fresh fp32 weights that depend on ``seed`` and the shape alone."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

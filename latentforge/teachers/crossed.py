@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from latentforge.data.shards import PackedShard, ShardSet
@@ -119,16 +118,21 @@ class CrossedShard:
 
 @dataclass(frozen=True)
 class CrossedShards:
-    """The data of a student as its teacher reads it: what scoring asks of a :class:`ShardSet`."""
+    """The data of a student as its teacher reads it: what scoring asks of a :class:`ShardSet`.
+
+    ``sequence_length`` is that of the longest sequence, ``shortest`` that of the shortest.
+    """
 
     train: CrossedShard
     heldout: CrossedShard
     sequence_length: int
+    shortest: int
 
     @classmethod
-    def of(cls, data: ShardSet, bridge: Bridge, *, sequence_length: int) -> Any:
-        """Both shards of ``data``; ``sequence_length`` is the longest that is to be asked, or the shortest there is."""
-        return cls(CrossedShard(data.train, bridge), CrossedShard(data.heldout, bridge), sequence_length)
+    def of(cls, data: ShardSet, bridge: Bridge, found: CrossCoverage) -> CrossedShards:
+        """Both shards of ``data``, of which ``found`` was surveyed."""
+        shards = CrossedShard(data.train, bridge), CrossedShard(data.heldout, bridge)
+        return cls(*shards, found.longest, found.shortest)
 
 
 class CrossedTeacher:
@@ -218,8 +222,3 @@ def silent_rows(rows: int, k: int, temperature: float) -> SequenceTargets:
         np.full((rows, k), -np.inf, dtype=np.float32),
         {temperature: np.zeros(rows, dtype=np.float32)},
     )
-
-
-def spoken(targets: TopKTargets) -> Tensor:
-    """Which rows (bool ``[N]``) hold an entry: in the others the teacher says nothing, and there is no KD."""
-    return torch.as_tensor(targets.ids[:, 0] >= 0)

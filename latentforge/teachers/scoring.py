@@ -13,6 +13,7 @@ import torch
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, RefusedError
 from latentforge.targets.store import Coverage, TargetStore
+from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.protocol import Scorer
 
@@ -24,6 +25,7 @@ _ABOVE_ROUNDING = -8.0
 _COMMIT_ROWS = 256
 _ASK_ROWS = 4096
 
+Data = ShardSet | CrossedShards
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
@@ -36,7 +38,7 @@ class Agreement:
     positions: int
 
 
-def sequences(data: ShardSet, *, batch_size: int) -> Iterator[Rows]:
+def sequences(data: Data, *, batch_size: int) -> Iterator[Rows]:
     """All training rows, then all held-out rows, in order, int64 ``[b, L]``."""
     for shard in (data.train, data.heldout):
         for begin, end in pairwise([*range(0, len(shard), batch_size), len(shard)]):
@@ -45,7 +47,7 @@ def sequences(data: ShardSet, *, batch_size: int) -> Iterator[Rows]:
 
 def score_all(
     teacher: Scorer,
-    data: ShardSet,
+    data: Data,
     store: TargetStore,
     *,
     batch_size: int,
@@ -76,12 +78,12 @@ def score_all(
     return new
 
 
-def coverage(store: TargetStore, data: ShardSet) -> Coverage:
+def coverage(store: TargetStore, data: Data) -> Coverage:
     """How many of the data's sequences have targets in the store."""
     return store.coverage(store.key(tokens) for block in sequences(data, batch_size=1024) for tokens in block)
 
 
-def check_agreement(teacher: Scorer, store: TargetStore, data: ShardSet, *, sample: int = 8) -> Agreement:
+def check_agreement(teacher: Scorer, store: TargetStore, data: Data, *, sample: int = 8) -> Agreement:
     """Ask the teacher again for single positions of a sample and compare; FailedError where the store differs.
 
     Each question is a *prefix* of a sequence and the answer its last row, which cannot be off by one: a store whose
@@ -90,7 +92,7 @@ def check_agreement(teacher: Scorer, store: TargetStore, data: ShardSet, *, samp
     above its rounding only.
     """
     worst, positions = 0.0, 0
-    length = data.sequence_length
+    length = data.shortest if isinstance(data, CrossedShards) else data.sequence_length
     places = [0, length // 2 - 1, length - 2]
     here = isinstance(teacher, HFTeacher)
     if not here:
@@ -138,14 +140,14 @@ def _apart(
     return max(apart, default=0.0)
 
 
-def _sampled(data: ShardSet, sample: int) -> Iterator[npt.NDArray[np.int64]]:
+def _sampled(data: Data, sample: int) -> Iterator[npt.NDArray[np.int64]]:
     """About ``sample`` rows, spread evenly over the training and over the held-out rows."""
     for shard in (data.train, data.heldout):
         chosen = np.linspace(0, len(shard) - 1, num=min(max(1, sample // 2), len(shard)))
         yield from shard.rows(np.unique(chosen.astype(np.int64)))
 
 
-def check_scorable(teacher: Scorer, data: ShardSet, *, k: int, temperatures: tuple[float, ...] = (1.0,)) -> None:
+def check_scorable(teacher: Scorer, data: Data, *, k: int, temperatures: tuple[float, ...] = (1.0,)) -> None:
     """Refuse, before the first document, what could not be scored; a server is asked what it can do."""
     if k > teacher.vocab_size:
         raise RefusedError(

@@ -20,6 +20,8 @@ from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
 from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.crossed import CrossCoverage, CrossedTeacher
+from latentforge.teachers.crossing import Bridge
 from latentforge.teachers.folder import check_model_folder
 from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.protocol import Scorer
@@ -71,16 +73,26 @@ def open_stored(run: RunDir, teacher: Path) -> StoreTeacher:
 
 
 def open_supply(
-    run: RunDir, spec: DistillSpec, teacher: Path, device: torch.device, data: ShardSet
+    run: RunDir,
+    spec: DistillSpec,
+    teacher: Path,
+    device: torch.device,
+    data: ShardSet,
+    across: tuple[Bridge, CrossCoverage] | None = None,
 ) -> tuple[Supply, Supply]:
     """The teacher's targets at the training temperature, of the data and of the student's own text.
 
     Stored top-k rows with their tail; or, of a teacher that answers while the student trains, dense logits where it has
     them, else top-k rows. Refused where it cannot give them. Both are one where nothing is stored or nothing written.
+    ``across`` leads to the data from a teacher of another tokenizer.
     """
+
+    def facing(source: Scorer) -> Scorer:
+        return source if across is None else CrossedTeacher(source, across[0], coverage=across[1])
+
     live = None
     if spec.targets == "live" or spec.on_policy > 0.0:
-        source: Scorer = open_teacher(teacher_of(run), teacher, str(device), os.environ)
+        source = facing(open_teacher(teacher_of(run), teacher, str(device), os.environ))
         asked = run.load_identity().spec
         k = None if answers_dense(source) else int(asked["score"]["k"])
         check_live(source, spec, data, k=k)
@@ -90,7 +102,7 @@ def open_supply(
         assert live is not None
         return live, live
     stored = open_stored(run, teacher)
-    supply = _supply(stored, spec, data, k=stored.store.k, live=False)
+    supply = _supply(facing(stored), spec, data, k=stored.store.k, live=False)
     return supply, supply if live is None else live
 
 

@@ -19,10 +19,12 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
 from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.crossed import require_coverage
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.likeness import check_unlike
 from latentforge.train import effective
+from latentforge.train.across import align
 from latentforge.train.assembly import (
     PRECISIONS,
     Job,
@@ -77,11 +79,14 @@ def run(run: RunDir, log: EventLog) -> None:
         drawing = ("latent_decode",) if spec.on_policy > 0.0 else ()
         kernel, slow = choose_kernel(device, PRECISIONS[spec.precision], also=drawing)
         teacher = teacher_folder(run)
-        notes = list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
-        supply, critic = open_supply(run, spec, teacher, device, data)
+        across = align(teacher, data, log, temperature=spec.temperature) if spec.cross_tokenizer else None
+        if across is not None:
+            require_coverage(across[1], spec.min_coverage)
+        notes = [] if across else list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
+        supply, critic = open_supply(run, spec, teacher, device, data, across)
         report_precision(run, log, critic.source)
         notes += [*supply.source.notes, *critic.source.notes]
-        start = start_model(run, spec.student, data, teacher, seed)
+        start = start_model(run, spec.student, data, data.tokenizer_dir if across else teacher, seed)
         predictions = data.sequence_length - 1
         step_flops = training_flops(start, predictions, spec.batch_size * predictions)
         fit_threads(step_flops)

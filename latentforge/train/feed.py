@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from latentforge.students.causal import Student, target_count
+from latentforge.students.causal import Student, told_rows
 from latentforge.teachers.prefetch import Prefetcher
 from latentforge.train.loop import Lesson
 from latentforge.train.onpolicy import OnPolicy, written_fields
@@ -170,5 +170,5 @@ def _spend(fields: dict[str, Any], seconds: float) -> None:
 
 def _counted(lessons: Iterable[Lesson], fields: dict[str, Any]) -> Iterator[Lesson]:
     for lesson in lessons:
-        fields["target_rows"] += 0 if lesson.targets is None else target_count(lesson.targets)
+        fields["target_rows"] += 0 if lesson.targets is None else told_rows(lesson.targets)
         yield lesson

@@ -199,4 +199,5 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
     made = json.loads((run.out / "score.json").read_bytes())
     kept = ("k", "temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")
     score = {name: made[name] for name in kept}
-    return {"seed": torch.initial_seed(), "score": score, "teacher": made["teacher"]}
+    across = {"cross_tokenizer": True} if made.get("cross_tokenizer") else {}
+    return {"seed": torch.initial_seed(), "score": score, "teacher": made["teacher"], **across}

@@ -18,10 +18,12 @@ from latentforge.spec.sections import ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.protocol import Scorer
 from latentforge.teachers.scoring import Agreement, check_agreement, check_scorable, coverage, score_all
+from latentforge.train.across import align, crosses
 from latentforge.train.asked import AskedLog
 from latentforge.train.data import checked_path
 from latentforge.train.teaching import idleness, in_force, report_precision
@@ -38,17 +40,19 @@ def run(run: RunDir, log: EventLog) -> None:
             data = ShardSet.open(run.input_path("data"))
             data.verify()
             folder = teacher_folder(run)
-            alignment = compare_vocabularies(folder, data.tokenizer_dir)
+            across = align(folder, data, log) if crosses(run) else None
+            said = across[0].notes if across else compare_vocabularies(folder, data.tokenizer_dir).notes
             teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
             held.callback(teacher.close)
             report_precision(run, log, teacher)
-            check_scorable(teacher, data, k=spec.k, temperatures=spec.temperatures)
-        for note in dict.fromkeys((*alignment.notes, *teacher.notes)):
+            asked_of = CrossedShards.of(data, *across) if across else data
+            check_scorable(teacher, asked_of, k=spec.k, temperatures=spec.temperatures)
+        for note in dict.fromkeys((*said, *teacher.notes)):
             log.say(note)
         run.out.mkdir(parents=True, exist_ok=True)
         take_over(run, teacher, spec, log)
         with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
-            new, agreement, reached = fill(store, teacher, data, spec, log, asked)
+            new, agreement, reached = fill(store, teacher, asked_of, spec, log, asked)
     if reached.present < reached.total:
         raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
     with TargetStore.open(run.out / "targets.sqlite") as store:
@@ -66,6 +70,7 @@ def run(run: RunDir, log: EventLog) -> None:
             "ttl_days": spec.ttl_days,
             "max_bytes": spec.max_bytes,
             "teacher": answers_of(asked) | in_force(teacher),
+            "cross_tokenizer": across is not None,
             "tail_mass": stats["tail_mass"],
             "bytes": stats["bytes"],
             "agreement": {"worst_nats": agreement.worst, "positions": agreement.positions},
@@ -81,7 +86,12 @@ def run(run: RunDir, log: EventLog) -> None:
 
 
 def fill(
-    store: TargetStore, teacher: Scorer, data: ShardSet, spec: ScoreSpec, log: EventLog, asked: TeacherSpec
+    store: TargetStore,
+    teacher: Scorer,
+    data: ShardSet | CrossedShards,
+    spec: ScoreSpec,
+    log: EventLog,
+    asked: TeacherSpec,
 ) -> tuple[int, Agreement, Coverage]:
     """Score what ``store`` lacks and ask again for a sample: how many rows are new, how far they agree, the coverage.
 
