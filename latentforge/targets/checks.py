@@ -19,6 +19,8 @@ def damaged_row_never_reads_wrong(*, forge_checksum: bool = False) -> Finding:
 
     ``forge_checksum=True`` plants the damage that a checksum does not see, by writing a matching one.
     """
+    import numpy as np
+
     from latentforge.targets.row import pack_row
     from latentforge.targets.store import TargetStore
 
@@ -29,11 +31,13 @@ def damaged_row_never_reads_wrong(*, forge_checksum: bool = False) -> Finding:
             rows = [(_array(tokens), _targets(seed)) for seed, tokens in enumerate(sequences)]
             store.put_many(rows)
             (key, other), value = [store.key(tokens) for tokens, _ in rows], b""
+        with TargetStore.open(path) as store:
+            right = store.get(rows[0][0]).logprobs
         value = _value(path, key)
         damaged = [value[:at] + bytes([value[at] ^ 0x10]) + value[at + 1 :] for at in range(len(value))]
         damaged += [value[:at] for at in range(len(value))] + [_value(path, other)]
         if forge_checksum:
-            damaged = [pack_row(key, rows[1][1], id_bytes=2)]
+            damaged = [pack_row(key, rows[1][1])]
         refused = 0
         for wrong in damaged:
             _set_value(path, key, wrong)
@@ -44,7 +48,7 @@ def damaged_row_never_reads_wrong(*, forge_checksum: bool = False) -> Finding:
                     refused += 1
         _set_value(path, key, value)
         with TargetStore.open(path) as store:
-            whole = bool((store.get(rows[0][0]).logprobs == rows[0][1].logprobs).all())
+            whole = np.array_equal(store.get(rows[0][0]).logprobs, right)
     text = f"{refused} of {len(damaged)} damaged rows refused; the row put back reads {'right' if whole else 'wrong'}"
     return Finding(refused == len(damaged) and whole, text, {"refused": refused, "damaged": len(damaged)})
 

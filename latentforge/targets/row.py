@@ -1,4 +1,4 @@
-"""One sequence's teacher targets, and the bytes that keep them: packed, compressed, with a checksum."""
+"""One sequence's teacher targets, and the bytes that keep them (LFT2): quantised, packed, compressed, checked."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ import numpy.typing as npt
 import zstandard
 
 from latentforge.errors import RefusedError
+from latentforge.targets import packing, row_lft1
+from latentforge.targets.levels import CountLevels, GradedLevels, Levels
 
-_MAGIC = b"LFT1"
-_HEAD = struct.Struct("<4sBxHII")  # magic, bytes an id, temperatures, positions, k
+MAGIC = b"LFT2"
+GRADED = GradedLevels(finest=1.0 / 1024.0, coarsest=1.0 / 16.0)
+"""How log-probabilities of top-k rows are rounded unless a store was made with other steps."""
+
+# magic, levels (0 graded, 1 counts), mixed, temperatures, positions, k, entries, unique ids, two parameters of the
+# levels, bytes of the four compressed streams
+_HEAD = struct.Struct("<4sBBHIIIIddIIII")
 _CHECK = 16
-_LEVEL = 3
+_ZSTD_LEVEL = 3
 _MASS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class SequenceTargets:
-    """A teacher's top-k rows for one sequence of L tokens: row ``i`` predicts token ``i + 1``.
+    """A teacher's rows for one sequence of L tokens: row ``i`` predicts token ``i + 1``.
 
     ``ids`` int32 and ``logprobs`` float32 (natural log, T = 1, descending) have shape ``[L-1, k]``; ``tails`` maps each
-    stored temperature T to float32 ``[L-1]``, the log of Σ exp(logp / T) over the tokens outside the top-k.
+    stored temperature T to float32 ``[L-1]``, the log of Σ exp(logp / T) over the tokens outside. An *absent* entry
+    has id -1 and logprob minus infinity and stands at the end of its row: its token is not known and counts to the
+    outside. In sampled rows ids are the distinct tokens drawn, logprobs log(count / draws), tails minus infinity.
     """
 
     ids: npt.NDArray[np.int32]
@@ -38,7 +47,7 @@ class SequenceTargets:
         return self.ids.nbytes + self.logprobs.nbytes + sum(tail.nbytes for tail in self.tails.values())
 
     def tail_mass(self) -> dict[float, float]:
-        """The teacher's mean probability mass outside the top-k, at each stored temperature."""
+        """The teacher's mean probability mass outside the entries, at each stored temperature."""
         return {t: float(np.mean(_outside(self.logprobs, tail, t))) for t, tail in self.tails.items()}
 
 
@@ -51,16 +60,21 @@ def check_targets(targets: SequenceTargets, *, k: int, temperatures: tuple[float
         raise RefusedError(f"targets have tails for T = {list(targets.tails)}; {list(temperatures)} was asked")
     if shape[0] == 0:
         return
-    if targets.ids.min() < 0 or targets.ids.max() >= vocab_size:
-        raise RefusedError(
-            f"target ids {targets.ids.min()}..{targets.ids.max()} are outside the vocabulary of {vocab_size}"
-        )
-    if not np.isfinite(targets.logprobs).all() or any(
+    absent = targets.ids == -1
+    if not np.array_equal(absent, np.isneginf(targets.logprobs)) or (absent[:, :-1] & ~absent[:, 1:]).any():
+        raise RefusedError("absent entries (id -1, logprob minus infinity) do not stand at the end of their rows")
+    there = targets.ids[~absent]
+    if there.size and (there.min() < 0 or there.max() >= vocab_size):
+        raise RefusedError(f"target ids {there.min()}..{there.max()} are outside the vocabulary of {vocab_size}")
+    if not np.isfinite(targets.logprobs[~absent]).all() or any(
         (~np.isfinite(tail) & ~np.isneginf(tail)).any() for tail in targets.tails.values()
     ):
         raise RefusedError("the teacher answered with values that are not finite", next="check the teacher's weights")
-    if (np.diff(targets.logprobs, axis=1) > 0).any():
+    if (targets.logprobs[:, 1:] > targets.logprobs[:, :-1]).any():
         raise RefusedError("target logprobs are not in descending order")
+    ordered = np.sort(targets.ids, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise RefusedError("a row of targets names one token twice")
     if 1.0 in targets.tails:
         mass = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.tails[1.0].astype(np.float64))
         worst = float(np.abs(mass - 1.0).max())
@@ -68,37 +82,73 @@ def check_targets(targets: SequenceTargets, *, k: int, temperatures: tuple[float
             raise RefusedError(f"the teacher's probabilities and tail do not sum to 1 (off by {worst:.3g})")
 
 
-def pack_row(key: bytes, targets: SequenceTargets, *, id_bytes: int) -> bytes:
-    """The bytes of a row: head, checksum, zstd of byte planes. The checksum covers the key: a moved row is refused."""
-    positions, k = targets.ids.shape
-    head = _HEAD.pack(_MAGIC, id_bytes, len(targets.tails), positions, k)
-    payload = _planes(targets.ids.astype(np.dtype(f"<u{id_bytes}"))) + _planes(targets.logprobs.astype("<f4"))
-    for tail in targets.tails.values():
-        payload += _planes(tail.astype("<f4"))
-    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(payload)
-    return head + _checksum(key, head, packed) + packed
+def pack_row(key: bytes, targets: SequenceTargets, *, levels: Levels = GRADED) -> bytes:
+    """The bytes of a row: head, checksum, body. The checksum covers the key: a moved row is refused."""
+    shape, streams, bits = packing.pack(targets.ids, targets.logprobs, targets.tails, levels)
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False, write_checksum=False)
+    frames = [compressor.compress(stream.tobytes()) for stream in streams]
+    kind, parameters = (
+        (1, (float(levels.draws), 0.0)) if isinstance(levels, CountLevels) else (0, (levels.finest, levels.coarsest))
+    )
+    head = _HEAD.pack(
+        MAGIC,
+        kind,
+        shape.mixed,
+        len(shape.temperatures),
+        shape.positions,
+        shape.k,
+        shape.entries,
+        shape.unique,
+        *parameters,
+        *(len(frame) for frame in frames),
+    )
+    body = b"".join([*frames, bits.tobytes()])
+    return head + _checksum(key, head, body) + body
 
 
-def unpack_row(key: bytes, value: bytes, *, temperatures: tuple[float, ...]) -> SequenceTargets:
+def unpack_row(
+    key: bytes, value: bytes, *, temperatures: tuple[float, ...], reader: Any = packing.unpack
+) -> SequenceTargets:
     """Read a row back; RefusedError where a single bit is not what was written under this key."""
-    head, check, packed = value[: _HEAD.size], value[_HEAD.size : _HEAD.size + _CHECK], value[_HEAD.size + _CHECK :]
-    if len(check) != _CHECK or check != _checksum(key, head, packed):
-        raise RefusedError(
-            f"row {key.hex()[:12]}… of the store of targets is damaged (checksum)", next="score again from the start"
-        )
-    magic, id_bytes, n_temperatures, positions, k = _HEAD.unpack(head)
-    if magic != _MAGIC or n_temperatures != len(temperatures):
+    if value[:4] == row_lft1.MAGIC:
+        parts = row_lft1.unpack(key, value)
+        if parts is None or len(parts[2]) != len(temperatures):
+            raise _damaged(key)
+        return SequenceTargets(parts[0], parts[1], dict(zip(temperatures, parts[2], strict=True)))
+    begin = _HEAD.size + _CHECK
+    head, body = value[: _HEAD.size], memoryview(value)[begin:]
+    if len(value) < begin or value[_HEAD.size : begin] != _checksum(key, head, body):
+        raise _damaged(key)
+    magic, kind, mixed, n_temperatures, positions, k, entries, unique, first, second, *sizes = _HEAD.unpack(head)
+    if magic != MAGIC or kind > 1 or n_temperatures != len(temperatures):
         raise RefusedError(f"row {key.hex()[:12]}… is of another format ({magic!r}, {n_temperatures} temperatures)")
-    cells = positions * k
-    size = cells * (id_bytes + 4) + positions * 4 * n_temperatures
-    payload = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
-    ids = _from_planes(payload, 0, np.dtype(f"<u{id_bytes}"), cells)
-    logprobs = _from_planes(payload, cells * id_bytes, np.dtype("<f4"), cells)
-    tails, at = {}, cells * (id_bytes + 4)
-    for temperature in temperatures:
-        tails[temperature] = _from_planes(payload, at, np.dtype("<f4"), positions)
-        at += positions * 4
-    return SequenceTargets(ids.astype(np.int32).reshape(positions, k), logprobs.reshape(positions, k), tails)
+    shape = packing.Shape(positions, k, entries, unique, bool(mixed), temperatures)
+    decompressor = zstandard.ZstdDecompressor()
+    streams, at = [], 0
+    for size, length in zip(sizes, shape.lengths, strict=True):
+        content = decompressor.decompress(body[at : at + size], max_output_size=length) if size and length else b""
+        streams.append(np.frombuffer(content, np.uint8))
+        at += size
+    levels = _levels(kind, first, second)
+    ids, logprobs, tails = reader(shape, streams, np.frombuffer(body[at:], np.uint8), levels)
+    return SequenceTargets(ids, logprobs, dict(zip(temperatures, tails, strict=True)))
+
+
+_LADDERS: dict[tuple[int, float, float], Levels] = {}
+
+
+def _levels(kind: int, first: float, second: float) -> Levels:
+    # Kept: a ladder's table costs more than a row.
+    if (kind, first, second) not in _LADDERS:
+        _LADDERS[kind, first, second] = CountLevels(int(first)) if kind else GradedLevels(first, second)
+    return _LADDERS[kind, first, second]
+
+
+def _damaged(key: bytes) -> RefusedError:
+    return RefusedError(
+        f"row {key.hex()[:12]}… of the store of targets is damaged (checksum)",
+        next="latentforge targets check STORE --drop, then score again: only what is missing is asked",
+    )
 
 
 def _outside(logprobs: npt.NDArray[Any], tail: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
@@ -107,15 +157,5 @@ def _outside(logprobs: npt.NDArray[Any], tail: npt.NDArray[Any], temperature: fl
     return np.asarray(outside / (inside + outside))
 
 
-def _checksum(key: bytes, head: bytes, packed: bytes) -> bytes:
-    return hashlib.blake2b(packed, digest_size=_CHECK, key=hashlib.sha256(key + head).digest()).digest()
-
-
-def _planes(values: npt.NDArray[Any]) -> bytes:
-    # All first bytes, then all second bytes, …: signs and exponents lie together and compress; mantissas do not.
-    return values.reshape(-1).view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
-
-
-def _from_planes(payload: bytes, start: int, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    planes = np.frombuffer(payload, dtype=np.uint8, count=count * dtype.itemsize, offset=start)
-    return np.ascontiguousarray(planes.reshape(dtype.itemsize, count).T).reshape(-1).view(dtype)
+def _checksum(key: bytes, head: bytes, body: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(body, digest_size=_CHECK, key=hashlib.sha256(key + head).digest()).digest()

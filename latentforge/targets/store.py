@@ -7,22 +7,28 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import quote
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from latentforge.errors import RefusedError
-from latentforge.targets.row import SequenceTargets, check_targets, pack_row, unpack_row
+from latentforge.targets import upkeep
+from latentforge.targets.connection import Connection, journals, told
+from latentforge.targets.description import SCHEMA, Description
+from latentforge.targets.levels import CountLevels, GradedLevels, Levels
+from latentforge.targets.native import reader
+from latentforge.targets.row import GRADED, SequenceTargets, check_targets, pack_row, unpack_row
 
-SCHEMA = 1
 DEFAULT_CACHE_BYTES = 512 << 20
+PAGE_BYTES = 1024
+"""A row takes whole pages beyond its first; of larger ones the last would stand half empty."""
 _IN_A_QUERY = 500
 
 Tokens = npt.NDArray[Any]
@@ -46,28 +52,38 @@ class Coverage:
 
 
 class TargetStore:
-    """Top-k targets by sequence, on disk.
+    """A teacher's targets by sequence, on disk.
 
     A row's key is sha256 of the teacher's identity, the parameters and the tokens; its value carries a checksum over
-    key and content. Writing is in WAL mode, so a crash loses rows but never leaves one that reads wrong; :meth:`close`
-    leaves a single file. Reading is immutable: no file is made or touched beside the store.
+    key and content. One process writes, any number read beside it: a reader sees whole transactions and writes nothing,
+    not even a journal. A writer that is killed loses the transaction that it was in. Rows older than ``ttl_seconds``
+    are not there for those who ask; where ``max_bytes`` is set, the rows that were used longest ago make room.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, *, readonly: bool, cache_bytes: int) -> None:
+    def __init__(
+        self, path: Path, connection: Connection, *, cache_bytes: int, clock: Callable[[], float] = time.time
+    ) -> None:
         self.path = path
-        self.readonly = readonly
+        self.readonly = connection.readonly
         self._connection = connection
+        self._clock = clock
         self._lock = threading.RLock()
-        self._cache: OrderedDict[bytes, SequenceTargets] = OrderedDict()
+        # key -> (targets, when they were stored): a row may get too old while it lies here.
+        self._cache: OrderedDict[bytes, tuple[SequenceTargets, float]] = OrderedDict()
         self._cache_limit = cache_bytes
         self._cached = 0
-        meta = _read_meta(path, connection)
-        self.identity: dict[str, Any] = meta["identity"]
-        self.k: int = meta["k"]
-        self.temperatures: tuple[float, ...] = tuple(float(t) for t in meta["temperatures"])
-        self.vocab_size: int = meta["vocab_size"]
-        self._id_bytes = 2 if self.vocab_size <= 1 << 16 else 4
-        self._key_head = hashlib.sha256(_canonical(meta))
+        self._used: dict[bytes, None] = {}
+        self.description = Description.read(path, connection)
+        self.identity: dict[str, Any] = dict(self.description.identity)
+        self.k = self.description.k
+        self.temperatures = self.description.temperatures
+        self.vocab_size = self.description.vocab_size
+        self.mode = self.description.mode
+        self.draws = self.description.draws
+        self.seed = self.description.seed
+        self.policy = upkeep.Policy.read(connection, self.description)
+        self._key_head = hashlib.sha256(self.description.canonical)
+        self._unpack = reader()
 
     @classmethod
     def create(
@@ -78,37 +94,51 @@ class TargetStore:
         temperatures: Sequence[float],
         *,
         vocab_size: int,
+        mode: Literal["topk", "sample"] = "topk",
+        draws: int | None = None,
+        seed: int | None = None,
+        ttl_seconds: float | None = None,
+        max_bytes: int | None = None,
+        levels: GradedLevels = GRADED,
+        clock: Callable[[], float] = time.time,
     ) -> TargetStore:
-        """A new, empty store open for writing; ``identity`` is the teacher's, JSON-able. Refused where one exists."""
+        """A new, empty store open for writing; ``identity`` is the teacher's, JSON-able. Refused where one exists.
+
+        ``mode="sample"`` keeps tokens drawn from the teacher (``draws`` a position, by ``seed``) instead of the k
+        likeliest. ``levels`` says how log-probabilities are rounded; it is no part of a row's key.
+        """
         path = Path(path)
-        if not 1 <= k <= vocab_size:
-            raise RefusedError(f"k = {k} does not fit a vocabulary of {vocab_size} tokens", next="lower score.k")
-        values = [float(t) for t in temperatures]
-        if not values or len(set(values)) != len(values) or not all(0 < t < float("inf") for t in values):
-            raise RefusedError(f"temperatures {list(temperatures)} are not distinct finite values above 0")
+        description = Description.checked(
+            identity=identity,
+            k=k,
+            temperatures=temperatures,
+            vocab_size=vocab_size,
+            mode=mode,
+            draws=draws,
+            seed=seed,
+        )
+        policy = upkeep.Policy.checked(ttl_seconds, max_bytes, levels)
         if path.exists():
             raise RefusedError(f"{path} exists already")
-        meta = {
-            "schema": SCHEMA,
-            "identity": dict(identity),
-            "k": k,
-            "temperatures": values,
-            "vocab_size": vocab_size,
-        }
         # Made whole under another name, so that a store that exists always says what it is for.
         fresh = path.with_name(path.name + ".partial")
         fresh.unlink(missing_ok=True)
-        connection = sqlite3.connect(fresh)
-        with connection:
-            connection.execute("CREATE TABLE meta (value TEXT NOT NULL)")
-            connection.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, value BLOB NOT NULL, mass BLOB NOT NULL)")
-            connection.execute("INSERT INTO meta VALUES (?)", (_canonical(meta).decode(),))
-        connection.close()
-        for journal in _journals(path):
+        try:
+            connection = sqlite3.connect(fresh)
+            connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+            with connection:
+                connection.execute("CREATE TABLE meta (value TEXT NOT NULL)")
+                connection.execute("INSERT INTO meta VALUES (?)", (description.canonical.decode(),))
+                upkeep.create_tables(connection, policy)
+            connection.close()
+        except sqlite3.DatabaseError as error:
+            fresh.unlink(missing_ok=True)
+            raise told(error, path) from None
+        for journal in journals(path):
             # Left by a store of this name that is gone: SQLite could take it for this one's.
             journal.unlink(missing_ok=True)
         os.replace(fresh, path)
-        return cls.open(path, readonly=False)
+        return cls.open(path, readonly=False, clock=clock)
 
     @classmethod
     def open(
@@ -120,35 +150,42 @@ class TargetStore:
         k: int | None = None,
         temperatures: Sequence[float] | None = None,
         vocab_size: int | None = None,
+        mode: Literal["topk", "sample"] | None = None,
+        draws: int | None = None,
+        seed: int | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        clock: Callable[[], float] = time.time,
     ) -> TargetStore:
-        """Open a store; what is given of identity and parameters must be what it was made for, or it is refused."""
+        """Open a store; what is given of identity and parameters must be what it was made for, or it is refused.
+
+        Read-only, it may be open for writing in another process; nothing is written, not even a journal.
+        """
         path = Path(path)
         if not path.is_file():
             raise RefusedError(f"store of targets {path} does not exist", next="run the score run")
-        if readonly:
-            for journal in _journals(path):
-                if not journal.name.endswith("-shm") and journal.exists() and journal.stat().st_size:
-                    raise RefusedError(
-                        f"{path} was not closed: {journal.name} holds rows that are not in it",
-                        next="run the score run again; it resumes",
-                    )
-        options = "?mode=ro&immutable=1" if readonly else "?mode=rw"
-        connection = sqlite3.connect(
-            f"file:{quote(str(path.absolute()))}{options}", uri=True, check_same_thread=False, isolation_level=None
-        )
+        connection = Connection(path, readonly=readonly)
         try:
+            store = cls(path, connection, cache_bytes=cache_bytes, clock=clock)
+            store.description.require(
+                path,
+                identity=identity,
+                k=k,
+                temperatures=temperatures,
+                vocab_size=vocab_size,
+                mode=mode,
+                draws=draws,
+                seed=seed,
+            )
+            if not readonly and store.description.schema != SCHEMA:
+                raise RefusedError(
+                    f"{path} was written by an earlier version (schema {store.description.schema}): it is read, and "
+                    "written no more",
+                    next="score into a new store",
+                )
             if not readonly:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=NORMAL")
-            store = cls(path, connection, readonly=readonly, cache_bytes=cache_bytes)
-            asked = {"identity": identity, "k": k, "temperatures": temperatures, "vocab_size": vocab_size}
-            store._check_made_for({name: value for name, value in asked.items() if value is not None})
-        except sqlite3.DatabaseError as error:
-            connection.close()
-            raise RefusedError(f"{path} is not a readable store of targets: {error}", next="score again") from None
+                connection.prepare()
         except BaseException:
-            connection.close()
+            connection.abandon()
             raise
         return store
 
@@ -159,12 +196,19 @@ class TargetStore:
         self.close()
 
     def close(self) -> None:
-        """Close; after writing, everything lies in the one file and the journal files are gone."""
+        """Close; after writing, everything lies in one file and the journal is gone, unless somebody still reads."""
         with self._lock:
-            if not self.readonly:
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._connection.execute("PRAGMA journal_mode=DELETE")
-            self._connection.close()
+            try:
+                if self._used and not self.readonly:
+                    with self._connection.transaction() as connection:
+                        self._note_uses(connection)
+            finally:
+                self._connection.close()
+
+    @property
+    def levels(self) -> Levels:
+        """How log-probabilities are rounded when they are stored."""
+        return CountLevels(self.draws) if self.draws is not None else self.policy.levels
 
     def key(self, tokens: Tokens) -> bytes:
         """The key (32 bytes) of a sequence: int tokens ``[L]``."""
@@ -175,28 +219,26 @@ class TargetStore:
         digest.update(values.astype("<u4").tobytes())
         return digest.digest()
 
+    def put(self, tokens: Tokens, targets: SequenceTargets) -> bool:
+        """Store one row now (a transaction of its own); False where it was there."""
+        return self.put_many([(tokens, targets)]) == 1
+
     def put_many(self, rows: Iterable[tuple[Tokens, SequenceTargets]]) -> int:
         """Write (tokens ``[L]``, targets of ``L - 1`` positions) in one transaction; returns how many are new."""
         if self.readonly:
             raise RefusedError(f"{self.path} is open for reading only")
-        values = []
+        now = self._clock()
+        values = {}
         for tokens, targets in rows:
             if len(targets.ids) != len(tokens) - 1:
                 raise RefusedError(f"{len(targets.ids)} target rows for {len(tokens)} tokens; one less was expected")
             check_targets(targets, k=self.k, temperatures=self.temperatures, vocab_size=self.vocab_size)
             key = self.key(tokens)
             mass = np.array(list(targets.tail_mass().values()), dtype="<f8").tobytes()
-            values.append((key, pack_row(key, targets, id_bytes=self._id_bytes), mass))
-        with self._lock:
-            before = self._connection.total_changes
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                self._connection.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", values)
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-            return self._connection.total_changes - before
+            values[key] = (key, mass, now, pack_row(key, targets, levels=self.levels))
+        with self._lock, self._connection.transaction() as connection:
+            self._note_uses(connection)
+            return upkeep.insert(connection, list(values.values()), self.policy, now=now)
 
     def get(self, tokens: Tokens) -> SequenceTargets:
         """The targets of one sequence (tokens ``[L]``); RefusedError where they are missing or damaged."""
@@ -205,32 +247,37 @@ class TargetStore:
     def get_many(self, sequences: Sequence[Tokens] | Tokens) -> list[SequenceTargets]:
         """The targets of several sequences (each tokens ``[L]``), in their order; a missing one is refused."""
         keys = [self.key(tokens) for tokens in sequences]
+        oldest = self.policy.oldest(self._clock())
         with self._lock:
-            missing = [key for key in dict.fromkeys(keys) if key not in self._cache]
-            read = self._read(missing)
-            found = [self._cache.get(key) or read.get(key) for key in keys]
+            found: dict[bytes, SequenceTargets] = {}
             for key in keys:
-                if key in self._cache:
+                if key in self._cache and self._cache[key][1] > oldest:
                     self._cache.move_to_end(key)
+                    found[key] = self._cache[key][0]
+            read = self._read([key for key in dict.fromkeys(keys) if key not in found], oldest)
+            found.update((key, targets) for key, (targets, _) in read.items())
             self._remember(read)
-        absent = [number for number, targets in enumerate(found) if targets is None]
+            self._use(found)
+        absent = [number for number, key in enumerate(keys) if key not in found]
         if absent:
             raise RefusedError(
                 f"{self.path.name} has no targets for {len(absent)} of {len(keys)} sequences (the first: "
                 f"{np.asarray(sequences[absent[0]])[:6].tolist()}…)",
                 next="the score run must cover the data that is trained on; run it again",
             )
-        return [targets for targets in found if targets is not None]
+        return [found[key] for key in keys]
 
     def present(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of the keys that have a row (the row itself is not read)."""
         wanted = list(dict.fromkeys(keys))
         found: set[bytes] = set()
+        oldest = self.policy.oldest(self._clock())
         with self._lock:
             for at in range(0, len(wanted), _IN_A_QUERY):
                 part = wanted[at : at + _IN_A_QUERY]
-                query = f"SELECT key FROM rows WHERE key IN ({','.join('?' * len(part))})"
-                found.update(row[0] for row in self._query(query, part))
+                sql = f"SELECT key FROM rows WHERE key IN ({','.join('?' * len(part))}) AND {self.policy.stored} > ?"
+                found.update(row[0] for row in self._connection.query(sql, [*part, oldest]))
+            self._use(found)
         return found
 
     def coverage(self, keys: Iterable[bytes]) -> Coverage:
@@ -238,102 +285,86 @@ class TargetStore:
         wanted = set(keys)
         return Coverage(len(self.present(wanted)), len(wanted))
 
+    def check(self, progress: Callable[[int, int], None] = lambda done, total: None) -> upkeep.Health:
+        """Read every row and SQLite's own structure; says what is damaged, changes nothing."""
+        with self._lock:
+            return upkeep.check(self._connection, self._unpack_row, progress)
+
     def drop_damaged(self) -> int:
         """Read every row and delete those whose checksum is wrong, to be scored again; returns how many."""
         with self._lock:
-            damaged = []
-            for (number,) in self._query("SELECT rowid FROM rows ORDER BY rowid", ()):
-                key, value = self._query("SELECT key, value FROM rows WHERE rowid = ?", (number,))[0]
-                try:
-                    unpack_row(key, value, temperatures=self.temperatures)
-                except RefusedError:
-                    damaged.append((number,))
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany("DELETE FROM rows WHERE rowid = ?", damaged)
-            self._connection.execute("COMMIT")
+            damaged = upkeep.damaged_rows(self._connection, self._unpack_row)
+            with self._connection.transaction() as connection:
+                upkeep.delete(connection, damaged)
         return len(damaged)
 
-    def stats(self) -> dict[str, Any]:
-        """Rows, bytes of the file and of packed rows, k, temperatures, and the mean tail mass by temperature."""
-        with self._lock:
-            rows, packed = self._query("SELECT count(*), coalesce(sum(length(value)), 0) FROM rows", ())[0]
-            masses = [np.frombuffer(row[0], dtype="<f8") for row in self._query("SELECT mass FROM rows", ())]
-        mean = np.mean(masses, axis=0) if masses else [None] * len(self.temperatures)
-        return {
-            "rows": int(rows),
-            "bytes": self.path.stat().st_size,
-            "packed_bytes": int(packed),
-            "k": self.k,
-            "temperatures": list(self.temperatures),
-            "tail_mass": {
-                f"{t:g}": None if m is None else float(m) for t, m in zip(self.temperatures, mean, strict=True)
-            },
-        }
+    def prune(
+        self, *, ttl_seconds: float | None = None, max_bytes: int | None = None, compact: bool = True
+    ) -> upkeep.Pruned:
+        """Delete rows that are too old, then those used longest ago until the store fits; give the space back.
 
-    def _read(self, keys: list[bytes]) -> dict[bytes, SequenceTargets]:
-        found: dict[bytes, SequenceTargets] = {}
+        A limit that is given is kept by the store from now on.
+        """
+        with self._lock:
+            with self._connection.transaction() as connection:
+                self._note_uses(connection)
+                self.policy = self.policy.changed(connection, ttl_seconds=ttl_seconds, max_bytes=max_bytes)
+                pruned = upkeep.prune(connection, self.policy, now=self._clock())
+            self._cache.clear()
+            self._cached = 0
+            if compact:
+                self._connection.vacuum()
+        return pruned
+
+    def stats(self) -> dict[str, Any]:
+        """Rows, bytes of the file and of packed rows, parameters, limits, and the mean tail mass by temperature."""
+        with self._lock:
+            return {
+                **upkeep.statistics(self._connection, self.path, self.description, self.policy, now=self._clock()),
+                "tail_mass": upkeep.tail_mass(self._connection, self.temperatures),
+            }
+
+    def _read(self, keys: list[bytes], oldest: float) -> dict[bytes, tuple[SequenceTargets, float]]:
+        found: dict[bytes, tuple[SequenceTargets, float]] = {}
         for at in range(0, len(keys), _IN_A_QUERY):
             part = keys[at : at + _IN_A_QUERY]
-            query = f"SELECT key, value FROM rows WHERE key IN ({','.join('?' * len(part))})"
-            for key, value in self._query(query, part):
-                found[key] = unpack_row(key, value, temperatures=self.temperatures)
+            marks = ",".join("?" * len(part))
+            sql = f"SELECT key, {self.policy.stored}, value FROM rows WHERE key IN ({marks})"
+            for key, stored, value in self._connection.query(sql, part):
+                if not isinstance(stored, int | float):
+                    raise RefusedError(f"{self.path} is damaged: a row was stored at {stored!r}")
+                if stored > oldest:
+                    found[key] = self._unpack_row(key, value), stored
         return found
 
-    def _remember(self, read: dict[bytes, SequenceTargets]) -> None:
-        for key, targets in read.items():
+    def _unpack_row(self, key: bytes, value: bytes) -> SequenceTargets:
+        return unpack_row(key, value, temperatures=self.temperatures, reader=self._unpack)
+
+    def _remember(self, read: dict[bytes, tuple[SequenceTargets, float]]) -> None:
+        for key, (targets, stored) in read.items():
             if targets.nbytes > self._cache_limit:
                 continue
-            self._cache[key] = targets
+            if key in self._cache:
+                self._cached -= self._cache.pop(key)[0].nbytes
+            self._cache[key] = targets, stored
             self._cached += targets.nbytes
         while self._cached > self._cache_limit:
-            _, dropped = self._cache.popitem(last=False)
+            _, (dropped, _) = self._cache.popitem(last=False)
             self._cached -= dropped.nbytes
 
-    def _query(self, query: str, values: Sequence[Any]) -> list[Any]:
-        try:
-            return self._connection.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise RefusedError(f"{self.path} is damaged: {error}", next="score again from the start") from None
+    def _use(self, keys: Iterable[bytes]) -> None:
+        # A reader writes nothing, so only what the writer itself asks for counts as used.
+        if not self.readonly and self.policy.max_bytes is not None:
+            for key in keys:
+                self._used.pop(key, None)
+                self._used[key] = None
 
-    def _check_made_for(self, asked: dict[str, Any]) -> None:
-        made: dict[str, Any] = {
-            "identity": self.identity,
-            "k": self.k,
-            "temperatures": list(self.temperatures),
-            "vocab_size": self.vocab_size,
-        }
-        if "temperatures" in asked:
-            asked["temperatures"] = [float(t) for t in asked["temperatures"]]
-        if "identity" in asked:
-            asked["identity"] = dict(asked["identity"])
-        for name, wanted in asked.items():
-            if made[name] == wanted:
-                continue
-            have = made[name]
-            if name == "identity":
-                name = "teacher " + next(n for n in sorted({*have, *wanted}) if have.get(n) != wanted.get(n))
-                field = name.removeprefix("teacher ")
-                have, wanted = have.get(field), wanted.get(field)
-            raise RefusedError(
-                f"{self.path} was made for {name} {have!r}, not for {wanted!r}", next="score again with this teacher"
-            )
+    def _note_uses(self, connection: sqlite3.Connection) -> None:
+        upkeep.note_uses(connection, list(self._used))
+        self._used.clear()
 
 
-def _journals(path: Path) -> list[Path]:
-    return [path.with_name(path.name + suffix) for suffix in ("-wal", "-journal", "-shm")]
-
-
-def _canonical(meta: dict[str, Any]) -> bytes:
-    return json.dumps(meta, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, Any]:
-    rows = connection.execute("SELECT value FROM meta").fetchall()
-    try:
-        meta = json.loads(rows[0][0])
-        if meta["schema"] == SCHEMA and {"identity", "k", "temperatures", "vocab_size"} <= set(meta):
-            return dict(meta)
-        found = f"schema {meta['schema']!r}"
-    except (IndexError, ValueError, KeyError, TypeError) as error:
-        found = f"{type(error).__name__}: {error}"
-    raise RefusedError(f"{path} does not say what it was made for ({found}; schema {SCHEMA} is read here)")
+def describe(path: Path) -> dict[str, Any]:
+    """What a store was made for, without opening it for anything else: the object in its ``meta``."""
+    with TargetStore.open(path) as store:
+        return dict(json.loads(store.description.canonical))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from latentforge.errors import RefusedError
 from latentforge.targets import SequenceTargets, TargetStore
-from latentforge.targets.row import pack_row, unpack_row
+from latentforge.targets.levels import TAIL_STEP
+from latentforge.targets.row import GRADED, pack_row, unpack_row
 from latentforge.targets.topk import sequence_rows, topk_rows
 
 IDENTITY = {"model": "Qwen3ForCausalLM", "sha256": "ab" * 32, "quantization": "float32", "tokenizer_sha256": "cd" * 32}
@@ -37,12 +38,13 @@ def sequences(n: int, *, length: int = LENGTH, seed: int = 0) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(seed)).integers(0, VOCABULARY, (n, length))
 
 
-def same(a: SequenceTargets, b: SequenceTargets) -> bool:
+def same(found: SequenceTargets, given: SequenceTargets) -> bool:
+    """What was given, but for the rounding that the format promises."""
     return (
-        np.array_equal(a.ids, b.ids)
-        and np.array_equal(a.logprobs, b.logprobs)
-        and list(a.tails) == list(b.tails)
-        and all(np.array_equal(a.tails[t], b.tails[t]) for t in a.tails)
+        np.array_equal(found.ids, given.ids)
+        and bool((np.abs(found.logprobs - given.logprobs) <= GRADED.error(given.logprobs)).all())
+        and list(found.tails) == list(given.tails)
+        and all(np.allclose(found.tails[t], given.tails[t], rtol=0, atol=TAIL_STEP / 2 + 1e-5) for t in found.tails)
     )
 
 
@@ -59,7 +61,7 @@ def filled(tmp_path: Path) -> Path:
     return path
 
 
-def test_rows_come_back_bit_for_bit_in_any_order(filled: Path) -> None:
+def test_rows_come_back_in_any_order(filled: Path) -> None:
     with TargetStore.open(filled) as store:
         wanted = sequences(20)[::-1]
         for tokens, found in zip(wanted, store.get_many(wanted), strict=True):
@@ -217,7 +219,7 @@ def test_writing_a_sequence_again_keeps_one_row(filled: Path) -> None:
 
 def test_every_changed_byte_of_a_row_is_refused() -> None:
     key, row = b"k" * 32, targets_of(sequences(1)[0])
-    value = pack_row(key, row, id_bytes=2)
+    value = pack_row(key, row)
     assert same(unpack_row(key, value, temperatures=TEMPERATURES), row)
     for at in range(len(value)):
         wrong = value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
@@ -227,22 +229,6 @@ def test_every_changed_byte_of_a_row_is_refused() -> None:
             unpack_row(key, value[:at], temperatures=TEMPERATURES)
     with pytest.raises(RefusedError, match="damaged"):
         unpack_row(b"K" * 32, value, temperatures=TEMPERATURES)
-
-
-@settings(max_examples=60)
-@given(data=st.data(), positions=st.integers(0, 12), k=st.integers(1, 6), wide=st.booleans())
-def test_packing_a_row_loses_nothing(data: st.DataObject, positions: int, k: int, wide: bool) -> None:
-    top = 2**31 - 1 if wide else 2**16 - 1
-    floats = st.floats(width=32, allow_nan=False)
-    numbers = st.lists(st.tuples(st.integers(0, top), floats), min_size=positions * k, max_size=positions * k)
-    cells = data.draw(numbers)
-    row = SequenceTargets(
-        np.array([number for number, _ in cells], dtype=np.int32).reshape(positions, k),
-        np.array([value for _, value in cells], dtype=np.float32).reshape(positions, k),
-        {t: np.array(data.draw(st.lists(floats, min_size=positions, max_size=positions)), "<f4") for t in TEMPERATURES},
-    )
-    value = pack_row(b"k" * 32, row, id_bytes=4 if wide else 2)
-    assert same(unpack_row(b"k" * 32, value, temperatures=TEMPERATURES), row)
 
 
 def test_a_vocabulary_above_65536_keeps_whole_ids(tmp_path: Path) -> None:
@@ -284,20 +270,18 @@ def test_a_store_that_was_cut_short_gives_right_rows_or_a_refusal(filled: Path, 
 
 
 @pytest.fixture(scope="module")
-def small_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("s") / "targets.sqlite"
     with create(path) as store:
         store.put_many((tokens, targets_of(tokens)) for tokens in sequences(6))
-    return path.read_bytes()
+    return path
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_store_with_changed_bytes_gives_right_rows_or_a_refusal(
-    tmp_path_factory: pytest.TempPathFactory, small_store: bytes, data: st.DataObject
-) -> None:
-    path = tmp_path_factory.mktemp("s") / "targets.sqlite"
-    content = bytearray(small_store)
+def test_a_store_with_changed_bytes_gives_right_rows_or_a_refusal(small_store: Path, data: st.DataObject) -> None:
+    path = small_store.with_name("changed.sqlite")
+    content = bytearray(small_store.read_bytes())
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
@@ -313,14 +297,16 @@ def test_a_store_with_changed_bytes_gives_right_rows_or_a_refusal(
         pass
 
 
-def test_a_store_that_is_still_written_is_not_read(tmp_path: Path) -> None:
+def test_a_store_that_is_still_written_is_read_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "targets.sqlite"
     with create(path) as store:
         store.put_many((tokens, targets_of(tokens)) for tokens in sequences(2))
-        with pytest.raises(RefusedError, match="was not closed"):
-            TargetStore.open(path)
+        with TargetStore.open(path) as beside:
+            assert beside.stats()["rows"] == 2
+            store.put_many((tokens, targets_of(tokens)) for tokens in sequences(2, seed=1))
+            assert same(beside.get(sequences(1, seed=1)[0]), targets_of(sequences(1, seed=1)[0]))
     with TargetStore.open(path) as store:
-        assert store.stats()["rows"] == 2
+        assert store.stats()["rows"] == 4
 
 
 _WRITER = """
