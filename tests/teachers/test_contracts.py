@@ -1,4 +1,4 @@
-"""The contracts of vocabularies and providers pass, and each planted fault is seen to fail."""
+"""The contracts of vocabularies, providers and drawn targets pass, and each planted fault is seen to fail."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from latentforge.verdicts import Outcome
 CONTRACTS: dict[str, Contract] = {
     contract.contract: contract
     for contract in load_contracts(contracts_folder())
-    if contract.contract in ("vocabulary", "providers")
+    if contract.contract in ("vocabulary", "providers", "sampled-targets")
 }
 IDS = [(contract.contract, falsifier.id) for contract in CONTRACTS.values() for falsifier in contract.falsifiers]
 
 
-def test_both_contracts_are_there() -> None:
-    assert sorted(CONTRACTS) == ["providers", "vocabulary"]
+def test_the_contracts_are_there() -> None:
+    assert sorted(CONTRACTS) == ["providers", "sampled-targets", "vocabulary"]
     assert len(IDS) >= 8
 
 
