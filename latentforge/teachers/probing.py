@@ -65,6 +65,7 @@ class Check:
         self.requests, self.concurrency, self.chat_only = requests, concurrency, chat_only
         self.report = Report(f"{wanted or 'the only model'} at {public_url(client.url)}", backend)
         self.flow = OneTry(concurrency=concurrency)
+        self.listed = False
 
     def run(self) -> Report:
         """Ask everything that can be asked."""
@@ -90,7 +91,12 @@ class Check:
             self.report.findings.append(Finding.of("models", failure, next=self._elsewhere(failure)))
             return None
         names = ", ".join(one.name for one in listed[:8]) + ("…" if len(listed) > 8 else "")
+        if not listed and self.wanted is not None:
+            # As transformers serve does with a model that it was started for.
+            self.report.add("models", "warn", f"none is listed; {self.wanted!r} is asked for all the same")
+            return ServedModel(self.wanted, None, None)
         self.report.add("models", "pass", f"{len(listed)} listed: {names or 'none'}")
+        self.listed = True
         if self.wanted is None and len(listed) != 1:
             what = f"lists {len(listed)} models, and none was named"
             failure = TeacherFailure("model-not-found", what, url=self.client.url, next=_named(listed))
@@ -128,6 +134,8 @@ class Check:
             return None
         vocab = self.tokenizer.vocab_size
         try:
+            if not self.listed:
+                self._unlisted(served.name, vocab)
             facts = probe(self.client, self.flow, served.name, vocab_size=vocab, rows=max(vocab, self.rows or 0))
             if self.k > facts.max_k:
                 raise TeacherFailure(
@@ -139,7 +147,8 @@ class Check:
             question = self._question(facts, 0)
             answer = ask(self.client, served.name, question, facts.form)
         except TeacherFailure as failure:
-            self.report.findings.append(Finding.of("score", failure, next=_KNOWN.get(failure.kind)))
+            told = self._by_text(failure, served.name)
+            self.report.findings.append(Finding.of("score", told, next=_KNOWN.get(told.kind)))
             return None
         finite = int(np.isfinite(answer.targets.logprobs).sum())
         positions = len(answer.targets.ids)
@@ -158,6 +167,26 @@ class Check:
             f"the last row, asked again as a generated token, differs by {facts.proved_nats:.1e} nats",
         )
         return facts
+
+    def _unlisted(self, model: str, vocab: int) -> None:
+        """Ask a model that is not listed for rows; a run would refuse it even where it gives them."""
+        ask(self.client, model, Question((1, 2, 3), 1, vocab, max(vocab, self.rows or 0)), "prompt_logprobs")
+        self.client.failure("model-not-found", f"gives rows for {model!r}, but lists no model: a run refuses it")
+
+    def _by_text(self, failure: TeacherFailure, model: str) -> TeacherFailure:
+        """The failure to tell: a server that takes no ids may answer text with HTTP 200, and without any row."""
+        if failure.kind != "refused-request":
+            return failure
+        body = {"model": model, "prompt": "Once upon a time", "max_tokens": 1, "logprobs": self.k, "echo": True}
+        try:
+            value = self.client.post("/completions", body)
+        except TeacherFailure:
+            return failure
+        choices = value.get("choices") if isinstance(value, dict) else None
+        if not choices or choices[0].get("logprobs"):
+            return failure
+        what = "takes no token ids, and answers text without log-probabilities"
+        return TeacherFailure("no-logprobs", what, url=self.client.url, status=200)
 
     def _question(self, facts: ServerFacts, number: int) -> Question:
         """A document of the tokenizer's ids, another one for each number."""
