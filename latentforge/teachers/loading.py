@@ -36,12 +36,16 @@ def load_model(folder: ModelFolder, *, device: str, dtype: Dtype, expand: bool =
     """
     # Imported here: transformers takes seconds, and checking a folder must not wait for it.
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.utils import logging as transformers_logging
 
     method = folder.quantization
     transformers_logging.disable_progress_bar()
     arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if method is not None:
+        # A method that it does not know transformers would pass over with a line in the log, and load the rest.
+        if not AutoHfQuantizer.supports_quant_method(folder.config["quantization_config"]):
+            raise _refused(folder.path, method, ValueError("it is none of the methods that transformers knows"))
         # What is expanded comes in bf16, whatever is asked; it is widened below, and then all of it.
         arguments["dtype"] = torch.bfloat16
         if expand:
