@@ -81,6 +81,11 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
         key = teacher.api_key_env
         secrets = tuple(sorted({*secrets, key})) if key is not None else secrets
     dense = teacher.backend in DENSE_BACKENDS
+    if spec.score.mode == "sample" and distill.targets == "store" and not dense:
+        raise RefusedError(
+            f"score.mode = 'sample' draws from dense logits, and teacher.backend = {teacher.backend!r} gives none",
+            next="set score.mode = 'topk', or teacher.backend = 'hf'",
+        )
     if distill.targets == "store" and distill.temperature not in spec.score.temperatures:
         stored = ", ".join(f"{t:g}" for t in spec.score.temperatures)
         if not dense:

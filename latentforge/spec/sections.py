@@ -260,6 +260,11 @@ class PipelineSpec(Section):
             )
         if self.distill.cross_tokenizer and self.distill.on_policy > 0.0 and self.distill.targets == "store":
             raise ValueError("distill.on_policy with cross_tokenizer needs distill.targets = 'live'")
+        if self.score.mode == "sample" and self.distill.targets == "store" and self.distill.cross_tokenizer:
+            raise ValueError(
+                "score.mode = 'sample' with distill.cross_tokenizer: a drawn token that the student does not have "
+                "cannot be carried over, and what is left would be biased"
+            )
         if self.teacher.model is None and self.score.k > self.data.vocab_size:
             raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
         return self

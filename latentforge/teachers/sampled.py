@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,13 +33,13 @@ class SampledTeacher:
     order or batch, holds the same rows.
     """
 
-    def __init__(self, teacher: DenseScorer, sampling: Sampling) -> None:
+    def __init__(self, teacher: Scorer, sampling: Sampling) -> None:
         if "logits" not in teacher.capabilities:
             raise RefusedError(
                 f"rows are drawn from dense logits, and teacher {teacher.identity.model} gives none",
                 next='set score.mode = "topk", or score with a teacher in this process (hf)',
             )
-        self.teacher = teacher
+        self.teacher = cast(DenseScorer, teacher)
         self.sampling = sampling
 
     @property
@@ -99,6 +100,19 @@ class SampledTeacher:
         """Close the teacher."""
         self.teacher.close()
 
+    def differs(self, tokens: Tokens, stored: SequenceTargets, position: int) -> float:
+        """The share of a stored row's draws, 0 to 1, that would be other tokens if they were drawn again.
+
+        Asked with the tokens up to ``position`` alone, so that the answer's last row cannot be another position's; the
+        same noise is used, so that only the teacher's numbers differ.
+        """
+        logits = self.teacher.logits(torch.from_numpy(tokens[: position + 2]).unsqueeze(0))[-1:, : self.vocab_size]
+        key = torch.tensor([self.sampling.key(tokens)], device=logits.device)
+        ids, logprobs = self.sampling.rows(logits, key, torch.full_like(key, position))
+        again = _shares(ids[0].cpu().numpy(), logprobs[0].cpu().numpy())
+        kept = _shares(stored.ids[position], stored.logprobs[position])
+        return 0.5 * sum(abs(again.get(n, 0.0) - kept.get(n, 0.0)) for n in {*again, *kept})
+
     def _rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.teacher.logits(tokens)[:, : self.vocab_size]
         count = tokens.shape[1] - 1
@@ -118,3 +132,7 @@ class SampledTeacher:
                 "was cut would be biased",
                 next=f"ask for k = {self.width}",
             )
+
+
+def _shares(ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]) -> dict[int, float]:
+    return {int(n): float(np.exp(v)) for n, v in zip(ids, logprobs, strict=True) if n >= 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,12 @@ from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.protocol import Scorer
+from latentforge.teachers.sampled import SampledTeacher
 
 # Store and fresh forward differ by the shape of the matrix products; a shifted row differs by whole nats.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
+DRAWS = {"float32": 0.1, "bfloat16": 0.3}
+"""The mean share of a row's draws that may come out differently when the teacher computes them in other shapes."""
 ELSEWHERE = 0.5
 """Nats by which an entry of a served teacher may differ when it is asked again: it does not say how it computes."""
 _ABOVE_ROUNDING = -8.0
@@ -34,11 +38,12 @@ Progress = Callable[[int, int], None]
 class Agreement:
     """How far stored rows lie from the teacher asked again, beyond the rounding of the store's format.
 
-    ``worst`` in nats over ``positions`` positions.
+    ``worst`` in ``unit`` over ``positions`` positions; of drawn rows it is a share of their draws, 0 to 1.
     """
 
     worst: float
     positions: int
+    unit: Literal["nats", "draws"] = "nats"
 
 
 def sequences(data: Data, *, batch_size: int) -> Iterator[Rows]:
@@ -92,8 +97,10 @@ def check_agreement(teacher: Scorer, store: TargetStore, data: Data, *, sample: 
     Each question is a *prefix* of a sequence and the answer its last row, which cannot be off by one: a store whose
     rows were shifted against the tokens disagrees. Compared are all stored ids of the row, not the top one alone; of a
     teacher elsewhere, which is paid for each question, a quarter of the sample, without whole sequences, and entries
-    above its rounding only.
+    above its rounding only. Drawn rows are drawn again.
     """
+    if isinstance(teacher, SampledTeacher):
+        return _check_drawn(teacher, store, data, sample)
     worst, positions = 0.0, 0
     length = data.shortest if isinstance(data, CrossedShards) else data.sequence_length
     places = [0, length // 2 - 1, length - 2]
@@ -126,6 +133,23 @@ def check_agreement(teacher: Scorer, store: TargetStore, data: Data, *, sample: 
             next="the store is misaligned or damaged: score again from the start",
         )
     return Agreement(worst, positions)
+
+
+def _check_drawn(teacher: SampledTeacher, store: TargetStore, data: Data, sample: int) -> Agreement:
+    length = data.shortest if isinstance(data, CrossedShards) else data.sequence_length
+    places = sorted({0, length // 2 - 1, length - 2})
+    asked = [
+        teacher.differs(tokens, store.get(tokens), position) for tokens in _sampled(data, sample) for position in places
+    ]
+    tolerance = DRAWS[str(getattr(teacher.teacher, "dtype", "float32"))]
+    mean = sum(asked) / len(asked)
+    if not mean <= tolerance:
+        raise FailedError(
+            f"of the stored draws {mean:.0%} are not the teacher's own at {len(asked)} positions drawn again "
+            f"(at most {tolerance:.0%} is rounding)",
+            next="the store is misaligned or damaged: score again from the start",
+        )
+    return Agreement(max(asked), len(asked), "draws")
 
 
 def _apart(

@@ -56,6 +56,8 @@ class StoreTeacher:
         """One sentence: how coarse the rows are."""
         mass = self.store.stats()["tail_mass"]
         shown = ", ".join(f"{value:.1%} at T = {t}" for t, value in mass.items() if value is not None)
+        if self.store.draws is not None:
+            return (f"rows of {self.store.draws} drawn tokens from the store (seed {self.store.seed})",)
         return (f"top-{self.store.k} targets from the store; mass outside: {shown or 'no rows yet'}",)
 
     @property
@@ -109,6 +111,11 @@ class StoreTeacher:
                 )
         if k is not None and not 1 <= k <= self.store.k:
             raise RefusedError(f"k = {k}: the store holds {self.store.k} entries a row", next="raise score.k")
+        if k is not None and k != self.store.k and self.store.draws is not None:
+            raise RefusedError(
+                f"k = {k}: the store holds drawn rows of {self.store.k} entries, and one that was cut would be biased",
+                next=f"ask for k = {self.store.k}",
+            )
 
 
 def stacked(found: Sequence[SequenceTargets], temperature: float, device: torch.device) -> TopKTargets:

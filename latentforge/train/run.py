@@ -197,7 +197,9 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         ways = {"documents": made.get("documents_from", "corpus"), "bos": made.get("bos", "none")}
         return {"seed": torch.initial_seed(), "data": {"corpus": corpus, **ways, **{name: made[name] for name in kept}}}
     made = json.loads((run.out / "score.json").read_bytes())
-    kept = ("k", "temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")
+    kept = ("temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")
+    # Drawn rows are as wide as their draws; then the asked k does not apply.
+    kept = kept if made["mode"] == "sample" else ("k", *kept)
     score = {name: made[name] for name in kept}
     across = {"cross_tokenizer": True} if made.get("cross_tokenizer") else {}
     return {"seed": torch.initial_seed(), "score": score, "teacher": made["teacher"], **across}

@@ -1,4 +1,4 @@
-"""Recipe of the run kind ``score``: a teacher's top-k targets with exact tails, for every packed row."""
+"""Recipe of the run kind ``score``: a teacher's targets for every packed row, top-k with exact tails or drawn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,12 +17,14 @@ from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import answers_of, teacher_of
+from latentforge.targets.sampling import Sampling
 from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.protocol import Scorer
+from latentforge.teachers.sampled import SampledTeacher
 from latentforge.teachers.scoring import Agreement, check_agreement, check_scorable, coverage, score_all
 from latentforge.train.across import align, crosses
 from latentforge.train.asked import AskedLog
@@ -31,10 +34,9 @@ from latentforge.train.teaching import idleness, in_force, report_precision
 
 def run(run: RunDir, log: EventLog) -> None:
     """Load the teacher, score what the store lacks, ask again for a sample, require coverage of 100 %."""
-    spec = ScoreSpec.model_validate_json(json.dumps(run.load_identity().spec["score"]))
+    identity = run.load_identity()
+    spec = ScoreSpec.model_validate_json(json.dumps(identity.spec["score"]))
     asked = teacher_of(run)
-    if spec.mode != "topk":
-        raise RefusedError(f"backend {asked.backend!r} with score.mode {spec.mode!r} cannot fill a store yet")
     with ExitStack() as held:
         with log.phase("load"):
             data = ShardSet.open(run.input_path("data"))
@@ -45,8 +47,10 @@ def run(run: RunDir, log: EventLog) -> None:
             teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
             held.callback(teacher.close)
             report_precision(run, log, teacher)
+            if spec.mode == "sample":
+                teacher = SampledTeacher(teacher, Sampling(spec.draws, int(identity.spec["seed"])))
             asked_of = CrossedShards.of(data, *across) if across else data
-            check_scorable(teacher, asked_of, k=spec.k, temperatures=spec.temperatures)
+            check_scorable(teacher, asked_of, k=entries_of(teacher, spec), temperatures=spec.temperatures)
         for note in dict.fromkeys((*said, *teacher.notes)):
             log.say(note)
         run.out.mkdir(parents=True, exist_ok=True)
@@ -67,21 +71,24 @@ def run(run: RunDir, log: EventLog) -> None:
             "temperatures": list(store.temperatures),
             "mode": spec.mode,
             "draws": spec.draws,
+            "seed": store.seed,
             "ttl_days": spec.ttl_days,
             "max_bytes": spec.max_bytes,
             "teacher": answers_of(asked) | in_force(teacher),
             "cross_tokenizer": across is not None,
             "tail_mass": stats["tail_mass"],
             "bytes": stats["bytes"],
-            "agreement": {"worst_nats": agreement.worst, "positions": agreement.positions},
+            "agreement": {f"worst_{agreement.unit}": agreement.worst, "positions": agreement.positions},
         }
     temporary = run.out / "score.json.partial"
     temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, run.out / "score.json")
     mass = ", ".join(f"{value:.1%} at T = {t}" for t, value in stats["tail_mass"].items())
+    kept = f"{spec.draws} draws a position" if spec.mode == "sample" else f"k = {spec.k}, mass outside {mass}"
+    differs = f"{agreement.worst:.1%} of a row's draws" if agreement.unit == "draws" else f"{agreement.worst:.1e} nats"
     log.say(
-        f"coverage {reached}; k = {spec.k}, mass outside {mass}; {stats['bytes'] / 1e6:.1f} MB; "
-        f"asked again at {agreement.positions} positions: differs by at most {agreement.worst:.1e} nats"
+        f"coverage {reached}; {kept}; {stats['bytes'] / 1e6:.1f} MB; "
+        f"asked again at {agreement.positions} positions: differs by at most {differs}"
     )
 
 
@@ -151,14 +158,23 @@ def take_over(run: RunDir, teacher: Scorer, spec: ScoreSpec, log: EventLog) -> N
 
 def open_for_scoring(path: Path, teacher: Scorer, spec: ScoreSpec) -> TargetStore:
     """The store of this run, new or as an earlier start left it; refused where it is another teacher's."""
-    identity = teacher.identity.as_json()
+    identity, k = teacher.identity.as_json(), entries_of(teacher, spec)
+    drawn: dict[str, Any] = {}
+    if isinstance(teacher, SampledTeacher):
+        drawn = {"mode": "sample", "draws": teacher.sampling.draws, "seed": teacher.sampling.seed}
     if not path.exists():
-        return TargetStore.create(path, identity, spec.k, spec.temperatures, vocab_size=teacher.vocab_size)
+        return TargetStore.create(path, identity, k, spec.temperatures, vocab_size=teacher.vocab_size, **drawn)
     return TargetStore.open(
         path,
         readonly=False,
         identity=identity,
-        k=spec.k,
+        k=k,
         temperatures=spec.temperatures,
         vocab_size=teacher.vocab_size,
+        **drawn,
     )
+
+
+def entries_of(teacher: Scorer, spec: ScoreSpec) -> int:
+    """Entries a row: the spec's k, or room for every token that its draws can come to."""
+    return teacher.width if isinstance(teacher, SampledTeacher) else spec.k
