@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
+from latentforge.spec.sections import TeacherSpec
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.failures import TeacherFailure
@@ -45,6 +46,7 @@ class CachedTeacher:
         self.teacher = teacher
         self._stored = StoreTeacher(store)
         self._from_store = self._asked = 0
+        self._closed = False
 
     @classmethod
     def open(
@@ -58,6 +60,18 @@ class CachedTeacher:
             path.parent.mkdir(parents=True, exist_ok=True)
             store = TargetStore.create(path, identity, k, temperatures, vocab_size=teacher.vocab_size)
         return cls(store, teacher)
+
+    @classmethod
+    def around(cls, teacher: Scorer, spec: TeacherSpec, *, k: int, temperatures: tuple[float, ...]) -> Scorer:
+        """``teacher`` behind the file that ``spec.cache`` names; the teacher itself where it names none."""
+        if spec.cache is None:
+            return teacher
+        return cls.open(Path(spec.cache), teacher, k=k, temperatures=temperatures, readonly=spec.cache_readonly)
+
+    @property
+    def asked(self) -> int:
+        """How many sequences the teacher has been asked for."""
+        return self._asked
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -143,5 +157,7 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Close the store and the teacher."""
-        self.store.close()
-        self.teacher.close()
+        if not self._closed:
+            self._closed = True
+            self.store.close()
+            self.teacher.close()

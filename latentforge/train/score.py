@@ -20,6 +20,7 @@ from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.targets.sampling import Sampling
 from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
+from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.opening import open_teacher
@@ -49,6 +50,9 @@ def run(run: RunDir, log: EventLog) -> None:
             report_precision(run, log, teacher)
             if spec.mode == "sample":
                 teacher = SampledTeacher(teacher, Sampling(spec.draws, int(identity.spec["seed"])))
+            else:
+                teacher = CachedTeacher.around(teacher, asked, k=spec.k, temperatures=spec.temperatures)
+                held.callback(teacher.close)
             asked_of = CrossedShards.of(data, *across) if across else data
             check_scorable(teacher, asked_of, k=entries_of(teacher, spec), temperatures=spec.temperatures)
         for note in dict.fromkeys((*said, *teacher.notes)):
@@ -112,13 +116,23 @@ def fill(
         with log.phase("score", present=before.present, total=before.total), idleness(log, teacher, asked):
             new = score_all(teacher, data, store, batch_size=spec.batch_size, progress=told.progress)
         with log.phase("verify"):
-            agreement = check_agreement(teacher, store, data)
+            agreement = verify(teacher, store, data, log)
     except TeacherFailure:
         told.lost(coverage(store, data), store)
         raise
     reached = coverage(store, data)
     told.metrics(reached.present)
     return new, agreement, reached
+
+
+def verify(teacher: Scorer, store: TargetStore, data: ShardSet | CrossedShards, log: EventLog) -> Agreement:
+    """Ask the teacher itself again, not what was cached of it; it may be gone where the cache held everything."""
+    if not isinstance(teacher, CachedTeacher):
+        return check_agreement(teacher, store, data)
+    if not teacher.asked:
+        log.warning("every sequence came from the cache: the teacher was not asked, and not asked again")
+        return Agreement(0.0, 0)
+    return check_agreement(teacher.teacher, store, data)
 
 
 def teacher_folder(run: RunDir) -> Path:
@@ -163,7 +177,16 @@ def open_for_scoring(path: Path, teacher: Scorer, spec: ScoreSpec) -> TargetStor
     if isinstance(teacher, SampledTeacher):
         drawn = {"mode": "sample", "draws": teacher.sampling.draws, "seed": teacher.sampling.seed}
     if not path.exists():
-        return TargetStore.create(path, identity, k, spec.temperatures, vocab_size=teacher.vocab_size, **drawn)
+        return TargetStore.create(
+            path,
+            identity,
+            k,
+            spec.temperatures,
+            vocab_size=teacher.vocab_size,
+            ttl_seconds=None if spec.ttl_days is None else spec.ttl_days * 86_400,
+            max_bytes=spec.max_bytes,
+            **drawn,
+        )
     return TargetStore.open(
         path,
         readonly=False,

@@ -162,7 +162,7 @@ def ssl_context() -> ssl.SSLContext:
 def retry_after(headers: Mapping[str, str], *, now: Callable[[], float] = time.time) -> float | None:
     """Seconds that ``Retry-After`` asks to wait: a number, or a date (against the server's own ``Date``); else None."""
     value = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d+(\.\d+)?", value):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
         return min(float(value), 1e9)
     until = _seconds(value)
     if until is None:

@@ -134,16 +134,32 @@ class _Reading:
         self._check_ids(choice.get("prompt_token_ids"))
         self._check_count(len(rows), len(sent))
         self._check_first(rows)
-        rows = rows[1:]
+        rows = [self._ranked(row, at) for at, row in enumerate(rows[1:], start=1)]
         own: list[float | None] = [None] * len(rows)
         if self.question.last_generated:
             generated = choice.get("logprobs")
             tokens, logprobs, tops = self._lists(generated)
             if len(tokens) != 1:
                 self.refuse("malformed", f"{len(tokens)} tokens were generated, 1 was asked")
-            rows.append({_id_of(key): value for key, value in self._keyed(tops[0], len(sent))})
-            self._check_generated(tokens[0], logprobs[0], rows[-1])
+            last = {_id_of(key): value for key, value in self._keyed(tops[0], len(sent))}
+            self._check_generated(tokens[0], logprobs[0], last)
+            rows.append(last)
         return rows, own
+
+    def _ranked(self, row: Any, at: int) -> dict[Any, Any]:
+        """{key: log-probability} of a row of ``prompt_logprobs``; where it has ranks, 1 to k must all be there."""
+        if not isinstance(row, dict) or not all(isinstance(value, dict) for value in row.values()):
+            self.refuse("malformed", f"the row of position {at} is {_brief(row)}")
+        ranks = [value.get("rank") for value in row.values()]
+        if any(rank is not None for rank in ranks):
+            if any(type(rank) is not int for rank in ranks):
+                self.refuse("malformed", f"position {at} has a rank that is no number")
+            missing = set(range(1, min(self.question.k, self.question.rows) + 1)).difference(ranks)
+            if missing:
+                self.refuse(
+                    "too-few", f"position {at} has no entry of rank {min(missing)}, {self.question.k} were asked"
+                )
+        return {key: value.get("logprob") for key, value in row.items()}
 
     def _echoed_rows(self, choice: dict[str, Any]) -> tuple[list[Any], list[float | None]]:
         sent = self.question.prompt
@@ -232,8 +248,6 @@ class _Reading:
             number = key if isinstance(key, int) else _id_of(key)
             if not isinstance(number, int):
                 self._collapsed(key, at)
-            if isinstance(value, dict):
-                value = value.get("logprob")
             if not _is_number(value):
                 self.refuse("malformed", f"position {at}, id {number}: its log-probability is {_brief(value)}")
             if number >= self.question.rows:
