@@ -81,9 +81,13 @@ def test_a_teacher_that_dies_leaves_the_stored_rows_and_all_that_it_answered(
     with_two.close()
     dying = opened(path, Counting(lives=2))
     given: dict[int, SequenceTargets] = {}
-    with pytest.raises(TeacherFailure, match="gone") as caught:
+
+    def ask() -> None:
         for number, targets in dying.score(documents, k=8, temperatures=ONE):
             given[number] = targets
+
+    with pytest.raises(TeacherFailure, match="gone") as caught:
+        ask()
     assert sorted(given) == [0, 1, 3, 4], "the stored ones first, then the two that were answered"
     assert caught.value.__notes__ == ["2 of 6 sequences were given from kd.sqlite"]
     dying.close()
