@@ -86,12 +86,12 @@ def inspect(
     `like` is the folder of a model whose tokens this model must have. `known` is the digest, files and bytes of a
     folder that nobody has touched since it was read.
     """
-    if purpose not in ("corpus", "model"):
-        raise AgentError("protocol", f"purpose={purpose!r} is neither 'corpus' nor 'model'")
+    if purpose not in _CHECKS:
+        raise AgentError("protocol", f"purpose={purpose!r} is none of: {', '.join(_CHECKS)}")
     report: dict[str, Any] = {"ok": False, "sha256": None, "files": 0, "bytes": 0, "reason": None, "next": None}
     try:
         place = expand(path, "path")
-        facts = check_corpus(place) if purpose == "corpus" else check_model(place)
+        facts = _CHECKS[purpose](place)
         if like is not None:
             check_same_tokens(expand(like, "like"), place)
         sha256, files, size = known or tree_digest(place)
@@ -175,6 +175,38 @@ def check_model(folder: Path) -> dict[str, Any]:
     }
 
 
+def check_tokenizer(folder: Path) -> dict[str, Any]:
+    """Facts about the folder of a teacher that a server answers for (`vocab_size`, `tokenizer`): no weights needed."""
+    whole = "give a folder with the served model's tokenizer.json, tokenizer_config.json and config.json"
+    if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "does not exist on this host"
+        raise Unfit(f"tokenizer folder {folder} {state}", whole)
+    config = _json_object(folder / "config.json", whole)
+    if not (folder / "tokenizer.json").is_file():
+        raise Unfit(f"tokenizer folder {folder} has no tokenizer.json", whole)
+    read_vocabulary(folder)
+    vocabulary = config.get("vocab_size")
+    return {
+        "vocab_size": vocabulary if isinstance(vocabulary, int) else None,
+        "model_type": config.get("model_type"),
+        "tokenizer": True,
+    }
+
+
+def check_targets(path: Path) -> dict[str, Any]:
+    """Nothing but that a file is a store of targets which nobody is writing; Unfit where it is not."""
+    if not path.is_file():
+        state = "is not a file" if path.exists() else "does not exist on this host"
+        raise Unfit(f"store {path} {state}", "give the targets.sqlite of a score run")
+    with open(path, "rb") as file:
+        if file.read(16) != b"SQLite format 3\0":
+            raise Unfit(f"store {path} is no SQLite file", "give the targets.sqlite of a score run")
+    journal = path.with_name(path.name + "-wal")
+    if journal.exists() and journal.stat().st_size:
+        raise Unfit(f"store {path} is being written: {journal.name} is not empty", "wait for the run that writes it")
+    return {}
+
+
 def check_safetensors(path: Path) -> int:
     """The number of elements in a safetensors file; Unfit when its header is corrupt or belies its size."""
     again = f"copy {path.name} again, whole"
@@ -244,3 +276,11 @@ def _json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise Unfit(f"{path} is not a JSON object", remedy)
     return document
+
+
+_CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "corpus": check_corpus,
+    "model": check_model,
+    "tokenizer": check_tokenizer,
+    "targets": check_targets,
+}

@@ -29,7 +29,7 @@ class PipelineModels:
     @classmethod
     def of(cls, wanted: Sequence[ExternalPath]) -> PipelineModels:
         """The models among the paths that a pipeline names."""
-        found = {one.path: model_ref(one.path) for one in wanted if one.purpose == "model"}
+        found = {one.path: model_ref(one.path) for one in wanted if one.purpose in ("model", "tokenizer")}
         return cls({path: ref for path, ref in found.items() if ref is not None and ref.pinned})
 
     def question(self, row: Mapping[str, str]) -> dict[str, str]:

@@ -37,6 +37,7 @@ ENTRIES = {
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
+    "bench": Entry("latentforge.cli.bench", "Measure teachers side by side."),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
     "capabilities": Entry(
         "latentforge.cli.capabilities", "Print what this install can be asked for, as JSON.", single=True

@@ -33,7 +33,7 @@ def offered(commands: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
 def wanted_of(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
     """What a pipeline asks of the package on its host: its kinds of runs, every field of them, its falsifiers."""
     kinds = ["data", *(["teacher"] if spec.teacher.model is None else [])]
-    kinds += [*(["score"] if spec.distill.targets == "store" else []), "distill"]
+    kinds += [*(["score"] if spec.distill.targets == "store" and spec.teacher.backend != "store" else []), "distill"]
     sections = {*kinds, "teacher"} if spec.teacher.model is not None else set(kinds)
     fields = [one for one in sorted(_fields(PipelineSpec)) if "." not in one or one.partition(".")[0] in sections]
     return {

@@ -26,7 +26,7 @@ class ExternalPath:
 
     field: str  # the spec field that names it, "data.corpus"
     path: str
-    purpose: str  # "corpus" or "model"
+    purpose: str  # "corpus", "model", "tokenizer" (a model's folder of which no weights are needed) or "targets"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:
     if spec.data.corpus != BUILTIN_CORPUS:
         yield ExternalPath("data.corpus", spec.data.corpus, "corpus")
     if spec.teacher.model is not None:
-        yield ExternalPath("teacher.model", spec.teacher.model, "model")
+        loaded = spec.teacher.backend not in (*HTTP_BACKENDS, "store", "fixture")
+        yield ExternalPath("teacher.model", spec.teacher.model, "model" if loaded else "tokenizer")
+    if spec.teacher.backend == "store" and spec.teacher.store is not None:
+        yield ExternalPath("teacher.store", spec.teacher.store, "targets")
     if spec.distill.student.init is not None:
         yield ExternalPath("distill.student.init", spec.distill.student.init, "model")
 
@@ -98,6 +101,12 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
             f"T = {distill.temperature:g} is not in score.temperatures [{stored}]: planned with live dense targets"
         )
         distill = distill.model_copy(update={"targets": "live"})
+    if teacher.backend == "store" and (distill.targets == "live" or distill.on_policy > 0.0):
+        asks = "distill.targets = 'live'" if distill.targets == "live" else f"on_policy = {distill.on_policy:g}"
+        raise RefusedError(
+            f"{asks} asks a teacher, and teacher.backend = 'store' has none",
+            next="distill.targets = 'store' and on_policy = 0, or another teacher.backend",
+        )
     if distill.targets == "live" and teacher.backend in HTTP_BACKENDS and distill.temperature != 1.0:
         raise RefusedError(
             f"distill.temperature = {distill.temperature:g}: rows over HTTP have T = 1 only",
@@ -181,14 +190,15 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
     else:
         yield "teacher", {"seed": spec.seed, "teacher": training_of(spec.teacher)}, {"data": "data"}
 
-    if spec.distill.targets == "store":
+    stored = external.get("teacher.store")
+    if spec.distill.targets == "store" and stored is None:
         asked = {"seed": spec.seed, "score": _json(spec.score), "teacher": answers_of(spec.teacher)}
         asked |= {"cross_tokenizer": True} if crosses else {}
         yield "score", asked, {"data": "data", "teacher": teacher}
 
     inputs: _Sources = {"data": "data", "teacher": teacher}
     if spec.distill.targets == "store":
-        inputs["targets"] = "score"
+        inputs["targets"] = stored or "score"
     if (init := external.get("distill.student.init")) is not None:
         inputs["student_init"] = init
     # A student that is fed from the store alone asks no teacher.

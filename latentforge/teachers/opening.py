@@ -26,15 +26,37 @@ def open_teacher(
     env: Mapping[str, str],
     *,
     say: Callable[[str], None] = lambda sentence: None,
+    k: int | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
 ) -> Scorer:
     """Open the backend that ``spec`` names, or that ``auto`` comes to; it is the caller's to close.
 
     ``folder`` holds the tokenizer and config.json, and the weights where the backend computes in this process;
     ``device`` is torch's name for where it does; ``env`` holds the key under the name that ``spec.api_key_env`` says;
+    ``k`` entries a row at ``temperatures`` are what will be asked: with them ``spec.cache`` stands before the teacher.
     ``say`` is told what a reader of the run should know: what ``auto`` came to, and changes of the rate. A server is
     asked for nothing here but, where ``served_model`` is absent, for the one model that it lists. RefusedError where
     the section or the folder cannot be meant, TeacherFailure where the server does not list one model.
     """
+    teacher = _opened(spec, folder, device, env, say)
+    if spec.cache is None or k is None or spec.backend == "store":
+        return teacher
+    from latentforge.teachers.cached import CachedTeacher
+
+    try:
+        cached = CachedTeacher.open(
+            Path(spec.cache), teacher, k=k, temperatures=temperatures, readonly=spec.cache_readonly
+        )
+    except BaseException:
+        teacher.close()
+        raise
+    say(f"answers are kept in {Path(spec.cache).name}" + (", read only" if spec.cache_readonly else ""))
+    return cached
+
+
+def _opened(
+    spec: TeacherSpec, folder: Path | None, device: str, env: Mapping[str, str], say: Callable[[str], None]
+) -> Scorer:
     backend: str = spec.backend
     if backend == "auto":
         backend, why = auto_of(spec)

@@ -56,13 +56,16 @@ class Job:
 
 def open_stored(run: RunDir, teacher: Path) -> StoreTeacher:
     """The store of the score run, refused where another teacher filled it."""
-    source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite")
     scored = run.input_run("targets")
-    asked = {} if scored is None else scored.load_identity().spec.get("teacher", {})
-    if asked.get("backend", "hf") == "hf":
+    if scored is None:
+        source, asked = StoreTeacher.open(checked_path(run, "targets") or run.input_path("targets")), {}
+    else:
+        source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite")
+        asked = scored.load_identity().spec.get("teacher", {})
+    if scored is not None and asked.get("backend", "hf") == "hf":
         filled, wanted = source.identity.sha256, check_model_folder(teacher).sha256
     else:
-        # A served model's files cannot be seen: its tokenizer is what the folder and the rows have in common.
+        # The teacher's files cannot be seen: its tokenizer is what the folder and the rows have in common.
         filled, wanted = source.identity.tokenizer_sha256, Tokenizer.open(teacher).sha256
     if filled != wanted:
         raise RefusedError(
@@ -92,8 +95,9 @@ def open_supply(
 
     live = None
     if spec.targets == "live" or spec.on_policy > 0.0:
-        source = facing(open_teacher(teacher_of(run), teacher, str(device), os.environ))
         asked = run.load_identity().spec
+        kept = asked.get("score", {}).get("k")  # of a teacher without dense logits, whose answers can be kept
+        source = facing(open_teacher(teacher_of(run), teacher, str(device), os.environ, k=kept))
         k = None if answers_dense(source) else int(asked["score"]["k"])
         check_live(source, spec, data, k=k)
         check_on_policy(source, spec, data)

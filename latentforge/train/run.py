@@ -20,6 +20,7 @@ from latentforge.memory import MemoryPlan
 from latentforge.spec.code import running_code
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
+from latentforge.spec.sections import HTTP_BACKENDS
 from latentforge.train import effective, memory
 from latentforge.train.setting import fit_threads
 from latentforge.train.stopping import Interrupted, handled_signals
@@ -179,6 +180,8 @@ def _earned(run: RunDir) -> ExitCode:
 def _scoring_flops(run: RunDir, identity: RunIdentity) -> float:
     """Operations of one scored batch, by the size of the teacher's files."""
     data = json.loads((run.input_path("data") / "data.json").read_bytes())
+    if identity.spec["teacher"]["backend"] in HTTP_BACKENDS:
+        return 0.0  # computed elsewhere
     weights = sum(file.stat().st_size / 4 for file in run.input_path("teacher").rglob("*.safetensors"))
     return float(2.0 * weights * identity.spec["score"]["batch_size"] * data["sequence_length"])
 

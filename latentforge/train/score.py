@@ -45,7 +45,9 @@ def run(run: RunDir, log: EventLog) -> None:
             folder = teacher_folder(run)
             across = align(folder, data, log) if crosses(run) else None
             said = across[0].notes if across else compare_vocabularies(folder, data.tokenizer_dir).notes
-            teacher = open_teacher(asked, folder, "cuda" if torch.cuda.is_available() else "cpu", os.environ)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            kept = {"k": spec.k, "temperatures": spec.temperatures}
+            teacher = open_teacher(asked, folder, device, os.environ, say=log.say, **kept)
             held.callback(teacher.close)
             report_precision(run, log, teacher)
             if spec.mode == "sample":
