@@ -85,6 +85,8 @@ def memory(
         chosen, why = choose_mode(mode_of(spec), plans)
     except RefusedError as error:
         chosen, why, refusal = mode_of(spec), str(error), error
+    kv = {term.bytes for plan in plans.values() for stage in plan.stages for term in stage.terms if term.name == "kv"}
+    notes += [f"pin the engine's cache: latentforge teacher serve … --kv-cache-bytes {max(kv)}"] if any(kv) else []
     shown = next(plan for name, plan in plans.items() if name == (mode or chosen))
     if json:
         modes = {name: _as_json(plan) for name, plan in plans.items()}

@@ -127,8 +127,9 @@ class Answering:
         place = place_of(spec)
         engine = None
         if place == "engine":
+            longest = min(spec.max_model_len, model.positions or spec.max_model_len)
             engine = EngineSetting.scoring(
-                sequences=spec.concurrency, length=length, max_model_len=spec.max_model_len, method=spec.quantization
+                sequences=spec.concurrency, length=length, max_model_len=longest, method=spec.quantization
             )
         return cls(model, place, spec.precision, device, engine)
 
@@ -144,14 +145,19 @@ class Answering:
         return _inference(self.model.shape, least, rows, length, copies=copies), [] if known else ["the teacher"]
 
     @property
-    def load(self) -> int:
-        """Bytes at once while it is loaded into this process: the weights, and the file where they are converted."""
+    def load(self) -> tuple[int, int]:
+        """While it is loaded into this process: its weights with the largest file, and the pages of its other files.
+
+        Numbers that stay as they lie in the file are mapped from it, not copied.
+        """
         if self.place != "process":
-            return 0
-        weights = self.model.weights(self.precision, self.device) or self.model.bytes or 0
-        # Numbers that are kept as they lie in the file are mapped from it, not copied.
-        mapped = weights == self.model.bytes and self.device == "cpu"
-        return weights + (0 if mapped else self.model.bytes or 0)
+            return 0, 0
+        files = self.model.bytes or 0
+        weights = self.model.weights(self.precision, self.device) or files
+        if weights == files and self.device == "cpu":
+            return weights, 0
+        largest = min(files, self.model.largest_file or files)
+        return weights + largest, files - largest
 
 
 def place_of(spec: TeacherSpec) -> Place:
@@ -174,7 +180,7 @@ def teacher_memory(spec: TeacherSpec, shape: ModelShape, *, length: int, device:
 def score_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
     """The plan of a run that asks a teacher for ``rows`` sequences of ``length`` tokens at a time."""
     terms, unknown = teacher.terms(rows, length, copies=3)
-    return MemoryPlan("score", (*terms, _runtime(teacher.device)), tuple(unknown), teacher.load)
+    return MemoryPlan("score", (*terms, _runtime(teacher.device)), tuple(unknown), *teacher.load)
 
 
 def distill_memory(
@@ -198,8 +204,8 @@ def distill_memory(
         terms = [*terms, *trained, start]
         if TWIN in spec.require:
             terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
-    load = teacher.load if teacher is not None else 0
-    return MemoryPlan("distill", (*_joined(terms), _runtime(device)), tuple(unknown), load)
+    load = teacher.load if teacher is not None else (0, 0)
+    return MemoryPlan("distill", (*_joined(terms), _runtime(device)), tuple(unknown), *load)
 
 
 def pipeline_memory(

@@ -29,7 +29,8 @@ class KnownModel:
 
     ``shape`` None: its parameters cannot be counted here (experts, an unknown type). ``bytes``: of its weight files;
     ``largest_file`` of the largest of them. ``quantization``: the method that config.json names. ``cache`` None: what
-    it keeps a token is not known. ``vocabulary``: rows of its head. ``troubles``: why something is not known.
+    it keeps a token is not known. ``vocabulary``: rows of its head;
+    ``positions``: the longest sequence that it takes. ``troubles``: why something is not known.
     """
 
     shape: ModelShape | None = None
@@ -38,6 +39,7 @@ class KnownModel:
     quantization: str | None = None
     cache: CacheShape | None = None
     vocabulary: int | None = None
+    positions: int | None = None
     troubles: tuple[str, ...] = ()
 
     @classmethod
@@ -61,9 +63,10 @@ class KnownModel:
             cache = CacheShape.from_config(plain)
         except RefusedError as error:
             troubles.append(str(error))
-        rows = (config.get("text_config") or config).get("vocab_size")
-        vocabulary = rows if isinstance(rows, int) and rows > 0 else None
-        return cls(shape, bytes, bytes, name, cache, vocabulary, tuple(troubles))
+        inner = config.get("text_config") or config
+        sizes = (inner.get("vocab_size"), inner.get("max_position_embeddings"))
+        rows, positions = (size if isinstance(size, int) and size > 0 else None for size in sizes)
+        return cls(shape, bytes, bytes, name, cache, rows, positions, tuple(troubles))
 
     @classmethod
     def of_folder(cls, path: Path) -> Self:

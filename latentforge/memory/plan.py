@@ -42,14 +42,16 @@ class MemoryVerdict:
 class MemoryPlan:
     """The terms of one run. ``unknown`` names what could not be counted (then the verdict cannot be a pass).
 
-    ``load`` is what stands in memory at once while a model is loaded: its weights and the file's part that they are
-    read from, the runtime not counted. It comes before the other terms, not on top of them.
+    ``load`` is what must be there while a model is loaded: its weights and the largest file that they are converted
+    from, the runtime not counted. It comes before the other terms, not on top of them. ``mapped`` are the pages of the
+    other files, which a process shows as its own and the kernel takes back when it wants them.
     """
 
     run: str
     terms: tuple[Term, ...]
     unknown: tuple[str, ...] = ()
     load: int = 0
+    mapped: int = 0
 
     @property
     def bytes(self) -> int:
@@ -61,7 +63,7 @@ class MemoryPlan:
         """The most that the run's own process is planned to hold, while it loads or afterwards."""
         steady = sum(term.bytes for term in self.terms if not term.elsewhere)
         runtime = sum(term.bytes for term in self.terms if term.name == "runtime")
-        return max(steady, self.load + runtime if self.load else 0)
+        return max(steady, self.load + self.mapped + runtime if self.load else 0)
 
     def line(self, total: int | None = None) -> str:
         """``teacher 1.1 + student 0.4 + … + margin 16.0 = 20.3 GiB``, the margin of a host with ``total`` bytes."""
@@ -81,7 +83,11 @@ class MemoryPlan:
             return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the size of {', '.join(self.unknown)} is not known")
         if total is None or available is None:
             return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the host does not say what is free; {self.line()}")
-        need = self.bytes + margin(total)
+        need = max(self.bytes, self.load) + margin(total)
+        if self.load > self.bytes and need > available:
+            parts = f"{gib(self.load)} + margin {gib(margin(total))} GiB"
+            text = f"not enough to load it: {parts}, {gib(available)} are free"
+            return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
         if need > total:
             text = f"not enough: {self.line(total)}, the host has {gib(total)}"
             return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
@@ -96,7 +102,7 @@ def largest(plans: Iterable[MemoryPlan]) -> MemoryPlan:
     plans = list(plans)
     most = max(plans, key=lambda plan: plan.bytes)
     unknown = tuple(dict.fromkeys(name for plan in plans for name in plan.unknown))
-    return MemoryPlan(most.run, most.terms, unknown, most.load)
+    return MemoryPlan(most.run, most.terms, unknown, max(plan.load for plan in plans), most.mapped)
 
 
 def gib(count: int) -> str:

@@ -60,7 +60,7 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
 def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory | None = None) -> None:
     """Say what the run is planned to hold, and refuse it (FailedError: the host is not fit) where that is not there."""
     host = HostMemory.read() if host is None else host
-    judged = admission(plan, host)
+    judged = admission(plan, host, measured_peak=_rehearsed(run))
     terms = {f"planned_{term.name.replace(' ', '_')}": term.bytes for term in plan.terms if term.bytes}
     told = {"total_bytes": host.total, "available_bytes": host.available}
     log.memory(
@@ -81,6 +81,13 @@ def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory 
             f"{gib(condition.need or 0)} GiB, {gib(condition.have or 0)} of {gib(host.total or 0)} GiB are free",
             next="latentforge memory SPEC shows each term; lower the batch, the sequence length or the model",
         )
+
+
+def _rehearsed(run: RunDir) -> int | None:
+    """The peak that this run's canary was measured to hold: the same training, a few steps of it."""
+    source = run.input_run("canary") if run.has_input("canary") else None
+    found = effective.read(source).get("memory", {}).get("measured_bytes") if source is not None else None
+    return found if isinstance(found, int) else None
 
 
 def begin_measuring() -> int:

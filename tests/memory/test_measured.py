@@ -62,3 +62,54 @@ def test_the_peak_of_what_ran_before_in_the_process_is_forgotten() -> None:
     del held
     memory.begin_measuring()
     assert effective.peak_memory_bytes() < before - (100 << 20)
+
+
+@pytest.fixture(scope="module")
+def forty_millions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 41 M parameters in fp32, in three files."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    from latentforge.data.tokenizer import train_bpe
+
+    logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("forty")
+    train_bpe(["the other theme there then"] * 2, 264, folder)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=4096, hidden_size=768, num_hidden_layers=5, num_attention_heads=12, num_key_value_heads=4,
+                head_dim=64, intermediate_size=2304, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None,
+            )
+        )  # fmt: skip
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.fill_(0.01)
+    model.save_pretrained(folder, max_shard_size="60MB")
+    return folder
+
+
+@pytest.mark.parametrize("asked", ["fp32", "bf16"])
+def test_loading_and_asking_a_teacher_holds_what_its_terms_say(forty_millions: Path, asked: str) -> None:
+    import torch
+
+    from latentforge.memory import KnownModel
+    from latentforge.memory.estimate import Answering, score_memory
+    from latentforge.spec.sections import TeacherSpec
+    from latentforge.teachers.precision import open_hf
+
+    known = KnownModel.of_folder(forty_millions)
+    assert known.bytes is not None
+    assert (known.largest_file or 0) < known.bytes
+    spec = TeacherSpec(precision=asked)  # type: ignore[arg-type]
+    plan = score_memory(Answering.of(spec, known, length=65, device="cpu"), rows=4, length=65)
+    runtime = next(term.bytes for term in plan.terms if term.name == "runtime")
+    open_hf(forty_millions, "fp32", "cpu").close()  # what loading brings along for the first time is the runtime's
+    before = memory.begin_measuring()
+    teacher = open_hf(forty_millions, asked, "cpu")  # type: ignore[arg-type]
+    teacher.topk(torch.randint(0, 264, (4, 65)), k=8, temperatures=(1.0,))
+    held = effective.peak_memory_bytes() - before
+    planned = plan.own_bytes - runtime
+    assert 0.5 * planned < held < 1.15 * planned, f"{held / 2**20:.0f} of {planned / 2**20:.0f} MiB"

@@ -110,6 +110,12 @@ def test_the_admission_formula_gives_the_verdicts_of_the_worked_table(student: i
     assert admission(plan, GB10).outcome is (Outcome.PASS if fits else Outcome.FAIL)
 
 
+def test_what_is_counted_refuses_where_it_alone_is_too_much_though_the_rest_is_unknown() -> None:
+    for size, outcome in ((100, Outcome.UNKNOWN), (110, Outcome.FAIL)):
+        plan = MemoryPlan("x", (Term("a", size * GIB),), unknown=("the student",))
+        assert admission(plan, GB10).outcome is outcome
+
+
 def test_each_condition_of_the_admission_can_be_the_one_that_refuses() -> None:
     small = MemoryPlan("score", (Term("teacher", 40 * GIB),), load=80 * GIB)
     refused = {
