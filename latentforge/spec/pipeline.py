@@ -204,7 +204,7 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
     # A student that is fed from the store alone asks no teacher.
     asks = spec.distill.targets == "live" or spec.distill.on_policy > 0.0
     teacher_asked = {"teacher": answers_of(spec.teacher)} if asks else {}
-    if asks and spec.teacher.backend not in DENSE_BACKENDS:
+    if asks and (spec.teacher.backend not in DENSE_BACKENDS or spec.distill.cross_tokenizer):
         teacher_asked["score"] = {"k": spec.score.k}
     if spec.profile == "full":
         short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of(spec.distill)), **teacher_asked}

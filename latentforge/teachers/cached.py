@@ -139,7 +139,9 @@ class CachedTeacher:
         try:
             for at, targets in self.teacher.score(wanted, k=self.store.k, temperatures=self.store.temperatures):
                 if not self.store.readonly:
+                    # Given as it will be read again: a run that resumes from here sees the same bits.
                     self.store.put_many([(wanted[at], targets)])
+                    targets = self.store.get(wanted[at])
                 for number in places[at]:
                     yield number, self._stored.narrowed(targets, k=k, temperatures=temperatures)
         except TeacherFailure as failure:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 Value = TypeVar("Value")
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Taken(Generic[Value]):
         return max(0.0, self.fetch_seconds - self.wait_seconds)
 
 
+class Interrupted(Exception):
+    """A step stopped waiting for what it was to be given, since its run was told to stop."""
+
+
 @dataclass(frozen=True)
 class _Fetched(Generic[Value]):
     value: Value | None
@@ -41,7 +46,8 @@ class Prefetcher(Generic[Value]):
     One thread fetches, one step after the other, so a teacher is asked the same questions in the same order whatever
     ``ahead`` is; with 0 there is no thread and each fetch is made when its step comes. What ``fetch`` raises is raised
     by :meth:`take` of the step that it was for, and nothing is fetched after it. A context: at its end the thread is
-    gone; a fetch that is still under way then is told to give up by ``cancel`` and waited for.
+    gone; a fetch that is still under way then is told to give up by ``cancel`` and waited for. Where ``interrupted``
+    says so while a step waits, :meth:`take` raises :class:`Interrupted`.
     """
 
     def __init__(
@@ -51,12 +57,14 @@ class Prefetcher(Generic[Value]):
         *,
         ahead: int,
         cancel: Callable[[], None] = lambda: None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         if ahead < 0 or steps.step != 1:
             raise ValueError(f"cannot fetch {steps} {ahead} ahead")
         self.ahead = ahead
         self._fetch = fetch
         self._cancel = cancel
+        self._interrupted = interrupted
         self._steps = steps
         self._next = steps.start
         self._changed = threading.Condition()
@@ -88,7 +96,9 @@ class Prefetcher(Generic[Value]):
             while step not in self._ready:
                 if self._stopped:
                     raise RuntimeError("the prefetcher is closed")
-                self._changed.wait()
+                if self._interrupted():
+                    raise Interrupted
+                self._changed.wait(_LOOK_SECONDS)
             found = self._ready[step]
             if found.error is None:
                 del self._ready[step]

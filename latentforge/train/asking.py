@@ -57,6 +57,12 @@ def check_on_policy(source: Scorer, spec: DistillSpec, data: ShardSet) -> None:
             f"{asked}: the student's own text must be judged while it trains, and a store holds rows of the data alone",
             next='set distill.targets = "live" with a teacher that scores (hf, or a server), or distill.on_policy = 0',
         )
+    if spec.cross_tokenizer:
+        raise RefusedError(
+            f"{asked} and distill.cross_tokenizer: where a teacher of another tokenizer has no row, the student's own "
+            "text would have neither label nor targets",
+            next="use a teacher of the student's tokenizer, or set distill.on_policy = 0",
+        )
     if not {"logits", "score"} & set(source.capabilities):
         raise RefusedError(
             f"{asked}: the student's own text must be scored, and this teacher cannot score given tokens",

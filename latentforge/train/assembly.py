@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from latentforge.train.loop import Objective, Trainer
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import training_batch
+from latentforge.train.stopping import stop_requested
 from latentforge.train.supply import Supply
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,13 +84,16 @@ def open_supply(
     teacher: Path,
     device: torch.device,
     data: ShardSet,
+    held: ExitStack,
+    say: Callable[[str], None],
     across: tuple[Bridge, CrossCoverage] | None = None,
 ) -> tuple[Supply, Supply]:
     """The teacher's targets at the training temperature, of the data and of the student's own text.
 
     Stored top-k rows with their tail; or, of a teacher that answers while the student trains, dense logits where it has
     them, else top-k rows. Refused where it cannot give them. Both are one where nothing is stored or nothing written.
-    ``across`` leads to the data from a teacher of another tokenizer.
+    ``held`` closes them; ``say`` is told what a reader should know; ``across`` leads to the data from a teacher of
+    another tokenizer.
     """
 
     def facing(source: Scorer) -> Scorer:
@@ -95,17 +101,21 @@ def open_supply(
 
     live = None
     if spec.targets == "live" or spec.on_policy > 0.0:
-        asked = run.load_identity().spec
-        kept = asked.get("score", {}).get("k")  # of a teacher without dense logits, whose answers can be kept
-        source = facing(open_teacher(teacher_of(run), teacher, str(device), os.environ, k=kept))
-        k = None if answers_dense(source) else int(asked["score"]["k"])
+        asked = teacher_of(run)
+        kept = run.load_identity().spec.get("score", {}).get("k")  # of a teacher whose answers are rows
+        at = (spec.temperature,)
+        opened = open_teacher(asked, teacher, str(device), os.environ, say=say, k=kept, temperatures=at)
+        source = facing(held.enter_context(closing(opened)))
+        k = None if answers_dense(source) else int(kept)
+        if asked.cache is not None and k is None:
+            say(f"teacher.cache = {asked.cache!r} is not used: dense logits are asked anew, rows alone can be kept")
         check_live(source, spec, data, k=k)
         check_on_policy(source, spec, data)
         live = _supply(source, spec, data, k=k, live=True)
     if spec.targets == "live":
         assert live is not None
         return live, live
-    stored = open_stored(run, teacher)
+    stored = held.enter_context(open_stored(run, teacher))
     supply = _supply(facing(stored), spec, data, k=stored.store.k, live=False)
     return supply, supply if live is None else live
 
@@ -136,6 +146,7 @@ def make_feed(job: Job, trainer: Trainer, steps: range) -> Feed:
         judge=job.judge,
         micro_batch_size=trainer.micro_batch_size,
         eos_id=data.eos_id,
+        interrupted=lambda: stop_requested() is not None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from latentforge.spec.canary import CANARY
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
+from latentforge.teachers import prefetch
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.crossed import require_coverage
 from latentforge.teachers.failures import TeacherFailure
@@ -68,6 +70,12 @@ class Trained:
 
 def run(run: RunDir, log: EventLog) -> None:
     """Load, compare asked with effective, train the student, train its twin where asked, save, judge."""
+    with ExitStack() as held:
+        distil(run, log, held)
+
+
+def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
+    """The run from its first phase to its verdicts; ``held`` closes what it opens."""
     identity = run.load_identity()
     spec = DistillSpec.model_validate_json(json.dumps(identity.spec["distill"]))
     seed, profile = int(identity.spec["seed"]), identity.spec["profile"]
@@ -83,7 +91,7 @@ def run(run: RunDir, log: EventLog) -> None:
         if across is not None:
             require_coverage(across[1], spec.min_coverage)
         notes = [] if across else list(compare_vocabularies(teacher, data.tokenizer_dir).notes)
-        supply, critic = open_supply(run, spec, teacher, device, data, across)
+        supply, critic = open_supply(run, spec, teacher, device, data, held, log.say, across)
         report_precision(run, log, critic.source)
         notes += [*supply.source.notes, *critic.source.notes]
         start = start_model(run, spec.student, data, data.tokenizer_dir if across else teacher, seed)
@@ -197,11 +205,13 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
         for step in range(first, spec.steps):
             try:
                 given = feed.next(step, trainer.student)
-            except TeacherFailure as failure:
+            except (TeacherFailure, prefetch.Interrupted) as stopped:
                 if step > kept:
                     keep(job, trainer, model, step, start)
-                report_teaching(job, model, tally, step=step)
-                raise lost_teacher(failure, model, step) from failure
+                report_teaching(job, trainer, model, tally, step=step)
+                if isinstance(stopped, TeacherFailure):
+                    raise lost_teacher(stopped, model, step) from stopped
+                raise Interrupted(f"interrupted by {stop_requested()} before step {step + 1} of the {model}") from None
             result = trainer.step(step, given.tokens, given.lessons)
             result = replace(result, seconds=result.seconds + given.wait_seconds)
             log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(given.fields))
@@ -212,14 +222,13 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                 keep(job, trainer, model, step + 1, start)
                 kept = step + 1
             if signal is not None:
-                report_teaching(job, model, tally, step=step + 1)
+                report_teaching(job, trainer, model, tally, step=step + 1)
                 raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {model}; checkpoint written")
 
     after = held_out(job, trainer.student)
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
-    if trainer.objective.kd_weight > 0:
-        report_teaching(job, model, tally, step=spec.steps)
+    report_teaching(job, trainer, model, tally, step=spec.steps)
     return Trained(trainer, start, before, after, tally)
 
 
@@ -257,9 +266,11 @@ def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
         job.log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
 
 
-def report_teaching(job: Job, model: str, tally: Tally, *, step: int) -> None:
+def report_teaching(job: Job, trainer: Trainer, model: str, tally: Tally, *, step: int) -> None:
     """Say what share of the rows had targets, what the teacher's time was spent on, and what it counted itself."""
-    fields = {**tally.fields(), **job.supply.metrics()}
+    if trainer.objective.kd_weight == 0:
+        return
+    fields = {**tally.fields(), **job.judge.metrics()}
     job.log.emit("metric", name="kd_coverage", value=tally.coverage, step=step, split="train", model=model, **fields)
     job.log.say(tally.sentence())
     if tally.on_policy_sequences:

@@ -189,7 +189,8 @@ def coverage_001(events: Events) -> Verdict:
     if reported["value"] != taught / rows or reported["target_rows"] != taught or reported["rows"] != rows:
         told = f"{reported['target_rows']} of {reported['rows']}"
         return _verdict(events, name, False, f"{text}; {told} were reported ({percent(reported['value'])})", measured)
-    if taught < rows and asked.get("on_teacher_loss", "stop") == "stop":
+    # Of a teacher of another tokenizer some positions have no row, whatever becomes of it.
+    if taught < rows and asked.get("on_teacher_loss", "stop") == "stop" and not asked.get("cross_tokenizer"):
         return _verdict(events, name, False, f"{text}, and a lost teacher was to stop the run", measured)
     return _verdict(events, name, True, text, measured)
 

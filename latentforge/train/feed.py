@@ -56,6 +56,7 @@ class Feed:
         judge: Supply | None = None,
         micro_batch_size: int | None = None,
         eos_id: int = -1,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._batch_of = batch_of
         self._supply = supply
@@ -66,9 +67,13 @@ class Feed:
         self._eos_id = eos_id
         fits = supply is None or supply.k is not None or dense_bytes * ahead <= AHEAD_BYTES
         # A teacher in this process ends its answer soon; one elsewhere may take its whole time-out.
-        give_up = supply.close if supply is not None and supply.elsewhere else lambda: None
+        give_up = supply.give_up if supply is not None and supply.elsewhere else lambda: None
         self._ahead = Prefetcher(
-            self._material, steps, ahead=ahead if supply is not None and fits else 0, cancel=give_up
+            self._material,
+            steps,
+            ahead=ahead if supply is not None and fits else 0,
+            cancel=give_up,
+            interrupted=interrupted,
         )
 
     @property

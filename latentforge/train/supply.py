@@ -14,6 +14,7 @@ from torch import Tensor
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 from latentforge.students.causal import RowUse
 from latentforge.targets.row import SequenceTargets
+from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.failures import RETRIED, TeacherFailure
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.protocol import Scorer
@@ -137,15 +138,24 @@ class Supply:
         """Sequences int64 [n, L] with their targets; those that have none are for cross-entropy alone."""
         given = [one for one in found if one is not None]
         targets = stack_rows(given, self.temperature, tokens.device) if given else None
-        if len(given) == len(tokens):
-            return Lesson(tokens, targets)
         answered = torch.tensor([one is not None for one in found], device=tokens.device)
         taught = answered.repeat_interleave(tokens.shape[1] - 1)
+        if targets is not None:
+            # A row without any entry says nothing: of a teacher of another tokenizer some positions have no row.
+            said = (targets.ids >= 0).any(dim=1)
+            if not bool(said.all()):
+                taught[taught.clone()] = said
+                targets = TopKTargets(targets.ids[said], targets.logprobs[said], targets.tail[said])
+        if bool(taught.all()):
+            return Lesson(tokens, targets)
+        if not bool(taught.any()):
+            targets = None
         return Lesson(tokens, targets, RowUse(torch.ones_like(taught), taught, self.ce_alone))
 
-    def close(self) -> None:
-        """Let go of the teacher; what is being asked of it is given up."""
-        self.source.close()
+    def give_up(self) -> None:
+        """Ask nothing more; what another thread is asking fails at once. Only of a teacher elsewhere."""
+        inner = self.source.teacher if isinstance(self.source, CachedTeacher) else self.source
+        inner.close()
 
     def metrics(self) -> dict[str, Any]:
         """What the teacher counted of itself, each name with ``teacher_`` before it; empty where it counts nothing."""

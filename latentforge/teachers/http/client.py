@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import ssl
+import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
@@ -43,6 +47,8 @@ class HttpClient:
             if not key.isascii() or not key.isprintable() or not key.strip():
                 raise RefusedError(f"the key for {public_url(url)} holds characters that no header can carry")
             headers["Authorization"] = f"Bearer {key}"
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
         local = _is_loopback(parts.hostname or "")
         self.clear_text = parts.scheme == "http" and key is not None and not local
         self._client = httpx2.Client(
@@ -59,8 +65,21 @@ class HttpClient:
         return f"HttpClient({public_url(self.url)!r})"
 
     def close(self) -> None:
-        """Close every connection; a request in flight in another thread fails."""
+        """Close every connection; a request in flight in another thread fails at once."""
+        with self._lock:
+            open_ones = list(self._sockets)
+        for one in open_ones:
+            # To close a socket does not wake who waits for its bytes; to shut it down does.
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
         self._client.close()
+
+    def _remember(self, event: str, info: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            opened = info["return_value"].get_extra_info("socket")
+            if opened is not None:
+                with self._lock:
+                    self._sockets.add(opened)
 
     def get(self, path: str) -> Any:
         """The JSON value at ``path`` (``/models``). Raises TeacherFailure."""
@@ -80,7 +99,10 @@ class HttpClient:
         typed = {} if content is None else {"Content-Type": "application/json"}
         began = False
         try:
-            with self._client.stream(method, self.url + path, content=content, headers=typed) as answer:
+            traced = {"trace": self._remember}
+            with self._client.stream(
+                method, self.url + path, content=content, headers=typed, extensions=traced
+            ) as answer:
                 began = True
                 raw = self._read(answer, deadline)
                 status, headers = answer.status_code, answer.headers

@@ -7,6 +7,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -72,6 +73,8 @@ class FlowControl:
         self._clock, self._sleep, self._jitter = clock, sleep, jitter
         self._slots = threading.BoundedSemaphore(concurrency)
         self._lock = threading.Lock()
+        self._closed = False
+        self._waiting: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._not_before = -math.inf
         self._limited = False
         self._successes = 0
@@ -99,6 +102,10 @@ class FlowControl:
         ``giving_up``: once set, nothing further is sent. ``attempts``: fewer or more than for others.
         """
         stop = giving_up or threading.Event()
+        with self._lock:
+            self._waiting.add(stop)
+            if self._closed:
+                stop.set()
         attempt, most = 0, self.attempts if attempts is None else attempts
         while True:
             attempt += 1
@@ -161,6 +168,14 @@ class FlowControl:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def give_up(self) -> None:
+        """End every wait and send nothing more: what is being asked fails at once. From any thread."""
+        with self._lock:
+            self._closed = True
+            waiting = list(self._waiting)
+        for stop in waiting:
+            stop.set()
 
     def metrics(self) -> dict[str, Any]:
         """What came of it so far: counts, seconds of answered requests (p50, p95), tokens a second, k now, failures."""

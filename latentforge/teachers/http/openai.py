@@ -191,7 +191,8 @@ class OpenAITeacher:
         return self.flow.call(once, tokens=charged)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; what another thread is asking or waiting to ask is given up."""
+        self.flow.give_up()
         self.client.close()
 
     def _question(self, tokens: Tokens, k: int) -> Question:

@@ -311,6 +311,8 @@ class _Reading:
         mass = float(np.exp(logprobs[: len(real)].astype(np.float64)).sum())
         if mass > 1.0 + _MASS:
             self.refuse("not-finite", f"position {at + 1}: its probabilities sum to {mass:.6g}")
+        if len(real) == self.question.vocab_size:
+            return -math.inf  # nothing lies outside the whole vocabulary, whatever rounding left
         rest = 1.0 - mass
         return math.log(rest) if rest > 0.0 else -math.inf
 
