@@ -51,6 +51,10 @@ def run(run: RunDir, log: EventLog) -> None:
             held.callback(teacher.close)
             report_precision(run, log, teacher)
             if spec.mode == "sample":
+                if asked.cache is not None:
+                    log.warning(
+                        f"teacher.cache = {asked.cache} holds top-k rows: nothing is read from it or kept there"
+                    )
                 teacher = SampledTeacher(teacher, Sampling(spec.draws, int(identity.spec["seed"])))
             else:
                 teacher = CachedTeacher.around(teacher, asked, k=spec.k, temperatures=spec.temperatures)
@@ -78,8 +82,8 @@ def run(run: RunDir, log: EventLog) -> None:
             "mode": spec.mode,
             "draws": spec.draws,
             "seed": store.seed,
-            "ttl_days": spec.ttl_days,
-            "max_bytes": spec.max_bytes,
+            "ttl_days": None if store.policy.ttl_seconds is None else store.policy.ttl_seconds / 86400.0,
+            "max_bytes": store.policy.max_bytes,
             "teacher": answers_of(asked) | in_force(teacher),
             "cross_tokenizer": across is not None,
             "tail_mass": stats["tail_mass"],

@@ -29,11 +29,12 @@ from latentforge.train.inprocess import execute_pipeline
 from .conftest import short_spec
 
 DRAWS = 24
+LIMITS = {"ttl_days": 30.0, "max_bytes": 64 << 20}
 
 
 def sampled_spec(**changed: Any) -> PipelineSpec:
     spec = short_spec(**changed)
-    return spec.model_copy(update={"score": spec.score.model_copy(update={"mode": "sample", "draws": DRAWS})})
+    return spec.model_copy(update={"score": spec.score.model_copy(update={"mode": "sample", "draws": DRAWS, **LIMITS})})
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,7 @@ def test_the_store_holds_the_draws_of_the_runs_seed_and_says_so(trained: dict[st
     assert f"{DRAWS} draws a position" in said.getvalue()
     asked = HFTeacher.open(trained["teacher"].out / "model")
     with TargetStore.open(run.out / "targets.sqlite", mode="sample", draws=DRAWS, seed=7) as store:
+        assert {"ttl_days": store.policy.ttl_seconds / 86400, "max_bytes": store.policy.max_bytes} == LIMITS
         # Asked again in another batch: the same tokens, but for what rounding moves over a border.
         teacher = SampledTeacher(asked, Sampling(DRAWS, 7))
         tokens = rows_of(trained["data"])[[0, 3, 11]]

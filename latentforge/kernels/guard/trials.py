@@ -16,9 +16,10 @@ from torch import Tensor
 
 from latentforge.kernels.guard.bands import Bands
 from latentforge.kernels.guard.variants import Variant
+from latentforge.kernels.parity.kd import mixed_counts
 from latentforge.kernels.reference import kd as reference
 from latentforge.kernels.settings import KDSettings
-from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, topk_targets
+from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets, cut_rows, topk_targets
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CAPS = {torch.bfloat16: 2.0**-6, torch.float32: 1e-5}
@@ -84,7 +85,7 @@ def off(found: Tensor, wanted: Tensor, least: float = 0.0) -> float:
 class KDTrial:
     """``row_losses`` of a backend: student logits with a row stride, dense or top-k targets, labels with ignored rows.
 
-    Odd shapes have padding, minus infinity on both sides, and an ignored row.
+    Odd shapes have padding, minus infinity on both sides, an ignored row, and rows with fewer entries than k.
     """
 
     def __init__(self, variant: Variant, shape: tuple[int, ...], device: torch.device, seed: int) -> None:
@@ -104,6 +105,8 @@ class KDTrial:
         targets: Targets
         if variant.targets == "topk":
             found = topk_targets(teacher, min(TOP_K, vocab // 2), 2.0)
+            if rows > 2 and vocab % 2:
+                found = cut_rows(found, mixed_counts(rows, found.ids.shape[1]).to(device), 2.0)
             targets = TopKTargets(
                 self.bands.place("top-k ids", found.ids),
                 self.bands.place("top-k logprobs", found.logprobs),

@@ -61,6 +61,7 @@ def test_odd_rows_at_odd_addresses_are_right_and_nothing_else_is_written(
         Case(2051, dtype, dtype, 2.0, k=k, misaligned=True, edge="rows"),
         Case(2051, dtype, dtype, 1.7, k=k, misaligned=True, padding=0 if k else 130, width=20.0, noise=0.02),
         Case(3, dtype, dtype, 4.0, k=None if k is None else 2, rows=5),
+        Case(2051, dtype, dtype, 2.0, k=k, rows=7, edge=None if k is None else "mixed k"),
     ):
         result = compare(case, isa=variant)
         assert result.passed, result

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentforge.kernels.cpu.kd import row_losses
 from latentforge.kernels.guard.trials import reference_rows
-from latentforge.kernels.targets import DenseTargets
+from latentforge.kernels.targets import DenseTargets, TopKTargets
 
 Rows = tuple[Tensor, Tensor]
 
@@ -88,6 +88,16 @@ def writes_teacher(student: Tensor, targets: DenseTargets, *rest: Any, **named: 
     rows = reference_rows(student, targets, *rest, **named)
     targets.logits[0, 0] += 1.0
     return rows
+
+
+def absent_is_a_token(student: Tensor, targets: Any, *rest: Any, **named: Any) -> Rows:
+    """The first absent entry of a top-k row is taken for a token without probability."""
+    if isinstance(targets, TopKTargets):
+        absent = targets.ids < 0
+        unlisted = next(n for n in range(student.shape[1]) if not bool((targets.ids == n).any()))
+        first = absent & (absent.cumsum(dim=1) == 1)
+        targets = TopKTargets(targets.ids.masked_fill(first, unlisted), targets.logprobs, targets.tail)
+    return reference_rows(student, targets, *rest, **named)
 
 
 def writes_without_gradient(student: Tensor, *rest: Any, write_gradient: bool = False, **named: Any) -> Rows:

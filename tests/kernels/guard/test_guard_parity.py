@@ -60,6 +60,11 @@ def test_a_faulty_kernel_is_caught_under_its_reason(entry: Callable[..., Any], r
     assert "shape" in found.detail
 
 
+def test_a_kernel_that_takes_an_absent_entry_for_a_token_is_caught() -> None:
+    assert proof_of(guard_stubs.absent_is_a_token).reason is None
+    assert proof_of(guard_stubs.absent_is_a_token, targets="topk").reason is not None
+
+
 def test_differing_bits_are_accepted_of_a_kernel_that_does_not_promise_them() -> None:
     assert proof_of(guard_stubs.nondeterministic(), deterministic=False).reason is None
 
