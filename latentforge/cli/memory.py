@@ -85,9 +85,12 @@ def memory(
         chosen, why = choose_mode(mode_of(spec), plans)
     except RefusedError as error:
         chosen, why, refusal = mode_of(spec), str(error), error
+    shown = next(plan for name, plan in plans.items() if name == (mode or chosen))
+    if shown.peak.unknown:
+        named = ((spec.teacher.model, teacher), (spec.distill.student.init, student))
+        notes += [f"{path}: {trouble}" for path, model in named if model is not None for trouble in model.troubles]
     kv = {term.bytes for plan in plans.values() for stage in plan.stages for term in stage.terms if term.name == "kv"}
     notes += [f"pin the engine's cache: latentforge teacher serve … --kv-cache-bytes {max(kv)}"] if any(kv) else []
-    shown = next(plan for name, plan in plans.items() if name == (mode or chosen))
     if json:
         modes = {name: _as_json(plan) for name, plan in plans.items()}
         there = {"total": host.total, "available": host.available, "device": where, "limited": host.limited}
@@ -113,7 +116,6 @@ def _folder(path: str | None, notes: list[str]) -> KnownModel | None:
     except RefusedError as error:
         notes.append(f"{error}: what it takes is not known here; a plan asks its host")
         return KnownModel()
-    notes.extend(f"{path}: {trouble}" for trouble in known.troubles)
     return known
 
 

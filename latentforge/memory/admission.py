@@ -73,7 +73,11 @@ def admission(plan: MemoryPlan, host: HostMemory, *, jobs: int = 0, measured_pea
             Condition("load", plan.load + room, host.available, "the weights, and the file where they are converted")
         )
     if jobs:
-        conditions.append(Condition("warm-up", jobs * COMPILER + room, host.available, f"{jobs} compilers at once"))
+        conditions.append(
+            Condition(
+                "warm-up", jobs * COMPILER + room, host.available, f"{jobs} compiler{'s' if jobs > 1 else ''} at once"
+            )
+        )
     first = None if measured_peak is None else int(measured_peak * COMPOSITE) + room
     why = "a measured step x 1.15" if measured_peak is not None else "no step of it was measured yet"
     conditions.append(Condition("first step", first, host.available, why))
