@@ -57,9 +57,15 @@ def reach_of(teacher: TeacherSpec) -> dict[str, Any]:
 def teacher_of(run: RunDir) -> TeacherSpec:
     """The teacher that a run asks: its identity's part, reached as its launch record says.
 
-    ``model`` and ``store`` are the run's inputs ``teacher`` and ``targets``, and absent here but for the store's path.
+    Of a run that asks none it is the teacher that filled its store. ``model`` and ``store`` are the run's inputs
+    ``teacher`` and ``targets``, and absent here but for the store's path.
     """
-    known: dict[str, Any] = run.load_identity().spec.get("teacher", {})
+    known: dict[str, Any] | None = run.load_identity().spec.get("teacher")
+    if known is None and run.has_input("targets"):
+        # A student that is fed from the store asks nobody; its teacher is the one that filled it.
+        scored = run.input_run("targets")
+        known = {"backend": "store"} if scored is None else scored.load_identity().spec.get("teacher")
+    known = known or {}
     values = {name: value for name, value in known.items() if name in ANSWERS}
     if values.get("backend") == "store":
         values["store"] = str(run.input_path("targets"))

@@ -88,7 +88,8 @@ class Check:
         try:
             listed = served_models(self.client)
         except TeacherFailure as failure:
-            self.report.findings.append(Finding.of("models", failure, next=self._elsewhere(failure)))
+            hint = self._elsewhere(failure) or _KNOWN.get(failure.kind)
+            self.report.findings.append(Finding.of("models", failure, next=hint))
             return None
         names = ", ".join(one.name for one in listed[:8]) + ("…" if len(listed) > 8 else "")
         if not listed and self.wanted is not None:
@@ -148,7 +149,8 @@ class Check:
             answer = ask(self.client, served.name, question, facts.form)
         except TeacherFailure as failure:
             told = self._by_text(failure, served.name)
-            self.report.findings.append(Finding.of("score", told, next=_KNOWN.get(told.kind)))
+            hint = None if "--k" in (told.next or "") else _KNOWN.get(told.kind)
+            self.report.findings.append(Finding.of("score", told, next=hint))
             return None
         finite = int(np.isfinite(answer.targets.logprobs).sum())
         positions = len(answer.targets.ids)
@@ -282,7 +284,7 @@ class Check:
             for _answer in flow.each(asks, tokens=[one.charged for one in questions]):
                 pass
         except TeacherFailure as failure:
-            self.report.findings.append(Finding.of("latency", failure))
+            self.report.findings.append(Finding.of("latency", failure, next=_KNOWN.get(failure.kind)))
             return
         found = flow.metrics()
         kept = ("requests", "p50_s", "p95_s", "tokens_per_s", "rate_limit_events")
@@ -335,6 +337,12 @@ class Check:
 
 
 _KNOWN = {
+    "connection": "start the server (latentforge teacher serve FOLDER), or name another:  --url URL",
+    "rate-limited": "check again later, or ask for fewer at once:  --set teacher.concurrency=2",
+    "server-error": "look at the server's log, then check again",
+    "timeout": "look whether the server is busy, or wait longer:  --set teacher.timeout=300.0",
+    "cut": "look at the server's log, then check again",
+    "too-few": "ask for fewer (--k), or start the server with a larger --max-logprobs",
     "no-logprobs": "this server gives no log-probabilities of a prompt: serve the model with vLLM "
     "(latentforge teacher serve), or use backend hf",
     "collapsed": "this server keys rows by text: one that knows return_tokens_as_token_ids (vLLM) is needed",

@@ -162,9 +162,7 @@ def test_how_a_teacher_is_reached_changes_no_run_but_who_answers_does() -> None:
 
     first = score()
     assert first == score("teacher.concurrency=2", "teacher.timeout=5.0", "teacher.cache=/c", "teacher.max_requests=9")
-    assert (
-        len({first, score("teacher.served_model=b"), score("teacher.url=http://b/v1"), score("score.mode=sample")}) == 4
-    )
+    assert len({first, score("teacher.served_model=b"), score("teacher.url=http://b/v1"), score("score.k=8")}) == 4
 
 
 def test_spec_show_says_which_layer_a_name_came_from_and_shows_no_key(
