@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,16 @@ import pytest
 
 from latentforge.events import read_events
 from latentforge.spec.run import RunDir
-from latentforge.teachers.prefetch import Prefetcher
+from latentforge.teachers.failures import TeacherFailure
+from latentforge.teachers.fixture import FixtureTeacher
+from latentforge.teachers.http.client import HttpClient
+from latentforge.teachers.prefetch import Interrupted, Prefetcher
 from latentforge.train import effective
+from latentforge.train.feed import Feed
+from latentforge.train.onpolicy import OnPolicy
+from latentforge.train.rehearsal import small_batch, small_trainer
+from latentforge.train.supply import Supply
+from latentforge.train.supply_checks import delay_is_hidden
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -125,3 +134,86 @@ def test_a_run_has_the_same_losses_whether_targets_are_fetched_ahead_or_not(
         assert "KD coverage 100.0 % (3968 of 3968 rows had targets)" in text
     assert story(runs[0]) == story(runs[1])
     assert threads() == []
+
+
+def test_an_interrupt_does_not_wait_for_a_server_that_is_silent() -> None:
+    """A real client in the middle of a request with a time-out of ten minutes, and a run that is told to stop."""
+    told = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = HttpClient(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", timeout=600.0)
+        failures: list[TeacherFailure] = []
+
+        def fetch(step: int) -> Any:
+            try:
+                return client.post("/completions", {})
+            except TeacherFailure as failure:
+                failures.append(failure)
+                raise
+
+        feed = Prefetcher(fetch, range(3), ahead=2, cancel=client.close, interrupted=told.is_set)
+        with feed:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(1 << 16)
+                told.set()
+                with pytest.raises(Interrupted):
+                    feed.take(0)
+    assert [failure.kind for failure in failures] == ["cut"]
+    assert threads() == []
+
+
+def test_dense_targets_are_not_piled_up_ahead_of_their_steps() -> None:
+    """Two batches of 600 MB each would be held for nothing but to be early; 400 MB each may be."""
+    teacher = FixtureTeacher(64)
+    supply = Supply(teacher, temperature=1.0, k=None, width=64, on_loss="stop", ce_alone=1.0)
+    large, small = (
+        Feed(small_batch, range(2), supply=supply, ahead=2, dense_bytes=size) for size in (600 << 20, 400 << 20)
+    )
+    assert (large.asked_ahead, large.ahead) == (2, 0)
+    assert (small.asked_ahead, small.ahead) == (2, 2)
+    for feed in (large, small):
+        with feed:
+            lessons = list(feed.next(0, small_trainer().student).lessons or ())
+            assert [len(lesson.tokens) for lesson in lessons] == [16]
+
+
+@pytest.mark.parametrize(
+    ("asked", "held", "said"),
+    [
+        ({"prefetch": 3}, ("asked_ahead", 0), "prefetch = 3 asked, 0 in force"),
+        ({"on_teacher_loss": "degrade"}, ("on_loss", "stop"), "on_teacher_loss = 'degrade' asked, 'stop' in force"),
+        ({"on_policy": 0.5, "on_policy_tokens": 8}, ("share", 0.0), "on_policy = 0.5 asked, 0.0 in force"),
+    ],
+)
+def test_a_teaching_that_drops_what_was_asked_is_stopped_before_step_1(
+    make_run: MakeRun,
+    run_here: RunHere,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, Any],
+    held: tuple[str, Any],
+    said: str,
+) -> None:
+    """The values in force are read from feed, supply and policy: one that holds another is seen."""
+    name, value = held
+    kind = {"asked_ahead": Feed, "on_loss": Supply, "share": OnPolicy}[name]
+    original = kind.__init__
+
+    def deaf(self: Any, *words: Any, **named: Any) -> None:
+        original(self, *words, **named)
+        object.__setattr__(self, name, value)
+
+    monkeypatch.setattr(kind, "__init__", deaf)
+    run = make_run(targets="live", **asked)
+    code, text = run_here(run)
+    assert code == 1
+    assert said in text
+    assert not any(e.kind == "step" for e in read_events(run.events_file))
+
+
+def test_what_a_step_could_cover_of_a_delayed_teacher_is_hidden_and_without_prefetch_it_is_not() -> None:
+    """200 ms a batch, both in one run: the seconds that were waited for, not a limit on the clock."""
+    hidden, control = delay_is_hidden(ahead=2), delay_is_hidden(ahead=0)
+    assert hidden.passed, hidden.text
+    assert control.passed is False
+    assert hidden.measured["share"] >= 0.9
+    assert control.measured["share"] <= 0.05
