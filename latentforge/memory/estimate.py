@@ -204,8 +204,23 @@ def distill_memory(
         terms = [*terms, *trained, start]
         if TWIN in spec.require:
             terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
+        if live and spec.targets == "live" and teacher is not None and teacher.place == "process":
+            held = ahead_bytes(spec.prefetch, spec.batch_size, length, student.shape.vocab_size)
+            terms.append(Term("ahead", held))
     load = teacher.load if teacher is not None else (0, 0)
     return MemoryPlan("distill", (*_joined(terms), _runtime(device)), tuple(unknown), *load)
+
+
+AHEAD_BYTES = 1 << 30
+"""Dense targets of a teacher in process are held ahead of their steps up to here, and not at all beyond."""
+
+
+def ahead_bytes(batches: int, rows: int, length: int, vocab_size: int) -> int:
+    """What the dense targets of ``batches`` batches of ``rows`` rows take that are fetched before they are used: 0
+    where all of them together are more than :data:`AHEAD_BYTES`, and each is made when it is needed.
+    """
+    wanted = batches * rows * (length - 1) * vocab_size * 4
+    return wanted if wanted <= AHEAD_BYTES else 0
 
 
 def pipeline_memory(
@@ -272,7 +287,7 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
 
 _ORDER = (
     *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
-    *("student", "start", "twin", "states", "activations", "logits", "attention", "runtime"),
+    *("student", "start", "twin", "states", "activations", "logits", "ahead", "attention", "runtime"),
 )
 
 

@@ -17,6 +17,7 @@ from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.events import EventLog
+from latentforge.memory.estimate import ahead_bytes
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
@@ -141,7 +142,7 @@ def make_feed(job: Job, trainer: Trainer, steps: range) -> Feed:
         steps,
         supply=job.supply if trainer.objective.kd_weight > 0 else None,
         ahead=spec.prefetch,
-        dense_bytes=4 * spec.batch_size * (data.sequence_length - 1) * data.vocab_size,
+        dense_fits=ahead_bytes(spec.prefetch, spec.batch_size, data.sequence_length, data.vocab_size) > 0,
         on_policy=job.on_policy,
         judge=job.judge,
         micro_batch_size=trainer.micro_batch_size,

@@ -118,6 +118,8 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
         log.warning(slow)
 
     in_force = values_in_force(job, trainer, profile)
+    if spec.kd_weight > 0 and in_force["targets_fetched_ahead"] < spec.prefetch:
+        log.say(f"dense targets of {spec.prefetch} batches would take more than 1 GiB: none are fetched ahead")
     wants_twin = TWIN in spec.require
     flops = dict.fromkeys(("student", "twin") if wants_twin else ("student",), spec.steps * step_flops)
     effective.record(

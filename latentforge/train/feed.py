@@ -18,8 +18,6 @@ from latentforge.train.onpolicy import OnPolicy, written_fields
 from latentforge.train.supply import Supply
 
 NOTHING_WRITTEN = OnPolicy(0.0, 1, 1.0, 0)
-AHEAD_BYTES = 1 << 30
-"""Dense targets of a teacher in this process are held ahead up to here; top-k rows are a thousandth of their size."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ class Given:
 class Feed:
     """The material of ``steps`` in their order: ``batch_of(step)``, int64 [B, L], with what ``supply`` has for it.
 
-    Targets of the data are fetched up to ``ahead`` steps before they are used, where dense ones of ``dense_bytes`` a
-    batch fit into :data:`AHEAD_BYTES`; else teacher and student take turns. The student's own text cannot be fetched:
-    it depends on the weights of its step, so its teacher is waited for: ``judge``, where it is another one than that of
-    the data. Without a supply nothing is fetched. A context.
+    Targets of the data are fetched up to ``ahead`` steps before they are used, but dense ones of a teacher in this
+    process only where they do not take too much memory (``dense_fits``); else teacher and student take turns. The
+    student's own text cannot be fetched: it depends on the weights of its step, so its teacher is waited for:
+    ``judge``, where it is another one than that of the data. Without a supply nothing is fetched. A context.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Feed:
         *,
         supply: Supply | None,
         ahead: int,
-        dense_bytes: int = 0,
+        dense_fits: bool = True,
         on_policy: OnPolicy = NOTHING_WRITTEN,
         judge: Supply | None = None,
         micro_batch_size: int | None = None,
@@ -65,7 +63,7 @@ class Feed:
         self.on_policy = on_policy
         self._size = micro_batch_size
         self._eos_id = eos_id
-        fits = supply is None or supply.k is not None or dense_bytes * ahead <= AHEAD_BYTES
+        fits = supply is None or supply.k is not None or dense_fits
         # A teacher in this process ends its answer soon; one elsewhere may take its whole time-out.
         give_up = supply.give_up if supply is not None and supply.elsewhere else lambda: None
         self._ahead = Prefetcher(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from latentforge.events import read_events
+from latentforge.memory.estimate import ahead_bytes
 from latentforge.spec.run import RunDir
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.fixture import FixtureTeacher
@@ -163,16 +164,13 @@ def test_an_interrupt_does_not_wait_for_a_server_that_is_silent() -> None:
 
 
 def test_dense_targets_are_not_piled_up_ahead_of_their_steps() -> None:
-    """Two batches of 600 MB each would be held for nothing but to be early; 400 MB each may be."""
-    teacher = FixtureTeacher(64)
-    supply = Supply(teacher, temperature=1.0, k=None, width=64, on_loss="stop", ce_alone=1.0)
-    large, small = (
-        Feed(small_batch, range(2), supply=supply, ahead=2, dense_bytes=size) for size in (600 << 20, 400 << 20)
-    )
-    assert (large.asked_ahead, large.ahead) == (2, 0)
-    assert (small.asked_ahead, small.ahead) == (2, 2)
-    for feed in (large, small):
-        with feed:
+    """Two batches of 16 x 127 rows of 152000 logits are 2.5 GB, held for nothing but to be early."""
+    assert ahead_bytes(2, 16, 128, 152_000) == 0
+    assert ahead_bytes(2, 16, 128, 32_000) == 2 * 16 * 127 * 32_000 * 4
+    supply = Supply(FixtureTeacher(64), temperature=1.0, k=None, width=64, on_loss="stop", ce_alone=1.0)
+    for fits in (True, False):
+        with Feed(small_batch, range(2), supply=supply, ahead=2, dense_fits=fits) as feed:
+            assert (feed.asked_ahead, feed.ahead) == (2, 2 if fits else 0)
             lessons = list(feed.next(0, small_trainer().student).lessons or ())
             assert [len(lesson.tokens) for lesson in lessons] == [16]
 
