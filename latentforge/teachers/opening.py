@@ -80,10 +80,10 @@ def _opened(
         return FixtureTeacher(Tokenizer.open(folder).vocab_size)
     if backend in HTTP_BACKENDS:
         return _served(spec, backend, folder, env, say)
-    raise RefusedError(
-        f"teacher.backend = {backend!r}: this run cannot start an engine",
-        next="latentforge teacher serve FOLDER, and teacher.backend = 'vllm-remote' with the URL that it prints",
-    )
+    # What is left is a vLLM of our own: started here, and stopped with its memory when the teacher is closed.
+    from latentforge.teachers.serving.local import open_local
+
+    return open_local(spec.model_copy(update={"backend": backend}), folder, env, say=say)
 
 
 def _served(

@@ -190,3 +190,9 @@ def last_lines(log: Path, count: int) -> list[str]:
     except OSError:
         return []
     return [line.rstrip() for line in lines if line.strip()][-count:]
+
+
+def default_log(name: str, env: Mapping[str, str]) -> Path:
+    """Where a vLLM of our own writes unless it is told: ``latentforge/teachers`` of the state folder."""
+    state = env.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "latentforge" / "teachers" / f"{name}-{os.getpid()}.log"

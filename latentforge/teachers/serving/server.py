@@ -56,7 +56,7 @@ class VLLMServer:
         self.seconds_to_start = 0.0
         self.stopped: Stopped | None = None
         self._before = before
-        self._memory_seconds = memory_seconds
+        self.memory_seconds = memory_seconds
 
     @classmethod
     def start(
@@ -120,7 +120,7 @@ class VLLMServer:
         """Stop it with its whole tree, then wait until its memory is back; the second call tells what the first did."""
         if self.stopped is None:
             ended = self.kept.stop()
-            self.stopped = Stopped(ended, wait_for_return(self._before, seconds=self._memory_seconds))
+            self.stopped = Stopped(ended, wait_for_return(self._before, seconds=self.memory_seconds))
         return self.stopped
 
     def __enter__(self) -> VLLMServer:

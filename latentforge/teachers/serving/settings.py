@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from latentforge.errors import RefusedError
 from latentforge.teachers.folder import ModelFolder, check_model_folder
@@ -17,6 +17,8 @@ ENVIRONMENT = "LATENTFORGE_VLLM_ENVIRONMENT"
 MAX_MODEL_LEN = 16_384
 UTILISATION = 0.8
 MAX_LOGPROBS = 256
+_LEAST_KV_BYTES = 256 << 20
+_TOKENS_AT_ONCE = 32_768
 
 _SECRET = re.compile(r"(API_KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$")
 _PROBE = (
@@ -32,7 +34,8 @@ class ServingSettings:
     """One vLLM: what it serves, from which environment, within which bounds.
 
     ``utilisation`` is a share of the *whole* pool of memory, and no hard bound; ``kv_cache_bytes`` pins the one term
-    that would otherwise fill it, and is what should be given where something else lives on the machine. ``eager`` costs
+    that would otherwise fill it: None for what scoring needs (:func:`pinned_kv_bytes`), 0 to let the share decide.
+    ``eager`` costs
     decoding speed and nothing of scoring, which is prefill. ``max_logprobs`` bounds k: what a larger one may ask for is
     not in vLLM's own account of memory, so -1 (the whole vocabulary) is for small models.
     """
@@ -61,7 +64,7 @@ class ServingSettings:
             "gpu_memory_utilization": self.utilisation,
             "dtype": self.dtype,
         }
-        if self.kv_cache_bytes is not None:
+        if self.kv_cache_bytes:
             wanted["kv_cache_memory_bytes"] = self.kv_cache_bytes
         if self.max_logprobs is not None:
             wanted["max_logprobs"] = self.max_logprobs
@@ -133,17 +136,38 @@ def vllm_version(environment: Path) -> str:
 
 
 def fitted(settings: ServingSettings) -> tuple[ServingSettings, ModelFolder, tuple[str, ...]]:
-    """The settings as they can hold for this folder, with a sentence for each that had to give way; else refused.
+    """The settings as they can hold for this folder, with a sentence for each that was filled in or had to give way.
 
-    A default length beyond the model's positions is cut to them; one that was asked for is refused by the caller, who
-    knows which it was.
+    A length beyond the model's positions is cut to them: whoever was asked for one refuses it before. RefusedError for
+    a folder that is no model.
     """
     folder = check_model_folder(settings.folder, digest=False)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     positions = folder.max_positions
     if positions is not None and settings.max_model_len > positions:
-        notes = (f"the model has {positions} positions: max-model-len is {positions}, not {settings.max_model_len}",)
+        notes.append(f"the model has {positions} positions: max-model-len is {positions}, not {settings.max_model_len}")
         settings = replace(settings, max_model_len=positions)
-    if not os.access(settings.folder, os.R_OK | os.X_OK):
-        raise RefusedError(f"model folder {settings.folder} cannot be read")
-    return settings, folder, notes
+    if settings.kv_cache_bytes is None and (pinned := pinned_kv_bytes(folder.config, settings)) is not None:
+        notes.append(f"KV cache pinned to {pinned / (1 << 30):.2f} GiB; kv-cache-bytes is another, 0 for a share")
+        settings = replace(settings, kv_cache_bytes=pinned)
+    return settings, folder, tuple(notes)
+
+
+def pinned_kv_bytes(config: Mapping[str, Any], settings: ServingSettings) -> int | None:
+    """The KV cache that scoring needs: the longest sequence, and as many tokens again as are prefilled at once.
+
+    Two numbers a head, a layer with attention and a token, four bytes each in fp32 and two in whatever else; at least
+    256 MiB. None where config.json does not say a size.
+    """
+    kinds = config.get("layer_types")
+    layers = config.get("num_hidden_layers")
+    if isinstance(kinds, list) and kinds:
+        layers = sum("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    kv_heads = config.get("num_key_value_heads") or heads
+    head = config.get("head_dim") or (hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None)
+    if not isinstance(layers, int) or not isinstance(kv_heads, int) or not isinstance(head, int):
+        return None
+    item = 4 if settings.dtype == "float32" else 2
+    a_token = 2 * layers * kv_heads * head * item
+    return max(_LEAST_KV_BYTES, a_token * (settings.max_model_len + _TOKENS_AT_ONCE))

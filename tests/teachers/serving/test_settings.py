@@ -6,7 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from latentforge.teachers.serving.memory import GIB, wait_for_return
-from latentforge.teachers.serving.settings import ServingSettings, find_environment, fitted, server_environment
+from latentforge.teachers.serving.settings import (
+    ServingSettings,
+    find_environment,
+    fitted,
+    pinned_kv_bytes,
+    server_environment,
+)
 
 
 def _value(command: list[str], flag: str) -> str:
@@ -35,9 +41,26 @@ def test_a_server_reports_nothing_fetches_nothing_and_is_given_no_key() -> None:
 def test_a_length_beyond_the_models_positions_gives_way_and_says_so(settings: ServingSettings) -> None:
     fit, _, notes = fitted(settings)
     assert fit.max_model_len == 64
-    assert notes == ("the model has 64 positions: max-model-len is 64, not 16384",)
+    assert notes[0] == "the model has 64 positions: max-model-len is 64, not 16384"
     assert fitted(replace(settings, max_model_len=32))[0].max_model_len == 32
-    assert fitted(replace(settings, max_model_len=32))[2] == ()
+    assert not any("positions" in note for note in fitted(replace(settings, max_model_len=32))[2])
+
+
+def test_the_kv_cache_is_pinned_to_what_scoring_needs_unless_it_is_told(settings: ServingSettings) -> None:
+    fit, _, notes = fitted(settings)
+    assert fit.kv_cache_bytes == 256 << 20
+    assert "KV cache pinned to 0.25 GiB" in notes[1]
+    assert fitted(replace(settings, kv_cache_bytes=7))[0].kv_cache_bytes == 7
+    told = fitted(replace(settings, kv_cache_bytes=0))[0]
+    assert "--kv-cache-memory-bytes" not in told.server_command(8123)
+
+    # 24 KiB a token: 12 of 48 layers with attention, 2 heads of 256, bf16.
+    config = {"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256}
+    kinds = (["linear_attention"] * 3 + ["full_attention"]) * 12
+    tokens = 16384 + 32768
+    assert pinned_kv_bytes({**config, "layer_types": kinds}, settings) == 24 * 1024 * tokens
+    assert pinned_kv_bytes(config, replace(settings, dtype="float32")) == 8 * 24 * 1024 * tokens
+    assert pinned_kv_bytes({}, settings) is None
 
 
 def test_an_environment_that_was_named_comes_before_the_variable(tmp_path: Path) -> None:

@@ -10,10 +10,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from latentforge.data import ShardSet
 from latentforge.spec.run import RunDir
+from latentforge.targets.row import SequenceTargets
+from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.http.openai import OpenAITeacher
+from latentforge.teachers.serving.processes import members
 from latentforge.teachers.serving.server import VLLMServer
 from latentforge.teachers.serving.settings import ServingSettings
 from latentforge.train.inprocess import execute_pipeline
@@ -24,6 +30,9 @@ from ..proxy import FaultProxy
 _ROOT = Path(__file__).parents[3]
 _SECONDS_A_TEST = 900
 LENGTH = 48
+K = 20
+TOLERANCE = 1e-4
+Rows = dict[int, SequenceTargets]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,10 +95,13 @@ def vllm_settings(vllm_environment: Path, served_folder: Path) -> ServingSetting
 
 @pytest.fixture(scope="session")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment variables of a vLLM in tests: one thread, no core of its own, a cache that is thrown away."""
+    """The environment variables of a vLLM in tests: one thread, no core of its own, a cache that is thrown away.
+
+    It may write bytecode, whatever holds for the tests: each of its processes would compile a million lines again.
+    """
     cache = str(tmp_path_factory.mktemp("vllm-cache"))
     fixed = {"VLLM_CACHE_ROOT": cache, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **fixed}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | fixed
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +112,7 @@ def vllm_server(
     log = tmp_path_factory.mktemp("vllm-log") / "server.log"
     with VLLMServer.start(vllm_settings, log=log, env=surroundings, memory_seconds=0.0) as server:
         yield server
+    assert members(server.kept.session) == []
 
 
 @pytest.fixture(scope="session")
@@ -113,3 +126,49 @@ def proxy(vllm_url: str) -> Iterator[FaultProxy]:
     """A fault proxy in front of the real server."""
     with FaultProxy(vllm_url) as found:
         yield found
+
+
+def all_rows(data: ShardSet) -> list[npt.NDArray[np.int64]]:
+    """Every training and held-out row."""
+    return [row for shard in (data.train, data.heldout) for row in shard.rows(np.arange(len(shard)))]
+
+
+def worst_difference(one: Rows, other: Rows) -> tuple[float, float]:
+    """The largest difference of a log-probability, and of a rest mass.
+
+    Rows are compared id by id. An id that one side has alone is compared with the other's smallest: at the edge of the
+    top-k, rounding decides between two that are as likely.
+    """
+    worst = mass = 0.0
+    assert one.keys() == other.keys()
+    for number, mine in one.items():
+        theirs = other[number]
+        assert mine.ids.shape == theirs.ids.shape
+        for a_ids, a, b_ids, b in zip(mine.ids, mine.logprobs, theirs.ids, theirs.logprobs, strict=True):
+            left, right = (
+                dict(zip(a_ids.tolist(), a.tolist(), strict=True)),
+                dict(zip(b_ids.tolist(), b.tolist(), strict=True)),
+            )
+            for token in left.keys() | right.keys():
+                difference = left.get(token, min(left.values())) - right.get(token, min(right.values()))
+                worst = max(worst, abs(difference))
+        rest = np.exp(mine.tails[1.0].astype(np.float64)) - np.exp(theirs.tails[1.0].astype(np.float64))
+        mass = max(mass, float(np.abs(rest).max()))
+    return worst, mass
+
+
+@pytest.fixture(scope="session")
+def hf_rows(served_folder: Path, served_data: ShardSet) -> Rows:
+    """What transformers says in this process, in fp32."""
+    teacher = HFTeacher.open(served_folder)
+    return dict(teacher.score(all_rows(served_data), k=K, temperatures=(1.0,)))
+
+
+@pytest.fixture(scope="session")
+def http_rows(vllm_url: str, served_folder: Path, served_data: ShardSet) -> Rows:
+    """What the server says."""
+    teacher = OpenAITeacher.open(vllm_url, "tiny", served_folder)
+    try:
+        return dict(teacher.score(all_rows(served_data), k=K, temperatures=(1.0,)))
+    finally:
+        teacher.close()

@@ -1,0 +1,170 @@
+"""The backend ``vllm-local``: a server of our own behind the client of the backend ``openai``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from latentforge.data.tokenizer import Tokenizer
+from latentforge.kernels.targets import TopKTargets
+from latentforge.spec.sections import TeacherSpec
+from latentforge.targets.row import SequenceTargets
+from latentforge.teachers.failures import TeacherFailure
+from latentforge.teachers.folder import check_model_folder
+from latentforge.teachers.http.client import HttpClient
+from latentforge.teachers.http.flow import Budget, FlowControl
+from latentforge.teachers.http.openai import OpenAITeacher
+from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens
+from latentforge.teachers.serving.content import content_identity
+from latentforge.teachers.serving.engine import EngineTeacher
+from latentforge.teachers.serving.processes import default_log
+from latentforge.teachers.serving.server import VLLMServer
+from latentforge.teachers.serving.settings import ServingSettings, find_environment
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class ServedTeacher:
+    """A server that lives as long as this teacher: every question goes to it, :meth:`close` stops it."""
+
+    def __init__(self, server: VLLMServer, client: OpenAITeacher, *, say: Say = lambda line: None) -> None:
+        self.server = server
+        self.client = client
+        self._say = say
+
+    @classmethod
+    def open(
+        cls,
+        settings: ServingSettings,
+        *,
+        log: Path,
+        say: Say = lambda line: None,
+        env: Mapping[str, str] = os.environ,
+        flow: FlowControl | None = None,
+        timeout: float = 60.0,
+        memory_seconds: float = 240.0,
+    ) -> ServedTeacher:
+        """Start the server (see :meth:`VLLMServer.start`) and connect to it."""
+        folder = check_model_folder(settings.folder)
+        tokenizer = Tokenizer.open(settings.folder)
+        flow = flow or FlowControl()
+        server = VLLMServer.start(settings, log=log, say=say, env=env, memory_seconds=memory_seconds)
+        client = OpenAITeacher(
+            HttpClient(server.url, key=None, timeout=timeout, connections=flow.concurrency),
+            server.name,
+            identity=content_identity(folder, tokenizer, settings.dtype),
+            vocab_size=tokenizer.vocab_size,
+            rows=folder.vocab_size,
+            flow=flow,
+        )
+        return cls(server, client, say=say)
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Those of the client."""
+        return self.client.capabilities
+
+    @property
+    def identity(self) -> TeacherIdentity:
+        """The folder's content, and that vLLM computes with it."""
+        return self.client.identity
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of real tokens."""
+        return self.client.vocab_size
+
+    @property
+    def limits(self) -> Limits:
+        """As the server was found to answer."""
+        return self._while_it_runs(lambda: self.client.limits)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What gave way in the settings, and what the client says."""
+        return (*self.server.notes, *self.client.notes)
+
+    @property
+    def flow(self) -> FlowControl:
+        """The gate of its requests."""
+        return self.client.flow
+
+    def metrics(self) -> dict[str, Any]:
+        """What asking has come to."""
+        return self.client.metrics()
+
+    def score(
+        self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+    ) -> Iterator[tuple[int, SequenceTargets]]:
+        """As the client's; a server that has ended meanwhile is told with its last lines."""
+        try:
+            yield from self.client.score(sequences, k=k, temperatures=temperatures)
+        except TeacherFailure:
+            self.server.check_alive()
+            raise
+
+    def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
+        """As the client's."""
+        return self._while_it_runs(lambda: self.client.targets(tokens, temperature=temperature, k=k))
+
+    def close(self) -> None:
+        """Stop the server with its whole tree and wait for its memory; ``server.stopped`` says what came of it."""
+        if self.server.stopped is None:
+            self.client.close()
+            self._say(str(self.server.stop().memory))
+
+    def __enter__(self) -> ServedTeacher:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+    def _while_it_runs(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except TeacherFailure:
+            self.server.check_alive()
+            raise
+
+
+def settings_of(spec: TeacherSpec, folder: Path, env: Mapping[str, str]) -> ServingSettings:
+    """What a spec's section asks of a vLLM of our own; ``precision = "auto"`` computes as the folder is kept.
+
+    k has no cap there: nobody asks but the run, and it asks for its own.
+    """
+    kept = check_model_folder(folder, digest=False).config
+    dtype = _DTYPES.get(spec.precision) or str(kept.get("dtype") or kept.get("torch_dtype") or "auto")
+    return ServingSettings(
+        folder=Path(folder).absolute(),
+        environment=find_environment(spec.environment, env),
+        name=spec.served_model or "teacher",
+        utilisation=spec.gpu_memory_utilization,
+        max_model_len=spec.max_model_len,
+        max_logprobs=-1,
+        dtype=dtype,
+        quantization=spec.quantization,
+    )
+
+
+def open_local(
+    spec: TeacherSpec, folder: Path, env: Mapping[str, str], *, log: Path | None = None, say: Say | None = None
+) -> ServedTeacher | EngineTeacher:
+    """The backend ``vllm-local`` or ``vllm-local-inproc`` of a spec, started; the caller's to close.
+
+    Open it when scoring is about to begin and close it before anything else needs the memory. ``log`` is a file below
+    the state folder and ``say`` writes to standard error where they are not given.
+    """
+    settings = settings_of(spec, folder, env)
+    log = log or default_log(settings.name, env)
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    if spec.backend == "vllm-local-inproc":
+        return EngineTeacher.open(settings, log=log, say=say, env=env)
+    flow = FlowControl(spec.concurrency, budget=Budget(spec.max_requests, spec.max_tokens))
+    return ServedTeacher.open(settings, log=log, say=say, env=env, flow=flow, timeout=spec.timeout)
