@@ -20,10 +20,11 @@ _PEAK = 8.0
 class FixtureTeacher:
     """Deterministic targets for tests: row (b, i) peaks at token i of sequence b; the rest is a fixed pattern."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, tokenizer_sha256: str = "none") -> None:
         if vocab_size < 2:
             raise RefusedError(f"vocab_size = {vocab_size}: a teacher needs at least 2 tokens")
         self._vocab_size = vocab_size
+        self._tokenizer_sha256 = tokenizer_sha256
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -32,8 +33,8 @@ class FixtureTeacher:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """The fixture and its vocabulary size; it has no files."""
-        return TeacherIdentity("fixture", f"fixture-1-{self._vocab_size}", "float32", "none")
+        """The fixture and its vocabulary size; it has no files but those of the tokenizer that it was told of."""
+        return TeacherIdentity("fixture", f"fixture-1-{self._vocab_size}", "float32", self._tokenizer_sha256)
 
     @property
     def vocab_size(self) -> int:

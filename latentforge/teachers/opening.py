@@ -77,7 +77,8 @@ def _opened(
         from latentforge.data.tokenizer import Tokenizer
         from latentforge.teachers.fixture import FixtureTeacher
 
-        return FixtureTeacher(Tokenizer.open(folder).vocab_size)
+        tokenizer = Tokenizer.open(folder)
+        return FixtureTeacher(tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
     if backend in HTTP_BACKENDS:
         return _served(spec, backend, folder, env, say)
     # What is left is a vLLM of our own: started here, and stopped with its memory when the teacher is closed.
