@@ -213,6 +213,8 @@ class TargetStore:
     def key(self, tokens: Tokens) -> bytes:
         """The key (32 bytes) of a sequence: int tokens ``[L]``."""
         values = np.asarray(tokens)
+        if values.size and values.dtype.kind not in "iu":
+            raise RefusedError(f"tokens are {values.dtype}, not whole numbers")
         if values.ndim != 1 or (values.size and (values.min() < 0 or values.max() >= self.vocab_size)):
             raise RefusedError(f"tokens of shape {values.shape} are not one sequence of ids below {self.vocab_size}")
         digest = self._key_head.copy()

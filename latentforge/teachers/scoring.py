@@ -68,6 +68,7 @@ def score_all(
     is ever asked for again. TeacherFailure leaves everything stored that was answered.
     """
     total, done, new = len(data.train) + len(data.heldout), 0, 0
+    first = b""
     computes_here = "logits" in teacher.capabilities
     for block in sequences(data, batch_size=max(batch_size, _COMMIT_ROWS) if computes_here else _ASK_ROWS):
         keys = [store.key(tokens) for tokens in block]
@@ -83,7 +84,24 @@ def score_all(
                 new += store.put_many((batch[number], targets) for number, targets in rows)
                 done += len(rows)
                 progress(done, total)
+        first = first or keys[0]
+        _check_room(store, first, done, total)
     return new
+
+
+def _check_room(store: TargetStore, first: bytes, done: int, total: int) -> None:
+    """Stop before the teacher is paid for rows that push out others: a score run has to keep them all."""
+    limit = store.policy.max_bytes
+    if limit is None:
+        return
+    stats = store.stats()
+    need = int(stats["packed_bytes"] / max(1, stats["rows"]) * total)
+    if need > limit or first not in store.present([first]):
+        raise FailedError(
+            f"score.max_bytes = {limit} has no room for the targets of {total} sequences: after {done} of them, all "
+            f"would take about {need} bytes and the file's own",
+            next=f"set score.max_bytes = {need + need // 4} or more, or leave it out",
+        )
 
 
 def coverage(store: TargetStore, data: Data) -> Coverage:

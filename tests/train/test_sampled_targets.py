@@ -142,3 +142,16 @@ def test_what_cannot_draw_is_refused_before_any_run_starts() -> None:
 
 def read(values: dict[str, Any]) -> PipelineSpec:
     return PipelineSpec.model_validate_json(json.dumps(values))
+
+
+def test_a_store_without_room_for_the_data_is_said_before_the_teacher_is_asked_for_all(
+    upstream: Path, tmp_path: Path
+) -> None:
+    # Rows that push out others would be scored again by each next attempt, and none would ever be whole.
+    shutil.copytree(upstream, tmp_path / "runs")
+    spec = short_spec()
+    spec = spec.model_copy(update={"score": spec.score.model_copy(update={"max_bytes": 65536})})
+    text = io.StringIO()
+    execute_pipeline(spec, tmp_path, through="score", text=text)
+    assert "score.max_bytes = 65536 has no room for the targets of 112 sequences" in text.getvalue()
+    assert "set score.max_bytes = " in text.getvalue()
