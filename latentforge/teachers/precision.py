@@ -116,7 +116,8 @@ def choose_precision(asked: Asked, trials: Iterable[Trial], *, gpu: bool) -> Pre
         )
     if asked != "auto":
         found = able[0]
-        return PrecisionChoice(asked, found.precision, device, f"asked for: {found.told()}", trials)
+        reason = "asked for" if found.tokens_per_second is None else f"asked for: {found.told()}"
+        return PrecisionChoice(asked, found.precision, device, reason, trials)
     if not gpu:
         found = able[0]
         kept = "what the folder holds" if found.precision == "quantized" else "exact, and bf16 is no faster on a CPU"

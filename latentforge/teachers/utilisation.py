@@ -37,12 +37,17 @@ def parse_utilisation(text: str) -> float | None:
     return max(found, default=None)
 
 
+def gpu_tool() -> str | None:
+    """The path of nvidia-smi; None on a machine without one."""
+    return shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_PROGRAM_PATHS)
+
+
 def gpu_utilisation(uuid: str | None = None) -> float | None:
     """Percent of the last sampling period in which a kernel ran; None where there is no GPU or nothing is told.
 
     ``uuid`` names one GPU as torch does (without ``GPU-``); else it is the busiest of the machine.
     """
-    program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_PROGRAM_PATHS)
+    program = gpu_tool()
     if program is None:
         return None
     question = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]

@@ -38,6 +38,7 @@ from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import training_batch
 from latentforge.train.stopping import stop_requested
 from latentforge.train.supply import Supply
+from latentforge.train.teaching import in_force
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -201,7 +202,8 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
         student |= {"intermediate": config.intermediate_size}
     asked: dict[str, Any] = {}
     if "teacher" in job.run.load_identity().spec:
-        asked = {"teacher": answers_of(teacher_of(job.run)), "score": {"k": job.judge.k}}
+        answers = answers_of(teacher_of(job.run)) | in_force(job.judge.source)
+        asked = {"teacher": answers, "score": {"k": job.judge.k}}
     return {
         "profile": profile,
         "seed": job.order.seed,

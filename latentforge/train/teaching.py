@@ -11,7 +11,7 @@ from latentforge.memory.estimate import place_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.hf import HFTeacher
-from latentforge.teachers.utilisation import EVERY, IdleWatch, Read, gpu_utilisation, watched
+from latentforge.teachers.utilisation import EVERY, IdleWatch, Read, gpu_tool, gpu_utilisation, watched
 from latentforge.train import effective
 from latentforge.verdicts import Outcome, Verdict
 
@@ -19,8 +19,10 @@ FAST_PATH = "F-BACKEND-SELECT-001"
 
 
 def in_process(teacher: Any) -> HFTeacher | None:
-    """The model in this process that answers, behind a cache or not; None where something else answers."""
-    found = getattr(teacher, "teacher", teacher)
+    """The model in this process that answers, behind a cache or an alignment; None where something else answers."""
+    found = teacher
+    while not isinstance(found, HFTeacher) and hasattr(found, "teacher"):
+        found = found.teacher
     return found if isinstance(found, HFTeacher) else None
 
 
@@ -68,7 +70,7 @@ def idleness(
     found = in_process(teacher)
     here = found is not None and found.model.device.type == "cuda"
     if read is None:
-        if not here and place_of(asked) != "engine":
+        if not here and (place_of(asked) != "engine" or gpu_tool() is None):
             yield
             return
         read = _reader(found)

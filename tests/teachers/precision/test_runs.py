@@ -14,6 +14,7 @@ from latentforge.events import Event, EventLog, read_events
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import TeacherSpec
+from latentforge.teachers.folder import read_safetensors_header
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.utilisation import IdleWatch
 from latentforge.train.inprocess import execute_pipeline
@@ -27,9 +28,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pipelines")
 
 
+SHORT = ["teacher.steps=2", "teacher.warmup_steps=0", "data.train_sequences=24", "data.heldout_sequences=8"]
+
+
 def score(root: Path, **teacher: Any) -> tuple[RunDir, str]:
-    settings = ["teacher.steps=2", "teacher.warmup_steps=0", "data.train_sequences=24", "data.heldout_sequences=8"]
-    settings += [f"teacher.{name}={value}" for name, value in teacher.items()]
+    settings = [*SHORT, *(f"teacher.{name}={value}" for name, value in teacher.items())]
     text = io.StringIO()
     spec = resolve_pipeline("tiny", env={}, overrides=settings).spec
     return execute_pipeline(spec, root, through="score", text=text)["score"], text.getvalue()
@@ -50,6 +53,25 @@ def test_the_choice_and_its_reason_are_an_event_a_line_and_the_effective_configu
     assert json.loads((run.out / "score.json").read_bytes())["identity"]["quantization"] == dtype
     if asked == "auto":
         assert chosen["reason"].startswith("no GPU: fp32")
+
+
+def test_a_student_of_a_live_teacher_is_told_in_what_its_teacher_computes(root: Path) -> None:
+    settings = [*SHORT, "distill.targets=live", "distill.steps=2", "distill.warmup_steps=0", "distill.require=[]"]
+    settings += ["teacher.precision=bf16"]
+    spec = resolve_pipeline("tiny", env={}, overrides=settings).spec
+    run = execute_pipeline(spec, root, text=io.StringIO())["distill"]
+    (chosen,) = (e.fields for e in read_events(run.events_file) if e.fields.get("name") == "precision")
+    assert (chosen["precision"], chosen["dtype"], chosen["reason"]) == ("bf16", "bfloat16", "asked for")
+    effective = json.loads(run.effective_file.read_bytes())
+    assert effective["effective"]["teacher"]["precision"] == "bf16"
+    planned = next(e.fields for e in read_events(run.events_file) if e.kind == "memory")
+    assert planned["planned_teacher"] == 2 * teacher_numbers(run)
+
+
+def teacher_numbers(run: RunDir) -> int:
+    """How many numbers the teacher of a run has."""
+    path = run.input_path("teacher") / "model" / "model.safetensors"
+    return sum(tensor.elements for tensor in read_safetensors_header(path))
 
 
 def watched(
