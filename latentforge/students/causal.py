@@ -34,7 +34,8 @@ class ModelShape:
 class LossParts(NamedTuple):
     """``loss`` is differentiable and already divided by the step's denominator; ``ce`` and ``kd`` are its detached
     parts, unweighted (``kd`` is NaN without targets); ``rows`` predictions went into them, of which ``ce_rows`` had a
-    label and ``kd_rows`` targets (None: all that ``rows`` counts, and none where there were no targets)."""
+    label and ``kd_rows`` targets in which the teacher says something (None: all that ``rows`` counts, and none where
+    there were no targets)."""
 
     loss: Tensor
     ce: Tensor
@@ -108,7 +109,9 @@ class Student(nn.Module):
             ignore_index=IGNORE,
             **settings,
         )
-        return LossParts(loss, ce, kd, int((labels != IGNORE).sum()))
+        counted = labels != IGNORE
+        rows = int(counted.sum())
+        return LossParts(loss, ce, kd, rows, rows, 0 if targets is None else int((counted & told(targets)).sum()))
 
     def _by_use(
         self,
@@ -154,8 +157,8 @@ class Student(nn.Module):
             loss, rows = loss + part.loss, rows + valid
             if labelled:
                 ce, ce_rows = ce + part.ce, ce_rows + valid
-            if kd_share > 0:
-                kd, kd_rows = kd + part.kd, kd_rows + valid
+            if kd_share > 0 and targets is not None:
+                kd, kd_rows = kd + part.kd, kd_rows + int((counted[index] & told(targets)[place[index]]).sum())
         return LossParts(loss, ce, kd if kd_rows else torch.full_like(kd, torch.nan), rows, ce_rows, kd_rows)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -225,9 +228,11 @@ def target_count(targets: Targets) -> int:
     return len(targets.logits if isinstance(targets, DenseTargets) else targets.ids)
 
 
-def told_rows(targets: Targets) -> int:
-    """The rows in which the teacher says something: not those whose every entry is absent."""
-    return len(targets.logits) if isinstance(targets, DenseTargets) else int((targets.ids[:, 0] >= 0).sum())
+def told(targets: Targets) -> Tensor:
+    """The rows, bool [N], in which the teacher says something: not those whose every entry is absent."""
+    if isinstance(targets, DenseTargets):
+        return torch.ones(len(targets.logits), dtype=torch.bool, device=targets.logits.device)
+    return targets.ids[:, 0] >= 0
 
 
 def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int, seed: int) -> Any:

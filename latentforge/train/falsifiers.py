@@ -168,7 +168,7 @@ def kernel_nojit_001(events: Events) -> Verdict:
 
 def coverage_001(events: Events) -> Verdict:
     """F-TEACHER-COVERAGE-001: the KD coverage that the run reports is that of the rows that its steps passed to the KD
-    loss; all of them where a lost teacher was to stop the run.
+    loss; all of them where a lost teacher was to stop the run, but for those that it answered with nothing.
     """
     name = "F-TEACHER-COVERAGE-001"
     asked = _ready(events).get("requested", {}).get("distill", {})
@@ -184,13 +184,17 @@ def coverage_001(events: Events) -> Verdict:
         return _verdict(events, name, None, "the events do not say which rows had targets")
     rows, taught = (sum(fields[what] for fields in steps.values()) for what in ("rows", "kd_rows"))
     reported = said[-1]
+    silent = sum(fields.get("silent_rows", 0) for fields in steps.values())
     measured = {"coverage": taught / rows, "rows_with_targets": taught, "rows": rows, "reported": reported["value"]}
+    measured["silent_rows"] = silent
     text = f"KD coverage {percent(taught / rows)}: {taught} of {rows} rows had targets"
+    if silent:
+        text += f", {silent} were answered with nothing"
     if reported["value"] != taught / rows or reported["target_rows"] != taught or reported["rows"] != rows:
         told = f"{reported['target_rows']} of {reported['rows']}"
         return _verdict(events, name, False, f"{text}; {told} were reported ({percent(reported['value'])})", measured)
-    # Of a teacher of another tokenizer some positions have no row, whatever becomes of it.
-    if taught < rows and asked.get("on_teacher_loss", "stop") == "stop" and not asked.get("cross_tokenizer"):
+    # Across tokenizers some positions have no row, whatever becomes of the teacher; they are counted as silent.
+    if taught + silent < rows and asked.get("on_teacher_loss", "stop") == "stop":
         return _verdict(events, name, False, f"{text}, and a lost teacher was to stop the run", measured)
     return _verdict(events, name, True, text, measured)
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from latentforge.students.causal import Student, told_rows
+from latentforge.students.causal import Student, told
 from latentforge.teachers.prefetch import Prefetcher
 from latentforge.train.loop import Lesson
 from latentforge.train.onpolicy import OnPolicy, written_fields
@@ -97,6 +97,7 @@ class Feed:
         data, own = self._shares(step, tokens)
         fields: dict[str, Any] = {
             "target_rows": 0,
+            "silent_rows": 0,
             "target_seconds": taken.fetch_seconds,
             "target_wait_seconds": taken.wait_seconds,
             "target_hidden_seconds": taken.hidden_seconds,
@@ -173,5 +174,8 @@ def _spend(fields: dict[str, Any], seconds: float) -> None:
 
 def _counted(lessons: Iterable[Lesson], fields: dict[str, Any]) -> Iterator[Lesson]:
     for lesson in lessons:
-        fields["target_rows"] += 0 if lesson.targets is None else told_rows(lesson.targets)
+        if lesson.targets is not None:
+            heard = told(lesson.targets)
+            fields["target_rows"] += int(heard.sum())
+            fields["silent_rows"] += int((~heard).sum())
         yield lesson

@@ -17,7 +17,7 @@ from latentforge.events import EventLog
 from latentforge.kernels.api import kd_loss
 from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
-from latentforge.students.causal import IGNORE, LossParts, RowUse, Student
+from latentforge.students.causal import IGNORE, LossParts, RowUse, Student, told
 from latentforge.train.effective import memory_in_use
 from latentforge.train.optimiser import MasterOptimiser
 
@@ -242,16 +242,20 @@ def rehearse(trainer: Trainer, tokens: Tensor, targets_of: TargetsOf | None) -> 
 def evaluate(
     student: Student, batches: Iterable[Tensor], targets_of: TargetsOf | None, *, temperature: float, backend: str
 ) -> Evaluation:
-    """Cross-entropy and KL to the teacher (at ``temperature``) over batches of tokens int64 [B, L]."""
+    """Cross-entropy and KL to the teacher (at ``temperature``) over batches of tokens int64 [B, L].
+
+    The KL is a mean over the rows in which the teacher says something; None where there are none.
+    """
     student.eval()
-    loss, kl, rows = 0.0, 0.0, 0
+    loss, kl, rows, heard = 0.0, 0.0, 0, 0
     seen = hashlib.sha256()
     for tokens in batches:
         seen.update(_bytes(tokens))
         labels = tokens[:, 1:].reshape(-1)
+        targets = None if targets_of is None else targets_of(tokens)
         parts = kd_loss(
             student.logits(tokens),
-            None if targets_of is None else targets_of(tokens),
+            targets,
             labels,
             temperature=temperature,
             ce_weight=1.0,
@@ -263,10 +267,11 @@ def evaluate(
         loss += float(parts.ce)
         kl += float(parts.kd)
         rows += int((labels != IGNORE).sum())
+        heard += 0 if targets is None else int(((labels != IGNORE) & told(targets)).sum())
     if rows == 0:
         raise FailedError("the held-out split has no row to evaluate on")
     # kd carries T squared, which belongs to the gradient's scale, not to a divergence.
-    mean_kl = None if targets_of is None else kl / rows / temperature**2
+    mean_kl = kl / heard / temperature**2 if heard else None
     return Evaluation(loss / rows, mean_kl, rows, seen.hexdigest())
 
 
