@@ -61,7 +61,10 @@ def build_shards(
         _check_enough("heldout_sequences", heldout_sequences, packed_heldout, sequence_length, len(heldout))
         packed_train = _pack(corpus, train, tokenizer, out / "train.bin", sequence_length, train_sequences, bos_id)
         _check_enough("train_sequences", train_sequences or 1, packed_train, sequence_length, len(train))
-    record = _record(corpus, tokenizer, sequence_length, packed_train, packed_heldout) | {"bos": bos, "bos_id": bos_id}
+    record = record_of(corpus, tokenizer, sequence_length, packed_train, packed_heldout) | {
+        "bos": bos,
+        "bos_id": bos_id,
+    }
     temporary = out / "data.json.partial"
     temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, out / "data.json")
@@ -94,7 +97,8 @@ def _check_enough(field: str, wanted: int, packed: Packed, length: int, document
         )
 
 
-def _record(corpus: Corpus, tokenizer: Tokenizer, length: int, train: Packed, heldout: Packed) -> dict[str, Any]:
+def record_of(corpus: Corpus, tokenizer: Tokenizer, length: int, train: Packed, heldout: Packed) -> dict[str, Any]:
+    """What data.json says of two packed splits, of the corpus and of the tokenizer."""
     tokens = train.tokens + heldout.tokens
     return {
         "vocab_size": tokenizer.vocab_size,

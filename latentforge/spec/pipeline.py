@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from latentforge.errors import RefusedError
+from latentforge.spec.abilities import check_abilities
 from latentforge.spec.canary import canary_key, canary_of
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.choice import auto_of
@@ -112,7 +113,9 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
             f"distill.temperature = {distill.temperature:g}: rows over HTTP have T = 1 only",
             next="set distill.temperature = 1, or teacher.backend = 'hf'",
         )
-    return spec.model_copy(update={"distill": distill, "teacher": teacher, "secrets": secrets}), notes
+    decided = spec.model_copy(update={"distill": distill, "teacher": teacher, "secrets": secrets})
+    check_abilities(decided)
+    return decided, notes
 
 
 def check_profile(spec: PipelineSpec) -> None:
@@ -182,7 +185,11 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
     tokenizer = external.get("distill.student.init") if crosses else teacher_folder
     if tokenizer is not None:
         data_inputs["tokenizer"] = tokenizer
-    yield "data", {"seed": spec.seed, "data": _json(spec.data)}, data_inputs
+    chats = spec.data.documents == "chat"
+    asked = {"seed": spec.seed, "data": _json(spec.data)}
+    # The answers are the documents and their rows the targets: nothing is left to be scored.
+    asked |= {"teacher": answers_of(spec.teacher), "score": {"k": spec.score.k}} if chats else {}
+    yield "data", asked, data_inputs
 
     teacher: ExternalPath | Role = "teacher"
     if teacher_folder is not None:
@@ -191,14 +198,14 @@ def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str
         yield "teacher", {"seed": spec.seed, "teacher": training_of(spec.teacher)}, {"data": "data"}
 
     stored = external.get("teacher.store")
-    if spec.distill.targets == "store" and stored is None:
+    if spec.distill.targets == "store" and stored is None and not chats:
         asked = {"seed": spec.seed, "score": _json(spec.score), "teacher": answers_of(spec.teacher)}
         asked |= {"cross_tokenizer": True} if crosses else {}
         yield "score", asked, {"data": "data", "teacher": teacher}
 
     inputs: _Sources = {"data": "data", "teacher": teacher}
     if spec.distill.targets == "store":
-        inputs["targets"] = stored or "score"
+        inputs["targets"] = "data" if chats else stored or "score"
     if (init := external.get("distill.student.init")) is not None:
         inputs["student_init"] = init
     # A student that is fed from the store alone asks no teacher.

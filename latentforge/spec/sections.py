@@ -58,6 +58,9 @@ class DataSpec(Section):
     documents: Literal["corpus", "chat"] = Field(
         "corpus", description="'chat' = the teacher's answers to the corpus's prompts are the documents"
     )
+    answer_tokens: Annotated[int, Field(ge=1, le=131_072)] = Field(
+        256, description="documents = 'chat': tokens at which an answer is cut"
+    )
     bos: Literal["none", "add"] = Field("none", description="'add' puts the tokenizer's BOS before each document")
 
 

@@ -198,6 +198,7 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         corpus = made["corpus"]["kind"] if "builtin" in ref else f"sha256:{ref['sha256']}"
         # What a recipe that knows no other way did: it wrote the corpus's documents, and no BOS.
         ways = {"documents": made.get("documents_from", "corpus"), "bos": made.get("bos", "none")}
+        ways |= {"answer_tokens": made["answer_tokens"]} if "answer_tokens" in made else {}
         return {"seed": torch.initial_seed(), "data": {"corpus": corpus, **ways, **{name: made[name] for name in kept}}}
     made = json.loads((run.out / "score.json").read_bytes())
     kept = ("temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")

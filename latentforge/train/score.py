@@ -21,6 +21,7 @@ from latentforge.targets.sampling import Sampling
 from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.cached import CachedTeacher
+from latentforge.teachers.capability import TRAIN_ON_ANSWERS, require
 from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.opening import open_teacher
@@ -59,6 +60,7 @@ def run(run: RunDir, log: EventLog) -> None:
             else:
                 teacher = CachedTeacher.around(teacher, asked, k=spec.k, temperatures=spec.temperatures)
                 held.callback(teacher.close)
+            require(teacher, "score", "scoring a corpus", instead=TRAIN_ON_ANSWERS)
             asked_of = CrossedShards.of(data, *across) if across else data
             check_scorable(teacher, asked_of, k=entries_of(teacher, spec), temperatures=spec.temperatures)
         for note in dict.fromkeys((*said, *teacher.notes)):

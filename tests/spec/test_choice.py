@@ -145,13 +145,14 @@ def test_a_server_without_a_folder_for_its_tokenizer_is_refused() -> None:
 
 def test_the_value_of_a_key_is_in_no_spec_no_identity_and_no_view_of_either() -> None:
     env = Environment({"TEACHER_BACKEND": "venice"}, {"VENICE_API_KEY": KEY})
-    resolved = resolve_pipeline("smoke", env=env, overrides=[FOLDER])
+    chats = [FOLDER, "data.documents=chat", "score.k=20"]
+    resolved = resolve_pipeline("smoke", env=env, overrides=chats)
     spec, notes = effective_pipeline(resolved.spec)
     runs = pipeline_runs(spec, digests={"/models/t": "3" * 64}, code="1" * 64, lock="2" * 64)
     said = "".join([repr(resolved), repr(env), *notes, *(run.identity.canonical.decode() for run in runs)])
     assert KEY not in said
     assert spec.secrets == ("VENICE_API_KEY",)
-    assert {run.kind: run.identity.secrets for run in runs}["score"] == ("VENICE_API_KEY",)
+    assert {run.kind: run.identity.secrets for run in runs}["data"] == ("VENICE_API_KEY",)
 
 
 def test_how_a_teacher_is_reached_changes_no_run_but_who_answers_does() -> None:

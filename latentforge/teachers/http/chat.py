@@ -60,6 +60,8 @@ def chat_body(
         "messages": [dict(message) for message in messages],
         "max_tokens": max_tokens,
         "temperature": temperature,
+        # Said, since a server takes a model's own defaults where it is not: the text would be another draw than asked.
+        "top_p": 1.0,
         "logprobs": True,
         "top_logprobs": k,
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,10 +82,19 @@ def served_data(upstream: dict[str, RunDir]) -> ShardSet:
 
 
 @pytest.fixture(scope="session")
-def vllm_settings(vllm_environment: Path, served_folder: Path) -> ServingSettings:
+def chat_folder(served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The served model with a chat template: a conversation is its messages, a line each."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(served_folder, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_settings(vllm_environment: Path, chat_folder: Path) -> ServingSettings:
     """How the model is served here: in fp32, as the hf backend computes it, no cap on log-probabilities."""
     return ServingSettings(
-        folder=served_folder,
+        folder=chat_folder,
         environment=vllm_environment,
         name="tiny",
         kv_cache_bytes=256 << 20,
