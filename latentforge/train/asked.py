@@ -40,9 +40,9 @@ class AskedLog:
     def metrics(self, done: int) -> None:
         """One event with everything that was counted, each name with ``teacher_`` before it."""
         self._measured = time.monotonic()
-        if self.flow is None:
+        counted = self.teacher.metrics() if self.flow is not None else {}
+        if not counted:
             return
-        counted = self.teacher.metrics()
         fields = {f"teacher_{name}": value for name, value in counted.items()}
         self.log.emit("metric", name="teacher", value=counted["requests"], step=done, split="score", **fields)
         speed = counted["tokens_per_s"]

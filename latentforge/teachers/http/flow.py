@@ -10,9 +10,9 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from latentforge.errors import RefusedError
 from latentforge.teachers.failures import TeacherFailure
@@ -29,6 +29,13 @@ class Budget:
 
     requests: int | None = None
     tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class _Finished(Generic[T]):
+    number: int
+    answer: T | None
+    error: BaseException | None
 
 
 class FlowControl:
@@ -132,42 +139,54 @@ class FlowControl:
         At the first failure no further question is asked; what was in flight is waited for and yielded, for it is paid
         for; then the failure is raised.
         """
-        if not asks:
-            return
-        stop = threading.Event()
-        finished: queue.SimpleQueue[tuple[int, Future[T]]] = queue.SimpleQueue()
-        pool = ThreadPoolExecutor(min(self.concurrency, len(asks)), thread_name_prefix="teacher")
-        numbers = iter(range(len(asks)))
+        width = min(self.concurrency, len(asks))
+        stop, numbers = threading.Event(), iter(range(len(asks)))
+        finished: queue.SimpleQueue[_Finished[T] | None] = queue.SimpleQueue()
+        # Open questions and answers that wait to be taken together are never more than ``width``: a listener that
+        # stores each answer loses no more than that when it is killed.
+        room = threading.Semaphore(width)
+
+        def work() -> None:
+            while True:
+                room.acquire()
+                with self._lock:
+                    number = None if stop.is_set() else next(numbers, None)
+                if number is None:
+                    finished.put(None)
+                    return
+                try:
+                    answer = self.call(asks[number], tokens=tokens[number], giving_up=stop)
+                except BaseException as error:
+                    finished.put(_Finished(number, None, error))
+                else:
+                    finished.put(_Finished(number, answer, None))
+
+        # Daemons: a server that hangs must not keep a process that was told to end.
+        workers = [threading.Thread(target=work, name=f"teacher-{n}", daemon=True) for n in range(width)]
+        for worker in workers:
+            worker.start()
         failure: BaseException | None = None
-        open_questions = 0
-
-        def submit() -> int:
-            number = next(numbers, None)
-            if number is None:
-                return 0
-            future = pool.submit(self.call, asks[number], tokens=tokens[number], giving_up=stop)
-            future.add_done_callback(lambda done: finished.put((number, done)))
-            return 1
-
+        left = len(asks)
         try:
-            for _ in range(self.concurrency):
-                open_questions += submit()
-            while open_questions:
-                number, future = finished.get()
-                open_questions -= 1
-                error = future.exception()
-                if error is None:
-                    if failure is None:
-                        open_questions += submit()
-                    yield number, future.result()
+            while width:
+                found = finished.get()
+                room.release()
+                if found is None:
+                    width -= 1
+                elif found.error is None:
+                    left -= 1
+                    yield found.number, cast(T, found.answer)
                 elif failure is None:
-                    failure = error
+                    failure = found.error
                     stop.set()
             if failure is not None:
                 raise failure
+            if left:  # somebody gave up, and no question failed
+                raise CancelledError
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _ in workers:
+                room.release()
 
     def give_up(self) -> None:
         """End every wait and send nothing more: what is being asked fails at once. From any thread."""

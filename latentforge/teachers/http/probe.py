@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -18,6 +20,8 @@ _PROBE_TOKENS = 8
 _PROBE_K = 3
 _AGREES = 0.25  # nats between a row of the prompt and the same row generated: rounding, not another position
 _ATTEMPTS = 3
+# A server that answers 200 with rows by text, or without rows, says more than one that does not know the field.
+_NO_ROWS = ("collapsed", "no-logprobs", "malformed", "refused-request")
 
 
 @dataclass(frozen=True)
@@ -98,15 +102,11 @@ def _form(client: HttpClient, flow: FlowControl, model: str, question: Question)
     """The first form of question that gives rows; else the failure that tells the most."""
     failures: list[TeacherFailure] = []
     for form in get_args(Form):
-        try:
-            return form, _attempt(flow, lambda form=form: ask(client, model, question, form), question.charged)
-        except TeacherFailure as failure:
-            if failure.kind not in ("no-logprobs", "refused-request", "collapsed", "malformed"):
-                raise
-            failures.append(failure)
-    # A server that answers 200 without rows, or with rows by text, says more than one that does not know the field.
-    order = ("collapsed", "no-logprobs", "malformed", "refused-request")
-    raise min(failures, key=lambda failure: order.index(failure.kind))
+        found = _tried(flow, partial(ask, client, model, question, form), question.charged, _NO_ROWS)
+        if not isinstance(found, TeacherFailure):
+            return form, found
+        failures.append(found)
+    raise min(failures, key=lambda failure: _NO_ROWS.index(failure.kind))
 
 
 def _prove_positions(
@@ -136,15 +136,12 @@ def _max_k(client: HttpClient, flow: FlowControl, model: str, question: Question
 
     def takes(k: int) -> tuple[bool, int | None]:
         asked = replace(short, k=k)
-        try:
-            _attempt(flow, lambda: ask(client, model, asked, form), asked.charged)
-        except TeacherFailure as failure:
-            if failure.kind == "too-few":
-                return False, _number(r"has (\d+) entries", failure)
-            if failure.kind == "refused-request":
-                return False, _number(r"max[a-z ]*(?:allowed|of|is)?:? *(\d+)", failure)
-            raise
-        return True, None
+        found = _tried(flow, lambda: ask(client, model, asked, form), asked.charged, ("too-few", "refused-request"))
+        if not isinstance(found, TeacherFailure):
+            return True, None
+        if found.kind == "too-few":
+            return False, _number(r"has (\d+) entries", found)
+        return False, _number(r"max[a-z ]*(?:allowed|of|is)?:? *(\d+)", found)
 
     most = question.vocab_size
     # One more than there are ids is refused by a server with a bound of its own, which it names; others are asked less.
@@ -160,6 +157,20 @@ def _max_k(client: HttpClient, flow: FlowControl, model: str, question: Question
 def _number(pattern: str, failure: TeacherFailure) -> int | None:
     found = re.search(pattern, str(failure), re.I)
     return int(found.group(1)) if found else None
+
+
+def _tried(flow: FlowControl, call: Callable[[], Answer], tokens: int, expected: tuple[str, ...]) -> Any:
+    """The answer, or a failure of a kind that is an answer too: the server was asked what it may not be able to do."""
+
+    def once() -> Answer | TeacherFailure:
+        try:
+            return call()
+        except TeacherFailure as failure:
+            if failure.kind in expected:
+                return failure
+            raise
+
+    return _attempt(flow, once, tokens)
 
 
 def _attempt(flow: FlowControl, call: Any, tokens: int) -> Any:

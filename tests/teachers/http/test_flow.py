@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from itertools import pairwise
 from typing import Any
 
@@ -228,6 +229,23 @@ def test_who_stops_listening_leaves_no_question_behind() -> None:
     next(answers)
     answers.close()
     assert len(asked) <= 5
+
+
+def test_who_gives_up_is_not_taken_for_who_was_answered() -> None:
+    flow = FlowControl(2)
+
+    def question(number: int) -> Callable[[int], int]:
+        def ask(k: int) -> int:
+            if number == 3:
+                flow.give_up()
+            return number
+
+        return ask
+
+    given: list[int] = []
+    with pytest.raises(CancelledError):
+        given.extend(number for number, _ in flow.each([question(n) for n in range(50)], tokens=[1] * 50))
+    assert len(given) < 50
 
 
 def test_metrics_count_what_happened() -> None:
