@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import time
 import urllib.error
@@ -23,6 +24,8 @@ _SECONDS_TO_START = 1800.0  # 80 B parameters took a quarter of an hour on a GB1
 _ASK_EVERY = 0.25
 _SAY_EVERY = 10.0
 _TAIL = 12
+# What vLLM writes before a message: who, how grave, when, where.
+_STAMP = re.compile(r"^(\([^)]*pid=\d+\) *)?([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] *)?")
 # Nothing on this machine's own address goes through a proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -148,8 +151,8 @@ class VLLMServer:
                 )
             if now - said >= _SAY_EVERY:
                 said = now
-                doing = (last_lines(self.kept.log, 1) or [""])[0][-90:]
-                say(f"waits for vLLM since {now - began:.0f} s ({why}): {doing}")
+                doing = _STAMP.sub("", (last_lines(self.kept.log, 1) or ["its log is empty"])[0]).strip()
+                say(f"waits for vLLM since {now - began:.0f} s, {why}: {doing[:90]}")
 
     def _ask(self, tokens: int) -> str:
         """Score three tokens: an empty string where the answer is right, else why it is not there yet."""
@@ -164,7 +167,8 @@ class VLLMServer:
                 f"vLLM listens and cannot score: HTTP {error.code} to a prompt of three tokens: {reason[:300]}"
             ) from None
         except (OSError, ValueError) as error:
-            return f"no answer: {getattr(error, 'reason', error)}"
+            reason = getattr(error, "reason", error)
+            return "it does not listen yet" if isinstance(reason, ConnectionRefusedError) else f"no answer: {reason}"
         try:
             rows = answer["choices"][0]["prompt_logprobs"]
         except (KeyError, IndexError, TypeError):

@@ -36,11 +36,13 @@ TOLERANCE = 1e-4
 Rows = dict[int, SequenceTargets]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whichever test comes first waits for the server, for minutes where the machine is busy."""
+    """Whichever test comes first waits for the server, for minutes where the machine is busy: all of them are slow."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(_SECONDS_A_TEST))
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
