@@ -16,6 +16,7 @@ T* at(uintptr_t address) {
 void bind_cpu_kd(pybind11::module_& m);
 void bind_cpu_decode(pybind11::module_& m);
 void bind_cpu_streams(pybind11::module_& m);
+void bind_cpu_rows(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);  // cuda_info() alone where the build has no CUDA
 
 }  // namespace latentforge

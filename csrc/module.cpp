@@ -13,5 +13,6 @@ PYBIND11_MODULE(_native, m) {
   latentforge::bind_cpu_kd(m);
   latentforge::bind_cpu_decode(m);
   latentforge::bind_cpu_streams(m);
+  latentforge::bind_cpu_rows(m);
   latentforge::bind_cuda(m);
 }

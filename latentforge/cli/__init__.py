@@ -39,6 +39,7 @@ ENTRIES = {
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
     "bench": Entry("latentforge.cli.bench", "Measure teachers side by side."),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
+    "targets": Entry("latentforge.cli.targets", "Look into a store of teacher targets, check it, keep it in bounds."),
     "capabilities": Entry(
         "latentforge.cli.capabilities", "Print what this install can be asked for, as JSON.", single=True
     ),

@@ -18,7 +18,7 @@ from latentforge.evidence.digests import file_sha256
 
 EOS = "<|endoftext|>"
 BPE_SAMPLE_BYTES_A_TOKEN = 1000
-BPE_SAMPLE_BOUNDS = (256_000, 8_000_000)
+BPE_SAMPLE_BOUNDS = (256_000, 256_000_000)
 """Merges are learnt from so much text for each token of the vocabulary, within bounds: more hardly changes them."""
 
 TOKENIZER_FILES = (

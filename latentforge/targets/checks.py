@@ -53,6 +53,102 @@ def damaged_row_never_reads_wrong(*, forge_checksum: bool = False) -> Finding:
     return Finding(refused == len(damaged) and whole, text, {"refused": refused, "damaged": len(damaged)})
 
 
+def rounding_spares_the_gradient(*, temperature: float = 1.0, coarser: int = 1) -> Finding:
+    """The KD gradient from stored rows is that from the rows as given, to 1 %, for students near and far.
+
+    ``coarser`` plants steps that are so many times as wide.
+    """
+    import torch
+
+    from latentforge.targets.bench import DISTANCES, gradient_error
+    from latentforge.targets.levels import GradedLevels
+    from latentforge.targets.row import GRADED
+
+    vocabulary, rows, k = 8192, 16, 50
+    generator = torch.Generator().manual_seed(10)
+    places = torch.stack([torch.randperm(vocabulary, generator=generator)[:64] for _ in range(rows)])
+    floor = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 1.5
+    levels = GradedLevels(GRADED.finest * coarser, min(GRADED.coarsest * coarser, 0.99))
+    errors = {}
+    # A broad row, one as a language model's mostly are, and one that is nearly sure.
+    for name, top in (("flat", 6.0), ("usual", 11.0), ("peaked", 18.0)):
+        heights = torch.linspace(top, 3.0, 64, dtype=torch.float64).expand(rows, -1)
+        logits = floor.scatter(-1, places, heights)
+        for distance in DISTANCES:
+            # At T = 2 unlikely tokens have the larger share, and the nearest student's gradient is mostly rounding
+            # of float32 inputs to begin with: docs/store.md has its figure.
+            if temperature == 1.0 or distance > min(DISTANCES):
+                errors[f"{name}, {distance:g}"] = gradient_error(
+                    logits, k=k, temperature=temperature, distance=distance, levels=levels
+                )
+    worst = max(errors, key=lambda case: errors[case])
+    return Finding(
+        errors[worst] < 0.01,
+        f"worst {errors[worst]:.2%} at T = {temperature:g} ({worst} nats; {len(errors)} cases, bound 1 %)",
+        {"errors": errors, "temperature": temperature, "k": k, "bound": 0.01},
+    )
+
+
+def keys_stand_on_everything(*, left_out: str | None = None) -> Finding:
+    """A row is found by what it depends on and by nothing else. ``left_out`` plants a key without that parameter."""
+    from latentforge.targets.store import TargetStore
+
+    made_for = {
+        "identity": {"model": "check", "sha256": "a" * 64, "quantization": "float32", "tokenizer_sha256": "b" * 64},
+        "k": _K,
+        "temperatures": [1.0],
+        "vocab_size": _VOCABULARY,
+        "mode": "sample",
+        "draws": 8,
+        "seed": 1,
+    }
+    identity = made_for["identity"]
+    assert isinstance(identity, dict)
+    changes: dict[str, dict[str, Any]] = {
+        "teacher's content": {"identity": {**identity, "sha256": "c" * 64}},
+        "teacher's numbers": {"identity": {**identity, "quantization": "bfloat16"}},
+        "tokenizer": {"identity": {**identity, "tokenizer_sha256": "d" * 64}},
+        "k": {"k": _K + 1},
+        "mode": {"mode": "topk"},
+        "draws": {"draws": 9},
+        "seed": {"seed": 2},
+        "temperature": {"mode": "topk", "temperatures": [2.0]},
+    }
+    tokens = _array([1, 2, 3, 4])
+    with tempfile.TemporaryDirectory(prefix="latentforge-check-") as name:
+
+        def key_of(number: int, changed: dict[str, Any], sequence: Any) -> bytes:
+            asked = {**made_for, **{n: v for n, v in changed.items() if n != left_out}}
+            if asked["mode"] == "topk":
+                asked |= {"draws": None, "seed": None}
+            with TargetStore.create(Path(name) / f"{number}.sqlite", **asked) as other:
+                return other.key(sequence)
+
+        with TargetStore.create(Path(name) / "store.sqlite", **made_for) as store:  # type: ignore[arg-type]
+            store.put(tokens, _drawn())
+            hits = [
+                what
+                for number, (what, changed) in enumerate(changes.items())
+                if store.present([key_of(number, changed, tokens)])
+            ]
+            hits += ["tokens"] if store.present([store.key(_array([1, 2, 3, 5]))]) else []
+            same = len(store.present([key_of(99, {}, tokens)]))
+    text = f"{len(hits)} hits for {len(changes) + 1} changes{': ' + ', '.join(hits) if hits else ''}; {same} for none"
+    return Finding(not hits and same == 1, text, {"hits": hits, "changes": [*changes, "tokens"], "unchanged": same})
+
+
+def _drawn() -> Any:
+    import numpy as np
+
+    from latentforge.targets.row import SequenceTargets
+
+    ids = np.array([[5, 9, 7, -1], [3, -1, -1, -1], [1, 2, 3, 4]], dtype=np.int32)
+    counts = np.array([[4, 3, 1, 0], [8, 0, 0, 0], [2, 2, 2, 2]], dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(counts / 8).astype(np.float32)
+    return SequenceTargets(ids, logprobs, {1.0: np.full(3, -np.inf, dtype=np.float32)})
+
+
 def _array(tokens: list[int]) -> Any:
     import numpy as np
 

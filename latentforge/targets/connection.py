@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from latentforge.errors import BusyError, FailedError, LatentForgeError, Refused
 
 _BUSY_SECONDS = 30.0
 _CHECKPOINT_BYTES = 16 << 20
+_PASSING = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
 _WRITE_ERRORS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_TRUNCATE",
                            "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_SHMOPEN"})  # fmt: skip
 
@@ -54,14 +56,20 @@ class Connection:
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """All rows of a SELECT; RefusedError where the file is damaged."""
         if self._seen is not None and (self._seen != _state(self.path) or _size(journals(self.path)[0])):
-            self._connection.close()
-            self._connection = self._connect()
-        try:
-            return self._connection.execute(sql, values).fetchall()
-        except UnicodeDecodeError as error:
-            raise RefusedError(f"{self.path} is damaged: {error}", next="score again from the start") from None
-        except sqlite3.DatabaseError as error:
-            raise told(error, self.path) from None
+            self._reconnect()
+        patience = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return self._connection.execute(sql, values).fetchall()
+            except UnicodeDecodeError as error:
+                raise RefusedError(f"{self.path} is damaged: {error}", next="score again from the start") from None
+            except sqlite3.DatabaseError as error:
+                # A writer is just opening, closing or taking a journal in: its index is not there yet, or not any more.
+                passing = self.readonly and _code(error).startswith(_PASSING)
+                if not passing or time.monotonic() > patience:
+                    raise told(error, self.path) from None
+            time.sleep(0.01)
+            self._reconnect()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -100,6 +108,10 @@ class Connection:
         finally:
             self._connection.close()
 
+    def _reconnect(self) -> None:
+        self._connection.close()
+        self._connection = self._connect()
+
     def _connect(self) -> sqlite3.Connection:
         self._seen = _state(self.path) if self.readonly and self._at_rest() else None
         options = "mode=rw"
@@ -124,14 +136,16 @@ class Connection:
             raise RefusedError(
                 f"{self.path} was not closed: {journal.name} is there", next=f"latentforge targets prune {self.path}"
             )
-        with self.path.open("rb") as stream:
-            expected = stream.read(20)[18:20] == b"\x02\x02"
-        if expected and not shm.exists() and _size(wal):
+        if wal.exists() and shm.exists():
+            return False
+        if _size(wal):
             raise RefusedError(
                 f"{self.path} was not closed: {wal.name} holds rows that are not in it",
                 next=f"take them in:  latentforge targets prune {self.path}",
             )
-        return expected and not (shm.exists() and wal.exists())
+        # Only now that nobody writes: closing a file drops every lock that this process has on it.
+        with self.path.open("rb") as stream:
+            return stream.read(20)[18:20] == b"\x02\x02"
 
 
 def told(error: sqlite3.DatabaseError, path: Path) -> LatentForgeError:
@@ -150,7 +164,7 @@ def told(error: sqlite3.DatabaseError, path: Path) -> LatentForgeError:
         )
     if code in ("SQLITE_BUSY", "SQLITE_LOCKED"):
         return BusyError(f"{path} is being written by another process ({error})", next="the same again when it is done")
-    if code in ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"):
+    if code.startswith((*_PASSING, "SQLITE_PERM")):
         return RefusedError(f"{path} cannot be opened: {error}", next=f"look at the rights of {path.parent}")
     return RefusedError(f"{path} is damaged: {error}", next="score again from the start")
 

@@ -7,6 +7,7 @@ many levels each entry lies below the one before it). The bits follow in the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class Shape:
 
 
 Streams = list[npt.NDArray[np.uint8]]
+Reader = Callable[["Shape", Streams, npt.NDArray[np.uint8], Levels], "Arrays"]
 Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]
 
 
@@ -58,17 +60,14 @@ def pack(
     there = ids >= 0
     counts = there.sum(axis=1)
     mixed = bool((counts != k).any())
-    level = levels.quantise(logprobs[there])
-    begins = (np.cumsum(counts) - counts)[counts > 0]
-    firsts = np.zeros(positions, np.int64)
-    firsts[counts > 0] = level[begins]
-    falls = np.delete(np.diff(level, prepend=0), begins)
+    firsts, level = levels.quantise(logprobs, there)
+    falls = np.diff(level, axis=1)[there[:, 1:]]
     gaps, places = candidates.listed(ids[there])
     scalars = np.concatenate(
         [*([counts] if mixed else []), firsts, *(quantise_tail(tail, t) for t, tail in tails.items())]
     )
     parts = [split(stream) for stream in (scalars, gaps, places, falls)]
-    shape = Shape(positions, k, len(level), len(gaps), mixed, tuple(tails))
+    shape = Shape(positions, k, len(places), len(gaps), mixed, tuple(tails))
     bits = np.packbits(np.concatenate([bits for _, bits in parts]), bitorder="little")
     return shape, [tokens for tokens, _ in parts], bits
 
@@ -79,18 +78,18 @@ def unpack(shape: Shape, streams: Streams, bits: npt.NDArray[np.uint8], levels: 
     gaps, at = join(streams[1], bits, at)
     places, at = join(streams[2], bits, at)
     falls, at = join(streams[3], bits, at)
-    table = scalars.reshape(-1, shape.positions) if shape.positions else scalars.reshape(1, 0)
+    table = scalars.reshape(1 + int(shape.mixed) + len(shape.temperatures), shape.positions)
     counts = table[0].astype(np.int64) if shape.mixed else np.full(shape.positions, shape.k, np.int64)
     firsts = table[int(shape.mixed)].astype(np.int64)
     there = np.arange(shape.k)[None, :] < counts[:, None]
     steps = np.zeros((shape.positions, shape.k), np.int64)
     steps[there & (np.arange(shape.k) > 0)] = falls
-    if shape.k:
+    if levels.first_step == 0:
         steps[:, 0] = firsts
     ids = np.full(there.shape, -1, np.int32)
     ids[there] = candidates.from_list(gaps)[places]
-    logprobs = np.full(there.shape, -np.inf, np.float32)
-    logprobs[there] = levels.logprobs_of(np.cumsum(steps, axis=1)[there])
+    logprobs = levels.logprobs_of(firsts, np.where(there, np.cumsum(steps, axis=1), 0))
+    logprobs[~there] = -np.inf
     first_tail = 1 + int(shape.mixed)
     tails = [tail_of(table[first_tail + n], t) for n, t in enumerate(shape.temperatures)]
     return ids, logprobs, tails

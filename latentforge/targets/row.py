@@ -16,7 +16,7 @@ from latentforge.targets import packing, row_lft1
 from latentforge.targets.levels import CountLevels, GradedLevels, Levels
 
 MAGIC = b"LFT2"
-GRADED = GradedLevels(finest=1.0 / 1024.0, coarsest=1.0 / 16.0)
+GRADED = GradedLevels(finest=1.0 / 768.0, coarsest=1.0 / 16.0)
 """How log-probabilities of top-k rows are rounded unless a store was made with other steps."""
 
 # magic, levels (0 graded, 1 counts), mixed, temperatures, positions, k, entries, unique ids, two parameters of the
@@ -107,7 +107,7 @@ def pack_row(key: bytes, targets: SequenceTargets, *, levels: Levels = GRADED) -
 
 
 def unpack_row(
-    key: bytes, value: bytes, *, temperatures: tuple[float, ...], reader: Any = packing.unpack
+    key: bytes, value: bytes, *, temperatures: tuple[float, ...], reader: packing.Reader = packing.unpack
 ) -> SequenceTargets:
     """Read a row back; RefusedError where a single bit is not what was written under this key."""
     if value[:4] == row_lft1.MAGIC:
@@ -125,12 +125,16 @@ def unpack_row(
     shape = packing.Shape(positions, k, entries, unique, bool(mixed), temperatures)
     decompressor = zstandard.ZstdDecompressor()
     streams, at = [], 0
-    for size, length in zip(sizes, shape.lengths, strict=True):
-        content = decompressor.decompress(body[at : at + size], max_output_size=length) if size and length else b""
-        streams.append(np.frombuffer(content, np.uint8))
-        at += size
-    levels = _levels(kind, first, second)
-    ids, logprobs, tails = reader(shape, streams, np.frombuffer(body[at:], np.uint8), levels)
+    try:
+        for size, length in zip(sizes, shape.lengths, strict=True):
+            content = decompressor.decompress(body[at : at + size], max_output_size=length) if length else b""
+            streams.append(np.frombuffer(content, np.uint8))
+            at += size
+        bits = np.frombuffer(body, np.uint8, offset=at)
+        ids, logprobs, tails = reader(shape, streams, bits, _levels(kind, first, second))
+    except (ValueError, IndexError, zstandard.ZstdError) as error:
+        # Its checksum is right: whoever wrote it wrote something else than this format.
+        raise RefusedError(f"row {key.hex()[:12]}… contradicts itself ({error})", next="score again") from None
     return SequenceTargets(ids, logprobs, dict(zip(temperatures, tails, strict=True)))
 
 
