@@ -140,16 +140,8 @@ class Supply:
         targets = stack_rows(given, self.temperature, tokens.device) if given else None
         answered = torch.tensor([one is not None for one in found], device=tokens.device)
         taught = answered.repeat_interleave(tokens.shape[1] - 1)
-        if targets is not None:
-            # A row without any entry says nothing: of a teacher of another tokenizer some positions have no row.
-            said = (targets.ids >= 0).any(dim=1)
-            if not bool(said.all()):
-                taught[taught.clone()] = said
-                targets = TopKTargets(targets.ids[said], targets.logprobs[said], targets.tail[said])
         if bool(taught.all()):
             return Lesson(tokens, targets)
-        if not bool(taught.any()):
-            targets = None
         return Lesson(tokens, targets, RowUse(torch.ones_like(taught), taught, self.ce_alone))
 
     def give_up(self) -> None:

@@ -14,8 +14,10 @@ from latentforge.kernels.targets import DenseTargets, topk_targets
 from latentforge.spec.run import RunDir
 from latentforge.students.causal import RowUse
 from latentforge.teachers.fixture import FixtureTeacher
+from latentforge.train.feed import Feed
 from latentforge.train.onpolicy import OnPolicy, written_fields
-from latentforge.train.rehearsal import SEQUENCES, VOCABULARY, fixture_targets, small_batch, small_trainer
+from latentforge.train.rehearsal import LENGTH, SEQUENCES, VOCABULARY, fixture_targets, small_batch, small_trainer
+from latentforge.train.supply_checks import Elsewhere, supply_of
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -162,3 +164,27 @@ def test_own_text_that_nothing_would_come_of_is_refused_before_training(
     assert reason in text
     assert "next: " in text
     assert not steps(run)
+
+
+def test_own_text_that_a_lost_teacher_cannot_judge_stays_the_datas() -> None:
+    """12 of 16 sequences are answered for: 8 of the data, 4 the student's; the other 4 keep their text and labels."""
+    trainer, own = small_trainer(ce_weight=0.3, kd_weight=0.7), OnPolicy(0.5, 5, 1.0, seed=7)
+    supply = supply_of(Elsewhere(answers=12))
+    with Feed(small_batch, range(1), supply=supply, ahead=0, on_policy=own) as feed:
+        given = feed.next(0, trainer.student)
+        lessons = list(given.lessons or ())
+    assert given.fields["on_policy_sequences"] == 4
+    assert given.fields["on_policy_tokens"] == 4 * 5
+    assert given.fields["target_rows"] == 12 * (LENGTH - 1)
+    fallen_back = lessons[-1]
+    assert fallen_back.targets is None
+    assert torch.equal(fallen_back.tokens, given.tokens[12:])
+    assert fallen_back.use is not None
+    assert bool(fallen_back.use.labelled.all())
+    assert not bool(fallen_back.use.taught.any())
+    result = trainer.step(0, given.tokens, lessons)
+    assert (result.rows, result.kd_rows) == (SEQUENCES * (LENGTH - 1), 12 * (LENGTH - 1))
+    assert result.ce_rows == SEQUENCES * (LENGTH - 1) - 4 * 5
+    (note,) = supply.notes
+    assert "the teacher is lost" in note
+    assert "4 of 8 sequences" in note

@@ -236,6 +236,22 @@ def test_a_run_that_was_to_go_on_reports_the_coverage_that_is_left(
     assert threads() == []
 
 
+def test_a_server_judges_what_the_student_writes(make_spec: MakeSpec, root: Path, vllm_url: str) -> None:
+    """Half of the sequences are the student's own; the model in process judges them the same way."""
+    own = {"on_policy": 0.5, "on_policy_tokens": 8, "steps": 3}
+    run, code, text = executed(make_spec(teacher=served(vllm_url), targets="live", **own), root)
+    assert code == 0, text
+    assert "on-policy share 50.0 %: 96 tokens were the student's own" in text
+    assert coverage(run)["value"] == 1.0
+    assert all(s["on_policy_sequences"] == BATCH // 2 and s["kd_rows"] == ROWS for s in steps(run))
+    beside, code, text = executed(make_spec(teacher={}, targets="store", **own), root)
+    assert code == 0, text
+    # The first step's text is drawn by the same weights; from there on rounding may draw another token.
+    texts = [steps(one)[0]["on_policy_sha256"] for one in (run, beside)]
+    assert texts[0] == texts[1]
+    assert steps(run)[0]["ce"] == pytest.approx(steps(beside)[0]["ce"], rel=1e-5)
+
+
 def test_a_server_that_cannot_be_asked_for_what_is_wanted_is_refused_before_training(
     make_spec: MakeSpec, root: Path, vllm_url: str
 ) -> None:
