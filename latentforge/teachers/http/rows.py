@@ -25,6 +25,7 @@ Form = Literal["prompt_logprobs", "echo"]
 ABSENT = -1
 _PREFIX = "token_id:"
 _SAME = 1e-3  # one number said twice in an answer
+_LEAST = -1e5  # servers write down to -9999 for what cannot be; beyond fp32 a number would become an absent entry's
 _MASS = 1e-3
 
 
@@ -120,6 +121,8 @@ class _Reading:
 
     def _choice(self, value: Any) -> dict[str, Any]:
         choices = value.get("choices") if isinstance(value, dict) else None
+        if choices is None and isinstance(value, dict) and value.get("error"):
+            self.refuse("malformed", f"answered with an error and status 200: {_brief(_said(value['error']))}")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             self.refuse("malformed", "the answer does not hold exactly one choice")
         return dict(choices[0])
@@ -252,7 +255,7 @@ class _Reading:
                 self.refuse("malformed", f"position {at}, id {number}: its log-probability is {_brief(value)}")
             if number >= self.question.rows:
                 self.refuse("wrong-ids", f"position {at}: id {number}; the model has {self.question.rows}")
-            if not -math.inf < value <= _SAME:
+            if not _LEAST <= value <= _SAME:
                 self.refuse("not-finite", f"position {at}, id {number}: its log-probability is {value}")
             found[number] = float(value)
         return found
@@ -325,6 +328,11 @@ def _id_of(key: Any) -> int | Any:
     if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 9 and str(int(key)) == key:
         return int(key)
     return key
+
+
+def _said(error: Any) -> Any:
+    """The sentence of an error as OpenAI and vLLM write it, else all of it."""
+    return error.get("message", error) if isinstance(error, dict) else error
 
 
 def _is_number(value: Any) -> bool:

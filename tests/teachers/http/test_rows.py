@@ -255,3 +255,17 @@ def test_an_answer_that_is_damaged_anywhere_gives_the_right_rows_or_none(
         return
     assert np.array_equal(found.ids, right.ids)
     assert np.array_equal(found.logprobs, right.logprobs)
+
+
+def test_a_number_beyond_fp32_is_not_taken_for_an_absent_entrys() -> None:
+    asked = question(TOKENS, 4)
+    value = json.loads(json.dumps(answer(asked, LOGITS, "prompt_logprobs")))
+    row = value["choices"][0]["prompt_logprobs"][2]
+    row[next(iter(row))]["logprob"] = -1e308
+    assert refused(value, asked, "prompt_logprobs") == "not-finite"
+
+
+def test_an_error_that_comes_with_status_200_is_quoted() -> None:
+    value = {"error": {"message": "Rate limit reached for tiny", "code": 429}}
+    with pytest.raises(TeacherFailure, match="Rate limit reached for tiny"):
+        parse_answer(value, question(TOKENS, 4), "echo", url="http://gx10/v1")
