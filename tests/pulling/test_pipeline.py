@@ -129,9 +129,9 @@ def test_the_memory_of_a_model_is_judged_before_it_is_pulled_and_the_same_after(
 
     before = shapes()
     assert before.troubles == ()
-    assert before.teacher is not None
-    assert (before.teacher.hidden, before.teacher.layers) == (256, 2)
-    assert before.teacher_bytes == len(hub.files["model.safetensors"])
+    assert before.teacher.shape is not None
+    assert (before.teacher.shape.hidden, before.teacher.shape.layers) == (256, 2)
+    assert before.teacher.bytes == len(hub.files["model.safetensors"])
     asked = Wanted(ask=lambda _host: request, only=frozenset({"memory"}))
     told = preflight(request.host, laptop.places, asked)
     assert told.facts is not None
