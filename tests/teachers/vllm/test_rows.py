@@ -16,10 +16,13 @@ from latentforge.spec.sections import TeacherSpec
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.failures import TeacherFailure
+from latentforge.teachers.http.openai import OpenAITeacher
 from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.scoring import check_agreement, check_scorable, score_all
 from latentforge.teachers.serving.engine import EngineTeacher
+from latentforge.teachers.serving.local import ServedTeacher
 from latentforge.teachers.serving.processes import members
+from latentforge.teachers.serving.server import VLLMServer
 
 from .conftest import TOLERANCE, K, Rows, all_rows, worst_difference
 
@@ -44,6 +47,19 @@ def test_a_server_gives_the_rows_that_transformers_gives(hf_rows: Rows, http_row
     assert len(hf_rows) == 72
     assert worst <= TOLERANCE
     assert mass <= TOLERANCE
+
+
+def test_a_server_of_the_runs_own_gives_them_too(
+    hf_rows: Rows, vllm_server: VLLMServer, served_folder: Path, served_data: ShardSet
+) -> None:
+    client = OpenAITeacher.open(vllm_server.url, vllm_server.name, served_folder)
+    own = ServedTeacher(vllm_server, client)  # not closed: it would end the server of the other tests
+    check_scorable(own, served_data, k=K)
+    found = dict(own.score(all_rows(served_data)[:8], k=K, temperatures=(1.0,)))
+    client.close()
+    worst, _ = worst_difference({number: hf_rows[number] for number in found}, found)
+    assert len(found) == 8
+    assert worst <= TOLERANCE
 
 
 def test_the_comparison_sees_rows_that_stand_one_position_late(hf_rows: Rows) -> None:

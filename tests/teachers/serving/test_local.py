@@ -1,0 +1,79 @@
+"""The backend `vllm-local`: a server that lives as long as the teacher that a run opened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from latentforge.errors import CrashedError
+from latentforge.spec.sections import TeacherSpec
+from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.opening import open_teacher
+from latentforge.teachers.serving.local import ServedTeacher, settings_of
+from latentforge.teachers.serving.settings import ServingSettings
+
+from .conftest import Stub, gone
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def served(
+    teacher_folder: Path, stub_environment: Path, stub: Stub, tmp_path: Path, said: list[str]
+) -> Iterator[ServedTeacher]:
+    """The teacher as a run opens it, before a stub."""
+    spec = TeacherSpec(backend="vllm-local", environment=str(stub_environment))
+    env = {**stub.behaving("good"), "XDG_STATE_HOME": str(tmp_path / "state")}
+    found = open_teacher(spec, teacher_folder, "cpu", env, say=said.append)
+    assert isinstance(found, ServedTeacher)
+    found.server.memory_seconds = 0.0  # what other tests take meanwhile is no concern of these
+    yield found
+    found.close()
+
+
+def test_a_run_opens_a_server_and_closes_it_with_all_below_it(
+    served: ServedTeacher, stub: Stub, said: list[str], tmp_path: Path
+) -> None:
+    assert len(stub.pids) == 3
+    assert served.server.kept.log.is_relative_to(tmp_path / "state")
+    served.close()
+    assert all(gone(pid, seconds=0.0) for pid in stub.pids)
+    assert "starts vLLM" in said[0]
+    assert said[-1].startswith("memory is")
+    served.close()
+    assert said[-2] != said[-1]
+
+
+def test_its_identity_is_the_folders_content_and_that_vllm_computes(
+    served: ServedTeacher, teacher_folder: Path
+) -> None:
+    here = HFTeacher.open(teacher_folder).identity
+    assert (served.identity.model, served.identity.sha256) == (here.model, here.sha256)
+    assert served.identity.tokenizer_sha256 == here.tokenizer_sha256
+    assert served.identity.quantization == "vllm/float32"
+
+
+def test_a_server_that_ends_in_mid_run_is_told_with_its_last_lines(served: ServedTeacher, stub: Stub) -> None:
+    os.kill(served.server.kept.pid, signal.SIGKILL)
+    assert served.server.kept.wait(60.0) is not None
+    served.flow.attempts = 1
+    with pytest.raises(CrashedError, match="vLLM was ended by SIGKILL"):
+        _ = served.limits
+
+
+def test_a_run_computes_as_it_is_told_and_caps_no_k(teacher_folder: Path, stub_environment: Path) -> None:
+    def settings(**values: object) -> ServingSettings:
+        spec = TeacherSpec.model_validate({"environment": str(stub_environment), **values})
+        return settings_of(spec, teacher_folder, {})
+
+    assert settings().dtype == "float32"
+    assert settings(precision="bf16").dtype == "bfloat16"
+    assert settings().max_logprobs == -1
+    assert settings(gpu_memory_utilization=0.5).utilisation == 0.5
