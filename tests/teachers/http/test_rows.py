@@ -189,6 +189,18 @@ def test_a_server_that_puts_a_token_before_the_document_is_refused(form: Form) -
     assert refused(value, question(TOKENS, 4), form) == "wrong-ids"
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_that_were_read_otherwise_are_refused_even_where_every_row_holds_every_token(form: Form) -> None:
+    asked = question(TOKENS, VOCABULARY)
+    value = answer(asked, LOGITS, form)
+    choice = value["choices"][0]
+    if form == "echo":
+        choice["logprobs"]["tokens"][2] = "token_id:13"
+    else:
+        choice["prompt_token_ids"][2] = 13
+    assert refused(value, asked, form) == "wrong-ids"
+
+
 def test_a_generated_row_that_is_another_position_is_refused() -> None:
     asked = question(TOKENS, 4, last_generated=True)
     value = answer(asked, LOGITS, "prompt_logprobs")
