@@ -21,6 +21,7 @@ from latentforge.spec.code import running_code
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import HTTP_BACKENDS
+from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.train import effective, memory
 from latentforge.train.setting import fit_threads
 from latentforge.train.stopping import Interrupted, handled_signals
@@ -198,8 +199,11 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         corpus = made["corpus"]["kind"] if "builtin" in ref else f"sha256:{ref['sha256']}"
         # What a recipe that knows no other way did: it wrote the corpus's documents, and no BOS.
         ways = {"documents": made.get("documents_from", "corpus"), "bos": made.get("bos", "none")}
-        ways |= {"answer_tokens": made["answer_tokens"]} if "answer_tokens" in made else {}
-        return {"seed": torch.initial_seed(), "data": {"corpus": corpus, **ways, **{name: made[name] for name in kept}}}
+        # A run that asks no one cuts no answer: the value as it was asked for.
+        ways["answer_tokens"] = made.get("answer_tokens", identity.spec["data"]["answer_tokens"])
+        asks = {"teacher": answers_of(teacher_of(run)), "score": {"k": made["k"]}} if "k" in made else {}
+        data = {"corpus": corpus, **ways, **{name: made[name] for name in kept}}
+        return {"seed": torch.initial_seed(), "data": data, **asks}
     made = json.loads((run.out / "score.json").read_bytes())
     kept = ("temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")
     # Drawn rows are as wide as their draws; then the asked k does not apply.
