@@ -122,15 +122,10 @@ class Answering:
     engine: EngineSetting | None = None
 
     @classmethod
-    def of(cls, spec: TeacherSpec, model: KnownModel, *, length: int, device: str) -> Answering:
-        """The teacher of a spec, asked for sequences of ``length`` tokens."""
+    def of(cls, spec: TeacherSpec, model: KnownModel, *, device: str) -> Answering:
+        """The teacher of a spec."""
         place = place_of(spec)
-        engine = None
-        if place == "engine":
-            longest = min(spec.max_model_len, model.positions or spec.max_model_len)
-            engine = EngineSetting.scoring(
-                sequences=spec.concurrency, length=length, max_model_len=longest, method=spec.quantization
-            )
+        engine = EngineSetting.of(spec, model) if place == "engine" else None
         return cls(model, place, spec.precision, device, engine)
 
     def terms(self, rows: int, length: int, *, copies: int) -> tuple[list[Term], list[str]]:
@@ -243,7 +238,7 @@ def pipeline_memory(
         teacher = KnownModel.of_shape(own)
         plans["teacher"] = teacher_memory(spec.teacher, own, length=length, device=device)
     teacher = teacher or KnownModel()
-    answering = Answering.of(spec.teacher, teacher, length=length, device=device)
+    answering = Answering.of(spec.teacher, teacher, device=device)
     if spec.distill.student.init is None:
         width = teacher.vocabulary if spec.teacher.model is not None else None
         student = KnownModel.of_shape(student_shape(spec.distill.student, width or spec.data.vocab_size))

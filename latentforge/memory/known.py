@@ -30,7 +30,8 @@ class KnownModel:
     ``shape`` None: its parameters cannot be counted here (experts, an unknown type). ``bytes``: of its weight files;
     ``largest_file`` of the largest of them. ``quantization``: the method that config.json names. ``cache`` None: what
     it keeps a token is not known. ``vocabulary``: rows of its head;
-    ``positions``: the longest sequence that it takes. ``troubles``: why something is not known.
+    ``positions``: the longest sequence that it takes; ``width``: bytes of a number where they are plain. ``troubles``:
+    why something is not known.
     """
 
     shape: ModelShape | None = None
@@ -40,13 +41,14 @@ class KnownModel:
     cache: CacheShape | None = None
     vocabulary: int | None = None
     positions: int | None = None
+    width: int = 2
     troubles: tuple[str, ...] = ()
 
     @classmethod
     def of_shape(cls, shape: ModelShape) -> Self:
         """A model that the pipeline makes itself, in fp32 files."""
         cache = CacheShape(shape.layers, shape.kv_heads, shape.head_dim)
-        return cls(shape, 4 * shape.parameters, 4 * shape.parameters, None, cache, shape.vocab_size)
+        return cls(shape, 4 * shape.parameters, 4 * shape.parameters, None, cache, shape.vocab_size, width=4)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], bytes: int | None = None) -> Self:
@@ -66,7 +68,8 @@ class KnownModel:
         inner = config.get("text_config") or config
         sizes = (inner.get("vocab_size"), inner.get("max_position_embeddings"))
         rows, positions = (size if isinstance(size, int) and size > 0 else None for size in sizes)
-        return cls(shape, bytes, bytes, name, cache, rows, positions, tuple(troubles))
+        width = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" and name is None else 2
+        return cls(shape, bytes, bytes, name, cache, rows, positions, width, tuple(troubles))
 
     @classmethod
     def of_folder(cls, path: Path) -> Self:
@@ -99,17 +102,17 @@ class KnownModel:
         width = {"fp32": 4, "bf16": 2}.get(precision, 2 if device == "cuda" else 4)
         return width * self.shape.parameters
 
-    def engine_weights(self, method: str | None) -> int | None:
-        """Bytes of the weights in a serving engine, which quantises them by ``method`` where one is asked.
+    def engine_weights(self, method: str | None, width: int = 2) -> int | None:
+        """Bytes of the weights in a serving engine: ``width`` bytes a number, or quantised by ``method``.
 
-        The embedding and the head stay in bf16.
+        The embedding and the head stay in bf16 then.
         """
         if self.quantization is not None or (self.shape is None and method is None):
             return self.bytes
         if self.shape is None:
             return None
         if method is None:
-            return 2 * self.shape.parameters
+            return width * self.shape.parameters
         rate = RATES.get(method)
         if rate is None:
             return None

@@ -43,7 +43,7 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     if identity.kind == "teacher":
         spec = _section(TeacherSpec, identity.spec["teacher"])
         return teacher_memory(spec, teacher_shape(spec, vocab_size), length=length, device=there)
-    answering = Answering.of(teacher_of(run), _teacher(run), length=length, device=there)
+    answering = Answering.of(teacher_of(run), _teacher(run), device=there)
     if identity.kind == "score":
         return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)
     distill = _section(DistillSpec, identity.spec["distill"])

@@ -104,7 +104,7 @@ def test_loading_and_asking_a_teacher_holds_what_its_terms_say(forty_millions: P
     assert known.bytes is not None
     assert (known.largest_file or 0) < known.bytes
     spec = TeacherSpec(precision=asked)  # type: ignore[arg-type]
-    plan = score_memory(Answering.of(spec, known, length=65, device="cpu"), rows=4, length=65)
+    plan = score_memory(Answering.of(spec, known, device="cpu"), rows=4, length=65)
     runtime = next(term.bytes for term in plan.terms if term.name == "runtime")
     open_hf(forty_millions, "fp32", "cpu").close()  # what loading brings along for the first time is the runtime's
     before = memory.begin_measuring()

@@ -265,3 +265,18 @@ def test_a_run_that_the_host_cannot_hold_refuses_itself_before_it_loads_anything
     assert planned["planned_bytes"] > planned["total_bytes"]
     assert json.loads(RunDir(folder).effective_file.read_bytes())["memory"]["planned_bytes"] == planned["planned_bytes"]
     assert "latentforge memory SPEC" in text.getvalue()
+
+
+def test_the_cache_that_an_engine_is_started_with_is_the_one_that_the_plan_counts(tmp_path: Path) -> None:
+    from latentforge.memory.engine import pinned_kv_bytes
+    from latentforge.spec.sections import TeacherSpec
+
+    config = {**QWEN3_NEXT, "max_position_embeddings": 262_144, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    known = KnownModel.of_folder(tmp_path)
+    spec = TeacherSpec(backend="vllm-local", model=str(tmp_path), max_model_len=32_768)
+    assert pinned_kv_bytes(known, EngineSetting.of(spec, known)) == int(1.5 * GIB)  # two of 32 K tokens
+    plan = pipeline_memory(served("teacher.max_model_len=32768"), device="cuda", teacher=known)["score"]
+    assert next(term.bytes for term in plan.terms if term.name == "kv") == int(1.5 * GIB)
+    short = TeacherSpec(backend="vllm-local", model=str(tmp_path), max_model_len=16)
+    assert pinned_kv_bytes(known, EngineSetting.of(short, known)) == 256 << 20

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.kernels.targets import TopKTargets
+from latentforge.memory import KnownModel
+from latentforge.memory.engine import EngineSetting, pinned_kv_bytes
 from latentforge.spec.sections import TeacherSpec
 from latentforge.targets.row import SequenceTargets
 from latentforge.teachers.failures import TeacherFailure
@@ -140,6 +142,7 @@ def settings_of(spec: TeacherSpec, folder: Path, env: Mapping[str, str]) -> Serv
     k has no cap there: nobody asks but the run, and it asks for its own.
     """
     kept = check_model_folder(folder, digest=False).config
+    known = KnownModel.of_folder(folder)
     dtype = _DTYPES.get(spec.precision) or str(kept.get("dtype") or kept.get("torch_dtype") or "auto")
     return ServingSettings(
         folder=Path(folder).absolute(),
@@ -150,6 +153,8 @@ def settings_of(spec: TeacherSpec, folder: Path, env: Mapping[str, str]) -> Serv
         max_logprobs=-1,
         dtype=dtype,
         quantization=spec.quantization,
+        # As the memory plan counts it: a share of the pool would take what the plan keeps free.
+        kv_cache_bytes=pinned_kv_bytes(known, EngineSetting.of(spec, known)),
     )
 
 

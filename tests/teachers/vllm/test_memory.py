@@ -23,7 +23,7 @@ def test_an_engines_process_tree_holds_what_its_terms_say(vllm_server: VLLMServe
     settings = vllm_server.settings
     assert model.cache is not None
     tokens = (settings.kv_cache_bytes or 0) // model.cache.kv_bytes(1, width=4)
-    terms, unknown = engine_terms(model, EngineSetting(sequences=8, kv_tokens=tokens, kv_width=4), "cpu")
+    terms, unknown = engine_terms(model, EngineSetting(sequences=8, kv_tokens=tokens, width=4), "cpu")
     assert not unknown
     planned = sum(term.bytes for term in terms)
     held = sum(proportional(pid) for pid in members(vllm_server.kept.session))
