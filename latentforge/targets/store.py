@@ -221,6 +221,19 @@ class TargetStore:
         digest.update(values.astype("<u4").tobytes())
         return digest.digest()
 
+    def keys(self, sequences: Sequence[Tokens] | Tokens) -> list[bytes]:
+        """The keys of several sequences (each tokens ``[L]``); those of an array ``[B, L]`` are looked at together."""
+        if not isinstance(sequences, np.ndarray) or sequences.ndim != 2 or not sequences.size:
+            return [self.key(tokens) for tokens in sequences]
+        if sequences.min() < 0 or sequences.max() >= self.vocab_size:
+            raise RefusedError(f"tokens of shape {sequences.shape} are not sequences of ids below {self.vocab_size}")
+        content, found = np.ascontiguousarray(sequences, "<u4"), []
+        for row in content:
+            digest = self._key_head.copy()
+            digest.update(row)
+            found.append(digest.digest())
+        return found
+
     def put(self, tokens: Tokens, targets: SequenceTargets) -> bool:
         """Store one row now (a transaction of its own); False where it was there."""
         return self.put_many([(tokens, targets)]) == 1
@@ -248,7 +261,7 @@ class TargetStore:
 
     def get_many(self, sequences: Sequence[Tokens] | Tokens) -> list[SequenceTargets]:
         """The targets of several sequences (each tokens ``[L]``), in their order; a missing one is refused."""
-        keys = [self.key(tokens) for tokens in sequences]
+        keys = self.keys(sequences)
         oldest = self.policy.oldest(self._clock())
         with self._lock:
             found: dict[bytes, SequenceTargets] = {}

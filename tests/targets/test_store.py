@@ -201,6 +201,17 @@ def test_tokens_outside_the_vocabulary_have_no_key(filled: Path) -> None:
                 store.key(wrong)
 
 
+def test_keys_of_a_batch_are_those_of_its_rows(filled: Path) -> None:
+    with TargetStore.open(filled) as store:
+        batch = sequences(20)
+        assert store.keys(batch) == store.keys(list(batch)) == [store.key(tokens) for tokens in batch]
+        assert store.keys(batch[:, ::2]) == [store.key(tokens[::2]) for tokens in batch]
+        for wrong in (-1, VOCABULARY):
+            batch[3, 2] = wrong
+            with pytest.raises(RefusedError, match="ids below 300"):
+                store.keys(batch)
+
+
 def test_statistics_give_the_mass_outside_the_top_k(filled: Path) -> None:
     with TargetStore.open(filled) as store:
         stats = store.stats()
