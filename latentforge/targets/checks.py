@@ -75,8 +75,7 @@ def rounding_spares_the_gradient(*, temperature: float = 1.0, coarser: int = 1) 
         heights = torch.linspace(top, 3.0, 64, dtype=torch.float64).expand(rows, -1)
         logits = floor.scatter(-1, places, heights)
         for distance in DISTANCES:
-            # At T = 2 unlikely tokens have the larger share, and the nearest student's gradient is mostly rounding
-            # of float32 inputs to begin with: docs/store.md has its figure.
+            # At T = 2 unlikely tokens, whose steps are wide, have the larger share; the nearest student is left out.
             if temperature == 1.0 or distance > min(DISTANCES):
                 errors[f"{name}, {distance:g}"] = gradient_error(
                     logits, k=k, temperature=temperature, distance=distance, levels=levels
