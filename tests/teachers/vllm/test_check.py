@@ -67,10 +67,10 @@ def test_a_sound_server_passes_and_shows_what_it_can_do(
     assert 0 < figures["p50_s"] <= figures["p95_s"]
     assert figures["tokens_per_s"] > 0
     capabilities = {name: (one["declared"], one["probed"]) for name, one in found["capabilities"].items()}
-    # The tokenizer has no chat template: declared by the protocol, and seen not to be there.
     assert capabilities == {
-        "score": (True, True), "sample": (True, True), "logits": (False, False), "chat": (True, False),
+        "score": (True, True), "sample": (True, True), "logits": (False, False), "chat": (True, True),
     }  # fmt: skip
+    assert "top-20 rows" in found["capabilities"]["chat"]["said"]
 
 
 @pytest.mark.parametrize(
