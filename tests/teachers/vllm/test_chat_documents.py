@@ -13,10 +13,12 @@ import pytest
 from latentforge.data import ShardSet
 from latentforge.errors import FailedError
 from latentforge.events import read_events
+from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.spec.teacher import reach_of
 from latentforge.targets.store import TargetStore
+from latentforge.train import effective
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.rehearsal import tiny_spec
 from latentforge.train.run import execute
@@ -69,6 +71,10 @@ def test_answers_train_a_student_with_their_own_rows(
     text = io.StringIO()
     runs = execute_pipeline(chat_spec, tmp_path, text=text)
     assert sorted(runs) == ["data", "distill"]  # nothing is left to be scored
+    identity = runs["data"].load_identity()
+    compared = compare_configuration("data", identity.spec, effective.read(runs["data"]))
+    # The size of a vocabulary that is given, not learnt, is what it is.
+    assert (compared["unreported"], compared["differences"]) == (["vocab_size"], [])
     data = ShardSet.open(runs["data"].out)
     assert data.record["documents_from"] == "chat"
     kept = data.record["answers"]["kept"]
