@@ -188,7 +188,9 @@ class Student(nn.Module):
         return inputs
 
     @torch.no_grad()
-    def sample(self, inputs: Tensor, new_tokens: int, *, temperature: float, seeds: Tensor) -> Tensor:
+    def sample(
+        self, inputs: Tensor, new_tokens: int, *, temperature: float, seeds: Tensor, backend: str = "auto"
+    ) -> Tensor:
         """``inputs`` int64 [B, L] followed by ``new_tokens`` drawn at ``temperature``; the same for the same weights
         and ``seeds`` int64 [B], whatever else was drawn in this process.
         """
@@ -206,6 +208,7 @@ class Student(nn.Module):
                 positions=positions,
                 bias=head.bias,
                 vocab=self.vocab_size,
+                backend=backend,
             ).ids
             if bool((drawn < 0).any()):
                 raise FailedError("the student's logits are not finite: nothing can be drawn from it")

@@ -108,7 +108,8 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
         if profile == "full" and CANARY not in spec.require:
             require_canary(run, identity)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
-        on_policy = OnPolicy(spec.on_policy, spec.on_policy_tokens, spec.on_policy_temperature, seed)
+        draws_by = "reference" if kernel == "reference" else "auto"
+        on_policy = OnPolicy(spec.on_policy, spec.on_policy_tokens, spec.on_policy_temperature, seed, draws_by)
         job = Job(run, log, spec, data, order, supply, critic, on_policy, device, kernel)
         trainer = make_trainer(job, start, kd_weight=spec.kd_weight, ce_weight=spec.ce_weight)
         earlier = open_predecessor(run, log, CHECKPOINTS)

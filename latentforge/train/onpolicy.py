@@ -19,13 +19,14 @@ class OnPolicy:
 
     ``share`` of the sequences keep their beginning and are continued by the student: its ``tokens`` last tokens are
     drawn at ``temperature``. What is drawn depends on the student's weights, ``seed``, step and place in the batch
-    alone, so a resumed run draws the same.
+    alone, so a resumed run draws the same; ``kernel`` is the backend that draws.
     """
 
     share: float
     tokens: int
     temperature: float
     seed: int
+    kernel: str = "auto"
 
     def count(self, step: int, batch_size: int) -> int:
         """How many sequences of the batch of ``step`` (from 0): their share of all steps until then, rounded down."""
@@ -39,7 +40,9 @@ class OnPolicy:
         places = range(first, first + len(tokens))
         seeds = torch.tensor([draw_seed(self.seed, step, place) for place in places], device=tokens.device)
         student.eval()
-        written = student.sample(tokens[:, : -self.tokens], self.tokens, temperature=self.temperature, seeds=seeds)
+        written = student.sample(
+            tokens[:, : -self.tokens], self.tokens, temperature=self.temperature, seeds=seeds, backend=self.kernel
+        )
         student.train()
         return written
 
