@@ -272,7 +272,7 @@ class TargetStore:
             read = self._read([key for key in dict.fromkeys(keys) if key not in found], oldest)
             found.update((key, targets) for key, (targets, _) in read.items())
             self._remember(read)
-            self._use(found)
+            self._use(key for key in keys if key in found)
         absent = [number for number, key in enumerate(keys) if key not in found]
         if absent:
             raise RefusedError(
@@ -292,7 +292,7 @@ class TargetStore:
                 part = wanted[at : at + _IN_A_QUERY]
                 sql = f"SELECT key FROM rows WHERE key IN ({','.join('?' * len(part))}) AND {self.policy.stored} > ?"
                 found.update(row[0] for row in self._connection.query(sql, [*part, oldest]))
-            self._use(found)
+            self._use(key for key in wanted if key in found)
         return found
 
     def coverage(self, keys: Iterable[bytes]) -> Coverage:

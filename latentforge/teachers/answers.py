@@ -23,7 +23,9 @@ from latentforge.teachers.protocol import TeacherIdentity
 TEMPERATURE = 1.0
 """Answers are drawn at T = 1: at any other the text is not what the rows beside it say."""
 
-OF_ONE_PROMPT = frozenset({"too-long", "refused-request", "not-finite", "too-few", "shifted"})
+OF_ONE_ANSWER = frozenset({"not-finite", "too-few", "shifted"})
+"""Failures of an answer that came, and would come again: kept as one, so that it is paid for once."""
+OF_ONE_PROMPT = frozenset({"too-long", "refused-request"}) | OF_ONE_ANSWER
 """Failures that are one prompt's or one answer's own: it is dropped and counted, and the others are asked."""
 
 
@@ -83,15 +85,16 @@ class AnswerStore:
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM answers").fetchone()[0])
 
-    def get(self, key: bytes) -> ChatAnswer | None:
-        """The answer to a request; None where there is none, or where its bytes are damaged: it is asked again."""
+    def get(self, key: bytes) -> ChatAnswer | TeacherFailure | None:
+        """The answer to a request, or why it was of no use; None where there is none, or where its bytes are damaged:
+        it is asked again."""
         row = self._connection.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone()
         if row is None or row[0][:32] != _checksum(key, row[0][32:]):
             return None
         return _read(zstandard.ZstdDecompressor().decompress(row[0][32:]))
 
-    def put(self, key: bytes, answer: ChatAnswer) -> None:
-        """Keep an answer; it is on disk when this returns."""
+    def put(self, key: bytes, answer: ChatAnswer | TeacherFailure) -> None:
+        """Keep an answer, or what was wrong with it; it is on disk when this returns."""
         packed = zstandard.ZstdCompressor().compress(_written(answer))
         row = (key, _checksum(key, packed) + packed)
         self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
@@ -150,7 +153,7 @@ def ask_all(
                             waiting.cancel()
                     continue
                 said = error
-            else:
+            if isinstance(said, ChatAnswer) or said.kind in OF_ONE_ANSWER:
                 store.put(key, said)
             for number in missing:
                 if keys[number] == key:
@@ -161,7 +164,9 @@ def ask_all(
         raise failure
 
 
-def _written(answer: ChatAnswer) -> bytes:
+def _written(answer: ChatAnswer | TeacherFailure) -> bytes:
+    if isinstance(answer, TeacherFailure):
+        return json.dumps({"unusable": answer.kind, "what": answer.what}, separators=(",", ":")).encode()
     value: dict[str, Any] = {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -178,8 +183,10 @@ def _entry(entry: ChatEntry) -> list[Any]:
     return [entry.token, None if entry.bytes is None else entry.bytes.hex(), entry.logprob]
 
 
-def _read(content: bytes) -> ChatAnswer:
+def _read(content: bytes) -> ChatAnswer | TeacherFailure:
     value = json.loads(content)
+    if "unusable" in value:
+        return TeacherFailure(value["unusable"], value["what"])
 
     def entry(one: list[Any]) -> ChatEntry:
         return ChatEntry(one[0], None if one[1] is None else bytes.fromhex(one[1]), one[2])

@@ -71,10 +71,10 @@ _OTHERWISE = "latentforge teacher check    tells what this server can do"
 class TeacherFailure(LatentForgeError):
     """A teacher that did not answer, or whose answer is refused. Nothing that was stored before is lost.
 
-    ``kind`` is one of :data:`KINDS`, ``url`` where it was asked (without user, password and query), ``status`` the HTTP
-    status where there was one, ``retry_after`` the seconds that the server asked to wait. Exit code 6 only where
-    nothing was sent; 3 where the server may answer another time; 1 where its answer was refused; 2 where the question
-    was.
+    ``kind`` is one of :data:`KINDS`, ``what`` went wrong, ``url`` where it was asked (without user, password and
+    query), ``status`` the HTTP status where there was one, ``retry_after`` the seconds that the server asked to wait.
+    Exit code 6 only where nothing was sent; 3 where the server may answer another time; 1 where its answer was refused;
+    2 where the question was.
     """
 
     default_code = ExitCode.FAIL
@@ -92,6 +92,7 @@ class TeacherFailure(LatentForgeError):
         if kind not in KINDS:
             raise ValueError(f"unknown kind of failure {kind!r}")
         self.kind: FailureKind = kind
+        self.what = what
         self.url = None if url is None else public_url(url)
         self.status = status
         self.retry_after: float | None = None

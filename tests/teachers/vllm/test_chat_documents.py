@@ -82,7 +82,8 @@ def test_answers_train_a_student_with_their_own_rows(
     assert "answers became documents" in text.getvalue()
     bodies = [request.body for request in proxy.requests if request.method == "POST"]
     assert all(body["temperature"] == 1.0 and body["top_logprobs"] == K for body in bodies)
-    assert len(bodies) == kept + sum(data.record["answers"]["dropped"].values())
+    answers = data.record["answers"]
+    assert len(bodies) == kept + sum(answers["dropped"].values()) + answers["refused"], text.getvalue()
     with TargetStore.open(runs["data"].out / "targets.sqlite") as store:
         for tokens in data.train.rows(np.arange(len(data.train))):
             targets = store.get(tokens)
