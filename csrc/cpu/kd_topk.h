@@ -80,8 +80,8 @@ struct Folded {
   // `raw` [count] the student's logits of the row's entries; log2_outside and one_outside its mass outside them. Fills
   // scratch.derivative with T * d kd / d s of the top-k, scratch.student_share and one_log2 with their probabilities at
   // T and at temperature 1.
-  void fold(const KdCall& call, int64_t row, int64_t count, const Units& units, double log2_outside,
-            double one_outside, Scratch& scratch) {
+  void fold(const KdCall& call, int64_t row, int64_t count, const Units& units, double log2_outside, double one_outside,
+            Scratch& scratch) {
     const auto k = static_cast<size_t>(count);
     auto& q = scratch.student_share;
     auto& one = scratch.one_share;
