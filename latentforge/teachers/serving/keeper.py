@@ -1,9 +1,11 @@
 """The keeper: a process between us and what we start, that lets nothing of it outlive us. Run as a file of its own.
 
-It leads a session of its own and adopts the orphans below it (subreaper), so everything that was started is among its
-descendants. It ends the tree when it is told to, when its starter dies in whatever way, and when the started process
-ends by itself. Nobody but `kill -9` can end it first; then the started process dies with it, and the starter finds the
-rest by the session (:mod:`latentforge.teachers.serving.processes`).
+It is two processes, outer and inner, of a session that the outer leads. Each adopts the orphans below it (subreaper),
+so everything that was started is among the descendants of both. The inner ends the tree when it is told to, when the
+starter or the outer dies in whatever way, and when the started process ends by itself. Nobody but `kill -9` can end it
+first: then the started process dies with it, and the outer, which has adopted the rest, ends that. So no two deaths
+leave anything behind; of three at once the starter, if it lives, finds what is left by the session
+(:mod:`latentforge.teachers.serving.processes`).
 
 Standard library only. Its argument is JSON: ``command``, ``log`` (a path), ``parent`` (a pid), ``grace`` (seconds from
 asking to killing) and perhaps ``stdin`` and ``stdout``, inherited descriptors for the started process. It writes JSON
@@ -30,14 +32,44 @@ _SECONDS_TO_DIE = 60.0
 
 
 def main(argument: str) -> int:
-    """Start, wait for a reason to end, end the whole tree."""
+    """Be the outer: start the inner, pass on what asks to stop, end what the inner leaves if it is killed."""
     request = json.loads(argument)
     wake = _catch_signals()
+    outer = os.getpid()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    parent = _open(request["parent"])
-    if parent is None or os.getppid() != request["parent"]:
+    parent, here = _open(request["parent"]), _open(outer)
+    if parent is None or here is None or os.getppid() != request["parent"]:
         return 1
+    inner = os.fork()
+    if inner == 0:
+        code = 1
+        try:
+            # A signal that came before the fork is the outer's to pass on; the pipe that would tell it is shared.
+            os.close(wake)
+            code = _keep(request, libc, [parent, here])
+        finally:
+            os._exit(code)
+    _close_given(request)
+    asked = False
+    while True:
+        pid, status = os.waitpid(inner, os.WNOHANG)
+        if pid:
+            break
+        if select.select([wake], [], [], 5.0)[0] and any(number in _STOPPING for number in os.read(wake, 64)):
+            asked = True
+            os.kill(inner, signal.SIGTERM)
+    _kill_descendants()
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:  # without a word; the started process died with it
+        _say(ended={"code": None, "signal": int(signal.SIGKILL), "asked": asked})
+    return max(code, 0)
+
+
+def _keep(request: dict[str, Any], libc: ctypes.CDLL, above: list[int]) -> int:
+    """Be the inner: start, wait for a reason to end, end the whole tree. ``above`` are pidfds whose end is a reason."""
+    wake = _catch_signals()
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def die_with_the_keeper() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -55,17 +87,15 @@ def main(argument: str) -> int:
         except OSError as error:
             _say(failed=f"{request['command'][0]}: {error.strerror}")
             return 1
-    for name in ("stdin", "stdout"):
-        if name in request:
-            os.close(request[name])
+    _close_given(request)
     _say(started=child.pid)
     asked = False
     while child.poll() is None:
-        readable, _, _ = select.select([wake, parent], [], [], 5.0)
+        readable, _, _ = select.select([wake, *above], [], [], 5.0)
         if wake in readable:
             received = os.read(wake, 64)
             asked = any(number in _STOPPING for number in received)
-        if asked or parent in readable:
+        if asked or any(one in readable for one in above):
             _end(child, float(request["grace"]))
             break
     with contextlib.suppress(OSError):
@@ -74,6 +104,12 @@ def main(argument: str) -> int:
     _kill_descendants()
     _say(ended={"code": status if status >= 0 else None, "signal": -status if status < 0 else None, "asked": asked})
     return 0
+
+
+def _close_given(request: dict[str, Any]) -> None:
+    for name in ("stdin", "stdout"):
+        if name in request:
+            os.close(request[name])
 
 
 def _catch_signals() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +50,28 @@ def test_a_signal_ends_the_server_and_all_below_it(
     assert stopped["state"] == "stopped"
     assert stopped["asked"]
     assert code == (0 if stopped["memory_returned"] else 1)
+
+
+@pytest.mark.parametrize("killed", ["command and outer keeper", "command and inner keeper", "both keepers"])
+def test_two_deaths_at_once_leave_no_process_of_the_server(
+    teacher_folder: Path, stub_environment: Path, stub: Stub, killed: str
+) -> None:
+    command = _command(teacher_folder, stub_environment, stub)
+    with subprocess.Popen(command, env=stub.behaving("good"), stdout=subprocess.PIPE, text=True) as process:
+        assert _line(process)["state"] == "serving"
+        (outer,) = _children(process.pid)
+        (inner,) = _children(outer)
+        dying = {"command and outer keeper": [process.pid, outer], "command and inner keeper": [process.pid, inner]}
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none of them sees another die
+            for pid in dying.get(killed, [inner, outer]):
+                os.kill(pid, number)
+        assert all(gone(pid) for pid in stub.pids), "its engine was left with the memory of the model"
+        assert gone(inner)
+        assert gone(outer)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_signal_during_the_start_ends_it(teacher_folder: Path, stub_environment: Path, stub: Stub) -> None:
