@@ -112,6 +112,26 @@ def compare(run: RunDir, log: EventLog, plan: MemoryPlan, *, before: int) -> Mea
     return found
 
 
+def require_return(log: EventLog, teacher: Any) -> None:
+    """Set what a stopped vLLM of ours gave back on record; FailedError where its memory was waited for and is not back.
+
+    Nothing is required of a teacher that had no memory of its own on this host.
+    """
+    found = teacher
+    while not hasattr(found, "stopped") and not hasattr(found, "server") and hasattr(found, "teacher"):
+        found = found.teacher
+    stopped = getattr(getattr(found, "server", found), "stopped", None)
+    if stopped is None:
+        return
+    memory = stopped.memory
+    log.memory(teacher_available_before_bytes=memory.before, teacher_available_after_bytes=memory.after)
+    if not memory.returned:
+        raise FailedError(
+            f"the teacher was stopped and no process of it is left, but {memory}",
+            next="free -m, then  latentforge dispatch go --attempt next  takes the scored rows over",
+        )
+
+
 def _teacher(run: RunDir) -> KnownModel:
     """The folder of the run's teacher, as far as it is here: a server has no weights on this host."""
     if not run.has_input("teacher"):

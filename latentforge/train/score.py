@@ -31,6 +31,7 @@ from latentforge.teachers.scoring import Agreement, check_agreement, check_scora
 from latentforge.train.across import align, crosses
 from latentforge.train.asked import AskedLog
 from latentforge.train.data import checked_path
+from latentforge.train.memory import require_return
 from latentforge.train.teaching import idleness, in_force, report_precision
 
 
@@ -69,6 +70,7 @@ def run(run: RunDir, log: EventLog) -> None:
         take_over(run, teacher, spec, log)
         with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
             new, agreement, reached = fill(store, teacher, asked_of, spec, log, asked)
+    require_return(log, teacher)  # before anything else of the pipeline is loaded
     if reached.present < reached.total:
         raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
     with TargetStore.open(run.out / "targets.sqlite") as store:
