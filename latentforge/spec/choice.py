@@ -19,6 +19,8 @@ _ENGINE = {
     "VLLM_QUANTIZATION": "teacher.quantization",
     "VLLM_MAX_MODEL_LEN": "teacher.max_model_len",
     "VLLM_GPU_MEMORY_UTIL": "teacher.gpu_memory_utilization",
+    # A run is started with few of the user's variables, and this is not one of them: its value goes by the spec.
+    "LATENTFORGE_VLLM_ENVIRONMENT": "teacher.environment",
 }
 NAMES: dict[str, dict[str, str]] = {
     "venice": {"VENICE_BASE_URL": "teacher.url", "VENICE_MODEL": "teacher.served_model"},

@@ -42,9 +42,11 @@ def test_the_names_that_users_know_set_the_fields_of_their_backend() -> None:
     engine = {"VLLM_LOCAL_MODEL": "/models/big", "VLLM_QUANTIZATION": "gptq", "VLLM_MAX_MODEL_LEN": "4096"}
     for backend in ("vllm-local", "vllm-local-inproc"):
         env = {"TEACHER_BACKEND": backend, "VLLM_GPU_MEMORY_UTIL": "0.7", **engine}
+        env["LATENTFORGE_VLLM_ENVIRONMENT"] = "/envs/vllm"
         local = resolve_pipeline("smoke", env=env).spec.teacher
         assert (local.backend, local.model, local.quantization) == (backend, "/models/big", "gptq")
         assert (local.max_model_len, local.gpu_memory_utilization) == (4096, 0.7)
+        assert local.environment == "/envs/vllm", "a run does not inherit the variable"
 
 
 def test_the_names_of_other_backends_are_left_alone() -> None:
