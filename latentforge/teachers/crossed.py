@@ -138,13 +138,19 @@ class CrossedShards:
 class CrossedTeacher:
     """Answers in the student's tokens from ``teacher``, which is asked in its own.
 
-    Rows that do not carry KD say so: all entries absent, tail 0, no loss and no gradient.
+    Rows that do not carry KD say so: all entries absent, tail 0, no loss and no gradient. Refused where ``coverage`` is
+    below ``least``.
     """
 
-    def __init__(self, teacher: Scorer, bridge: Bridge, *, coverage: CrossCoverage | None = None) -> None:
+    def __init__(
+        self, teacher: Scorer, bridge: Bridge, *, coverage: CrossCoverage | None = None, least: float = 0.0
+    ) -> None:
+        if coverage is not None:
+            require_coverage(coverage, least)
         self.teacher = teacher
         self.bridge = bridge
         self.coverage = coverage
+        self.least = least
 
     @property
     def capabilities(self) -> frozenset[Capability]:

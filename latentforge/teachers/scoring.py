@@ -30,7 +30,8 @@ _COMMIT_ROWS = 256
 _ASK_ROWS = 4096
 
 Data = ShardSet | CrossedShards
-Rows = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]
+"""Sequences: one array of those of one length, or one each (a teacher of another tokenizer)."""
 Progress = Callable[[int, int], None]
 
 
@@ -47,7 +48,7 @@ class Agreement:
 
 
 def sequences(data: Data, *, batch_size: int) -> Iterator[Rows]:
-    """All training rows, then all held-out rows, in order, int64 ``[b, L]``."""
+    """All training rows, then all held-out rows, in order, int64 ``[b, L]`` (or ``[n]`` each)."""
     for shard in (data.train, data.heldout):
         for begin, end in pairwise([*range(0, len(shard), batch_size), len(shard)]):
             yield shard.rows(np.arange(begin, end))

@@ -99,7 +99,9 @@ def open_supply(
     """
 
     def facing(source: Scorer) -> Scorer:
-        return source if across is None else CrossedTeacher(source, across[0], coverage=across[1])
+        if across is None:
+            return source
+        return CrossedTeacher(source, across[0], coverage=across[1], least=spec.min_coverage)
 
     live = None
     if spec.targets == "live" or spec.on_policy > 0.0:
@@ -229,8 +231,9 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
             "on_policy": feed.on_policy.share,
             "on_policy_tokens": feed.on_policy.tokens,
             "on_policy_temperature": feed.on_policy.temperature,
-            "cross_tokenizer": spec.cross_tokenizer,
-            "min_coverage": spec.min_coverage,
+            "cross_tokenizer": isinstance(job.supply.source, CrossedTeacher),
+            # Of a teacher that has the student's tokens nothing is aligned: there the value is as it was asked for.
+            "min_coverage": getattr(job.supply.source, "least", spec.min_coverage),
             "require": list(spec.require),
         },
         **asked,

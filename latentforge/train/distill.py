@@ -115,6 +115,11 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
         earlier = open_predecessor(run, log, CHECKPOINTS)
     for note in dict.fromkeys(notes):
         log.say(note)
+    if across is not None and spec.ce_weight == 0.0 and across[1].share < 1.0:
+        log.warning(
+            f"distill.ce_weight = 0: {percent(1.0 - across[1].share)} of the positions have no row of the teacher's, "
+            "and are trained on nothing"
+        )
     if slow:
         log.warning(slow)
 

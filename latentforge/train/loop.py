@@ -95,7 +95,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.watch = CompileWatch()
 
-    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | Sequence[Lesson] | None) -> StepResult:
+    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | Iterable[Lesson] | None) -> StepResult:
         """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0.
 
         With lessons it is these that are trained, each a part of the batch in some form. The denominator counts the
@@ -164,7 +164,7 @@ class Trainer:
 
 
 def lessons_of(
-    tokens: Tensor, targets_of: TargetsOf | Sequence[Lesson] | None, micro_batch_size: int | None
+    tokens: Tensor, targets_of: TargetsOf | Iterable[Lesson] | None, micro_batch_size: int | None
 ) -> Iterator[Lesson]:
     """The parts of a batch as they are trained: those that were made of it, or its micro-batches with their targets."""
     if targets_of is not None and not callable(targets_of):

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from latentforge.data import ShardSet
-from latentforge.errors import FailedError
+from latentforge.errors import FailedError, RefusedError
 from latentforge.events import read_events
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.targets.store import TargetStore
+from latentforge.teachers.crossed import CrossCoverage, CrossedTeacher
+from latentforge.teachers.fixture import FixtureTeacher
+from latentforge.train import effective
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.rehearsal import tiny_spec
 
@@ -100,6 +103,33 @@ def test_the_teacher_is_scored_in_its_own_tokens_and_the_data_is_the_students(
         assert store.stats()["rows"] == 72
     assert "coverage 100.0 % (72 of 72 sequences)" in text.getvalue()
     assert "tokens have a student token of the same bytes" in text.getvalue()
+
+
+def test_a_live_teacher_of_another_tokenizer_teaches_what_its_stored_rows_teach(
+    runs: dict[str, RunDir], teacher: Path, root: Path
+) -> None:
+    spec = across(teacher, targets="live", steps=4)
+    live = execute_pipeline(spec, root, text=io.StringIO())["distill"]
+    stored = [event.fields for event in read_events(runs["distill"].events_file) if event.kind == "step"]
+    steps = [event.fields for event in read_events(live.events_file) if event.kind == "step"]
+    assert len(steps) == 4
+    # The first step is before any weight has moved, and before the two schedules part.
+    for name in ("batch_sha256", "kd_rows", "silent_rows"):
+        assert steps[0][name] == stored[0][name]
+    assert 0 < steps[0]["kd_rows"] < steps[0]["rows"]
+    assert steps[0]["kd"] == pytest.approx(stored[0]["kd"], rel=1e-3)
+
+
+def test_positions_that_nothing_trains_are_said(text: io.StringIO, runs: dict[str, RunDir]) -> None:
+    assert "distill.ce_weight = 0: " in text.getvalue()
+    assert "are trained on nothing" in text.getvalue()
+
+
+def test_the_least_coverage_in_force_is_the_one_that_the_open_teacher_was_held_to(runs: dict[str, RunDir]) -> None:
+    assert effective.read(runs["distill"])["effective"]["distill"]["min_coverage"] == 0.5
+    found = CrossCoverage(positions=100, single=40, several=0, split=60, longest=9, shortest=2)
+    with pytest.raises(RefusedError, match=r"coverage 0\.4000 is below distill\.min_coverage = 0\.5"):
+        CrossedTeacher(FixtureTeacher(8), None, coverage=found, least=0.5)  # type: ignore[arg-type]
 
 
 def test_loss_and_kl_fall_with_kd_alone_across_tokenizers(runs: dict[str, RunDir]) -> None:
