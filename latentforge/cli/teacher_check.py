@@ -31,18 +31,25 @@ def check(
     Ends with 0 (all passed), 1 (an answer is refused), 2 (the question was) or 6 (nothing could be sent).
     """
     from latentforge.cli.terminal import print_json
+    from latentforge.errors import LatentForgeError
     from latentforge.spec.dotenv import Environment
     from latentforge.spec.resolve import resolve_teacher
     from latentforge.teachers.checking import check_teacher
 
-    env = Environment.here()
     if url is not None and backend is None and not any(one.startswith("teacher.backend=") for one in set_ or ()):
         backend = "openai"
     typed = {"url": url, "served_model": model, "backend": backend, "model": tokenizer, "api_key_env": key_env}
     flags = [*(set_ or ()), *(f"teacher.{name}={value}" for name, value in typed.items() if value is not None)]
-    section, origins = resolve_teacher(spec, env=env, overrides=flags)
-    folder = Path(section.model).expanduser() if section.model is not None else None
-    report = check_teacher(section, folder, env, k=k, requests=requests)
+    try:
+        env = Environment.here()
+        section, origins = resolve_teacher(spec, env=env, overrides=flags)
+        folder = Path(section.model).expanduser() if section.model is not None else None
+        report = check_teacher(section, folder, env, k=k, requests=requests)
+    except LatentForgeError as error:
+        if json:  # on standard output too, where a script reads: what was refused before anything was asked
+            told = {"ok": False, "exit_code": int(error.code), "error": str(error), "next": error.next}
+            print_json({**told, "steps": [], "capabilities": {}, "figures": {}})
+        raise
     chosen = str(origins.get("teacher.backend", "default"))
     if json:
         print_json({**report.as_json(), "chosen": chosen})

@@ -138,6 +138,8 @@ class Check:
             if not self.listed:
                 self._unlisted(served.name, vocab)
             facts = probe(self.client, self.flow, served.name, vocab_size=vocab, rows=max(vocab, self.rows or 0))
+            if facts.damaged is not None:
+                self.report.findings.append(Finding.of("form", facts.damaged))
             if self.k > facts.max_k:
                 raise TeacherFailure(
                     "too-few",
@@ -184,8 +186,7 @@ class Check:
             value = self.client.post("/completions", body)
         except TeacherFailure:
             return failure
-        choices = value.get("choices") if isinstance(value, dict) else None
-        if not choices or choices[0].get("logprobs"):
+        if _text(value) is None or value["choices"][0].get("logprobs"):
             return failure
         what = "takes no token ids, and answers text without log-probabilities"
         return TeacherFailure("no-logprobs", what, url=self.client.url, status=200)

@@ -9,8 +9,8 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
@@ -33,8 +33,9 @@ class HttpClient:
     """``POST`` and ``GET`` of JSON below ``url`` (``https://host/v1``).
 
     ``key`` is sent as a bearer token and to this host only: redirects are not followed. It stands in no error, no log
-    and no ``repr``. ``timeout`` (seconds) bounds a whole answer, however slowly it drips. Certificates are verified
-    always; ``SSL_CERT_FILE`` names authorities of one's own. Safe to use from several threads.
+    and no ``repr``. ``timeout`` (seconds) bounds a whole answer, its headers too, however slowly it drips. Certificates
+    are verified always; ``SSL_CERT_FILE`` names authorities of one's own. Safe to use from several threads, each of
+    which has its own deadline.
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout: float = 60.0, connections: int = 8) -> None:
@@ -49,6 +50,7 @@ class HttpClient:
             headers["Authorization"] = f"Bearer {key}"
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._due = threading.local()
         local = _is_loopback(parts.hostname or "")
         self.clear_text = parts.scheme == "http" and key is not None and not local
         self._client = httpx2.Client(
@@ -76,10 +78,34 @@ class HttpClient:
 
     def _remember(self, event: str, info: Mapping[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._bound(info["return_value"])
             opened = info["return_value"].get_extra_info("socket")
             if opened is not None:
                 with self._lock:
                     self._sockets.add(opened)
+
+    def _bound(self, stream: Any) -> None:
+        """Let each read and write of a connection end when the request that it is for must: httpx bounds each alone."""
+
+        def ending(call: Callable[..., Any]) -> Callable[..., Any]:
+            def bounded(what: Any, timeout: float | None = None) -> Any:
+                left = self._due.at - time.monotonic()
+                if left <= 0:
+                    raise httpx2.ReadTimeout("the deadline of the whole answer")
+                return call(what, timeout=left if timeout is None else min(left, timeout))
+
+            return bounded
+
+        stream.read, stream.write = ending(stream.read), ending(stream.write)
+
+    @contextmanager
+    def hiding(self) -> Iterator[None]:
+        """Hide the key in what is said of an answer that is read within: servers repeat it in answers of 200 too."""
+        try:
+            yield
+        except TeacherFailure as failure:
+            failure.args = (self._shown(str(failure)),)
+            raise
 
     def get(self, path: str) -> Any:
         """The JSON value at ``path`` (``/models``). Raises TeacherFailure."""
@@ -94,7 +120,7 @@ class HttpClient:
         raise TeacherFailure(kind, self._shown(what), url=self.url, status=status, next=next) from None
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        deadline = time.monotonic() + self.timeout
+        deadline = self._due.at = time.monotonic() + self.timeout
         content = None if body is None else json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
         typed = {} if content is None else {"Content-Type": "application/json"}
         began = False
@@ -127,9 +153,10 @@ class HttpClient:
             self._refuse(status, headers, raw)
         try:
             # Python's reader takes NaN and Infinity, which JSON has not: they come through and are told as not finite.
-            return json.loads(raw)
+            return json.loads(raw, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            self.failure("malformed", f"the answer is not JSON ({_reason(error)}): {_shown(raw)}", status=status)
+            said = _shown(raw, self._shown)
+            self.failure("malformed", f"the answer is not JSON ({_reason(error)}): {said}", status=status)
 
     def _read(self, answer: httpx2.Response, deadline: float) -> bytes:
         parts, size = [], 0
@@ -143,7 +170,7 @@ class HttpClient:
         return b"".join(parts)
 
     def _refuse(self, status: int, headers: Mapping[str, str], raw: bytes) -> NoReturn:
-        message = _message(raw)
+        message = _message(raw, self._shown)
         kind: FailureKind = "refused-request"
         hint = None
         if status in (401, 403):
@@ -206,7 +233,9 @@ def _checked(url: str) -> Any:
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        fits = fits and not any(character.isspace() for character in url)
+        httpx2.URL(url)  # is stricter: blanks, control characters, names that are no host's
+    except (ValueError, httpx2.InvalidURL):
         fits = False
     if not fits:
         raise RefusedError(f"teacher.url {public_url(url)!r} is not an http(s) URL", next="https://host:port/v1")
@@ -238,21 +267,32 @@ def _reason(error: BaseException) -> str:
     return ((str(error).strip() or type(error).__name__).splitlines())[0][:_SHOWN]
 
 
-def _message(raw: bytes) -> str:
-    """What an error body says: ``error.message`` as OpenAI and vLLM write it, else its beginning."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a key that is there twice is refused: one of the two would be lost in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has one key twice")
+    return found
+
+
+def _message(raw: bytes, hide: Callable[[str], str]) -> str:
+    """What an error body says: ``error.message`` as OpenAI and vLLM write it, else its beginning.
+
+    ``hide`` sees all of it before it is cut: half of a key is a secret too.
+    """
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
-        return _shown(raw)
+        return _shown(raw, hide)
     for path in (("error", "message"), ("message",), ("detail",), ("error",)):
         found = value
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
         if isinstance(found, str) and found.strip():
-            return found.strip()[:_SHOWN]
-    return _shown(raw)
+            return hide(found).strip()[:_SHOWN]
+    return _shown(raw, hide)
 
 
-def _shown(raw: bytes) -> str:
-    text = raw[: 2 * _SHOWN].decode("utf-8", "replace").strip()
+def _shown(raw: bytes, hide: Callable[[str], str]) -> str:
+    text = hide(raw[: 1 << 16].decode("utf-8", "replace")).strip()
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…") if text else "no text"

@@ -20,6 +20,7 @@ from latentforge.teachers.failures import TeacherFailure
 T = TypeVar("T")
 _LATENCIES = 4096
 # Answers of the last attempt: these requests were not worked on, so that no one is charged for their tokens.
+_NOT_HEARD = ("connection", "tls", "timeout", "budget")
 _NOT_WORKED_ON = frozenset({"rate-limited", "connection", "tls", "unauthorized", "model-not-found", "refused-request"})
 
 
@@ -44,8 +45,9 @@ class FlowControl:
     ``k`` entries a position are asked; after a 429 only ``k_low``, until ``restore_after`` requests with ``k_low`` have
     been answered. A failure that may pass (429, 5xx, time-out, cut, malformed) is tried again up to ``attempts`` times,
     after a wait that doubles from 1 s to ``backoff_cap`` seconds, with jitter; ``Retry-After`` is obeyed by all
-    requests, and refused where it is longer than ``patience`` seconds. :attr:`notes` are sentences for the log, to be
-    taken by the thread that writes it; ``say`` is told the same by the thread that asks.
+    requests, and refused where it is longer than ``patience`` seconds. A server that cannot be reached before it has
+    answered anything is not waited for: it is not lost, it was never there. :attr:`notes` are sentences for the log, to
+    be taken by the thread that writes it; ``say`` is told the same by the thread that asks.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class FlowControl:
         self._clock, self._sleep, self._jitter = clock, sleep, jitter
         self._slots = threading.BoundedSemaphore(concurrency)
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._heard = False
         self._waiting: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._not_before = -math.inf
         self._limited = False
@@ -237,6 +239,7 @@ class FlowControl:
         restored = False
         with self._lock:
             self._answered += 1
+            self._heard = True
             self._answered_tokens += tokens
             self._latencies.append(seconds)
             self._last = self._clock()
@@ -246,7 +249,7 @@ class FlowControl:
                 if self._successes >= self.restore_after:
                     self._limited, restored = False, True
         if restored and self.k > self.k_low:
-            self._tell(f"rate limit over: asks for {self.k} entries a position again")
+            self.tell(f"rate limit over: asks for {self.k} entries a position again")
 
     def _failed(self, failure: TeacherFailure, again: bool, attempt: int, tokens: int) -> float | None:
         """Seconds to wait before the next attempt; None where there is none."""
@@ -254,6 +257,7 @@ class FlowControl:
         lowered = False
         with self._lock:
             self._failures[failure.kind] += 1
+            self._heard |= failure.kind not in _NOT_HEARD
             if failure.kind in _NOT_WORKED_ON:
                 self._reserved_tokens -= tokens
             asked = failure.retry_after
@@ -264,16 +268,18 @@ class FlowControl:
                 self._rate_limits += 1
                 lowered = not self._limited and self.k > self.k_low
                 self._limited, self._successes = True, 0
-            if not failure.passing or not again or (asked is not None and asked > self.patience):
+            never = failure.kind == "connection" and not self._heard
+            if never or not failure.passing or not again or (asked is not None and asked > self.patience):
                 wait = None
             elif failure.kind == "rate-limited" or asked is not None:
                 # The limit is the account's, not the request's: nobody asks before.
                 self._not_before = max(self._not_before, self._clock() + (asked if asked is not None else wait or 0.0))
         if lowered:
-            self._tell(f"rate limited: asks for {self.k_low} entries a position instead of {self.k}")
+            self.tell(f"rate limited: asks for {self.k_low} entries a position instead of {self.k}")
         return wait
 
-    def _tell(self, sentence: str) -> None:
+    def tell(self, sentence: str) -> None:
+        """A sentence for the log."""
         self.notes.append(sentence)
         self._say(sentence)
 

@@ -186,7 +186,9 @@ class OpenAITeacher:
 
         def once(entries: int) -> ChatAnswer:
             body = chat_body(self.model, messages, max_tokens=max_tokens, k=entries, temperature=temperature, seed=seed)
-            return parse_chat(self.client.post("/chat/completions", body), k=entries, url=self.client.url)
+            value = self.client.post("/chat/completions", body)
+            with self.client.hiding():
+                return parse_chat(value, k=entries, url=self.client.url)
 
         return self.flow.call(once, tokens=charged)
 

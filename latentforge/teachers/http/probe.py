@@ -22,6 +22,7 @@ _AGREES = 0.25  # nats between a row of the prompt and the same row generated: r
 _ATTEMPTS = 3
 # A server that answers 200 with rows by text, or without rows, says more than one that does not know the field.
 _NO_ROWS = ("collapsed", "no-logprobs", "malformed", "refused-request")
+_EXPECTED = ("collapsed", "no-logprobs", "refused-request")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ServerFacts:
     """What was found: how documents are scored, ``max_k`` entries a row, documents of ``max_tokens`` (None: not said).
 
     ``proved_nats`` is how far a row of the prompt lay from the same row generated: the proof that positions align.
+    ``damaged``: the answer to a form that is asked before this one was none at all, however often it was asked for.
     """
 
     model: str
@@ -45,6 +47,7 @@ class ServerFacts:
     max_k: int
     max_tokens: int | None
     proved_nats: float
+    damaged: TeacherFailure | None = None
 
 
 def served_models(client: HttpClient) -> list[ServedModel]:
@@ -74,7 +77,8 @@ def find_model(client: HttpClient, wanted: str) -> ServedModel:
 def ask(client: HttpClient, model: str, question: Question, form: Form) -> Answer:
     """One request: the rows of one document. Raises TeacherFailure."""
     value = client.post("/completions", request_body(model, question, form))
-    return parse_answer(value, question, form, url=client.url)
+    with client.hiding():
+        return parse_answer(value, question, form, url=client.url)
 
 
 def probe(client: HttpClient, flow: FlowControl, model: str, *, vocab_size: int, rows: int) -> ServerFacts:
@@ -86,7 +90,7 @@ def probe(client: HttpClient, flow: FlowControl, model: str, *, vocab_size: int,
     generator = np.random.Generator(np.random.PCG64(7))
     tokens = tuple(int(t) for t in generator.integers(0, vocab_size, size=_PROBE_TOKENS))
     question = Question(tokens, min(_PROBE_K, vocab_size), vocab_size, rows)
-    form, answer = _form(client, flow, model, question)
+    form, answer, damaged = _form(client, flow, model, question)
     if answer.own_inside == len(tokens) - 1:
         client.failure("too-few", "the document's own token takes the place of one of the k most likely", status=200)
     return ServerFacts(
@@ -95,16 +99,30 @@ def probe(client: HttpClient, flow: FlowControl, model: str, *, vocab_size: int,
         max_k=_max_k(client, flow, model, question, form),
         max_tokens=served.max_tokens,
         proved_nats=_prove_positions(client, flow, model, question, form, answer),
+        damaged=damaged,
     )
 
 
-def _form(client: HttpClient, flow: FlowControl, model: str, question: Question) -> tuple[Form, Answer]:
-    """The first form of question that gives rows; else the failure that tells the most."""
+def _form(
+    client: HttpClient, flow: FlowControl, model: str, question: Question
+) -> tuple[Form, Answer, TeacherFailure | None]:
+    """The first form of question that gives rows, and what was damaged on the way; else the failure that tells most.
+
+    A damaged answer is asked for again, as anywhere; where it stays so the next form is asked, and the log says why.
+    """
     failures: list[TeacherFailure] = []
     for form in get_args(Form):
-        found = _tried(flow, partial(ask, client, model, question, form), question.charged, _NO_ROWS)
+        try:
+            found = _tried(flow, partial(ask, client, model, question, form), question.charged, _EXPECTED)
+        except TeacherFailure as failure:
+            if failure.kind != "malformed":
+                raise
+            found = failure
         if not isinstance(found, TeacherFailure):
-            return form, found
+            damaged = next((one for one in failures if one.kind == "malformed"), None)
+            if damaged is not None:
+                flow.tell(f"rows are asked for with {form}, since the first form was answered damaged: {damaged}")
+            return form, found, damaged
         failures.append(found)
     raise min(failures, key=lambda failure: _NO_ROWS.index(failure.kind))
 

@@ -24,6 +24,12 @@ from latentforge.errors import RefusedError
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.checking import check_served, check_teacher
 from latentforge.teachers.findings import Report
+from latentforge.teachers.http.client import HttpClient
+from latentforge.teachers.http.probe import probe
+from latentforge.teachers.http.rows import Form
+from latentforge.teachers.probing import OneTry
+
+from ..http.wire import VOCABULARY, answer, logits_of, question
 
 
 class _Pages(BaseHTTPRequestHandler):
@@ -164,6 +170,10 @@ def test_a_key_that_is_not_set_is_refused_by_its_name_before_anything_is_sent() 
 def test_nothing_named_is_refused_with_how_to_name_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["teacher", "check"]) == 2
     assert "--url" in capsys.readouterr().err
+    assert main(["teacher", "check", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ok"], told["exit_code"], told["steps"]) == (False, 2, [])
+    assert "--url" in told["next"]
     assert main(["teacher", "check", "--backend", "venis"]) == 2
     assert "'vllm-local-inproc'" in capsys.readouterr().err
 
@@ -178,3 +188,36 @@ def test_a_teacher_in_this_process_is_asked_the_same(
     found = json.loads(capsys.readouterr().out)
     assert (found["capabilities"]["score"]["probed"], found["capabilities"]["logits"]["declared"]) == (True, True)
     assert found["figures"]["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("damaged", [1, 0])
+def test_an_answer_that_is_damaged_once_is_told_though_another_form_of_question_is_answered(
+    damaged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = logits_of(8)
+    left = [damaged]
+
+    def post(self: HttpClient, path: str, body: dict[str, object]) -> object:
+        form: Form = "prompt_logprobs" if "prompt_logprobs" in body else "echo"
+        k = int(str(body.get("prompt_logprobs", body.get("logprobs"))))
+        if left[0] and form == "prompt_logprobs":
+            left[0] -= 1
+            self.failure("malformed", "half of an answer", status=200)
+        if k > VOCABULARY:
+            self.failure("refused-request", f"max allowed: {VOCABULARY}", status=400)
+        ids = body["prompt"]
+        assert isinstance(ids, list)
+        # The probe's document is eight tokens; asked without its last, that one's row is generated.
+        short = len(ids) == 7
+        tokens = (*ids, 0) if short else tuple(ids)
+        asked = question(tokens, k, last_generated=short)
+        return answer(asked, logits[: len(tokens) - 1], form)
+
+    monkeypatch.setattr(HttpClient, "post", post)
+    monkeypatch.setattr(HttpClient, "get", lambda self, path: {"data": [{"id": "m"}]})
+    client = HttpClient("http://127.0.0.1:9/v1")
+    flow = OneTry()
+    facts = probe(client, flow, "m", vocab_size=VOCABULARY, rows=VOCABULARY)
+    client.close()
+    assert (facts.form, facts.damaged is not None) == (("echo", True) if damaged else ("prompt_logprobs", False))
+    assert ["half of an answer" in note for note in flow.notes] == [True] * damaged

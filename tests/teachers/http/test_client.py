@@ -23,6 +23,8 @@ from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.http.chat import parse_chat
 from latentforge.teachers.http.client import HttpClient, retry_after, ssl_context
 from latentforge.teachers.http.openai import OpenAITeacher
+from latentforge.teachers.http.probe import ask
+from latentforge.teachers.http.rows import Question
 from latentforge.teachers.protocol import TeacherIdentity
 
 KEY = "sk-very-secret-0123456789"
@@ -241,7 +243,18 @@ def test_any_retry_after_is_a_wait_or_none(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://h/v1", "h:8000/v1", "http://", "http://u:pw@h/v1", "http://h/v1?key=pw", "http://h:99999/v1", ""]
+    "url",
+    [
+        "ftp://h/v1",
+        "h:8000/v1",
+        "http://",
+        "http://u:pw@h/v1",
+        "http://h/v1?key=pw",
+        "http://h:99999/v1",
+        "",
+        "http://a b/v1",
+        "http://h/v1\x01",
+    ],
 )
 def test_an_url_that_cannot_be_meant_or_holds_a_secret_is_refused(url: str) -> None:
     with pytest.raises(RefusedError) as caught:
@@ -301,3 +314,67 @@ def test_a_chat_answer_without_whole_rows_is_refused(value: Any, kind: str) -> N
     with pytest.raises(TeacherFailure) as caught:
         parse_chat(value, k=3)
     assert caught.value.kind == kind
+
+
+def test_headers_that_drip_for_ever_are_a_time_out() -> None:
+    done, sent = threading.Event(), 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            nonlocal sent
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                # Ends after 20 time-outs: a client that waits for each byte alone would take them all.
+                for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 180:
+                    if done.wait(0.03):
+                        return
+                    try:
+                        connection.send(bytes([byte]))
+                    except OSError:
+                        return
+                    sent += 1
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        client = HttpClient(f"http://127.0.0.1:{server.getsockname()[1]}/v1", timeout=0.3)
+        with pytest.raises(TeacherFailure) as caught:
+            client.get("/models")
+        before = sent
+        done.set()
+        thread.join()
+        client.close()
+    assert caught.value.kind == "timeout"
+    assert 0 < before < 150
+
+
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("filling", [0, 225, 470])
+def test_no_part_of_the_key_is_shown_wherever_a_message_is_cut(
+    server: tuple[int, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, filling: int, status: int
+) -> None:
+    text = json.dumps({"error": {"message": "x" * filling + KEY}}) if filling < 400 else "y" * filling + KEY
+
+    def answer(self: Handler) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    monkeypatch.setattr(Handler, "do_POST", answer, raising=False)
+    client = HttpClient(f"http://127.0.0.1:{server[0]}/v1", key=KEY, timeout=20)
+    with pytest.raises(TeacherFailure) as caught:
+        ask(client, "m", Question((1, 2, 3), 1, 10, 10), "prompt_logprobs")
+    client.close()
+    assert KEY[:8] not in str(caught.value) + str(caught.value.next)
+
+
+def test_a_key_that_stands_twice_in_one_object_is_no_answer(
+    server: tuple[int, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json, "dumps", lambda value, **more: '{"token_id:5": -1.0, "token_id:5": -2.0}')
+    client = HttpClient(f"http://127.0.0.1:{server[0]}/v1", timeout=20)
+    with pytest.raises(TeacherFailure, match="one key twice"):
+        client.get("/twice")
+    client.close()

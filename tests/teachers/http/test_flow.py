@@ -266,3 +266,18 @@ def test_metrics_count_what_happened() -> None:
     assert counted["tokens"] == 2000
     assert 40 < counted["tokens_per_s"] < 60
     assert FlowControl().metrics()["tokens_per_s"] is None
+
+
+def test_who_never_answered_is_not_waited_for_and_who_did_is() -> None:
+    clock = Clock()
+    flow = flow_with(clock)
+    ask, asked = scripted(clock, *[failing("connection") for _ in range(8)])
+    with pytest.raises(TeacherFailure):
+        flow.call(ask, tokens=1)
+    assert (len(asked), clock.slept) == (1, [])
+    # The control: once anything came from there, it is a server that was lost.
+    flow = flow_with(clock)
+    ask, asked = scripted(clock, None, failing("connection"), failing("connection"), None)
+    flow.call(ask, tokens=1)
+    flow.call(ask, tokens=1)
+    assert len(asked) == 4
