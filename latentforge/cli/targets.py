@@ -40,6 +40,8 @@ def stats(store: Store, as_json: AsJson = False) -> None:
     print(f"  rows      {said['rows']} sequences, {said['mode']} k = {said['k']}, T = {temperatures}{drawn}")
     print(f"  size      {size(said['bytes'])}, of it rows {size(said['packed_bytes'])}", end="")
     print(f", and a journal of {size(said['journal_bytes'])}" if said["journal_bytes"] else "")
+    steps = "float32 as given" if said["rounding"] == "none" else "in steps"
+    print(f"  numbers   rounding {said['rounding']} ({steps}), read with {said['reader']}")
     print(f"  outside   {mass or 'no rows yet'}")
     if said["stored"] is not None:
         first, last = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M UTC") for t in said["stored"])

@@ -152,6 +152,7 @@ class ScoreSpec(Section):
     batch_size: Count = 16
     mode: Literal["topk", "sample"] = Field("topk", description="'sample' = ids drawn from the teacher: unbiased")
     draws: Count = Field(50, description="mode 'sample': ids drawn a position")
+    rounding: Literal["fine", "none"] = Field("fine", description="'none' = store log-probabilities as exact float32")
     ttl_days: Positive | None = Field(None, description="how long a stored row is good; for ever if absent")
     max_bytes: Count | None = Field(None, description="size of the store from which the oldest used rows go")
 

@@ -16,11 +16,13 @@ SCHEMA = 2
 """1 held LFT1 rows and had no limits; it is read."""
 
 Mode = Literal["topk", "sample"]
+Rounding = Literal["fine", "none"]
+"""``fine``: in steps (see ``levels``); ``none``: float32 as given."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """Teacher identity, k, temperatures, vocabulary size, mode, draws and seed: another value, another key."""
+    """Teacher identity, k, temperatures, vocabulary size, mode, draws, seed, rounding: another value, another key."""
 
     schema: int
     identity: Mapping[str, Any]
@@ -30,6 +32,7 @@ class Description:
     mode: Mode = "topk"
     draws: int | None = None
     seed: int | None = None
+    rounding: Rounding = "fine"
 
     @classmethod
     def checked(
@@ -42,6 +45,7 @@ class Description:
         mode: Mode,
         draws: int | None,
         seed: int | None,
+        rounding: Rounding = "fine",
     ) -> Description:
         """A description of a new store; refused where no rows can be of it."""
         if not 1 <= k <= vocab_size:
@@ -51,6 +55,8 @@ class Description:
             raise RefusedError(f"temperatures {list(temperatures)} are not distinct finite values above 0")
         if mode not in ("topk", "sample"):
             raise RefusedError(f"mode {mode!r} is neither 'topk' nor 'sample'")
+        if rounding not in ("fine", "none"):
+            raise RefusedError(f"rounding {rounding!r} is neither 'fine' nor 'none'")
         if mode == "topk" and (draws, seed) != (None, None):
             raise RefusedError(f"draws = {draws}, seed = {seed}: top-k rows are not drawn", next="set mode = 'sample'")
         if mode == "sample":
@@ -59,7 +65,12 @@ class Description:
             CountLevels(draws)
             if values != (1.0,):
                 raise RefusedError(f"temperatures {list(values)}: tokens are drawn at T = 1")
-        return cls(SCHEMA, dict(identity), k, values, vocab_size, mode, draws, seed)
+        made = cls(SCHEMA, dict(identity), k, values, vocab_size, mode, draws, seed, rounding)
+        try:
+            _ = made.canonical
+        except (TypeError, ValueError) as error:
+            raise RefusedError(f"the teacher's identity is not JSON ({error})") from None
+        return made
 
     @classmethod
     def read(cls, path: Path, connection: Connection) -> Description:
@@ -69,6 +80,8 @@ class Description:
             meta = json.loads(rows[0][0])
             if meta["schema"] not in (1, SCHEMA):
                 raise ValueError(f"schema {meta['schema']!r}")
+            if meta.get("rounding", "fine") not in ("fine", "none"):
+                raise ValueError(f"rounding {meta['rounding']!r}")
             values = {**meta, "temperatures": tuple(float(t) for t in meta["temperatures"])}
             return cls(**values)
         except (IndexError, ValueError, KeyError, TypeError) as error:
@@ -90,6 +103,8 @@ class Description:
         }
         if self.schema > 1:
             value |= {"mode": self.mode, "draws": self.draws, "seed": self.seed}
+        if self.rounding != "fine":  # which all stores were before there was a choice: their keys stay
+            value |= {"rounding": self.rounding}
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     def require(self, path: Path, **asked: Any) -> None:

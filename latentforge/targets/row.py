@@ -13,15 +13,16 @@ import numpy.typing as npt
 import zstandard
 
 from latentforge.errors import RefusedError
-from latentforge.targets import packing, row_lft1
+from latentforge.targets import exact, packing, row_lft1
+from latentforge.targets.exact import ExactLevels
 from latentforge.targets.levels import CountLevels, GradedLevels, Levels
 
 MAGIC = b"LFT2"
 GRADED = GradedLevels(finest=1.0 / 768.0, coarsest=1.0 / 16.0)
 """How log-probabilities of top-k rows are rounded unless a store was made with other steps."""
 
-# magic, levels (0 graded, 1 counts), mixed, temperatures, positions, k, entries, unique ids, two parameters of the
-# levels, bytes of the four compressed streams
+# magic, levels (0 graded, 1 counts, 2 not rounded), mixed, temperatures, positions, k, entries, unique ids, two
+# parameters of the levels, bytes of the four compressed streams
 _HEAD = struct.Struct("<4sBBHIIIIddIIII")
 _CHECK = 16
 _ZSTD_LEVEL = 3
@@ -48,7 +49,9 @@ class SequenceTargets:
         return self.ids.nbytes + self.logprobs.nbytes + sum(tail.nbytes for tail in self.tails.values())
 
     def tail_mass(self) -> dict[float, float]:
-        """The teacher's mean probability mass outside the entries, at each stored temperature."""
+        """The teacher's mean probability mass outside the entries, by temperature; not a number without positions."""
+        if not len(self.ids):  # one token predicts nothing: a mean of nothing
+            return dict.fromkeys(self.tails, float("nan"))
         return {t: float(np.mean(_outside(self.logprobs, tail, t))) for t, tail in self.tails.items()}
 
 
@@ -83,14 +86,21 @@ def check_targets(targets: SequenceTargets, *, k: int, temperatures: tuple[float
             raise RefusedError(f"the teacher's probabilities and tail do not sum to 1 (off by {worst:.3g})")
 
 
-def pack_row(key: bytes, targets: SequenceTargets, *, levels: Levels = GRADED) -> bytes:
+def pack_row(key: bytes, targets: SequenceTargets, *, levels: Levels | ExactLevels = GRADED) -> bytes:
     """The bytes of a row: head, checksum, body. The checksum covers the key: a moved row is refused."""
-    shape, streams, bits = packing.pack(targets.ids, targets.logprobs, targets.tails, levels)
+    if isinstance(levels, ExactLevels):
+        shape, streams, bits = exact.pack(targets.ids, targets.logprobs, targets.tails)
+    else:
+        shape, streams, bits = packing.pack(targets.ids, targets.logprobs, targets.tails, levels)
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False, write_checksum=False)
     frames = [compressor.compress(stream.tobytes()) for stream in streams]
-    kind, parameters = (
-        (1, (float(levels.draws), 0.0)) if isinstance(levels, CountLevels) else (0, (levels.finest, levels.coarsest))
-    )
+    kind, parameters = 0, (0.0, 0.0)
+    if isinstance(levels, ExactLevels):
+        kind = 2
+    elif isinstance(levels, CountLevels):
+        kind, parameters = 1, (float(levels.draws), 0.0)
+    else:
+        parameters = (levels.finest, levels.coarsest)
     head = _HEAD.pack(
         MAGIC,
         kind,
@@ -121,18 +131,21 @@ def unpack_row(
     if len(value) < begin or value[_HEAD.size : begin] != _checksum(key, head, body):
         raise _damaged(key)
     magic, kind, mixed, n_temperatures, positions, k, entries, unique, first, second, *sizes = _HEAD.unpack(head)
-    if magic != MAGIC or kind > 1 or n_temperatures != len(temperatures):
+    if magic != MAGIC or kind > 2 or n_temperatures != len(temperatures):
         raise RefusedError(f"row {key.hex()[:12]}… is of another format ({magic!r}, {n_temperatures} temperatures)")
     shape = packing.Shape(positions, k, entries, unique, bool(mixed), temperatures)
     decompressor = _decompressor()
     streams, at = [], 0
     try:
-        for size, length in zip(sizes, shape.lengths, strict=True):
+        for size, length in zip(sizes, exact.lengths(shape) if kind == 2 else shape.lengths, strict=True):
             content = decompressor.decompress(body[at : at + size], max_output_size=length) if length else b""
             streams.append(np.frombuffer(content, np.uint8))
             at += size
         bits = np.frombuffer(body, np.uint8, offset=at)
-        ids, logprobs, tails = reader(shape, streams, bits, _levels(kind, first, second))
+        if kind == 2:
+            ids, logprobs, tails = exact.unpack(shape, streams, bits)
+        else:
+            ids, logprobs, tails = reader(shape, streams, bits, _levels(kind, first, second))
     except (ValueError, IndexError, zstandard.ZstdError) as error:
         # Its checksum is right: whoever wrote it wrote something else than this format.
         raise RefusedError(f"row {key.hex()[:12]}… contradicts itself ({error})", next="score again") from None

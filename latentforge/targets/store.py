@@ -21,8 +21,10 @@ import numpy.typing as npt
 from latentforge.errors import RefusedError
 from latentforge.targets import upkeep
 from latentforge.targets.connection import Connection, journals, told
-from latentforge.targets.description import SCHEMA, Description
+from latentforge.targets.description import SCHEMA, Description, Rounding
+from latentforge.targets.exact import EXACT, ExactLevels
 from latentforge.targets.levels import CountLevels, GradedLevels, Levels
+from latentforge.targets.native import name as reader_name
 from latentforge.targets.native import reader
 from latentforge.targets.row import GRADED, SequenceTargets, check_targets, pack_row, unpack_row
 
@@ -81,6 +83,7 @@ class TargetStore:
         self.mode = self.description.mode
         self.draws = self.description.draws
         self.seed = self.description.seed
+        self.rounding = self.description.rounding
         self.policy = upkeep.Policy.read(connection, self.description)
         self._key_head = hashlib.sha256(self.description.canonical)
         self._unpack = reader()
@@ -100,12 +103,14 @@ class TargetStore:
         ttl_seconds: float | None = None,
         max_bytes: int | None = None,
         levels: GradedLevels = GRADED,
+        rounding: Rounding = "fine",
         clock: Callable[[], float] = time.time,
     ) -> TargetStore:
         """A new, empty store open for writing; ``identity`` is the teacher's, JSON-able. Refused where one exists.
 
         ``mode="sample"`` keeps tokens drawn from the teacher (``draws`` a position, by ``seed``) instead of the k
         likeliest. ``levels`` says how log-probabilities are rounded; it is no part of a row's key.
+        ``rounding="none"``, which is, keeps logprobs and tails as the float32 that are given.
         """
         path = Path(path)
         description = Description.checked(
@@ -116,6 +121,7 @@ class TargetStore:
             mode=mode,
             draws=draws,
             seed=seed,
+            rounding=rounding,
         )
         policy = upkeep.Policy.checked(ttl_seconds, max_bytes, levels)
         if path.exists():
@@ -153,6 +159,7 @@ class TargetStore:
         mode: Literal["topk", "sample"] | None = None,
         draws: int | None = None,
         seed: int | None = None,
+        rounding: Rounding | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> TargetStore:
@@ -175,6 +182,7 @@ class TargetStore:
                 mode=mode,
                 draws=draws,
                 seed=seed,
+                rounding=rounding,
             )
             if not readonly and store.description.schema != SCHEMA:
                 raise RefusedError(
@@ -206,8 +214,16 @@ class TargetStore:
                 self._connection.close()
 
     @property
-    def levels(self) -> Levels:
+    def reader(self) -> str:
+        """What rows are unpacked with: ``native`` or ``numpy``."""
+        unrounded = self.rounding == "none" or self.description.schema == 1
+        return "numpy" if unrounded else reader_name()
+
+    @property
+    def levels(self) -> Levels | ExactLevels:
         """How log-probabilities are rounded when they are stored."""
+        if self.rounding == "none":
+            return EXACT
         return CountLevels(self.draws) if self.draws is not None else self.policy.levels
 
     def key(self, tokens: Tokens) -> bytes:
@@ -248,6 +264,10 @@ class TargetStore:
             if len(targets.ids) != len(tokens) - 1:
                 raise RefusedError(f"{len(targets.ids)} target rows for {len(tokens)} tokens; one less was expected")
             check_targets(targets, k=self.k, temperatures=self.temperatures, vocab_size=self.vocab_size)
+            if self.draws is not None:
+                if any(not np.isneginf(tail).all() for tail in targets.tails.values()):
+                    raise RefusedError("a row of drawn tokens has a tail: nothing lies outside its draws")
+                CountLevels(self.draws).quantise(targets.logprobs, targets.ids >= 0)
             key = self.key(tokens)
             mass = np.array(list(targets.tail_mass().values()), dtype="<f8").tobytes()
             values[key] = (key, mass, now, pack_row(key, targets, levels=self.levels))
@@ -337,6 +357,7 @@ class TargetStore:
             return {
                 **upkeep.statistics(self._connection, self.path, self.description, self.policy, now=self._clock()),
                 "tail_mass": upkeep.tail_mass(self._connection, self.temperatures),
+                "reader": self.reader,
             }
 
     def _read(self, keys: list[bytes], oldest: float) -> dict[bytes, tuple[SequenceTargets, float]]:

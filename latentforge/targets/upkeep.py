@@ -206,7 +206,8 @@ def statistics(
         "vocab_size": description.vocab_size,
         "ttl_seconds": policy.ttl_seconds,
         "max_bytes": policy.max_bytes,
-        "steps_nats": [policy.levels.finest, policy.levels.coarsest],
+        "rounding": description.rounding,
+        "steps_nats": [policy.levels.finest, policy.levels.coarsest] if description.rounding == "fine" else None,
         "stored": None if description.schema == 1 or not rows else [first, last],
     }
 
@@ -214,6 +215,7 @@ def statistics(
 def tail_mass(connection: Connection, temperatures: Sequence[float]) -> dict[str, float | None]:
     """The mean mass outside the entries over all rows, by temperature."""
     masses = [np.frombuffer(row[0], dtype="<f8") for row in connection.query("SELECT mass FROM rows")]
+    masses = [mass for mass in masses if not np.isnan(mass).any()]  # of one token: no positions
     mean = np.mean(masses, axis=0) if masses else [None] * len(temperatures)
     return {f"{t:g}": None if m is None else float(m) for t, m in zip(temperatures, mean, strict=True)}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
 from latentforge.spec.sections import TeacherSpec
+from latentforge.targets.description import Rounding
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.failures import TeacherFailure
@@ -50,23 +51,50 @@ class CachedTeacher:
 
     @classmethod
     def open(
-        cls, path: Path, teacher: Scorer, *, k: int, temperatures: tuple[float, ...], readonly: bool = False
+        cls,
+        path: Path,
+        teacher: Scorer,
+        *,
+        k: int,
+        temperatures: tuple[float, ...],
+        readonly: bool = False,
+        rounding: Rounding | None = None,
     ) -> CachedTeacher:
-        """The store at ``path``, made where there is none; ``readonly`` writes nothing and needs one that exists."""
+        """The store at ``path``, made where there is none; ``readonly`` writes nothing and needs one that exists.
+
+        ``rounding`` must be that of a store that exists; None takes any, and makes one that rounds.
+        """
         identity, path = teacher.identity.as_json(), Path(path)
         if readonly or path.exists():
-            store = TargetStore.open(path, identity=identity, readonly=readonly)
+            store = TargetStore.open(path, identity=identity, readonly=readonly, rounding=rounding)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            store = TargetStore.create(path, identity, k, temperatures, vocab_size=teacher.vocab_size)
+            store = TargetStore.create(
+                path, identity, k, temperatures, vocab_size=teacher.vocab_size, rounding=rounding or "fine"
+            )
         return cls(store, teacher)
 
     @classmethod
-    def around(cls, teacher: Scorer, spec: TeacherSpec, *, k: int, temperatures: tuple[float, ...]) -> Scorer:
+    def around(
+        cls,
+        teacher: Scorer,
+        spec: TeacherSpec,
+        *,
+        k: int,
+        temperatures: tuple[float, ...],
+        rounding: Rounding | None = None,
+    ) -> Scorer:
         """``teacher`` behind the file that ``spec.cache`` names; the teacher itself where it names none."""
         if spec.cache is None:
             return teacher
-        return cls.open(Path(spec.cache), teacher, k=k, temperatures=temperatures, readonly=spec.cache_readonly)
+        return cls.open(
+            Path(spec.cache),
+            teacher,
+            k=k,
+            temperatures=temperatures,
+            readonly=spec.cache_readonly,
+            rounding=rounding,
+        )
 
     @property
     def asked(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from latentforge.errors import RefusedError
 from latentforge.spec.choice import auto_of
@@ -28,12 +28,14 @@ def open_teacher(
     say: Callable[[str], None] = lambda sentence: None,
     k: int | None = None,
     temperatures: tuple[float, ...] = (1.0,),
+    rounding: Literal["fine", "none"] | None = None,
 ) -> Scorer:
     """Open the backend that ``spec`` names, or that ``auto`` comes to; it is the caller's to close.
 
     ``folder`` holds the tokenizer and config.json, and the weights where the backend computes in this process;
     ``device`` is torch's name for where it does; ``env`` holds the key under the name that ``spec.api_key_env`` says;
-    ``k`` entries a row at ``temperatures`` are what will be asked: with them ``spec.cache`` stands before the teacher.
+    ``k`` entries a row at ``temperatures`` are what will be asked: with them ``spec.cache`` stands before the teacher,
+    and must be rounded as ``rounding`` says (None: as it is; a new one in steps).
     ``say`` is told what a reader of the run should know: what ``auto`` came to, and changes of the rate. A server is
     asked for nothing here but, where ``served_model`` is absent, for the one model that it lists. RefusedError where
     the section or the folder cannot be meant, TeacherFailure where the server does not list one model.
@@ -45,7 +47,12 @@ def open_teacher(
 
     try:
         cached = CachedTeacher.open(
-            Path(spec.cache), teacher, k=k, temperatures=temperatures, readonly=spec.cache_readonly
+            Path(spec.cache),
+            teacher,
+            k=k,
+            temperatures=temperatures,
+            readonly=spec.cache_readonly,
+            rounding=rounding,
         )
     except BaseException:
         teacher.close()

@@ -205,7 +205,7 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         data = {"corpus": corpus, **ways, **{name: made[name] for name in kept}}
         return {"seed": torch.initial_seed(), "data": data, **asks}
     made = json.loads((run.out / "score.json").read_bytes())
-    kept = ("temperatures", "batch_size", "mode", "draws", "ttl_days", "max_bytes")
+    kept = ("temperatures", "batch_size", "mode", "draws", "rounding", "ttl_days", "max_bytes")
     # Drawn rows are as wide as their draws; then the asked k does not apply.
     kept = kept if made["mode"] == "sample" else ("k", *kept)
     score = {name: made[name] for name in kept}

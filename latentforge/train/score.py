@@ -48,7 +48,10 @@ def run(run: RunDir, log: EventLog) -> None:
             across = align(folder, data, log) if crosses(run) else None
             said = across[0].notes if across else compare_vocabularies(folder, data.tokenizer_dir).notes
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            kept = {"k": spec.k, "temperatures": spec.temperatures}
+            # Rows that are drawn are not cached: a cache holds top-k rows, and gives no logits to draw from.
+            kept: dict[str, Any] = {}
+            if spec.mode == "topk":
+                kept = {"k": spec.k, "temperatures": spec.temperatures, "rounding": spec.rounding}
             teacher = open_teacher(asked, folder, device, os.environ, say=log.say, **kept)
             held.callback(teacher.close)
             report_precision(run, log, teacher)
@@ -58,9 +61,6 @@ def run(run: RunDir, log: EventLog) -> None:
                         f"teacher.cache = {asked.cache} holds top-k rows: nothing is read from it or kept there"
                     )
                 teacher = SampledTeacher(teacher, Sampling(spec.draws, int(identity.spec["seed"])))
-            else:
-                teacher = CachedTeacher.around(teacher, asked, k=spec.k, temperatures=spec.temperatures)
-                held.callback(teacher.close)
             require(teacher, "score", "scoring a corpus", instead=TRAIN_ON_ANSWERS)
             asked_of = CrossedShards.of(data, *across) if across else data
             check_scorable(teacher, asked_of, k=entries_of(teacher, spec), temperatures=spec.temperatures)
@@ -69,6 +69,8 @@ def run(run: RunDir, log: EventLog) -> None:
         run.out.mkdir(parents=True, exist_ok=True)
         take_over(run, teacher, spec, log)
         with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
+            if store.reader == "numpy" and store.rounding == "fine":
+                log.warning("rows are read in numpy, several times slower: the extension is missing or stale")
             new, agreement, reached = fill(store, teacher, asked_of, spec, log, asked)
     require_return(log, teacher)  # before anything else of the pipeline is loaded
     if reached.present < reached.total:
@@ -86,6 +88,7 @@ def run(run: RunDir, log: EventLog) -> None:
             "mode": spec.mode,
             "draws": spec.draws,
             "seed": store.seed,
+            "rounding": store.rounding,
             "ttl_days": None if store.policy.ttl_seconds is None else store.policy.ttl_seconds / 86400.0,
             "max_bytes": store.policy.max_bytes,
             "teacher": answers_of(asked) | in_force(teacher),
@@ -195,6 +198,7 @@ def open_for_scoring(path: Path, teacher: Scorer, spec: ScoreSpec) -> TargetStor
             vocab_size=teacher.vocab_size,
             ttl_seconds=None if spec.ttl_days is None else spec.ttl_days * 86_400,
             max_bytes=spec.max_bytes,
+            rounding=spec.rounding,
             **drawn,
         )
     return TargetStore.open(
@@ -204,6 +208,7 @@ def open_for_scoring(path: Path, teacher: Scorer, spec: ScoreSpec) -> TargetStor
         k=k,
         temperatures=spec.temperatures,
         vocab_size=teacher.vocab_size,
+        rounding=spec.rounding,
         **drawn,
     )
 

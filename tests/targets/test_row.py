@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from latentforge.errors import RefusedError
 from latentforge.targets import SequenceTargets, native, packing
+from latentforge.targets.exact import EXACT
 from latentforge.targets.integers import LARGEST, join, split
 from latentforge.targets.levels import TAIL_STEP, CountLevels, GradedLevels, Levels
 from latentforge.targets.row import GRADED, check_targets, pack_row, unpack_row
@@ -57,6 +58,15 @@ def test_ids_come_back_exactly_and_numbers_within_their_rounding(
         assert np.array_equal(np.isneginf(found.tails[t]), np.isneginf(tail))
         finite = np.isfinite(tail)
         assert (np.abs(found.tails[t] - tail)[finite] <= TAIL_STEP / 2 + 1e-5).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows())
+def test_rows_that_are_not_rounded_come_back_bit_for_bit(row: SequenceTargets) -> None:
+    found = unpack_row(KEY, pack_row(KEY, row, levels=EXACT), temperatures=tuple(row.tails))
+    assert found.ids.tobytes() == row.ids.tobytes()
+    assert found.logprobs.tobytes() == row.logprobs.tobytes()
+    assert {t: tail.tobytes() for t, tail in found.tails.items()} == {t: x.tobytes() for t, x in row.tails.items()}
 
 
 @settings(max_examples=50, deadline=None)

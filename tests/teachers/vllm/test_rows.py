@@ -6,14 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from latentforge.data import ShardSet
 from latentforge.spec.sections import TeacherSpec
-from latentforge.targets.row import SequenceTargets
+from latentforge.targets.row import GRADED, SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.http.openai import OpenAITeacher
@@ -118,3 +118,38 @@ def test_a_killed_engine_is_told_with_its_last_lines_and_leaves_nothing(
     assert caught.value.kind == "cut"
     engine.close()
     assert members(engine.kept.session) == []
+
+
+@pytest.mark.parametrize("rounding", ["none", "fine"])
+def test_stores_filled_by_transformers_and_by_a_server_hold_the_same_rows(
+    tmp_path: Path, rounding: Literal["none", "fine"], hf_rows: Rows, http_rows: Rows, served_data: ShardSet
+) -> None:
+    """To 1e-4 where nothing is rounded; where it is, entries that differ do so by one step."""
+    documents = all_rows(served_data)
+
+    def stored(name: str, rows: Rows) -> Rows:
+        path, made = tmp_path / name, {"vocab_size": served_data.vocab_size, "rounding": rounding}
+        with TargetStore.create(path, {"model": name}, K, (1.0,), **made) as store:
+            store.put_many((documents[number], targets) for number, targets in rows.items())
+        with TargetStore.open(path, rounding=rounding) as store:
+            return {number: store.get(documents[number]) for number in rows}
+
+    mine, theirs = stored("hf.sqlite", hf_rows), stored("vllm.sqlite", http_rows)
+    moved = entries = 0
+    if rounding == "none":
+        assert all((mine[n].ids == theirs[n].ids).all() for n in mine)
+        worst, mass = worst_difference(mine, theirs)
+        print(f"stored exactly: logprobs differ by at most {worst:.2g}, rest mass by {mass:.2g}")
+        assert worst <= TOLERANCE
+        assert mass <= TOLERANCE
+        return
+    for number, row in mine.items():
+        apart = np.abs(row.logprobs - theirs[number].logprobs)
+        # Half a step to each side, where the values as given lie closer than that; and float32's own rounding. An
+        # entry is a level below its position's first, which may itself have moved by one of its steps.
+        step = 2.0 * GRADED.error(row.logprobs) + 1e-5
+        step[:, 1:] += 2.0 * GRADED.error(row.logprobs)[:, :1]
+        assert (apart <= step + TOLERANCE).all()
+        moved, entries = moved + int((apart > 0).sum()), entries + apart.size
+    print(f"stored in steps: {moved} of {entries} entries differ ({moved / entries:.2%}), none by more than a step")
+    assert moved / entries < 0.05
