@@ -168,7 +168,7 @@ def kernel_nojit_001(events: Events) -> Verdict:
 
 def coverage_001(events: Events) -> Verdict:
     """F-TEACHER-COVERAGE-001: the KD coverage that the run reports is that of the rows that its steps passed to the KD
-    loss; all of them where a lost teacher was to stop the run, but for those that it answered with nothing.
+    loss; all of them where a lost teacher was to stop the run, but for those that it answered with nothing, and some.
     """
     name = "F-TEACHER-COVERAGE-001"
     asked = _ready(events).get("requested", {}).get("distill", {})
@@ -193,8 +193,11 @@ def coverage_001(events: Events) -> Verdict:
     if reported["value"] != taught / rows or reported["target_rows"] != taught or reported["rows"] != rows:
         told = f"{reported['target_rows']} of {reported['rows']}"
         return _verdict(events, name, False, f"{text}; {told} were reported ({percent(reported['value'])})", measured)
+    stops = asked.get("on_teacher_loss", "stop") == "stop"
+    if taught == 0 and stops:
+        return _verdict(events, name, False, f"{text}: KD was asked for, and the teacher taught nothing", measured)
     # Across tokenizers some positions have no row, whatever becomes of the teacher; they are counted as silent.
-    if taught + silent < rows and asked.get("on_teacher_loss", "stop") == "stop":
+    if taught + silent < rows and stops:
         return _verdict(events, name, False, f"{text}, and a lost teacher was to stop the run", measured)
     return _verdict(events, name, True, text, measured)
 

@@ -203,6 +203,16 @@ def test_a_gap_that_is_reported_passes_where_the_run_was_to_go_on(on_loss: str, 
     assert found.measured["coverage"] == 140 / 168
 
 
+def test_a_teacher_that_answers_every_row_with_nothing_does_not_pass() -> None:
+    silent = {"kd_rows": 0, "target_rows": 0, "silent_rows": 28}
+    events = change(good_events(), "step", {"model": "student"}, **silent)
+    events = change(events, "metric", {"name": "kd_coverage"}, value=0.0, target_rows=0)
+    found = REQUIRABLE["F-TEACHER-COVERAGE-001"](events)
+    assert found.outcome is Outcome.FAIL
+    assert "0 of 168 rows had targets" in found.text
+    assert "taught nothing" in found.text
+
+
 def test_coverage_is_never_rounded_up_to_a_whole() -> None:
     assert [percent(share) for share in (0.99999, 1.0, 0.873, 0.0)] == ["99.9 %", "100.0 %", "87.3 %", "0.0 %"]
 
