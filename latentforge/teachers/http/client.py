@@ -53,15 +53,22 @@ class HttpClient:
         self._due = threading.local()
         local = _is_loopback(parts.hostname or "")
         self.clear_text = parts.scheme == "http" and key is not None and not local
-        self._client = httpx2.Client(
-            headers=headers,
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-            follow_redirects=False,
-            # A proxy of the environment cannot reach this machine's own loopback.
-            trust_env=not local,
-            verify=ssl_context() if parts.scheme == "https" else False,
-        )
+        try:
+            self._client = httpx2.Client(
+                headers=headers,
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
+                limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+                follow_redirects=False,
+                # A proxy of the environment cannot reach this machine's own loopback.
+                trust_env=not local,
+                verify=ssl_context() if parts.scheme == "https" else False,
+            )
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            # Only the kind of the error: a proxy's URL may hold a password.
+            raise RefusedError(
+                f"the proxy that this environment names cannot be used ({type(error).__name__})",
+                next="mend or unset ALL_PROXY, HTTP_PROXY, HTTPS_PROXY (http:// proxies are known)",
+            ) from None
 
     def __repr__(self) -> str:
         return f"HttpClient({public_url(self.url)!r})"
@@ -202,7 +209,13 @@ class HttpClient:
 
 def ssl_context() -> ssl.SSLContext:
     """Certificates verified against this machine's authorities, or those of ``SSL_CERT_FILE``."""
-    context = httpx2.create_ssl_context()
+    try:
+        context = httpx2.create_ssl_context()
+    except (OSError, ssl.SSLError) as error:
+        raise RefusedError(
+            f"the authorities that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read: {_reason(error)}",
+            next="name a file of certificates in PEM form, or unset it",
+        ) from None
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname
     return context

@@ -378,3 +378,21 @@ def test_a_key_that_stands_twice_in_one_object_is_no_answer(
     with pytest.raises(TeacherFailure, match="one key twice"):
         client.get("/twice")
     client.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://u:hidden-pw@127.0.0.1:1"),
+        ("ALL_PROXY", "foo://u:hidden-pw@127.0.0.1:1"),
+        ("SSL_CERT_FILE", "no-such.pem"),
+    ],
+)
+def test_an_environment_that_no_request_can_be_made_in_is_refused_with_what_to_mend(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RefusedError) as caught:
+        HttpClient("https://teacher.invalid/v1")
+    assert name in str(caught.value) + str(caught.value.next)
+    assert "hidden-pw" not in str(caught.value)
