@@ -49,10 +49,10 @@ def run(run: RunDir, log: EventLog) -> None:
             said = across[0].notes if across else compare_vocabularies(folder, data.tokenizer_dir).notes
             device = "cuda" if torch.cuda.is_available() else "cpu"
             # Rows that are drawn are not cached: a cache holds top-k rows, and gives no logits to draw from.
-            kept: dict[str, Any] = {}
+            rows: dict[str, Any] = {}
             if spec.mode == "topk":
-                kept = {"k": spec.k, "temperatures": spec.temperatures, "rounding": spec.rounding}
-            teacher = open_teacher(asked, folder, device, os.environ, say=log.say, **kept)
+                rows = {"k": spec.k, "temperatures": spec.temperatures, "rounding": spec.rounding}
+            teacher = open_teacher(asked, folder, device, os.environ, say=log.say, **rows)
             held.callback(teacher.close)
             report_precision(run, log, teacher)
             if spec.mode == "sample":

@@ -163,3 +163,12 @@ def refusal(value: bytes, reader: Any) -> str | None:
     except RefusedError as error:
         return str(error) if "contradicts itself" in str(error) else None
     return None
+
+
+@pytest.mark.parametrize("levels", [GRADED, EXACT], ids=["fine", "none"])
+def test_a_row_with_any_byte_changed_or_its_end_cut_off_is_refused(levels: Any) -> None:
+    value = pack_row(KEY, a_row(), levels=levels)
+    for at in range(len(value)):
+        for wrong in (value[:at] + bytes([value[at] ^ 0x10]) + value[at + 1 :], value[:at]):
+            with pytest.raises(RefusedError):
+                unpack_row(KEY, wrong, temperatures=(1.0,))
