@@ -118,9 +118,9 @@ def require_return(log: EventLog, teacher: Any) -> None:
     Nothing is required of a teacher that had no memory of its own on this host.
     """
     found = teacher
-    while not hasattr(found, "stopped") and not hasattr(found, "server") and hasattr(found, "teacher"):
+    while not hasattr(found, "stopped") and hasattr(found, "teacher"):
         found = found.teacher
-    stopped = getattr(getattr(found, "server", found), "stopped", None)
+    stopped = getattr(found, "stopped", None)
     if stopped is None:
         return
     memory = stopped.memory

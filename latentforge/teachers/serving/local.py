@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +26,8 @@ from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, T
 from latentforge.teachers.serving.content import content_identity
 from latentforge.teachers.serving.engine import EngineTeacher
 from latentforge.teachers.serving.processes import default_log
-from latentforge.teachers.serving.server import VLLMServer
-from latentforge.teachers.serving.settings import ServingSettings, find_environment
+from latentforge.teachers.serving.server import Stopped, VLLMServer, free_port
+from latentforge.teachers.serving.settings import ServingSettings, find_environment, fitted, vllm_version
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -34,12 +35,29 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class ServedTeacher:
-    """A server that lives as long as this teacher: every question goes to it, :meth:`close` stops it."""
+    """A server of our own, started by the first question; every question goes to it, :meth:`close` stops it.
 
-    def __init__(self, server: VLLMServer, client: OpenAITeacher, *, say: Say = lambda line: None) -> None:
-        self.server = server
+    Where everything that is wanted is stored already, nobody asks and no server is started.
+    """
+
+    def __init__(
+        self,
+        server: VLLMServer | None,
+        client: OpenAITeacher,
+        *,
+        start: Callable[[], VLLMServer] | None = None,
+        expected: Limits | None = None,
+        notes: tuple[str, ...] = (),
+        say: Say = lambda line: None,
+    ) -> None:
+        assert server is not None or (start is not None and expected is not None)
         self.client = client
+        self._server = server
+        self._start = start
+        self._expected = expected
+        self._notes = notes
         self._say = say
+        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -53,20 +71,51 @@ class ServedTeacher:
         timeout: float = 60.0,
         memory_seconds: float = 240.0,
     ) -> ServedTeacher:
-        """Start the server (see :meth:`VLLMServer.start`) and connect to it."""
+        """Make ready what :meth:`VLLMServer.start` needs; the first question starts it.
+
+        RefusedError for a folder that is no model and an environment without vLLM.
+        """
+        settings, _, notes = fitted(settings)
         folder = check_model_folder(settings.folder)
         tokenizer = Tokenizer.open(settings.folder)
+        notes = (*notes, f"vLLM {vllm_version(settings.environment)} of {settings.environment}")
         flow = flow or FlowControl()
-        server = VLLMServer.start(settings, log=log, say=say, env=env, memory_seconds=memory_seconds)
+        port = free_port()
         client = OpenAITeacher(
-            HttpClient(server.url, key=None, timeout=timeout, connections=flow.concurrency),
-            server.name,
+            HttpClient(f"http://127.0.0.1:{port}/v1", key=None, timeout=timeout, connections=flow.concurrency),
+            settings.name,
             identity=content_identity(folder, tokenizer, settings.dtype),
             vocab_size=tokenizer.vocab_size,
             rows=folder.vocab_size,
             flow=flow,
         )
-        return cls(server, client, say=say)
+
+        def start() -> VLLMServer:
+            return VLLMServer.start(settings, log=log, port=port, say=say, env=env, memory_seconds=memory_seconds)
+
+        rows = folder.vocab_size
+        most = rows if settings.max_logprobs in (None, -1) else min(int(settings.max_logprobs or 0), rows)
+        expected = Limits(most, settings.max_model_len, (1.0,))
+        return cls(None, client, start=start, expected=expected, notes=notes, say=say)
+
+    @property
+    def server(self) -> VLLMServer:
+        """The server, started where it was not."""
+        with self._lock:
+            if self._server is None:
+                assert self._start is not None
+                self._server = self._start()
+            return self._server
+
+    @property
+    def started(self) -> bool:
+        """Whether anybody has asked."""
+        return self._server is not None
+
+    @property
+    def stopped(self) -> Stopped | None:
+        """What became of the server; None where there was none, and while it runs."""
+        return None if self._server is None else self._server.stopped
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -85,13 +134,15 @@ class ServedTeacher:
 
     @property
     def limits(self) -> Limits:
-        """As the server was found to answer."""
+        """As the server was found to answer; before it is started, what its settings will make it answer."""
+        if self._server is None and self._expected is not None:
+            return self._expected
         return self._while_it_runs(lambda: self.client.limits)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What gave way in the settings, and what the client says."""
-        return (*self.server.notes, *self.client.notes)
+        return (*(self._notes if self._server is None else self._server.notes), *self.client.notes)
 
     @property
     def flow(self) -> FlowControl:
@@ -106,10 +157,13 @@ class ServedTeacher:
         self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
     ) -> Iterator[tuple[int, SequenceTargets]]:
         """As the client's; a server that has ended meanwhile is told with its last lines."""
+        if not sequences:
+            return
+        server = self.server
         try:
             yield from self.client.score(sequences, k=k, temperatures=temperatures)
         except TeacherFailure:
-            self.server.check_alive()
+            server.check_alive()
             raise
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
@@ -117,10 +171,12 @@ class ServedTeacher:
         return self._while_it_runs(lambda: self.client.targets(tokens, temperature=temperature, k=k))
 
     def close(self) -> None:
-        """Stop the server with its whole tree and wait for its memory; ``server.stopped`` says what came of it."""
-        if self.server.stopped is None:
+        """Stop the server with its whole tree and wait for its memory; :attr:`stopped` says what came of it."""
+        if self._server is None:
             self.client.close()
-            self._say(str(self.server.stop().memory))
+        elif self._server.stopped is None:
+            self.client.close()
+            self._say(str(self._server.stop().memory))
 
     def __enter__(self) -> ServedTeacher:
         return self
@@ -129,10 +185,11 @@ class ServedTeacher:
         self.close()
 
     def _while_it_runs(self, ask: Callable[[], T]) -> T:
+        server = self.server
         try:
             return ask()
         except TeacherFailure:
-            self.server.check_alive()
+            server.check_alive()
             raise
 
 
@@ -161,10 +218,10 @@ def settings_of(spec: TeacherSpec, folder: Path, env: Mapping[str, str]) -> Serv
 def open_local(
     spec: TeacherSpec, folder: Path, env: Mapping[str, str], *, log: Path | None = None, say: Say | None = None
 ) -> ServedTeacher | EngineTeacher:
-    """The backend ``vllm-local`` or ``vllm-local-inproc`` of a spec, started; the caller's to close.
+    """The backend ``vllm-local`` or ``vllm-local-inproc`` of a spec; the caller's to close.
 
-    Open it when scoring is about to begin and close it before anything else needs the memory. ``log`` is a file below
-    the state folder and ``say`` writes to standard error where they are not given.
+    The server is started by the first question, the engine at once: close either before anything else needs the
+    memory. ``log`` is a file below the state folder and ``say`` writes to standard error where they are not given.
     """
     settings = settings_of(spec, folder, env)
     log = log or default_log(settings.name, env)

@@ -7,10 +7,13 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from latentforge.errors import CrashedError
 from latentforge.spec.sections import TeacherSpec
+from latentforge.teachers.cached import CachedTeacher
+from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.serving.local import ServedTeacher, settings_of
@@ -49,6 +52,35 @@ def test_a_run_opens_a_server_and_closes_it_with_all_below_it(
     assert said[-1].startswith("memory is")
     served.close()
     assert said[-2] != said[-1]
+
+
+def test_a_run_whose_rows_are_all_stored_starts_no_server(
+    teacher_folder: Path, stub_environment: Path, stub: Stub, tmp_path: Path, said: list[str]
+) -> None:
+    cache = tmp_path / "cache.sqlite"
+    spec = TeacherSpec(backend="vllm-local", environment=str(stub_environment), cache=str(cache))
+    env = {**stub.behaving("good"), "XDG_STATE_HOME": str(tmp_path / "state")}
+    teacher = open_teacher(spec, teacher_folder, "cpu", env, say=said.append, k=4)
+    assert isinstance(teacher, CachedTeacher)
+    tokens, other = np.arange(1, 9), np.arange(2, 10)
+    here = HFTeacher.open(teacher_folder)
+    teacher.store.put_many([(tokens, row) for _, row in here.score([tokens], k=4, temperatures=(1.0,))])
+    try:
+        ((_, stored),) = teacher.score([tokens], k=4, temperatures=(1.0,))
+        assert stored.ids.shape == (7, 4)
+        assert teacher.notes
+        assert not stub.pids, "a server was started for what is stored"
+        assert isinstance(teacher.teacher, ServedTeacher)
+        assert not teacher.teacher.started
+        # The control: a row that must be asked starts it. (The stub answers no row that could be believed.)
+        teacher.teacher.flow.attempts = 1
+        with pytest.raises(TeacherFailure):
+            list(teacher.score([other], k=4, temperatures=(1.0,)))
+        assert len(stub.pids) == 3
+        teacher.teacher.server.memory_seconds = 0.0
+    finally:
+        teacher.close()
+    assert all(gone(pid, seconds=0.0) for pid in stub.pids)
 
 
 def test_its_identity_is_the_folders_content_and_that_vllm_computes(
