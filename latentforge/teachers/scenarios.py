@@ -19,6 +19,7 @@ from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.opening import CHAT_ONLY, open_teacher
 from latentforge.teachers.protocol import Scorer, Tokens
+from latentforge.teachers.serving.local import ServedTeacher
 from latentforge.verdicts.exitcode import ExitCode
 
 Name = Literal["hosted", "local", "remote"]
@@ -87,6 +88,8 @@ def _scores(
     teacher = open_teacher(kept, scenario.folder, device, env, k=k)
     try:
         assert isinstance(teacher, CachedTeacher)
+        if isinstance(teacher.teacher, ServedTeacher):
+            teacher.teacher.start()  # the time that it takes is not its speed
         limit = teacher.teacher.limits.max_tokens
         asked = drawn_documents(teacher.vocab_size, documents, min(length, limit or length))
         begin = time.perf_counter()

@@ -107,6 +107,10 @@ class ServedTeacher:
                 self._server = self._start()
             return self._server
 
+    def start(self) -> None:
+        """Start the server now, for whom its first answer must not take so long."""
+        _ = self.server
+
     @property
     def started(self) -> bool:
         """Whether anybody has asked."""
