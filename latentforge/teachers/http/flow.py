@@ -260,7 +260,7 @@ class FlowControl:
             self._heard |= failure.kind not in _NOT_HEARD
             if failure.kind in _NOT_WORKED_ON:
                 self._reserved_tokens -= tokens
-            asked = failure.retry_after
+            asked = failure.retry_after or None  # "now", or a past date, is no reason to ask eight times at once
             if asked is not None and failure.passing:
                 # Spread, so that all who waited do not come back in the same moment; never earlier than asked.
                 wait = asked + self._jitter() * min(1.0, 0.1 * asked)

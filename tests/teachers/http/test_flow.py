@@ -75,9 +75,10 @@ def test_retry_after_is_obeyed_before_the_next_request_of_anyone(wait: float) ->
     assert again[0][0] >= wait, "another request waits too"
 
 
-def test_waits_double_to_their_bound_with_jitter() -> None:
+@pytest.mark.parametrize("retry_after", [None, 0.0])
+def test_waits_double_to_their_bound_with_jitter(retry_after: float | None) -> None:
     clock = Clock()
-    ask, asked = scripted(clock, *[failing("server-error") for _ in range(8)])
+    ask, asked = scripted(clock, *[failing("server-error", retry_after) for _ in range(8)])
     flow_with(clock, attempts=9).call(ask, tokens=1)
     assert [b[0] - a[0] for a, b in pairwise(asked)] == [1, 2, 4, 8, 16, 32, 32, 32]
     low = Clock()
