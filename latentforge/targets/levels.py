@@ -75,6 +75,8 @@ class GradedLevels:
         """How far, in nats, stored logprobs may lie from those given (``[…, k]``, a position's first entry first)."""
         x = np.asarray(logprobs, np.float64)
         step = np.minimum(self.finest * np.exp((x[..., :1] - x) / 2.0), self.coarsest)
+        # The first may be rounded below an entry that is nearly as likely, which then is rounded as it is.
+        step = np.where(x[..., :1] - x <= 0.5 * _FIRST_STEP, np.maximum(step, _FIRST_STEP), step)
         step[..., :1] = _FIRST_STEP
         # Half a step, and what it grows by over that half.
         return np.asarray(0.5 * step / (1.0 - step) + 1e-6)
