@@ -3,8 +3,8 @@
 It is two processes, outer and inner, of a session that the outer leads. Each adopts the orphans below it (subreaper),
 so everything that was started is among the descendants of both. The inner ends the tree when it is told to, when the
 starter or the outer dies in whatever way, and when the started process ends by itself. Nobody but `kill -9` can end it
-first: then the started process dies with it, and the outer, which has adopted the rest, ends that. So no two deaths
-leave anything behind; of three at once the starter, if it lives, finds what is left by the session
+first: then the started process dies with it, and the outer, which has adopted the rest, ends that. So the
+starter and one of the two may die at once; where both die, the starter finds what is left by the session
 (:mod:`latentforge.teachers.serving.processes`).
 
 Standard library only. Its argument is JSON: ``command``, ``log`` (a path), ``parent`` (a pid), ``grace`` (seconds from
