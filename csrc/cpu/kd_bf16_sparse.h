@@ -145,8 +145,7 @@ bool bf16_sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   for (int64_t b = 0; b < blocks; ++b)
     if (!take(s + b * kBlock, b * kBlock, std::min(kBlock, whole - b * kBlock), lows[b], entries.any_in(b)))
       return false;
-  if (rest.count != 0 && !take(rest.line, whole, kLine, lows[blocks], entries.any_in(whole / kBlock)))
-    return false;
+  if (rest.count != 0 && !take(rest.line, whole, kLine, lows[blocks], entries.any_in(whole / kBlock))) return false;
 
   const double one_sum = student.one_sum();
   if (!(student.sum > kLeastOutside) || !usable(student.sum) || !(one_sum > kLeastOutside * kLeastOutside * 0x1p40) ||
@@ -155,7 +154,8 @@ bool bf16_sparse_row(const KdCall& call, const Row& row, Scratch& scratch) {
   const double outside = student.at_t.origin + std::log2(student.sum);
   const double one_outside = student.one_origin() + std::log2(one_sum);
   Folded folded;
-  folded.fold(call, row.index, entries.k, {student.at_t.per_logit, student.one_per_logit()}, outside, one_outside, scratch);
+  folded.fold(call, row.index, entries.k, {student.at_t.per_logit, student.one_per_logit()}, outside, one_outside,
+              scratch);
   if (!folded.usable || folded.without_gradient(call)) return false;
   call.kd_rows[row.index] = folded.kd;
   const int64_t label = call.labels == nullptr ? -1 : call.labels[row.index];
