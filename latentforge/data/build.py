@@ -65,6 +65,11 @@ def build_shards(
         "bos": bos,
         "bos_id": bos_id,
     }
+    return finished(out, record)
+
+
+def finished(out: Path, record: dict[str, Any]) -> ShardSet:
+    """Write ``data.json``, whole or not at all, last of what makes a folder of packed rows; opens the folder."""
     temporary = out / "data.json.partial"
     temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, out / "data.json")

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from latentforge.errors import RefusedError
@@ -23,10 +22,8 @@ from latentforge.teachers.protocol import (
     Scorer,
     TeacherIdentity,
     Tokens,
-    check_temperature,
-    check_tokens,
 )
-from latentforge.teachers.store import StoreTeacher, stacked
+from latentforge.teachers.store import StoreTeacher, scored_batch
 
 
 class CachedTeacher:
@@ -178,12 +175,7 @@ class CachedTeacher:
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """Top-k rows of ``tokens`` int64 ``[B, L]``, on the device of ``tokens``."""
-        check_temperature(temperature)
-        check_tokens(tokens, self.vocab_size)
-        rows = [np.asarray(row) for row in tokens.detach().to("cpu").numpy()]
-        asked = self.score(rows, k=self.store.k if k is None else k, temperatures=(float(temperature),))
-        found = dict(asked)
-        return stacked([found[number] for number in range(len(rows))], float(temperature), tokens.device)
+        return scored_batch(self, tokens, temperature=temperature, k=self.store.k if k is None else k)
 
     def close(self) -> None:
         """Close the store and the teacher."""

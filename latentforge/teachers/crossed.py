@@ -15,8 +15,8 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
 from latentforge.targets.row import SequenceTargets
 from latentforge.teachers.crossing import ABSENT, Bridge, Crossing
-from latentforge.teachers.protocol import Capability, Limits, Scorer, TeacherIdentity, Tokens, check_tokens
-from latentforge.teachers.store import stacked
+from latentforge.teachers.protocol import Capability, Limits, Scorer, TeacherIdentity, Tokens
+from latentforge.teachers.store import scored_batch
 
 _SHORTEST = 2
 Progress = Callable[[int, int], None]
@@ -211,10 +211,7 @@ class CrossedTeacher:
         """Top-k rows of ``tokens`` int64 ``[B, L]``, on their device; ``k`` must be given."""
         if k is None:
             raise RefusedError("a teacher of another tokenizer has no dense logits over the student's tokens")
-        check_tokens(tokens, self.vocab_size)
-        rows = list(tokens.detach().to("cpu").numpy())
-        found = dict(self.score(rows, k=k, temperatures=(float(temperature),)))
-        return stacked([found[number] for number in range(len(rows))], float(temperature), tokens.device)
+        return scored_batch(self, tokens, temperature=temperature, k=k)
 
     def close(self) -> None:
         """Close the teacher."""

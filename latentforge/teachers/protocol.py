@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +139,14 @@ class Scorer(Teacher, Protocol):
     def close(self) -> None:
         """Give back connections, files and memory; twice is once."""
         ...
+
+
+def behind(teacher: object) -> Iterator[Any]:
+    """``teacher`` itself, then those that it stands before: a cache, a bridge, a way of drawing has one."""
+    found = teacher
+    while found is not None:
+        yield found
+        found = getattr(found, "teacher", None)
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -16,7 +16,15 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
-from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
+from latentforge.teachers.protocol import (
+    Capability,
+    Limits,
+    Scorer,
+    TeacherIdentity,
+    Tokens,
+    check_temperature,
+    check_tokens,
+)
 
 
 class StoreTeacher:
@@ -116,6 +124,15 @@ class StoreTeacher:
                 f"k = {k}: the store holds drawn rows of {self.store.k} entries, and one that was cut would be biased",
                 next=f"ask for k = {self.store.k}",
             )
+
+
+def scored_batch(teacher: Scorer, tokens: Tensor, *, temperature: float, k: int) -> TopKTargets:
+    """What ``teacher`` scores of ``tokens`` int64 ``[B, L]`` as one batch, on the device of ``tokens``."""
+    check_temperature(temperature)
+    check_tokens(tokens, teacher.vocab_size)
+    rows = list(tokens.detach().to("cpu").numpy())
+    found = dict(teacher.score(rows, k=k, temperatures=(float(temperature),)))
+    return stacked([found[number] for number in range(len(rows))], float(temperature), tokens.device)
 
 
 def stacked(found: Sequence[SequenceTargets], temperature: float, device: torch.device) -> TopKTargets:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentforge.data.build import record_of
+from latentforge.data.build import finished, record_of
 from latentforge.data.corpus import Corpus, Entry
 from latentforge.data.shards import Packed, ShardSet, pack
 from latentforge.data.special import bos_of
@@ -102,10 +100,7 @@ def run_chat(
         "k": asking.k,
         "answers": tally.record(),
     }
-    temporary = run.out / "data.json.partial"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, run.out / "data.json")
-    shards = ShardSet.open(run.out)
+    shards = finished(run.out, record)
     with log.phase("targets"):
         _write_targets(run.out / "targets.sqlite", teacher, asking.k, shards, heldout_documents, train_documents)
     _report(log, teacher, tally)

@@ -27,6 +27,7 @@ from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import teacher_of
+from latentforge.teachers.protocol import behind
 from latentforge.train import effective
 from latentforge.verdicts import Outcome
 
@@ -121,10 +122,7 @@ def require_return(log: EventLog, teacher: Any) -> None:
 
     Nothing is required of a teacher that had no memory of its own on this host.
     """
-    found = teacher
-    while not hasattr(found, "stopped") and hasattr(found, "teacher"):
-        found = found.teacher
-    stopped = getattr(found, "stopped", None)
+    stopped = next((one.stopped for one in behind(teacher) if hasattr(one, "stopped")), None)
     if stopped is None:
         return
     memory = stopped.memory

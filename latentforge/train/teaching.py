@@ -11,6 +11,7 @@ from latentforge.memory.estimate import place_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.protocol import behind
 from latentforge.teachers.utilisation import EVERY, IdleWatch, Read, gpu_tool, gpu_utilisation, watched
 from latentforge.train import effective
 from latentforge.verdicts import Outcome, Verdict
@@ -20,10 +21,7 @@ FAST_PATH = "F-BACKEND-SELECT-001"
 
 def in_process(teacher: Any) -> HFTeacher | None:
     """The model in this process that answers, behind a cache or an alignment; None where something else answers."""
-    found = teacher
-    while not isinstance(found, HFTeacher) and hasattr(found, "teacher"):
-        found = found.teacher
-    return found if isinstance(found, HFTeacher) else None
+    return next((one for one in behind(teacher) if isinstance(one, HFTeacher)), None)
 
 
 def in_force(teacher: Any) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from latentforge.teachers.http.client import HttpClient
 from latentforge.teachers.http.flow import FlowControl
 from latentforge.teachers.http.probe import ServerFacts, ask, probe
 from latentforge.teachers.http.rows import Question, padded
-from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
-from latentforge.teachers.store import stacked
+from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_tokens
+from latentforge.teachers.store import scored_batch
 
 DEFAULT_K = 20
 
@@ -169,12 +169,8 @@ class OpenAITeacher:
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """Top-k rows of ``tokens`` int64 ``[B, L]`` with their rest mass, on the device of ``tokens``; T = 1 only."""
-        check_temperature(temperature)
-        check_tokens(tokens, self._vocab_size)
         wanted = min(self._k, self._vocab_size) if k is None else k
-        rows = list(tokens.detach().to("cpu").numpy())
-        found = dict(self.score(rows, k=wanted, temperatures=(float(temperature),)))
-        return stacked([found[number] for number in range(len(rows))], float(temperature), tokens.device)
+        return scored_batch(self, tokens, temperature=temperature, k=wanted)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, k: int, temperature: float, seed: int | None

@@ -21,10 +21,10 @@ from latentforge.targets.row import SequenceTargets
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.folder import check_model_folder
 from latentforge.teachers.http.rows import Question, parse_answer
-from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
+from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_tokens
 from latentforge.teachers.serving.content import content_identity
 from latentforge.teachers.serving.memory import available, wait_for_return
-from latentforge.teachers.serving.processes import KeptProcess, last_lines
+from latentforge.teachers.serving.processes import KeptProcess, quoted_end
 from latentforge.teachers.serving.server import Stopped
 from latentforge.teachers.serving.settings import (
     ServingSettings,
@@ -32,7 +32,7 @@ from latentforge.teachers.serving.settings import (
     server_environment,
     vllm_version,
 )
-from latentforge.teachers.store import stacked
+from latentforge.teachers.store import scored_batch
 
 DEFAULT_K = 20
 _WORKER = Path(__file__).parent / "engine_worker.py"
@@ -187,12 +187,8 @@ class EngineTeacher:
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """Top-k rows of ``tokens`` int64 ``[B, L]`` with their rest mass, on the device of ``tokens``; T = 1 only."""
-        check_temperature(temperature)
-        check_tokens(tokens, self._vocab_size)
         wanted = min(DEFAULT_K, self._vocab_size) if k is None else k
-        rows = list(tokens.detach().to("cpu").numpy())
-        found = dict(self.score(rows, k=wanted, temperatures=(float(temperature),)))
-        return stacked([found[number] for number in range(len(rows))], float(temperature), tokens.device)
+        return scored_batch(self, tokens, temperature=temperature, k=wanted)
 
     def close(self) -> None:
         """End the engine with its whole tree and wait for its memory; :attr:`stopped` says what came of it."""
@@ -241,7 +237,7 @@ class EngineTeacher:
             refused = frame["refused"]
             raise TeacherFailure(
                 "refused-request" if refused else "server-error",
-                f"vLLM's engine says: {frame['error']}" + ("" if refused else f"\n{self._tail()}"),
+                f"vLLM's engine says: {frame['error']}" + ("" if refused else f"\n{quoted_end(self.kept.log)}"),
                 next=f"less {self.kept.log}",
             )
         return frame
@@ -250,9 +246,6 @@ class EngineTeacher:
         ended = self.kept.wait(10.0)
         raise TeacherFailure(
             "cut",
-            f"vLLM's engine {ended or 'closed its pipe'}\n{self._tail()}",
+            f"vLLM's engine {ended or 'closed its pipe'}\n{quoted_end(self.kept.log)}",
             next=f"less {self.kept.log}",
         )
-
-    def _tail(self) -> str:
-        return "\n".join(f"  | {line[:300]}" for line in last_lines(self.kept.log, 12)) or "  (its log is empty)"

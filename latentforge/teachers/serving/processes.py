@@ -192,6 +192,11 @@ def last_lines(log: Path, count: int) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()][-count:]
 
 
+def quoted_end(log: Path) -> str:
+    """The last twelve lines of a log as an error message quotes them, each cut at 300 characters."""
+    return "\n".join(f"  | {line[:300]}" for line in last_lines(log, 12)) or "  (its log is empty)"
+
+
 def default_log(name: str, env: Mapping[str, str]) -> Path:
     """Where a vLLM of our own writes unless it is told: ``latentforge/teachers`` of the state folder."""
     state = env.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")

@@ -17,13 +17,12 @@ from typing import Any
 
 from latentforge.errors import CrashedError, RefusedError
 from latentforge.teachers.serving.memory import MemoryReturn, available, wait_for_return
-from latentforge.teachers.serving.processes import Ended, KeptProcess, last_lines
+from latentforge.teachers.serving.processes import Ended, KeptProcess, last_lines, quoted_end
 from latentforge.teachers.serving.settings import ServingSettings, fitted, server_environment, vllm_version
 
 _SECONDS_TO_START = 1800.0  # 80 B parameters took a quarter of an hour on a GB10
 _ASK_EVERY = 0.25
 _SAY_EVERY = 10.0
-_TAIL = 12
 # What vLLM writes before a message: who, how grave, when, where.
 _STAMP = re.compile(r"^(\([^)]*pid=\d+\) *)?([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] *)?")
 # Nothing on this machine's own address goes through a proxy.
@@ -141,13 +140,14 @@ class VLLMServer:
             try:
                 why = self._ask(tokens)
             except RefusedError as error:
-                raise CrashedError(f"{error}\n{self._tail()}", next=f"less {self.kept.log}") from None
+                raise CrashedError(f"{error}\n{quoted_end(self.kept.log)}", next=f"less {self.kept.log}") from None
             if not why and self.ended() is None:
                 return
             now = time.monotonic()
             if now - began > seconds:
                 raise CrashedError(
-                    f"vLLM did not answer within {seconds:.0f} s: {why}\n{self._tail()}", next=f"less {self.kept.log}"
+                    f"vLLM did not answer within {seconds:.0f} s: {why}\n{quoted_end(self.kept.log)}",
+                    next=f"less {self.kept.log}",
                 )
             if now - said >= _SAY_EVERY:
                 said = now
@@ -181,11 +181,7 @@ class VLLMServer:
         return ""
 
     def _gone(self, ended: Ended, when: str) -> CrashedError:
-        return CrashedError(f"vLLM {ended}{when}\n{self._tail()}", next=f"less {self.kept.log}")
-
-    def _tail(self) -> str:
-        lines = last_lines(self.kept.log, _TAIL)
-        return "\n".join(f"  | {line[:300]}" for line in lines) or "  (its log is empty)"
+        return CrashedError(f"vLLM {ended}{when}\n{quoted_end(self.kept.log)}", next=f"less {self.kept.log}")
 
 
 def post(url: str, body: Mapping[str, Any], *, timeout: float) -> Any:
