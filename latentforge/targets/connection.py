@@ -14,6 +14,8 @@ from urllib.parse import quote
 from latentforge.errors import BusyError, FailedError, LatentForgeError, RefusedError
 
 _BUSY_SECONDS = 30.0
+_LEFT_SECONDS = 0.5
+"""A journal without its index, or one that nobody holds, stands for less than this where a writer passes by."""
 _CHECKPOINT_BYTES = 16 << 20
 _PASSING = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
 _WRITE_ERRORS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_TRUNCATE",
@@ -55,18 +57,24 @@ class Connection:
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """All rows of a SELECT; RefusedError where the file is damaged."""
-        if self._seen is not None and (self._seen != _state(self.path) or _size(journals(self.path)[0])):
+        if self._changed():
             self._reconnect()
-        patience = time.monotonic() + _BUSY_SECONDS
+        began = time.monotonic()
         while True:
             try:
-                return self._connection.execute(sql, values).fetchall()
+                found = self._connection.execute(sql, values).fetchall()
+                if not self._changed():
+                    return found
             except UnicodeDecodeError as error:
                 raise RefusedError(f"{self.path} is damaged: {error}", next="score again from the start") from None
             except sqlite3.DatabaseError as error:
                 # A writer is just opening, closing or taking a journal in: its index is not there yet, or not any more.
                 passing = self.readonly and _code(error).startswith(_PASSING)
-                if not passing or time.monotonic() > patience:
+                waited = time.monotonic() - began
+                if passing and _code(error) == "SQLITE_READONLY_ROLLBACK" and waited > _LEFT_SECONDS:
+                    # SQLite looked at the locks: nobody who lives wrote that journal.
+                    raise self._left_over(journals(self.path)[1]) from None
+                if not passing or waited > _BUSY_SECONDS:
                     raise told(error, self.path) from None
             time.sleep(0.01)
             self._reconnect()
@@ -108,6 +116,10 @@ class Connection:
         finally:
             self._connection.close()
 
+    def _changed(self) -> bool:
+        """Whether a file that is read as immutable is not at rest any more; locks would not tell."""
+        return self._seen is not None and (self._seen != _state(self.path) or _size(journals(self.path)[0]) > 0)
+
     def _reconnect(self) -> None:
         self._connection.close()
         self._connection = self._connect()
@@ -132,20 +144,25 @@ class Connection:
     def _at_rest(self) -> bool:
         """A journal is expected by the file's header and holds nothing, and nobody has it open for writing."""
         wal, journal, shm = journals(self.path)
-        if _size(journal):
-            raise RefusedError(
-                f"{self.path} was not closed: {journal.name} is there", next=f"latentforge targets prune {self.path}"
-            )
-        if wal.exists() and shm.exists():
-            return False
-        if _size(wal):
-            raise RefusedError(
-                f"{self.path} was not closed: {wal.name} holds rows that are not in it",
-                next=f"take them in:  latentforge targets prune {self.path}",
-            )
+        began = time.monotonic()
+        while True:
+            # Whether a journal of the other kind is a living writer's is for SQLite to say, by the locks.
+            if _size(journal) or (wal.exists() and shm.exists()):
+                return False
+            if not _size(wal):
+                break
+            if time.monotonic() - began > _LEFT_SECONDS:
+                raise self._left_over(wal)
+            time.sleep(0.01)
         # Only now that nobody writes: closing a file drops every lock that this process has on it.
         with self.path.open("rb") as stream:
             return stream.read(20)[18:20] == b"\x02\x02"
+
+    def _left_over(self, journal: Path) -> RefusedError:
+        return RefusedError(
+            f"{self.path} was not closed: {journal.name} holds what is not in it",
+            next=f"take it in, or back:  latentforge targets prune {self.path}",
+        )
 
 
 def told(error: sqlite3.DatabaseError, path: Path) -> LatentForgeError:

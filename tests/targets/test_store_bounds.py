@@ -240,12 +240,83 @@ def test_what_a_killed_writer_left_is_read_without_touching_it(tmp_path: Path) -
         assert has(reader, 0, 1, 2) == [0, 1, 2]
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "t.sqlite-shm").unlink()
-    with pytest.raises(RefusedError, match="holds rows that are not in it") as caught:
+    with pytest.raises(RefusedError, match="wal holds what is not in it") as caught:
         TargetStore.open(path)
     assert "targets prune" in str(caught.value.next)
     TargetStore.open(path, readonly=False).close()
     with TargetStore.open(path) as reader:
         assert has(reader, 0, 1, 2) == [0, 1, 2]
+
+
+_JOURNAL = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[2], isolation_level=None)
+connection.execute("PRAGMA journal_mode=DELETE")
+connection.execute(f"PRAGMA cache_size={sys.argv[3]}")
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("UPDATE rows SET value = randomblob(9000)")
+assert os.path.getsize(sys.argv[2] + "-journal")
+print("journal", flush=True)
+sys.stdin.readline()
+"""
+
+
+def with_journal(path: Path, pages: int) -> subprocess.Popen[str]:
+    """A writer in the middle of a transaction, with such a journal as opening and closing a store makes."""
+    writer = python(_JOURNAL, path, pages, stdin=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "journal\n"
+    return writer
+
+
+def test_the_journal_of_a_writer_that_lives_is_no_reason_to_refuse_its_store(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    with create(path) as store:
+        put(store, 0, 1)
+    with with_journal(path, 1000) as writer, TargetStore.open(path) as reader:
+        assert [right(reader, number) for number in (0, 1)] == [True, True]
+        writer.kill()
+
+
+def test_the_journal_of_a_writer_that_died_is_named_and_nothing_is_read_under_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    with create(path) as store:
+        put(store, *range(20))
+    # With room for one page in memory, changed pages are in the file before the end of the transaction.
+    with with_journal(path, 1) as writer:
+        writer.kill()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(RefusedError, match="journal holds what is not in it") as caught:
+        TargetStore.open(path)
+    assert "targets prune" in str(caught.value.next)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    TargetStore.open(path, readonly=False).close()
+    with TargetStore.open(path) as reader:
+        assert all(right(reader, number) for number in range(20))
+
+
+def test_a_writer_that_opens_under_a_readers_eyes_is_not_taken_for_one_that_died(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    create(path).close()
+    opened = 0
+    with python(_OPENER, path) as writer:
+        assert writer.stdout is not None
+        while writer.poll() is None:
+            TargetStore.open(path).close()
+            opened += 1
+        assert writer.returncode == 0
+    assert opened > 100
+
+
+_OPENER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_store_bounds import *
+for number in range(100):
+    with TargetStore.open(Path(sys.argv[2]), readonly=False) as store:
+        put(store, number)
+"""
 
 
 def put_until_full(store: TargetStore, number: int) -> tuple[int, FailedError]:
