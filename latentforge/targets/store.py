@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -20,17 +19,16 @@ import numpy.typing as npt
 
 from latentforge.errors import RefusedError
 from latentforge.targets import upkeep
-from latentforge.targets.connection import Connection, journals, told
+from latentforge.targets.connection import Connection
 from latentforge.targets.description import SCHEMA, Description, Rounding
 from latentforge.targets.exact import EXACT, ExactLevels
 from latentforge.targets.levels import CountLevels, GradedLevels, Levels
+from latentforge.targets.making import make
 from latentforge.targets.native import name as reader_name
 from latentforge.targets.native import reader
 from latentforge.targets.row import GRADED, SequenceTargets, check_targets, pack_row, unpack_row
 
 DEFAULT_CACHE_BYTES = 512 << 20
-PAGE_BYTES = 1024
-"""A row takes whole pages beyond its first; of larger ones the last would stand half empty."""
 _IN_A_QUERY = 500
 _UNPACKED, _KEPT = 8, 31 << 20
 """Rows in memory are up to so many times as large as packed; glibc learns from pieces of at most 32 MiB."""
@@ -108,7 +106,7 @@ class TargetStore:
         rounding: Rounding = "fine",
         clock: Callable[[], float] = time.time,
     ) -> TargetStore:
-        """A new, empty store open for writing; ``identity`` is the teacher's, JSON-able. Refused where one exists.
+        """A new, empty store open for writing; ``identity`` is the teacher's, JSON-able. ExistsError where one is.
 
         ``mode="sample"`` keeps tokens drawn from the teacher (``draws`` a position, by ``seed``) instead of the k
         likeliest. ``levels`` says how log-probabilities are rounded; it is no part of a row's key.
@@ -125,27 +123,7 @@ class TargetStore:
             seed=seed,
             rounding=rounding,
         )
-        policy = upkeep.Policy.checked(ttl_seconds, max_bytes, levels)
-        if path.exists():
-            raise RefusedError(f"{path} exists already")
-        # Made whole under another name, so that a store that exists always says what it is for.
-        fresh = path.with_name(path.name + ".partial")
-        fresh.unlink(missing_ok=True)
-        try:
-            connection = sqlite3.connect(fresh)
-            connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
-            with connection:
-                connection.execute("CREATE TABLE meta (value TEXT NOT NULL)")
-                connection.execute("INSERT INTO meta VALUES (?)", (description.canonical.decode(),))
-                upkeep.create_tables(connection, policy)
-            connection.close()
-        except sqlite3.DatabaseError as error:
-            fresh.unlink(missing_ok=True)
-            raise told(error, path) from None
-        for journal in journals(path):
-            # Left by a store of this name that is gone: SQLite could take it for this one's.
-            journal.unlink(missing_ok=True)
-        os.replace(fresh, path)
+        make(path, description, upkeep.Policy.checked(ttl_seconds, max_bytes, levels))
         return cls.open(path, readonly=False, clock=clock)
 
     @classmethod

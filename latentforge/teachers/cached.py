@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
 from latentforge.spec.sections import TeacherSpec
 from latentforge.targets.description import Rounding
+from latentforge.targets.making import ExistsError
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.failures import TeacherFailure
@@ -62,14 +64,14 @@ class CachedTeacher:
         ``rounding`` must be that of a store that exists; None takes any, and makes one that rounds.
         """
         identity, path = teacher.identity.as_json(), Path(path)
-        if readonly or path.exists():
-            store = TargetStore.open(path, identity=identity, readonly=readonly, rounding=rounding)
-        else:
+        if not readonly and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            store = TargetStore.create(
-                path, identity, k, temperatures, vocab_size=teacher.vocab_size, rounding=rounding or "fine"
-            )
-        return cls(store, teacher)
+            with suppress(ExistsError):  # another run has just made it: it is theirs and ours
+                made = TargetStore.create(
+                    path, identity, k, temperatures, vocab_size=teacher.vocab_size, rounding=rounding or "fine"
+                )
+                return cls(made, teacher)
+        return cls(TargetStore.open(path, identity=identity, readonly=readonly, rounding=rounding), teacher)
 
     @classmethod
     def around(
