@@ -64,9 +64,13 @@ def read_dotenv(path: Path) -> dict[str, str]:
     with ``$`` outside single quotes is refused. RefusedError names the line, never a value.
     """
     try:
+        if path.is_fifo():  # nobody may ever write to it
+            raise RefusedError(f"{path.name} in the current folder is a pipe, not a file", next="write a plain file")
         with open(path, "rb") as file:
             raw = file.read(_LARGEST + 1)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise RefusedError(f"{path.name} in the current folder is a link to a file that is not there") from None
         return {}
     except OSError as error:
         raise RefusedError(f"{path.name} in the current folder cannot be read: {error.strerror}") from None
@@ -116,6 +120,8 @@ def _value(text: str, at: int, where: str) -> tuple[str, int]:
         value = re.split(r"(?:^|[ \t])#", text[at:close], maxsplit=1)[0].strip()
         if "$" in value:
             raise _not_expanded(where)
+        if "\r" in value:  # where lines end in them alone, this value is the rest of the file, keys and all
+            raise RefusedError(f"{where} holds a carriage return", next="end each line in a line feed")
         return value, close
     end = text.find("\n", close)
     end = len(text) if end < 0 else end

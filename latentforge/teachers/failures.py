@@ -118,4 +118,6 @@ def public_url(url: str) -> str:
         port = "" if parts.port is None else f":{parts.port}"
     except ValueError:
         return "(an URL that cannot be read)"
+    if not parts.netloc and "@" in parts.path:  # a user and a password, perhaps, before which the http:// is missing
+        return "(an URL without a host)"
     return urlunsplit((parts.scheme, f"[{host}]{port}" if ":" in host else f"{host}{port}", parts.path, "", ""))

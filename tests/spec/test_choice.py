@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,24 @@ def test_a_url_with_a_secret_in_it_is_refused_without_repeating_it(url: str, by:
     assert "api_key_env" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"me:{KEY}@host/v1",
+        f"http:/me:{KEY}@host/v1",
+        f"//me:{KEY}@host/v1",
+        f"http://host/v1\nX: {KEY}",
+        "http://h:0/v1",
+    ],
+)
+def test_what_is_no_url_is_refused_where_it_is_planned_and_not_repeated_where_a_password_may_stand_in_it(
+    url: str,
+) -> None:
+    with pytest.raises(RefusedError, match="url") as refused:
+        chosen({"TEACHER_BACKEND": "vllm-remote", "VLLM_REMOTE_URL": url})
+    assert KEY not in str(refused.value)
+
+
 def test_a_server_without_a_folder_for_its_tokenizer_is_refused() -> None:
     with pytest.raises(RefusedError, match=r"teacher\.model names no tokenizer"):
         resolve_pipeline("smoke", env={"TEACHER_BACKEND": "vllm-remote", "VLLM_REMOTE_URL": SERVER})
@@ -205,6 +224,7 @@ def test_a_dotenv_file_is_read_as_it_is_usually_written(tmp_path: Path) -> None:
         ("K='never closed\n", "line 1: K has no closing quote"),
         ("K=${HOME}/x\n", "line 1: K holds a $"),
         ('A="x\ny"\nK="a" b\n', "line 3: K has something behind"),
+        ("TEACHER_BACKEND=venice\rK=secret-without-name\r", "line 1: TEACHER_BACKEND holds a carriage return"),
     ],
 )
 def test_a_dotenv_line_that_cannot_be_meant_is_named_and_its_value_is_not(text: str, said: str) -> None:
@@ -212,6 +232,14 @@ def test_a_dotenv_line_that_cannot_be_meant_is_named_and_its_value_is_not(text: 
         parse_dotenv(text)
     assert said in str(refused.value)
     assert "secret-without-name" not in str(refused.value)
+
+
+def test_a_dotenv_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("gone")
+    for name, said in (("pipe", "is a pipe"), ("link", "is a link to a file that is not there")):
+        with pytest.raises(RefusedError, match=said):
+            read_dotenv(tmp_path / name)
 
 
 @given(values=st.dictionaries(st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True), st.text(max_size=30), max_size=4))

@@ -33,6 +33,7 @@ def test_an_unknown_kind_is_a_mistake_of_the_program() -> None:
         ("https://u:p@h.example/v1/", "https://h.example/v1/"),
         ("http://[::1]:80/v1?k=p", "http://[::1]:80/v1"),
         ("http://h:port/v1?k=p", "(an URL that cannot be read)"),
+        ("u:p@h.example/v1", "(an URL without a host)"),
     ],
 )
 def test_an_url_is_shown_without_what_may_be_secret(url: str, shown: str) -> None:
