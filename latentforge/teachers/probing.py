@@ -7,6 +7,7 @@ command; what cannot be asked after it is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from latentforge.teachers.http.client import HttpClient
 from latentforge.teachers.http.flow import FlowControl
 from latentforge.teachers.http.probe import ServedModel, ServerFacts, ask, probe, served_models
 from latentforge.teachers.http.rows import Question
-from latentforge.teachers.probes import PROBE_TEXTS
+from latentforge.teachers.http.vocabulary import compare_served
 from latentforge.teachers.protocol import Scorer
 
 T = TypeVar("T")
@@ -204,55 +205,25 @@ class Check:
             self.report.add("tokenizer", "skip", "no local folder to compare with", next="--tokenizer FOLDER")
             return
         sha256 = f"tokenizer.json {self.tokenizer.sha256[:12]}…"
-        texts = [text for text in PROBE_TEXTS if text and not _has_special(self.tokenizer, text)]
         try:
-            read = self._tokenized(served.name, texts)
-            if read is None and scores:
+            with closing(self.client.above()) as root:
+                rows = max(self.tokenizer.vocab_size, self.rows or 0)
+                found = compare_served(root, served.name, self.tokenizer, rows=rows, call=lambda once: once())
+            if found is None and scores:
                 self._round_trips(served.name, sha256)
                 return
         except TeacherFailure as failure:
             self.report.findings.append(Finding.of("tokenizer", failure))
             return
-        if read is None:
+        if found is None:
             self.report.add("tokenizer", "skip", "the server offers neither /tokenize nor completions: not compared")
             return
-        ours = [self.tokenizer.backend.encode(text, add_special_tokens=False).ids for text in texts]
-        for text, mine, theirs in zip(texts, ours, read, strict=True):
-            if mine != theirs:
-                at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), -1)
-                where = f"token {at}: {mine[at]} here, {theirs[at]} there" if at >= 0 else "one is longer"
-                self.report.findings.append(
-                    Finding(
-                        "tokenizer",
-                        "fail",
-                        f"{text[:24]!r} is {len(mine)} tokens here and {len(theirs)} there; {where} ({sha256})",
-                        "name the folder of the served model's own tokenizer",
-                        "wrong-ids",
-                        Finding.of("tokenizer", TeacherFailure("wrong-ids", "")).code,
-                    )
-                )
-                return
-        count = sum(map(len, ours))
-        self.report.add("tokenizer", "pass", f"{len(texts)} texts, {count} tokens: read as here ({sha256}; /tokenize)")
-
-    def _tokenized(self, model: str, texts: Sequence[str]) -> list[list[int]] | None:
-        """How the server reads texts; None where it does not offer to say."""
-        root = self.connect(self.client.url.removesuffix("/v1"))
-        try:
-            found = []
-            for text in texts:
-                value = root.post("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
-                tokens = value.get("tokens") if isinstance(value, dict) else None
-                if not isinstance(tokens, list) or not all(type(one) is int for one in tokens):
-                    root.failure("malformed", "the answer of /tokenize holds no list of ids", status=200)
-                found.append(tokens)
-            return found
-        except TeacherFailure as failure:
-            if failure.status in (404, 405, 501) or (failure.kind == "malformed" and not found):
-                return None
-            raise
-        finally:
-            root.close()
+        self.report.add(
+            "tokenizer",
+            "pass",
+            f"{found.ids} of {found.vocab_size} ids in {found.tokens} tokens of text: read as here "
+            f"({sha256}; /tokenize)",
+        )
 
     def _round_trips(self, model: str, sha256: str) -> None:
         """Ids sent as a prompt, echoed as text, compared with what they spell here."""
@@ -391,9 +362,3 @@ def _text(value: Any) -> str | None:
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     text = first.get("text")
     return text if isinstance(text, str) else None
-
-
-def _has_special(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether a server may read a part of the text as a special token, which is never done to documents here."""
-    added = tokenizer.backend.get_added_tokens_decoder().values()
-    return any(token.content in text for token in added)

@@ -83,6 +83,10 @@ class HttpClient:
                 one.shutdown(socket.SHUT_RDWR)
         self._client.close()
 
+    def above(self) -> HttpClient:
+        """A client of the same server one level above ``/v1``, where it answers what OpenAI's API does not know."""
+        return HttpClient(self.url.removesuffix("/v1"), key=self._key, timeout=self.timeout, connections=1)
+
     def _remember(self, event: str, info: Mapping[str, Any]) -> None:
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._bound(info["return_value"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from latentforge.teachers.failures import public_url
 from latentforge.teachers.http.chat import ChatAnswer, chat_body, parse_chat
 from latentforge.teachers.http.client import HttpClient
 from latentforge.teachers.http.flow import FlowControl
-from latentforge.teachers.http.probe import ServerFacts, ask, probe
+from latentforge.teachers.http.probe import ServerFacts, ask, attempt, probe
 from latentforge.teachers.http.rows import Question, padded
+from latentforge.teachers.http.vocabulary import compare_served
 from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_tokens
 from latentforge.teachers.store import scored_batch
 
@@ -33,6 +35,7 @@ class OpenAITeacher:
 
     ``vocab_size`` tokens of its tokenizer, ``rows`` ids of the model (padding included), ``identity`` who answers,
     ``k`` what :meth:`targets` asks for where it is not told. ``chat_only`` for an API without raw completions.
+    ``tokenizer`` is compared with the server's before the first document; None where both read the same folder.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class OpenAITeacher:
         flow: FlowControl | None = None,
         k: int = DEFAULT_K,
         chat_only: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.client = client
         self.model = model
         self.flow = flow or FlowControl()
         self.chat_only = chat_only
+        self._tokenizer = tokenizer
         self._identity = identity
         self._vocab_size = vocab_size
         self._rows = max(vocab_size, rows or 0)
@@ -98,15 +103,33 @@ class OpenAITeacher:
             flow=flow,
             k=k,
             chat_only=chat_only,
+            tokenizer=tokenizer,
         )
 
     @property
     def facts(self) -> ServerFacts:
-        """What the server was found to do; asked for once. TeacherFailure where it cannot score documents."""
+        """What the server was found to do; asked for once.
+
+        TeacherFailure where it cannot score documents, or where its tokens are not those of the tokenizer.
+        """
         with self._lock:
             if self._facts is None:
-                self._facts = probe(self.client, self.flow, self.model, vocab_size=self._vocab_size, rows=self._rows)
+                facts = probe(self.client, self.flow, self.model, vocab_size=self._vocab_size, rows=self._rows)
+                self._compare()
+                self._facts = facts
             return self._facts
+
+    def _compare(self) -> None:
+        if self._tokenizer is None:
+            return
+        with closing(self.client.above()) as root:
+            ask_once = partial(attempt, self.flow)
+            found = compare_served(root, self.model, self._tokenizer, rows=self._rows, call=ask_once)
+        if found is None:
+            self.flow.tell(
+                f"{public_url(self.client.url)} does not say how it reads text: that its ids are those of the "
+                "tokenizer in teacher.model is taken on trust (latentforge teacher check compares a sample)"
+            )
 
     @property
     def capabilities(self) -> frozenset[Capability]:

@@ -86,7 +86,7 @@ def probe(client: HttpClient, flow: FlowControl, model: str, *, vocab_size: int,
 
     ``vocab_size`` tokens and ``rows`` ids of the model, as its tokenizer and configuration have them.
     """
-    served = _attempt(flow, lambda: find_model(client, model), 0)
+    served = attempt(flow, lambda: find_model(client, model), 0)
     generator = np.random.Generator(np.random.PCG64(7))
     tokens = tuple(int(t) for t in generator.integers(0, vocab_size, size=_PROBE_TOKENS))
     question = Question(tokens, min(_PROBE_K, vocab_size), vocab_size, rows)
@@ -131,7 +131,7 @@ def _prove_positions(
     client: HttpClient, flow: FlowControl, model: str, question: Question, form: Form, answer: Answer
 ) -> float:
     """Ask for the last row a second time, as the row of a generated token: it cannot stand at another position."""
-    other = _attempt(flow, lambda: ask(client, model, replace(question, last_generated=True), form), question.charged)
+    other = attempt(flow, lambda: ask(client, model, replace(question, last_generated=True), form), question.charged)
     worst = 0.0
     ids, logprobs = answer.targets.ids[-1], answer.targets.logprobs[-1]
     again = dict(zip(other.targets.ids[-1].tolist(), other.targets.logprobs[-1].tolist(), strict=True))
@@ -188,8 +188,9 @@ def _tried(flow: FlowControl, call: Callable[[], Answer], tokens: int, expected:
                 return failure
             raise
 
-    return _attempt(flow, once, tokens)
+    return attempt(flow, once, tokens)
 
 
-def _attempt(flow: FlowControl, call: Any, tokens: int) -> Any:
+def attempt(flow: FlowControl, call: Callable[[], Any], tokens: int = 0) -> Any:
+    """One of the short questions before the first document: tried again where a failure may pass, less often."""
     return flow.call(lambda _k: call(), tokens=tokens, attempts=_ATTEMPTS)

@@ -11,7 +11,9 @@ from latentforge.cli import main
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.checking import check_served
+from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.findings import Report
+from latentforge.teachers.http.openai import OpenAITeacher
 
 from ..proxy import (
     CollapsedKeys,
@@ -173,6 +175,11 @@ def test_another_tokenizer_is_found_by_what_the_server_reads(
     (failed,) = [one for one in report.findings if one.state == "fail"]
     assert (failed.step, int(report.code)) == ("tokenizer", 1)
     assert Tokenizer.open(other).sha256[:12] in failed.said
+    # A run is told the same before it asks for a document.
+    teacher = OpenAITeacher.open(vllm_url, "tiny", other)
+    with pytest.raises(TeacherFailure, match="another tokenizer"):
+        _ = teacher.facts
+    teacher.close()
 
 
 def test_where_tokenize_is_not_offered_ids_are_sent_and_their_echo_is_read(
