@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,14 @@ import typer
 
 from latentforge.cli import targets_bench
 from latentforge.cli.terminal import print_json, size
+from latentforge.errors import RefusedError
 from latentforge.verdicts.exitcode import ExitCode
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store of teacher targets, check it, keep it in bounds.")
 app.command("bench")(targets_bench.bench)
 
 Store = Annotated[Path, typer.Argument(help="The store: targets.sqlite of a score run, or teacher.cache.")]
+_DAY = 86_400  # seconds
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -46,7 +49,7 @@ def stats(store: Store, as_json: AsJson = False) -> None:
     if said["stored"] is not None:
         first, last = (datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M UTC") for t in said["stored"])
         print(f"  stored    {first} to {last}")
-    limit = f"{said['ttl_seconds'] / 86400:g} days" if said["ttl_seconds"] else "none"
+    limit = f"{said['ttl_seconds'] / _DAY:g} days" if said["ttl_seconds"] else "none"
     print(f"  limits    age {limit}, size {size(said['max_bytes']) if said['max_bytes'] else 'none'}")
     if said["too_old"]:
         print(f"  {said['too_old']} rows are too old and not given out:  latentforge targets prune {store}")
@@ -101,8 +104,10 @@ def prune(
     """Delete what is too old, then what was used longest ago until the rest fits; take in a journal left behind."""
     from latentforge.targets.store import TargetStore
 
+    if ttl_days is not None and not 0 < ttl_days * _DAY < math.inf:
+        raise RefusedError(f"--ttl-days {ttl_days:g} is not a finite number of days above 0")
     with TargetStore.open(store, readonly=False) as opened:
-        pruned = opened.prune(ttl_seconds=None if ttl_days is None else ttl_days * 86400, max_bytes=max_bytes)
+        pruned = opened.prune(ttl_seconds=None if ttl_days is None else ttl_days * _DAY, max_bytes=max_bytes)
         left = opened.stats()["rows"]
     taken = store.stat().st_size
     if as_json:

@@ -18,6 +18,7 @@ from latentforge.targets.levels import GradedLevels
 from latentforge.targets.row import GRADED
 
 LEAST_BYTES = 65_536
+_MOST_BYTES = 2**63 - 1
 _EVICT_AT_ONCE = 64
 _ROW_OVERHEAD = 160  # key, its index, mass and time: bytes a row beside its value, generously
 _SLACK_PAGES = 8
@@ -46,6 +47,8 @@ class Policy:
             raise RefusedError(f"ttl_seconds = {ttl_seconds} is not a finite number above 0")
         if max_bytes is not None and max_bytes < LEAST_BYTES:
             raise RefusedError(f"max_bytes = {max_bytes} is below the least of {LEAST_BYTES}")
+        if max_bytes is not None and max_bytes > _MOST_BYTES:
+            raise RefusedError(f"max_bytes = {max_bytes} is above the most of {_MOST_BYTES} that a file can have")
         return cls(ttl_seconds, max_bytes, levels)
 
     @classmethod

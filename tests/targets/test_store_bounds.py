@@ -372,6 +372,7 @@ def test_a_store_that_cannot_be_made_for_want_of_space_leaves_no_file(tmp_path: 
         ({"mode": "other"}, "neither 'topk' nor 'sample'"),
         ({"ttl_seconds": 0.0}, "ttl_seconds = 0"),
         ({"max_bytes": 10}, "max_bytes = 10 is below"),
+        ({"max_bytes": 2**63}, "max_bytes = 9223372036854775808 is above"),
     ],
 )
 def test_modes_and_limits_that_no_store_can_have_are_refused(tmp_path: Path, asked: dict[str, Any], said: str) -> None:
@@ -435,3 +436,6 @@ def test_the_commands_show_check_and_prune_a_store(tmp_path: Path) -> None:
     assert "1 dropped" in run(app, ["check", str(path), "--drop"]).output
     pruned = json.loads(run(app, ["prune", str(path), "--ttl-days", "0.0000001", "--json"]).output)
     assert (pruned["old"], pruned["rows"]) == (8, 0)
+    for refused in ("0", "-1", "nan", "1e308"):
+        with pytest.raises(RefusedError, match=f"--ttl-days {float(refused):g} is not".replace("+", "\\+")):
+            run(app, ["prune", str(path), f"--ttl-days={refused}"], catch_exceptions=False)
