@@ -107,8 +107,10 @@ class Description:
             value |= {"rounding": self.rounding}
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
-    def require(self, path: Path, **asked: Any) -> None:
-        """Refuse where one of the values that are asked (None: not asked) is not the store's."""
+    def require(self, path: Path, instead: str, **asked: Any) -> None:
+        """Refuse where one of the values that are asked (None: not asked) is not the store's; ``instead`` is the next
+        thing to do.
+        """
         for name, wanted in asked.items():
             if wanted is None:
                 continue
@@ -122,6 +124,4 @@ class Description:
             if name == "identity":
                 field = next(n for n in sorted({*have, *wanted}) if have.get(n) != wanted.get(n))
                 name, have, wanted = f"teacher {field}", have.get(field), wanted.get(field)
-            raise RefusedError(
-                f"{path} was made for {name} {have!r}, not for {wanted!r}", next="score again with this teacher"
-            )
+            raise RefusedError(f"{path} was made for {name} {have!r}, not for {wanted!r}", next=instead)

@@ -140,10 +140,12 @@ class TargetStore:
         draws: int | None = None,
         seed: int | None = None,
         rounding: Rounding | None = None,
+        instead: str = "score again with this teacher",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> TargetStore:
-        """Open a store; what is given of identity and parameters must be what it was made for, or it is refused.
+        """Open a store; what is given of identity and parameters must be what it was made for, or it is refused, and
+        ``instead`` is what to do.
 
         Read-only, it may be open for writing in another process; nothing is written, not even a journal.
         """
@@ -155,6 +157,7 @@ class TargetStore:
             store = cls(path, connection, cache_bytes=cache_bytes, clock=clock)
             store.description.require(
                 path,
+                instead,
                 identity=identity,
                 k=k,
                 temperatures=temperatures,

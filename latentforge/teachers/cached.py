@@ -27,6 +27,8 @@ from latentforge.teachers.protocol import (
 )
 from latentforge.teachers.store import StoreTeacher, scored_batch
 
+_ANOTHER = "name another file in teacher.cache"
+
 
 class CachedTeacher:
     """``store`` first, ``teacher`` for what it lacks; an answer is written before it is given (not where read-only).
@@ -40,7 +42,7 @@ class CachedTeacher:
             raise RefusedError(
                 f"{store.path} was filled by another teacher ({store.identity.get('model')}, "
                 f"{str(store.identity.get('sha256'))[:12]}…)",
-                next="name another file in teacher.cache",
+                next=_ANOTHER,
             )
         self.store = store
         self.teacher = teacher
@@ -61,17 +63,38 @@ class CachedTeacher:
     ) -> CachedTeacher:
         """The store at ``path``, made where there is none; ``readonly`` writes nothing and needs one that exists.
 
-        ``rounding`` must be that of a store that exists; None takes any, and makes one that rounds.
+        One that exists must hold the top-k rows of this teacher, at least ``k`` entries wide, for ``temperatures``;
+        ``rounding`` must be its own, where None takes any, and makes one that rounds.
         """
         identity, path = teacher.identity.as_json(), Path(path)
-        if not readonly and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() and (readonly or path.exists()):
+            why = "it is no file" if path.exists() else "there is no such store, and one that is only read is not made"
+            raise RefusedError(
+                f"teacher.cache = {path}: {why}",
+                next=f"fill it by a run without --kd-cache-ro (teacher.cache_readonly), or {_ANOTHER}",
+            )
+        if not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RefusedError(
+                    f"teacher.cache = {path}: its folder cannot be made: {error.strerror}", next=_ANOTHER
+                ) from None
             with suppress(ExistsError):  # another run has just made it: it is theirs and ours
                 made = TargetStore.create(
                     path, identity, k, temperatures, vocab_size=teacher.vocab_size, rounding=rounding or "fine"
                 )
                 return cls(made, teacher)
-        return cls(TargetStore.open(path, identity=identity, readonly=readonly, rounding=rounding), teacher)
+        # Drawn rows are no top-k rows, also where they are as wide.
+        store = TargetStore.open(
+            path, readonly=readonly, identity=identity, mode="topk", rounding=rounding, instead=_ANOTHER
+        )
+        try:
+            _require_room(store, k, temperatures)
+            return cls(store, teacher)
+        except BaseException:
+            store.close()
+            raise
 
     @classmethod
     def around(
@@ -185,3 +208,18 @@ class CachedTeacher:
             self._closed = True
             self.store.close()
             self.teacher.close()
+
+
+def _require_room(store: TargetStore, k: int, temperatures: tuple[float, ...]) -> None:
+    """Refuse a cache whose rows are narrower than those that are asked, or lack a temperature."""
+    if k > store.k:
+        raise RefusedError(
+            f"teacher.cache = {store.path} holds {store.k} entries a row, and score.k = {k}",
+            next=f"set score.k = {store.k} or less, or {_ANOTHER}",
+        )
+    lacking = [t for t in temperatures if t not in store.temperatures]
+    if lacking:
+        held = ", ".join(f"{t:g}" for t in store.temperatures)
+        raise RefusedError(
+            f"teacher.cache = {store.path} holds tails for T = {held}, and none for T = {lacking[0]:g}", next=_ANOTHER
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,33 @@ def test_another_teachers_cache_is_refused(documents: list[Tokens], tmp_path: Pa
     opened(tmp_path / "kd.sqlite", Counting()).close()
     with TargetStore.open(tmp_path / "kd.sqlite") as store, pytest.raises(RefusedError, match="another teacher"):
         CachedTeacher(store, FixtureTeacher(269))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "said", "next"),
+    [
+        ("drawn.sqlite", {}, "was made for mode 'sample', not for 'topk'", "name another file in teacher.cache"),
+        ("four.sqlite", {}, "holds 4 entries a row, and score.k = 8", "set score.k = 4 or less, or name another file"),
+        ("four.sqlite", {"k": 4, "temperatures": (2.0,)}, "tails for T = 1, and none for T = 2", "name another file"),
+        ("none.sqlite", {"readonly": True}, "there is no such store", "fill it by a run without --kd-cache-ro"),
+        (".", {}, "it is no file", "name another file"),
+        ("four.sqlite/kd.sqlite", {}, "its folder cannot be made: File exists", "name another file"),
+    ],
+)
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_cache_that_cannot_hold_what_is_asked_is_refused_and_nothing_is_made(
+    tmp_path: Path, name: str, asked: dict[str, Any], said: str, next: str, readonly: bool
+) -> None:
+    """Drawn rows that are as wide as those asked for would be taken for the likeliest tokens."""
+    identity, drawn = Counting().identity.as_json(), {"mode": "sample", "draws": 8, "seed": 7}
+    TargetStore.create(tmp_path / "drawn.sqlite", identity, 8, ONE, vocab_size=270, **drawn).close()
+    TargetStore.create(tmp_path / "four.sqlite", identity, 4, ONE, vocab_size=270).close()
+    if readonly and name.endswith("/kd.sqlite"):
+        said = "there is no such store"
+    with pytest.raises(RefusedError, match=said) as caught:
+        CachedTeacher.open(tmp_path / name, Counting(), **{"k": 8, "temperatures": ONE, "readonly": readonly, **asked})
+    assert next in str(caught.value.next)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["drawn.sqlite", "four.sqlite"]
 
 
 def test_a_batch_of_targets_comes_from_the_cache_too(documents: list[Tokens], tmp_path: Path) -> None:
