@@ -16,7 +16,7 @@ from latentforge.errors import FailedError, RefusedError
 from latentforge.targets.store import Coverage, TargetStore
 from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.hf import HFTeacher
-from latentforge.teachers.protocol import Scorer
+from latentforge.teachers.protocol import Scorer, behind
 from latentforge.teachers.sampled import SampledTeacher
 
 # Store and fresh forward differ by the shape of the matrix products; a shifted row differs by whole nats.
@@ -70,7 +70,8 @@ def score_all(
     """
     total, done, new = len(data.train) + len(data.heldout), 0, 0
     first = b""
-    computes_here = "logits" in teacher.capabilities
+    # Also one behind a cache, which lets no logits through.
+    computes_here = any("logits" in one.capabilities for one in behind(teacher))
     for block in sequences(data, batch_size=max(batch_size, _COMMIT_ROWS) if computes_here else _ASK_ROWS):
         keys = [store.key(tokens) for tokens in block]
         present = store.present(keys)

@@ -143,6 +143,28 @@ def test_a_cache_that_cannot_hold_what_is_asked_is_refused_and_nothing_is_made(
     assert sorted(one.name for one in tmp_path.iterdir()) == ["drawn.sqlite", "four.sqlite"]
 
 
+def test_a_teacher_in_this_process_computes_a_batch_at_a_time_behind_a_cache_too(
+    shards: ShardSet, tmp_path: Path
+) -> None:
+    """It takes what one call asks for as one batch, and 4096 rows of a large vocabulary fit no memory."""
+    sizes = []
+
+    class Here(FixtureTeacher):
+        def score(
+            self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
+        ) -> Iterator[tuple[int, SequenceTargets]]:
+            sizes.append(len(sequences))
+            return super().score(sequences, k=k, temperatures=temperatures)
+
+    here = Here(270)
+    cached = CachedTeacher.open(tmp_path / "kd.sqlite", here, k=8, temperatures=ONE)
+    with TargetStore.create(tmp_path / "t.sqlite", here.identity.as_json(), 8, ONE, vocab_size=270) as store:
+        assert score_all(cached, shards, store, batch_size=4) == 46
+    cached.close()
+    assert max(sizes) <= 4, sizes
+    assert sum(sizes) == 46
+
+
 def test_a_batch_of_targets_comes_from_the_cache_too(documents: list[Tokens], tmp_path: Path) -> None:
     cached = opened(tmp_path / "kd.sqlite", Counting())
     tokens = torch.from_numpy(np.stack(documents))
