@@ -11,6 +11,7 @@ from typing import Any
 from dispatch.building.build import BuildNames
 from dispatch.hosts.facts import HostFacts
 from dispatch.planning.ask import Ask
+from latentforge.errors import RefusedError
 from latentforge.memory import KnownModel, MemoryPlan, ModelShape, Term, pipeline_peak
 from latentforge.memory.estimate import TWIN, student_shape, teacher_shape
 from latentforge.spec.capabilities import wanted_of
@@ -90,7 +91,11 @@ class Models:
             if found is None or found.config is None:
                 troubles.append(f"{path}: {found.reason if found and found.reason else 'its config.json was not read'}")
                 return KnownModel()
-            told = KnownModel.of_config(found.config, found.bytes or None)
+            try:
+                told = KnownModel.of_config(found.config, found.bytes or None)
+            except RefusedError as error:
+                troubles.append(f"{path}: {error}")
+                return KnownModel()
             troubles.extend(f"{path}: {trouble}" for trouble in told.troubles)
             return told
 

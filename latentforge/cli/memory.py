@@ -48,12 +48,11 @@ def memory(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> ExitCode:
     """Show each term of each stage, the mode that runs and why; 0 it fits, 1 it does not, 3 not known."""
-    import os
-
     from latentforge.cli.terminal import print_json
     from latentforge.contracts.machine import this_machine
     from latentforge.errors import RefusedError
     from latentforge.memory import MODES, HostMemory, choose_mode, mode_of, plan_mode
+    from latentforge.spec.dotenv import Environment
     from latentforge.spec.pipeline import effective_pipeline
     from latentforge.spec.resolve import resolve_pipeline
     from latentforge.verdicts import exit_code
@@ -62,7 +61,7 @@ def memory(
         raise RefusedError(f"--device {device!r} is neither cpu nor cuda")
     if mode not in (None, *MODES):
         raise RefusedError(f"--mode {mode!r} is none of {', '.join(MODES)}")
-    spec, notes = effective_pipeline(resolve_pipeline(recipe, env=os.environ, overrides=overrides or []).spec)
+    spec, notes = effective_pipeline(resolve_pipeline(recipe, env=Environment.here(), overrides=overrides or []).spec)
     where = device or ("cuda" if this_machine().gpus else "cpu")
     size = _bytes(host_memory) if host_memory is not None else None
     host = HostMemory.read() if size is None else HostMemory(size, size)

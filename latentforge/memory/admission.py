@@ -63,7 +63,10 @@ def admission(plan: MemoryPlan, host: HostMemory, *, jobs: int = 0, measured_pea
     if host.total is None:
         return Admission(plan.run, (Condition("steady", None, host.available, "the host does not say what it has"),))
     room = margin(host.total)
-    steady = None if plan.unknown and plan.bytes + room <= host.total else plan.bytes + room
+    # What is known of a plan is the least that it takes: where even that is not there, the rest need not be known.
+    least = plan.bytes + room
+    enough = least <= (host.total if host.available is None else host.available)
+    steady = None if plan.unknown and enough else least
     why = "all terms and the margin"
     if plan.unknown:
         why = f"the size of {', '.join(plan.unknown)} is not known"

@@ -52,7 +52,13 @@ class KnownModel:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], bytes: int | None = None) -> Self:
-        """What a ``config.json`` tells of a folder whose weight files have ``bytes`` bytes (None: not known)."""
+        """What a ``config.json`` tells of a folder whose weight files have ``bytes`` bytes (None: not known).
+
+        RefusedError where a table of it is none.
+        """
+        for table in ("text_config", "quantization_config"):
+            if not isinstance(config.get(table), Mapping | None):
+                raise RefusedError(f"config.json: {table} = {str(config[table])[:40]!r} is not a table")
         method = config.get("quantization_config")
         name = None if not method else str(method.get("quant_method", "unknown"))
         plain = {field: value for field, value in config.items() if field != "quantization_config"}
@@ -67,7 +73,7 @@ class KnownModel:
             troubles.append(str(error))
         inner = config.get("text_config") or config
         sizes = (inner.get("vocab_size"), inner.get("max_position_embeddings"))
-        rows, positions = (size if isinstance(size, int) and size > 0 else None for size in sizes)
+        rows, positions = (size if type(size) is int and size > 0 else None for size in sizes)
         width = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" and name is None else 2
         return cls(shape, bytes, bytes, name, cache, rows, positions, width, tuple(troubles))
 
@@ -107,10 +113,13 @@ class KnownModel:
 
         The embedding and the head stay in bf16 then.
         """
-        if self.quantization is not None or (self.shape is None and method is None):
+        if self.quantization is not None:
             return self.bytes
         if self.shape is None:
-            return None
+            if method is not None or self.bytes is None:
+                return None
+            # What is not counted is as large as its files, and more where the engine computes with wider numbers.
+            return self.bytes * max(width, self.width) // self.width
         if method is None:
             return width * self.shape.parameters
         rate = RATES.get(method)

@@ -76,9 +76,12 @@ class MemoryPlan:
 
         What could not be counted makes it unknown, but for a host that cannot even hold what was.
         """
-        if self.unknown and total is not None and self.bytes + margin(total) > total:
-            text = f"not enough, even without {', '.join(self.unknown)}: {self.line(total)}, the host has {gib(total)}"
-            return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
+        if self.unknown and total is not None:
+            have = total if available is None else min(total, available)
+            if self.bytes + margin(total) > have:
+                has = f"the host has {gib(total)}" + ("" if have == total else f", {gib(have)} are free")
+                text = f"not enough, even without {', '.join(self.unknown)}: {self.line(total)}, {has}"
+                return MemoryVerdict(Outcome.FAIL, f"{text} ({self.run})")
         if self.unknown:
             return MemoryVerdict(Outcome.UNKNOWN, f"unknown: the size of {', '.join(self.unknown)} is not known")
         if total is None or available is None:

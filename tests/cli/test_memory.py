@@ -26,6 +26,15 @@ def test_every_term_of_every_stage_the_mode_and_its_reason_are_shown() -> None:
     assert "mode sequential: targets are stored" in said
 
 
+def test_the_plan_is_that_of_the_dotenv_by_which_the_run_would_be_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    Path(".env").write_text("TEACHER_BACKEND=vllm-local\nVLLM_LOCAL_MODEL=m\n")
+    assert "engine host" in memory("tiny", "--host-memory", "128GiB")[1]
+
+
 def test_a_program_reads_the_same_numbers() -> None:
     code, said = memory("tiny", "--host-memory", "128GiB", "--device", "cpu", "--json")
     value = json.loads(said)

@@ -116,6 +116,33 @@ def test_what_is_counted_refuses_where_it_alone_is_too_much_though_the_rest_is_u
         assert admission(plan, GB10).outcome is outcome
 
 
+def test_what_is_known_is_refused_where_it_is_not_free_though_the_rest_is_unknown() -> None:
+    engine = MemoryPlan("score", (Term("teacher", 80 * GIB, True),), unknown=("the teacher's keys and values",))
+    for free, outcome in ((96, Outcome.UNKNOWN), (40, Outcome.FAIL), (0, Outcome.FAIL)):
+        host = HostMemory(128 * GIB, free * GIB)
+        assert admission(engine, host).outcome is outcome
+        assert engine.verdict(host.total, host.available).outcome is outcome
+    assert "128.0, 0 are free" in engine.verdict(128 * GIB, 0).text
+
+
+def test_weights_that_are_not_counted_grow_with_the_numbers_that_the_engine_computes_with() -> None:
+    experts = KnownModel(bytes=80 * GIB, vocabulary=1000, width=2)
+    assert experts.engine_weights(None, 2) == 80 * GIB
+    assert experts.engine_weights(None, 4) == 160 * GIB
+    wide = KnownModel(bytes=80 * GIB, vocabulary=1000, width=4)
+    assert wide.engine_weights(None, 2) == 80 * GIB, "never below its files"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"quantization_config": ["fp8"]}, {"quantization_config": "fp8"}, {"text_config": 5}]
+)
+def test_a_config_whose_tables_are_none_is_refused_and_never_counted(wrong: dict[str, object]) -> None:
+    with pytest.raises(RefusedError, match=f"{next(iter(wrong))} = .* is not a table"):
+        KnownModel.of_config({**QWEN3_NEXT, **wrong}, GIB)
+    truth = KnownModel.of_config({**QWEN3_NEXT, "vocab_size": True, "max_position_embeddings": True})
+    assert (truth.vocabulary, truth.positions) == (None, None)
+
+
 def test_each_condition_of_the_admission_can_be_the_one_that_refuses() -> None:
     small = MemoryPlan("score", (Term("teacher", 40 * GIB),), load=80 * GIB)
     refused = {
