@@ -142,6 +142,9 @@ def check_model(folder: Path) -> dict[str, Any]:
         state = "is not a folder" if folder.exists() else "does not exist on this host"
         raise Unfit(f"model {folder} {state}", "give a folder with config.json and model.safetensors")
     config = _json_object(folder / "config.json", whole)
+    for name in ("text_config", "quantization_config"):
+        if not isinstance(config.get(name), (dict, type(None))):
+            raise Unfit(f"{folder / 'config.json'}: {name} is {str(config[name])[:40]!r}, not a table", whole)
     weights = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if weights.is_file():

@@ -157,11 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(result, int):
             raise TypeError(f"the command returned {result!r}, not an exit code")
         return int(result)
-    except LatentForgeError as error:
-        if debug:
-            raise
-        _report(str(error), error.next)
-        return int(error.code)
     except typer.TyperException as error:
         if debug:
             raise
@@ -173,26 +168,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return ExitCode.DETACHED
-    except ModuleNotFoundError as error:
-        if debug:
-            raise
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("latentforge", "dispatch"):
-            _report(f"this install lacks {error.name}", "the same command with --debug shows where")
-            return ExitCode.CRASHED
-        extra = _EXTRAS.get(missing)
-        # From a checkout: no package index is known to hold this project under its name.
-        following = (
-            f"in a checkout:  pip install '.[{extra}]'" if extra else "the same command with --debug shows where"
-        )
-        _report(f"this command needs the module {error.name}, which is not installed", following)
-        return ExitCode.REFUSED
     except Exception as error:
         if debug:
             raise
-        # Not 1: that would read as a falsifier's verdict.
-        _report(f"unexpected {type(error).__name__}: {error}", "the same command with --debug shows where")
-        return ExitCode.CRASHED
+        told = explained(error)
+        _report(str(told), told.next)
+        return int(told.code)
+
+
+def explained(error: Exception) -> LatentForgeError:
+    """Any error as one that a user can act on: what to install where a module is missing, else where to look."""
+    where = "the same command with --debug shows where"
+    if isinstance(error, LatentForgeError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("latentforge", "dispatch"):
+            return LatentForgeError(f"this install lacks {error.name}", next=where, code=ExitCode.CRASHED)
+        extra = _EXTRAS.get(missing)
+        # From a checkout: no package index is known to hold this project under its name.
+        following = f"in a checkout:  pip install '.[{extra}]'" if extra else where
+        return LatentForgeError(f"this command needs the module {error.name}, which is not installed", next=following)
+    # Not 1: that would read as a falsifier's verdict.
+    return LatentForgeError(f"unexpected {type(error).__name__}: {error}", next=where, code=ExitCode.CRASHED)
 
 
 def _usage_error(error: Any) -> int:
@@ -206,4 +204,4 @@ def _usage_error(error: Any) -> int:
     return int(error.exit_code)
 
 
-__all__ = ["ENTRIES", "Entry", "LazyGroup", "app", "main"]
+__all__ = ["ENTRIES", "Entry", "LazyGroup", "app", "explained", "main"]

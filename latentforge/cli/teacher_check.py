@@ -30,8 +30,8 @@ def check(
 
     Ends with 0 (all passed), 1 (an answer is refused), 2 (the question was) or 6 (nothing could be sent).
     """
+    from latentforge.cli import explained
     from latentforge.cli.terminal import print_json
-    from latentforge.errors import LatentForgeError
     from latentforge.spec.dotenv import Environment
     from latentforge.spec.resolve import resolve_teacher
     from latentforge.teachers.checking import check_teacher
@@ -45,10 +45,11 @@ def check(
         section, origins = resolve_teacher(spec, env=env, overrides=flags)
         folder = Path(section.model).expanduser() if section.model is not None else None
         report = check_teacher(section, folder, env, k=k, requests=requests)
-    except LatentForgeError as error:
-        if json:  # on standard output too, where a script reads: what was refused before anything was asked
-            told = {"ok": False, "exit_code": int(error.code), "error": str(error), "next": error.next}
-            print_json({**told, "steps": [], "capabilities": {}, "figures": {}})
+    except Exception as error:
+        if json:  # on standard output too, where a script reads: what was refused, or broke, before there is a report
+            told = explained(error)
+            shown = {"ok": False, "exit_code": int(told.code), "error": str(told), "next": told.next}
+            print_json({**shown, "steps": [], "capabilities": {}, "figures": {}})
         raise
     chosen = str(origins.get("teacher.backend", "default"))
     if json:

@@ -308,6 +308,10 @@ def _told(problem: Any, origins: dict[str, Origin], name: str) -> str:
         return f"{where}{message} ({_named_sources(field, message, origins) or name})"
     origin = origins.get(field) or next((o for f, o in origins.items() if field.startswith(f)), Origin("default"))
     source = name if origin.source == "file" else origin.source
+    if problem["type"] == "string_pattern_mismatch":  # of a variable's name: whoever gave the key itself is not quoted
+        return (
+            f"{field} is no name of an environment variable (A-Z, 0-9 and _; not shown: it may be the key) ({source})"
+        )
     return f"{field} = {problem['input']!r}: {message} ({source})"
 
 

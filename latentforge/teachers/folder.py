@@ -73,8 +73,8 @@ class ModelFolder:
     @property
     def quantization(self) -> str | None:
         """The method by which the weights are quantized (``gptq``, ``fp8``), None where they are plain numbers."""
-        method = self.config.get("quantization_config")
-        return None if method is None else str(method.get("quant_method", "unknown"))
+        described = self.config.get("quantization_config")
+        return None if described is None else str(described.get("quant_method", "unknown"))
 
     @property
     def max_positions(self) -> int | None:
@@ -169,6 +169,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise RefusedError(f"{file} is not JSON: {error}", next=_COPY_AGAIN) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise RefusedError(f"{file} names no model_type: it is no model's configuration")
+    for name in ("text_config", "quantization_config"):
+        if not isinstance(config.get(name), dict | None):
+            raise RefusedError(f"{file}: {name} is {str(config[name])[:40]!r}, not a table", next=_COPY_AGAIN)
     return config
 
 
@@ -211,7 +214,7 @@ def _sharded(folder: Path, index: Path) -> list[TensorInfo]:
 
 
 def _embedding_rows(folder: Path, config: dict[str, Any], tensors: tuple[TensorInfo, ...]) -> int:
-    declared = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    declared = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if type(declared) is not int or declared < 1:
         raise RefusedError(f"{folder / 'config.json'}: vocab_size is {declared!r}, not a count of tokens")
     for tensor in tensors:

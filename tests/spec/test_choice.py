@@ -141,6 +141,14 @@ def test_a_url_with_a_secret_in_it_is_refused_without_repeating_it(url: str, by:
     assert "api_key_env" in str(refused.value)
 
 
+@pytest.mark.parametrize("field", ["teacher.api_key_env", "secrets"])
+def test_a_key_that_stands_where_its_variables_name_belongs_is_not_repeated(field: str) -> None:
+    with pytest.raises(RefusedError, match="no name of an environment variable") as refused:
+        chosen({}, f"{field}={KEY if field != 'secrets' else [KEY]}")
+    assert KEY not in str(refused.value)
+    assert field in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [

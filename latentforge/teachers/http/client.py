@@ -45,7 +45,8 @@ class HttpClient:
         self._key = key
         headers = {"Accept": "application/json"}
         if key is not None:
-            if not key.isascii() or not key.isprintable() or not key.strip():
+            # Blanks around it are lost on the way: the server would repeat a key that is not the one to hide.
+            if not key.isascii() or not key.isprintable() or key != key.strip() or not key:
                 raise RefusedError(f"the key for {public_url(url)} holds characters that no header can carry")
             headers["Authorization"] = f"Bearer {key}"
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -208,7 +209,8 @@ class HttpClient:
     def _shown(self, text: str) -> str:
         # Servers like to repeat the key that they refuse.
         hidden = text if self._key is None else text.replace(self._key, "•••")
-        return _CONTROL.sub(" ", hidden)
+        # JSON can spell half of a character, which nothing can print.
+        return _CONTROL.sub(" ", hidden.encode("utf-8", "replace").decode())
 
 
 def ssl_context() -> ssl.SSLContext:

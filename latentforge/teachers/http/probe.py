@@ -57,6 +57,8 @@ def served_models(client: HttpClient) -> list[ServedModel]:
     if not isinstance(listed, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed):
         client.failure("malformed", "the list of models is not one", status=200)
     found = []
+    if not all(model["id"].isprintable() for model in listed):
+        client.failure("malformed", "the list of models has a name that cannot be shown", status=200)
     for model in listed:
         limit, root = model.get("max_model_len"), model.get("root")
         fits = type(limit) is int and limit > 1

@@ -178,6 +178,57 @@ def test_nothing_named_is_refused_with_how_to_name_it(capsys: pytest.CaptureFixt
     assert "'vllm-local-inproc'" in capsys.readouterr().err
 
 
+def test_a_failure_that_nobody_expected_is_json_too_with_the_exit_code_that_it_earns(
+    tmp_path: Path,
+    make_model: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_model(tmp_path / "m")
+
+    def broken(*arguments: object, **more: object) -> None:
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr("latentforge.teachers.precision.open_hf", broken)
+    assert main(["teacher", "check", "--backend", "hf", "--tokenizer", str(tmp_path / "m"), "--json"]) == 5
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ok"], told["exit_code"], told["steps"]) == (False, 5, [])
+    assert "unexpected KeyError" in told["error"]
+
+
+@pytest.mark.parametrize(
+    "config", [{"num_hidden_layers": 9}, {"hidden_size": "32"}, {"quantization_config": ["fp8"]}, {"text_config": 5}]
+)
+def test_a_config_that_cannot_be_meant_is_a_refused_folder_and_no_crash(
+    config: dict[str, object], tmp_path: Path, make_model: Callable[..., object]
+) -> None:
+    make_model(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    report = check_teacher(TeacherSpec(backend="hf"), tmp_path / "m", {}, k=8)
+    assert [(one.step, int(one.code)) for one in report.findings] == [("open", 2)]
+
+
+def test_more_entries_than_there_are_tokens_are_not_answered_with_fewer(
+    tmp_path: Path, make_model: Callable[..., object]
+) -> None:
+    make_model(tmp_path / "m")
+    report = check_teacher(TeacherSpec(backend="hf"), tmp_path / "m", {}, k=271)
+    assert int(report.code) == 2
+    assert "larger than the vocabulary (270 tokens)" in report.findings[-1].said
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_what_no_terminal_can_show_is_not_printed(status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    name = r"\u001b[31mred\ud800"
+    said = f'{{"data": [{{"id": "{name}"}}], "error": {{"message": "{name}"}}}}'
+    with pages({"*": (status, said)}) as url:
+        assert main(["teacher", "check", "--url", f"{url}/v1"]) == 1
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    shown.encode()
+
+
 def test_a_teacher_in_this_process_is_asked_the_same(
     tmp_path: Path, make_model: Callable[..., object], capsys: pytest.CaptureFixture[str]
 ) -> None:

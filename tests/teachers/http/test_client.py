@@ -265,8 +265,10 @@ def test_an_url_that_cannot_be_meant_or_holds_a_secret_is_refused(url: str) -> N
 def test_a_key_that_is_not_set_is_refused_by_its_name_before_anything_is_sent(teacher_folder: Path) -> None:
     with pytest.raises(RefusedError, match="'VENICE_API_KEY', and that variable is not set"):
         OpenAITeacher.open("http://127.0.0.1:9/v1", "m", teacher_folder, api_key_env="VENICE_API_KEY", env={})
-    with pytest.raises(RefusedError, match="no header can carry"):
-        HttpClient("http://127.0.0.1:9/v1", key="line\nbreak")
+    for key in ("line\nbreak", " ", f" {KEY}", f"{KEY} "):
+        with pytest.raises(RefusedError, match="no header can carry") as refused:
+            HttpClient("http://127.0.0.1:9/v1", key=key)
+        assert KEY not in str(refused.value)
 
 
 def test_a_key_that_would_cross_the_network_readable_is_said() -> None:
