@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,14 +30,19 @@ def _group() -> None:
 def teachers(
     hosted: Annotated[str | None, typer.Option(metavar="URL", help="Hosted API; else VENICE_BASE_URL.")] = None,
     hosted_key_env: Annotated[
-        str, typer.Option(metavar="NAME", help="NAME of the variable with its key.")
-    ] = "VENICE_API_KEY",
+        str | None, typer.Option(metavar="NAME", help="NAME of the variable with its key; --hosted needs it.")
+    ] = None,
+    hosted_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name there; else VENICE_MODEL, else --model.")
+    ] = None,
     local: Annotated[
         str | None, typer.Option(metavar="FOLDER|URL", help="A model to serve here, or a server that runs here.")
     ] = None,
     remote: Annotated[str | None, typer.Option(metavar="URL", help="Remote vLLM; else VLLM_REMOTE_URL.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name on the servers; the only one if absent.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Its tokenizer and config.json.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Its tokenizer and config.json; else the folder of --local.")
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Entries a position.")] = 20,
     documents: Annotated[int, typer.Option(min=1, max=100_000, help="Documents a scenario.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens a document.")] = 128,
@@ -42,57 +52,97 @@ def teachers(
 ) -> ExitCode:
     """Score the same documents in three scenarios: a hosted API, a local vLLM, a remote vLLM; one table.
 
-    Ends with 0 (all passed), 1 (one failed), 3 (one is not configured) or 2.
+    A scenario that fails is a row with its reason, and the others are measured all the same. Ends with 0 (all passed),
+    1 (one failed), 3 (one is not configured) or 2.
     """
     import tempfile
 
     from latentforge.cli.terminal import Passing, print_json
+    from latentforge.data.tokenizer import Tokenizer
     from latentforge.spec.dotenv import Environment
-    from latentforge.teachers.scenarios import TITLES, check_folder, run_scenario, table, worst
+    from latentforge.teachers.scenarios import TITLES, Wanted, check_unused, run_scenario
+    from latentforge.teachers.side_by_side import table, worst
 
     env = Environment.here()
-    check_folder(tokenizer)
-    more = {"served_model": model, "concurrency": concurrency}
+    local = local or env.get("VLLM_LOCAL_MODEL") or None  # an empty one is as good as none
+    folder = tokenizer if tokenizer is not None or local is None or "://" in local else Path(local).expanduser()
+    if folder is not None:
+        Tokenizer.open(folder)  # refused before anything is asked
+    more: dict[str, object] = {"served_model": model, "concurrency": concurrency}
     scenarios = [
-        _hosted(hosted, hosted_key_env, tokenizer, env, more),
-        _local(local, tokenizer, env, more),
-        _remote(remote, tokenizer, env, more),
+        _hosted(hosted, hosted_key_env, hosted_model, folder, env, more),
+        _local(local, folder, env, more),
+        _remote(remote, folder, env, more),
     ]
     found = []
     passing = Passing(active=not json)
-    with tempfile.TemporaryDirectory(prefix="latentforge-bench-") as temporary:
-        folder = store or Path(temporary)
+
+    def say(title: str, line: str) -> None:
+        passing.clear()
+        print(f"{title}: {line}", file=sys.stderr, flush=True)
+
+    with _ended_as_by_ctrl_c(), tempfile.TemporaryDirectory(prefix="latentforge-bench-") as temporary:
+        files = {one.name: (store or Path(temporary)) / f"{one.name}.sqlite" for one in scenarios}
         for one in scenarios:
-            passing.show(f"{TITLES[one.name]} …")
-            file = folder / f"{one.name}.sqlite"
-            found.append(run_scenario(one, env, k=k, documents=documents, length=tokens, store=file))
+            if one.teacher is not None:
+                check_unused(files[one.name])
+        if store is not None:
+            store.mkdir(parents=True, exist_ok=True)
+        for one in scenarios:
+            title = TITLES[one.name]
+            passing.show(f"{title} …")
+            found.append(run_scenario(one, env, Wanted(k, documents, tokens), files[one.name], partial(say, title)))
         passing.clear()
     code = worst(found)
     if json:
         asked = {"k": k, "documents": documents, "tokens": tokens, "concurrency": concurrency}
         print_json({"asked": asked, "scenarios": [one.as_json() for one in found], "exit_code": int(code)})
     else:
-        print(
-            "\n".join([f"{documents} documents of {tokens} tokens, k = {k}, {concurrency} at once", "", *table(found)])
-        )
+        print(f"{documents} documents of {tokens} tokens, k = {k}, {concurrency} at once\n")
+        print("\n".join(table(found)))
     return code
 
 
-def _hosted(url: str | None, key_env: str, folder: Path | None, env: Environment, more: dict[str, object]) -> Scenario:
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does: the local vLLM is stopped, temporary files are removed."""
+    stopping = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in stopping}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _hosted(
+    url: str | None,
+    key_env: str | None,
+    model: str | None,
+    folder: Path | None,
+    env: Environment,
+    more: dict[str, object],
+) -> Scenario:
     """A hosted API: Venice's by its own names, or any other by ``--hosted``."""
-    if url is not None:
-        return _scenario("hosted", {"backend": "openai", "url": url, "api_key_env": key_env, **more}, folder)
+    from latentforge.errors import RefusedError
     from latentforge.spec.choice import VENICE_URL
 
-    if not env.get("VENICE_API_KEY"):
+    if url is not None:
+        if key_env is None:  # Venice's key is nobody else's
+            raise RefusedError(
+                "--hosted names an API and no key for it", next="--hosted-key-env NAME, the variable with its key"
+            )
+        values = {"backend": "openai", "url": url, "api_key_env": key_env, **more}
+        return _scenario("hosted", values | {"served_model": model or more["served_model"]}, folder)
+    if key_env is not None or not env.get("VENICE_API_KEY"):
         return _missing("hosted", "--hosted URL --hosted-key-env NAME, or set VENICE_API_KEY")
     base = env.get("VENICE_BASE_URL") or VENICE_URL
     values = {"backend": "venice", "url": base, "api_key_env": "VENICE_API_KEY", **more}
-    return _scenario("hosted", values | {"served_model": env.get("VENICE_MODEL") or more["served_model"]}, folder)
+    named = model or env.get("VENICE_MODEL") or more["served_model"]
+    return _scenario("hosted", values | {"served_model": named}, folder)
 
 
 def _local(where: str | None, folder: Path | None, env: Environment, more: dict[str, object]) -> Scenario:
-    where = where or env.get("VLLM_LOCAL_MODEL")
     if where is None:
         return _missing("local", "--local FOLDER, or set VLLM_LOCAL_MODEL")
     if "://" in where:
@@ -103,7 +153,7 @@ def _local(where: str | None, folder: Path | None, env: Environment, more: dict[
 
 
 def _remote(url: str | None, folder: Path | None, env: Environment, more: dict[str, object]) -> Scenario:
-    url = url or env.get("VLLM_REMOTE_URL")
+    url = url or env.get("VLLM_REMOTE_URL") or None
     if url is None:
         return _missing("remote", "--remote URL, or set VLLM_REMOTE_URL")
     key = "VLLM_REMOTE_API_KEY" if env.get("VLLM_REMOTE_API_KEY") else None

@@ -5,31 +5,41 @@ Every document is asked twice through a store: the second time all of them must 
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from latentforge.data.tokenizer import Tokenizer
-from latentforge.errors import FailedError, LatentForgeError
+from latentforge.errors import FailedError, LatentForgeError, RefusedError
 from latentforge.spec.sections import TeacherSpec
+from latentforge.teachers.answers import OF_ONE_ANSWER, AnswerStore, Asking, ask_all
 from latentforge.teachers.cached import CachedTeacher
+from latentforge.teachers.failures import TeacherFailure, public_url
+from latentforge.teachers.http.chat import ChatAnswer
+from latentforge.teachers.http.openai import OpenAITeacher
 from latentforge.teachers.opening import CHAT_ONLY, open_teacher
-from latentforge.teachers.protocol import Scorer, Tokens
+from latentforge.teachers.protocol import Limits, Scorer, Tokens
 from latentforge.teachers.serving.local import ServedTeacher
-from latentforge.verdicts.exitcode import ExitCode
 
 Name = Literal["hosted", "local", "remote"]
-TITLES: Mapping[Name, str] = {
-    "hosted": "hosted API, with a key",
-    "local": "local vLLM",
-    "remote": "remote vLLM",
-}
-_CHAT_TOKENS = 16
-_CHAT_K = 20
+Say = Callable[[str], None]
+TITLES: Mapping[Name, str] = {"hosted": "hosted API", "local": "local vLLM", "remote": "remote vLLM"}
+CHAT_TOKENS = 16
+CHAT_K = 20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What every scenario is asked: ``documents`` different ones of ``tokens`` tokens, ``k`` entries a position."""
+
+    k: int
+    documents: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -43,107 +53,211 @@ class Scenario:
 
 
 @dataclass
-class Measured:
-    """What one scenario came to. ``verdict`` is ``unknown`` where it was not run; ``figures`` are those of the flow."""
+class Figures:
+    """What was measured; None is not measured. Of a scenario that fails, what was counted until then.
 
-    name: Name
+    ``tokens`` of ``documents`` were scored (``capability`` score) or written (chat) in ``seconds``. ``charged_tokens``
+    are those of all answered requests, prompts and answers, the questions included that found out what the server can
+    do. ``p50_s`` and ``p95_s`` are seconds a document. ``k`` entries were wanted and ``k_least`` is the fewest that a
+    row has. ``failures`` counts failed attempts by kind, ``asked_again`` requests for what was stored already.
+    ``start_s`` is how long a vLLM of our own took to answer; it is in no other figure.
+    """
+
+    capability: Literal["score", "chat"] | None = None
+    url: str | None = None
+    model: str | None = None
+    k: int | None = None
+    k_least: int | None = None
+    documents: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_s: float | None = None
+    p50_s: float | None = None
+    p95_s: float | None = None
+    requests: int | None = None
+    retries: int | None = None
+    rate_limit_events: int | None = None
+    failures: dict[str, int] = field(default_factory=dict)
+    charged_tokens: int | None = None
+    hit_rate: float | None = None
+    rows_from_store: int | None = None
+    asked_again: int | None = None
+    store_bytes: int | None = None
+    start_s: float | None = None
+
+    def count(self, client: OpenAITeacher, probed: int | None) -> None:
+        """Take over the counts of a client's gate; latencies are of what was answered after the first ``probed``.
+
+        None: it was not asked for a document.
+        """
+        found = client.flow.metrics(after=sys.maxsize if probed is None else probed)
+        self.url, self.model = public_url(client.client.url), client.model
+        self.requests, self.retries = found["requests"], found["retries"]
+        self.rate_limit_events, self.failures = found["rate_limit_events"], found["failures"]
+        self.charged_tokens, self.p50_s, self.p95_s = found["tokens"], found["p50_s"], found["p95_s"]
+
+
+@dataclass
+class Measured:
+    """What one scenario came to. ``verdict`` is ``unknown`` where it was not run; ``said`` is why it is no pass."""
+
+    scenario: Scenario
     verdict: Literal["pass", "fail", "unknown"]
     said: str
     next: str | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Figures = field(default_factory=Figures)
 
     def as_json(self) -> dict[str, Any]:
-        """The line for programs."""
-        about = {"scenario": self.name, "verdict": self.verdict, "said": self.said, "next": self.next}
-        return about | self.figures
+        """The line for programs; the same names whatever the verdict."""
+        about = {"scenario": self.scenario.name, "verdict": self.verdict, "said": self.said, "next": self.next}
+        return about | asdict(self.figures)
 
 
 def run_scenario(
-    scenario: Scenario, env: Mapping[str, str], *, k: int, documents: int, length: int, store: Path, device: str = "cpu"
+    scenario: Scenario, env: Mapping[str, str], wanted: Wanted, store: Path, say: Say = lambda line: None
 ) -> Measured:
-    """Measure one scenario; a failure is its verdict, not an exception. ``store`` is the file of its answers."""
-    spec = scenario.teacher
-    if spec is None:
-        return Measured(scenario.name, "unknown", "not configured", scenario.missing)
+    """Measure one scenario; a failure is its verdict, not an exception.
+
+    ``store`` is the file for its answers, which must not exist: RefusedError, since rows that are read are no speed of
+    a teacher. ``say`` is told what a reader should know meanwhile, also by other threads.
+    """
+    spec, figures = scenario.teacher, Figures()
+    if spec is None or scenario.folder is None:
+        return Measured(scenario, "unknown", "not configured", scenario.missing)
+    check_unused(store)
+    measure = _chats if spec.backend in CHAT_ONLY else _scores
     try:
-        if spec.backend in CHAT_ONLY:
-            return _chats(scenario, spec, env, k=k, prompts=documents)
-        return _scores(scenario, spec, env, k=k, documents=documents, length=length, store=store, device=device)
+        measure(spec, scenario.folder, env, wanted, store, figures, say)
+        if figures.asked_again:
+            raise FailedError(f"{figures.asked_again} requests were made for what was stored")
     except LatentForgeError as error:
-        return Measured(scenario.name, "fail", str(error), error.next)
+        return Measured(scenario, "fail", str(error), _next(error, scenario.name, spec), figures)
+    return Measured(scenario, "pass", f"{figures.documents} documents, each asked once", None, figures)
+
+
+def check_unused(store: Path) -> None:
+    """Refuse a file of answers that exists."""
+    if store.exists():
+        raise RefusedError(
+            f"{store} exists: its rows would be read, and no teacher measured", next="name another folder in --store"
+        )
 
 
 def _scores(
-    scenario: Scenario,
     spec: TeacherSpec,
+    folder: Path,
     env: Mapping[str, str],
-    *,
-    k: int,
-    documents: int,
-    length: int,
+    wanted: Wanted,
     store: Path,
-    device: str,
-) -> Measured:
-    kept = spec.model_copy(update={"cache": str(store)})
-    teacher = open_teacher(kept, scenario.folder, device, env, k=k)
+    figures: Figures,
+    say: Say,
+) -> None:
+    _check(Limits(Tokenizer.open(folder).vocab_size, None, None), wanted, "its vocabulary has")
+    inner = open_teacher(spec, folder, "cpu", env, say=say)
+    client = inner.client if isinstance(inner, ServedTeacher) else inner
+    assert isinstance(client, OpenAITeacher)
+    teacher: CachedTeacher | None = None
+    probed = None
     try:
-        assert isinstance(teacher, CachedTeacher)
-        if isinstance(teacher.teacher, ServedTeacher):
-            teacher.teacher.start()  # the time that it takes is not its speed
-        limit = teacher.teacher.limits.max_tokens
-        asked = drawn_documents(teacher.vocab_size, documents, min(length, limit or length))
+        if isinstance(inner, ServedTeacher):
+            inner.start()  # the time that it takes is not its speed
+            figures.start_s = inner.server.seconds_to_start
+        _check(inner.limits, wanted, "it answers")
+        figures.capability, figures.k = "score", wanted.k
+        teacher = CachedTeacher.open(store, inner, k=wanted.k, temperatures=(1.0,))
+        probed = client.flow.metrics()["answered"]
+        documents = drawn_documents(teacher.vocab_size, wanted.documents, wanted.tokens)
         begin = time.perf_counter()
-        _ask_all(teacher, asked, k)
-        seconds = time.perf_counter() - begin
-        paid = int(teacher.metrics().get("requests", 0))
-        _ask_all(teacher, asked, k)
+        figures.k_least = _ask_all(teacher, documents, wanted.k)
+        figures.seconds = time.perf_counter() - begin
+        paid = client.flow.metrics()["requests"]
+        _ask_all(teacher, documents, wanted.k)
+        figures.asked_again = client.flow.metrics()["requests"] - paid
+        figures.documents, figures.tokens = wanted.documents, wanted.documents * wanted.tokens
+        figures.tokens_per_s = figures.tokens / figures.seconds
         found = teacher.metrics()
-        again = int(found.get("requests", 0)) - paid
-        figures = {name: found.get(name) for name in ("requests", "retries", "p50_s", "p95_s", "rate_limit_events")}
-        figures |= {"documents": documents, "tokens": sum(map(len, asked)), "k": k, "hit_rate": found["hit_rate"]}
-        figures |= {"tokens_per_s": figures["tokens"] / seconds, "rows_from_store": found["rows_from_store"]}
+        figures.hit_rate, figures.rows_from_store = found["hit_rate"], found["rows_from_store"]
     finally:
-        teacher.close()
-    # Closed, so that what the journal held is in the file.
-    figures |= {"store_bytes": store.stat().st_size, "asked_again": again}
-    if again:
-        return Measured(scenario.name, "fail", f"{again} requests were made for what was stored", None, figures)
-    return Measured(scenario.name, "pass", f"{documents} documents, each asked once", None, figures)
+        figures.count(client, probed)
+        (inner if teacher is None else teacher).close()
+        figures.store_bytes = _size(store)
 
 
-def _ask_all(teacher: Scorer, documents: Sequence[Tokens], k: int) -> None:
-    got = {}
+def _check(limits: Limits, wanted: Wanted, has: str) -> None:
+    """Refuse what a teacher cannot be asked: fewer entries or shorter documents would be another measurement."""
+    if limits.max_k is not None and wanted.k > limits.max_k:
+        raise RefusedError(f"k = {wanted.k}: {has} at most {limits.max_k} entries", next=f"--k {limits.max_k}")
+    if limits.max_tokens is not None and wanted.tokens > limits.max_tokens:
+        raise RefusedError(
+            f"documents of {wanted.tokens} tokens are longer than its {limits.max_tokens} positions",
+            next=f"--tokens {limits.max_tokens}",
+        )
+
+
+def _ask_all(teacher: Scorer, documents: Sequence[Tokens], k: int) -> int:
+    """Score every document; the fewest entries of a row. FailedError where one is missing or not finite."""
+    got, fewest = {}, k
     for number, targets in teacher.score(documents, k=k, temperatures=(1.0,)):
         # After a rate limit a row may end in absent entries: what is there is finite.
         there = targets.ids >= 0
-        if not there.any(axis=1).all() or not np.isfinite(targets.logprobs[there]).all():
+        fewest = min(fewest, int(there.sum(axis=1).min()))
+        if not fewest or not np.isfinite(targets.logprobs[there]).all():
             raise FailedError(f"document {number} has a row without a finite log-probability")
         got[number] = len(targets.ids)
     if got != {number: len(tokens) - 1 for number, tokens in enumerate(documents)}:
         raise FailedError(f"{len(got)} of {len(documents)} documents were answered")
+    return fewest
 
 
-def _chats(scenario: Scenario, spec: TeacherSpec, env: Mapping[str, str], *, k: int, prompts: int) -> Measured:
-    """A chat API scores no documents: its answers to short prompts are asked, with their rows."""
-    from latentforge.teachers.http.openai import OpenAITeacher
-
-    teacher = open_teacher(spec, scenario.folder, "cpu", env)
+def _chats(
+    spec: TeacherSpec,
+    folder: Path,
+    env: Mapping[str, str],
+    wanted: Wanted,
+    store: Path,
+    figures: Figures,
+    say: Say,
+) -> None:
+    """A chat API scores no documents: its answers to short prompts are asked for, as a pipeline asks for them."""
+    k = min(wanted.k, CHAT_K)
+    prompts = [f"Write one sentence about the number {number}." for number in range(wanted.documents)]
+    asking = Asking(CHAT_TOKENS, k, seed=11)
+    teacher = open_teacher(spec, folder, "cpu", env, say=say)
+    assert isinstance(teacher, OpenAITeacher)
     try:
-        assert isinstance(teacher, OpenAITeacher)
-        positions = 0
-        begin = time.perf_counter()
-        for number in range(prompts):
-            message = {"role": "user", "content": f"Write one sentence about the number {number}."}
-            answer = teacher.chat([message], max_tokens=_CHAT_TOKENS, k=min(k, _CHAT_K), temperature=1.0, seed=number)
-            positions += len(answer.positions)
-        seconds = time.perf_counter() - begin
-        found = teacher.metrics()
+        with AnswerStore(store) as answers:
+            begin = time.perf_counter()
+            said = dict(ask_all(teacher, prompts, answers, asking))
+            figures.seconds = time.perf_counter() - begin
+            answered = [answer for answer in said.values() if isinstance(answer, ChatAnswer)]
+            unusable = [answer for answer in said.values() if isinstance(answer, TeacherFailure)]
+            if not answered:
+                raise unusable[0]
+            figures.capability, figures.k = "chat", k
+            rows = [row for answer in answered for row in answer.positions]
+            figures.k_least = min((len(row.top) for row in rows), default=None)
+            # An answer of no use is stored too; a prompt that was refused has none.
+            stored = [
+                prompts[number]
+                for number, one in said.items()
+                if isinstance(one, ChatAnswer) or one.kind in OF_ONE_ANSWER
+            ]
+            paid = teacher.flow.metrics()["requests"]
+            again = len(dict(ask_all(teacher, stored, answers, asking)))
+            figures.asked_again = teacher.flow.metrics()["requests"] - paid
+        figures.documents, figures.tokens = len(answered), len(rows)
+        figures.tokens_per_s = figures.tokens / figures.seconds
+        figures.rows_from_store = again - figures.asked_again
+        figures.hit_rate = figures.rows_from_store / (len(said) + again)
     finally:
+        figures.count(teacher, 0)
         teacher.close()
-    figures = {name: found.get(name) for name in ("requests", "retries", "p50_s", "p95_s", "rate_limit_events")}
-    figures |= {"documents": prompts, "tokens": positions, "k": min(k, _CHAT_K), "hit_rate": 0.0}
-    figures |= {"tokens_per_s": positions / seconds, "rows_from_store": 0, "store_bytes": 0, "asked_again": 0}
-    return Measured(scenario.name, "pass", f"{prompts} chats, {positions} rows; it scores no documents", None, figures)
+        figures.store_bytes = _size(store)
+
+
+def _size(store: Path) -> int | None:
+    """Bytes of a closed file of answers, so that what its journal held is in it; None where none was made."""
+    return store.stat().st_size if store.exists() else None
 
 
 def drawn_documents(vocab_size: int, count: int, length: int) -> list[Tokens]:
@@ -152,49 +266,21 @@ def drawn_documents(vocab_size: int, count: int, length: int) -> list[Tokens]:
     return [generator.integers(0, vocab_size, size=length) for _ in range(count)]
 
 
-def table(measured: Sequence[Measured]) -> list[str]:
-    """The summary, a row a scenario, then what failed or was not run with what to type."""
-    head = ("scenario", "requests", "tokens/s", "p50", "p95", "hits", "429s", "store", "verdict")
-    rows = [head, *(_row(one) for one in measured)]
-    wide = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:-1], wide[1:-1], strict=True))]
-        lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
-    for one in measured:
-        lines += ["", f"  {TITLES[one.name]}: {one.said}"] if one.verdict != "pass" else []
-        lines += [f"    next: {one.next}"] if one.next else []
-    return lines
-
-
-def _row(one: Measured) -> tuple[str, ...]:
-    if not one.figures:
-        return (TITLES[one.name], *("–",) * 7, one.verdict)
-    found = one.figures
-
-    def milliseconds(name: str) -> str:
-        return "–" if found[name] is None else f"{found[name] * 1e3:.0f} ms"
-
-    return (
-        TITLES[one.name],
-        str(found["requests"]),
-        f"{found['tokens_per_s']:.0f}",
-        milliseconds("p50_s"),
-        milliseconds("p95_s"),
-        f"{found['hit_rate']:.0%}",
-        str(found["rate_limit_events"]),
-        f"{found['store_bytes'] / 1e3:.1f} kB",
-        one.verdict,
-    )
-
-
-def worst(measured: Sequence[Measured]) -> ExitCode:
-    """1 where one failed, 3 where none failed and one was not run, else 0."""
-    verdicts = {one.verdict for one in measured}
-    return ExitCode.FAIL if "fail" in verdicts else ExitCode.UNKNOWN if "unknown" in verdicts else ExitCode.PASS
-
-
-def check_folder(folder: Path | None) -> None:
-    """Refuse a folder without a tokenizer before anything is asked."""
-    if folder is not None:
-        Tokenizer.open(folder)
+def _next(error: LatentForgeError, name: Name, spec: TeacherSpec) -> str | None:
+    """What to do about a failure, in this command's own options."""
+    if not isinstance(error, TeacherFailure):
+        return error.next
+    model = "--hosted-model NAME" if name == "hosted" else "--model NAME"
+    key = spec.api_key_env or ("VLLM_REMOTE_API_KEY" if name == "remote" else None)
+    ours = {
+        "unauthorized": None if key is None else f"put a key that it takes into the variable {key}",
+        "model-not-found": f"{model}, one that  latentforge teacher check --url URL  lists",
+        "too-few": "a smaller --k",
+        "too-long": "fewer --tokens",
+        "rate-limited": "a smaller --concurrency, or the same command later",
+        "timeout": "a smaller --concurrency",
+        "server-error": "look at the server's log, then the same command again",
+        "cut": "look at the server's log, then the same command again",
+        "connection": "start the server (latentforge teacher serve FOLDER), or name its URL",
+    }
+    return ours.get(error.kind) or error.next

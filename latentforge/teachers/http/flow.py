@@ -198,10 +198,14 @@ class FlowControl:
         for stop in waiting:
             stop.set()
 
-    def metrics(self) -> dict[str, Any]:
-        """What came of it so far: counts, seconds of answered requests (p50, p95), tokens a second, k now, failures."""
+    def metrics(self, *, after: int = 0) -> dict[str, Any]:
+        """What came of it so far: counts, seconds of answered requests (p50, p95), tokens a second, k now, failures.
+
+        ``after``: the seconds are of those alone that were answered after the first so many.
+        """
         with self._lock:
-            seconds = sorted(self._latencies)
+            new = max(self._answered - after, 0)
+            seconds = sorted(list(self._latencies)[max(len(self._latencies) - new, 0) :])
             span = self._last - self._first
             return {
                 "requests": self._requests,

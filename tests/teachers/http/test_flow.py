@@ -249,6 +249,23 @@ def test_who_gives_up_is_not_taken_for_who_was_answered() -> None:
     assert len(given) < 50
 
 
+def test_the_seconds_of_documents_are_told_apart_from_those_of_the_questions_before() -> None:
+    clock = Clock()
+    flow = flow_with(clock)
+
+    def lasting(seconds: float) -> Callable[[int], None]:
+        return lambda k: setattr(clock, "now", clock.now + seconds)
+
+    for _ in range(6):
+        flow.call(lasting(0.25), tokens=1)
+    asked = flow.metrics()["answered"]
+    assert flow.metrics(after=asked)["p50_s"] is None
+    for _ in range(4):
+        flow.call(lasting(2.0), tokens=1)
+    assert flow.metrics()["p50_s"] == 0.25
+    assert flow.metrics(after=asked)["p50_s"] == 2.0
+
+
 def test_metrics_count_what_happened() -> None:
     clock = Clock()
     flow = flow_with(clock)
