@@ -1,1 +1,1 @@
-"""What is trained: token-level causal language models."""
+"""What is trained: token-level causal language models, and the latent student."""

@@ -1,0 +1,1 @@
+"""The latent student: K tokens of text as one step."""
