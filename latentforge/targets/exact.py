@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from latentforge.targets import candidates
 from latentforge.targets.integers import join, split
-from latentforge.targets.packing import Arrays, Shape, Streams
+from latentforge.targets.packing import Arrays, Content, Contents, Shape, Streams
 
 
 class ExactLevels:
@@ -46,16 +46,17 @@ def pack(
     return shape, [*(tokens for tokens, _ in parts), planes], bits
 
 
-def unpack(shape: Shape, streams: Streams, bits: npt.NDArray[np.uint8]) -> Arrays:
+def unpack(shape: Shape, streams: Contents, bits: Content) -> Arrays:
     """What :func:`pack` was given; ValueError or IndexError where the body contradicts itself."""
     if tuple(len(stream) for stream in streams) != lengths(shape):
         raise ValueError("its streams are not as long as its head says")
-    counts, at = join(streams[0], bits, 0)
-    gaps, at = join(streams[1], bits, at)
-    places, _ = join(streams[2], bits, at)
+    *tokens, left = (np.frombuffer(content, np.uint8) for content in (*streams, bits))
+    counts, at = join(tokens[0], left, 0)
+    gaps, at = join(tokens[1], left, at)
+    places, _ = join(tokens[2], left, at)
     have = counts.astype(np.int64) if shape.mixed else np.full(shape.positions, shape.k, np.int64)
     there = np.arange(shape.k)[None, :] < have[:, None]
-    numbers = np.ascontiguousarray(streams[3].reshape(4, -1).T).reshape(-1).view("<f4").astype(np.float32)
+    numbers = np.ascontiguousarray(tokens[3].reshape(4, -1).T).reshape(-1).view("<f4").astype(np.float32)
     ids = np.full(there.shape, -1, np.int32)
     ids[there] = candidates.from_list(gaps)[places]
     logprobs = np.full(there.shape, -np.inf, np.float32)

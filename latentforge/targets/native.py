@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from latentforge.errors import LatentForgeError
 from latentforge.kernels.native import native
@@ -21,7 +20,7 @@ def reader() -> packing.Reader:
         module = native()
     except LatentForgeError:
         return packing.unpack
-    return unpack if hasattr(module, "unpack_row") else packing.unpack
+    return unpack if hasattr(module, "RowScale") else packing.unpack
 
 
 def name() -> str:
@@ -29,54 +28,24 @@ def name() -> str:
     return "native" if reader() is unpack else "numpy"
 
 
-def unpack(
-    shape: packing.Shape, streams: packing.Streams, bits: npt.NDArray[np.uint8], levels: Levels
-) -> packing.Arrays:
+def unpack(shape: packing.Shape, streams: packing.Contents, bits: packing.Content, levels: Levels) -> packing.Arrays:
     """``packing.unpack`` in C++ on one thread; ValueError where the body contradicts itself."""
-    cells, tails = shape.positions * shape.k, len(shape.temperatures) * shape.positions
-    # One piece of memory: asking numpy for an address costs about as much as unpacking a position.
-    memory = np.empty(2 * cells + tails, np.int32)
-    begin = _address(memory)
-    right = native().unpack_row(
-        *(value for stream in (*streams, bits) for value in (_address(stream), len(stream))),
-        shape.positions,
-        shape.k,
-        shape.mixed,
-        len(shape.temperatures),
-        *_table(levels),
-        *levels.beyond,
-        levels.first_step,
-        _ceilings(shape.temperatures)[1],
-        TAIL_STEP,
-        begin,
-        begin + 4 * cells,
-        begin + 8 * cells,
-    )
-    if not right:
+    cells = shape.positions * shape.k
+    ends = (cells, 2 * cells, 2 * cells + len(shape.temperatures) * shape.positions)
+    # One piece of memory for all that a row is: each costs what unpacking several positions does.
+    memory = np.empty(ends[2], np.int32)
+    scale = _scale(levels, shape.temperatures)
+    if not native().unpack_row(scale, *streams, bits, shape.positions, shape.k, shape.mixed, memory):
         raise ValueError("the body of a row contradicts itself")
-    ids = memory[:cells].reshape(shape.positions, shape.k)
-    logprobs = memory[cells : 2 * cells].view(np.float32).reshape(shape.positions, shape.k)
+    numbers = memory.view(np.float32)
     return (
-        ids,
-        logprobs,
-        list(memory[2 * cells :].view(np.float32).reshape(-1, shape.positions)) if tails else _none(shape),
+        memory[: ends[0]].reshape(shape.positions, shape.k),
+        numbers[ends[0] : ends[1]].reshape(shape.positions, shape.k),
+        list(numbers[ends[1] :].reshape(len(shape.temperatures), shape.positions)),
     )
 
 
-def _none(shape: packing.Shape) -> list[npt.NDArray[np.float32]]:
-    return [np.empty(0, np.float32) for _ in shape.temperatures]
-
-
 @cache
-def _table(levels: Levels) -> tuple[int, int]:
-    return _address(levels.table), len(levels.table)
-
-
-@cache
-def _ceilings(temperatures: tuple[float, ...]) -> tuple[npt.NDArray[np.float64], int]:
-    values = np.array([ceiling(t) for t in temperatures])
-    return values, _address(values)
-
-
-def _address(array: npt.NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+def _scale(levels: Levels, temperatures: tuple[float, ...]) -> Any:
+    ceilings = [ceiling(t) for t in temperatures]
+    return native().RowScale(levels.table, *levels.beyond, levels.first_step, ceilings, TAIL_STEP)

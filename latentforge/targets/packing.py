@@ -7,7 +7,7 @@ many levels each entry lies below the one before it). The bits follow in the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,9 @@ class Shape:
 
 
 Streams = list[npt.NDArray[np.uint8]]
-Reader = Callable[["Shape", Streams, npt.NDArray[np.uint8], Levels], "Arrays"]
+Content = bytes | memoryview
+Contents = Sequence[Content]
+Reader = Callable[["Shape", Contents, Content, Levels], "Arrays"]
 Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]
 
 
@@ -72,12 +74,13 @@ def pack(
     return shape, [tokens for tokens, _ in parts], bits
 
 
-def unpack(shape: Shape, streams: Streams, bits: npt.NDArray[np.uint8], levels: Levels) -> Arrays:
+def unpack(shape: Shape, streams: Contents, bits: Content, levels: Levels) -> Arrays:
     """The definition of what a body says, in numpy; ``native.unpack`` is the same in C++."""
-    scalars, at = join(streams[0], bits, 0)
-    gaps, at = join(streams[1], bits, at)
-    places, at = join(streams[2], bits, at)
-    falls, at = join(streams[3], bits, at)
+    *tokens, left = (np.frombuffer(content, np.uint8) for content in (*streams, bits))
+    scalars, at = join(tokens[0], left, 0)
+    gaps, at = join(tokens[1], left, at)
+    places, at = join(tokens[2], left, at)
+    falls, at = join(tokens[3], left, at)
     table = scalars.reshape(1 + int(shape.mixed) + len(shape.temperatures), shape.positions)
     counts = table[0].astype(np.int64) if shape.mixed else np.full(shape.positions, shape.k, np.int64)
     firsts = table[int(shape.mixed)].astype(np.int64)

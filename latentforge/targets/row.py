@@ -138,10 +138,9 @@ def unpack_row(
     streams, at = [], 0
     try:
         for size, length in zip(sizes, exact.lengths(shape) if kind == 2 else shape.lengths, strict=True):
-            content = decompressor.decompress(body[at : at + size], max_output_size=length) if length else b""
-            streams.append(np.frombuffer(content, np.uint8))
+            streams.append(decompressor.decompress(body[at : at + size], max_output_size=length) if length else b"")
             at += size
-        bits = np.frombuffer(body, np.uint8, offset=at)
+        bits = body[at:]
         if kind == 2:
             ids, logprobs, tails = exact.unpack(shape, streams, bits)
         else:
