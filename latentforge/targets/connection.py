@@ -14,8 +14,10 @@ from urllib.parse import quote
 from latentforge.errors import BusyError, FailedError, LatentForgeError, RefusedError
 
 _BUSY_SECONDS = 30.0
-_LEFT_SECONDS = 0.5
-"""A journal without its index, or one that nobody holds, stands for less than this where a writer passes by."""
+_LOOKS = 20
+_BETWEEN_LOOKS = 0.02
+"""A journal that is seen so many times, so many seconds apart, with nobody who holds it, was left by one who died; a
+writer that just passes by is seen once. Counted, not timed: this process may itself stand still between two looks."""
 _CHECKPOINT_BYTES = 16 << 20
 _PASSING = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
 _WRITE_ERRORS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_TRUNCATE",
@@ -59,7 +61,7 @@ class Connection:
         """All rows of a SELECT; RefusedError where the file is damaged."""
         if self._changed():
             self._reconnect()
-        began = time.monotonic()
+        began, left_over = time.monotonic(), 0
         while True:
             try:
                 found = self._connection.execute(sql, values).fetchall()
@@ -70,13 +72,13 @@ class Connection:
             except sqlite3.DatabaseError as error:
                 # A writer is just opening, closing or taking a journal in: its index is not there yet, or not any more.
                 passing = self.readonly and _code(error).startswith(_PASSING)
-                waited = time.monotonic() - began
-                if passing and _code(error) == "SQLITE_READONLY_ROLLBACK" and waited > _LEFT_SECONDS:
-                    # SQLite looked at the locks: nobody who lives wrote that journal.
+                # SQLite looked at the locks: nobody who lives wrote that journal.
+                left_over = left_over + 1 if _code(error) == "SQLITE_READONLY_ROLLBACK" else 0
+                if passing and left_over == _LOOKS:
                     raise self._left_over(journals(self.path)[1]) from None
-                if not passing or waited > _BUSY_SECONDS:
+                if not passing or time.monotonic() - began > _BUSY_SECONDS:
                     raise told(error, self.path) from None
-            time.sleep(0.01)
+            time.sleep(_BETWEEN_LOOKS)
             self._reconnect()
 
     @contextmanager
@@ -144,16 +146,15 @@ class Connection:
     def _at_rest(self) -> bool:
         """A journal is expected by the file's header and holds nothing, and nobody has it open for writing."""
         wal, journal, shm = journals(self.path)
-        began = time.monotonic()
-        while True:
+        for _ in range(_LOOKS):
             # Whether a journal of the other kind is a living writer's is for SQLite to say, by the locks.
             if _size(journal) or (wal.exists() and shm.exists()):
                 return False
             if not _size(wal):
                 break
-            if time.monotonic() - began > _LEFT_SECONDS:
-                raise self._left_over(wal)
-            time.sleep(0.01)
+            time.sleep(_BETWEEN_LOOKS)
+        else:
+            raise self._left_over(wal)
         # Only now that nobody writes: closing a file drops every lock that this process has on it.
         with self.path.open("rb") as stream:
             return stream.read(20)[18:20] == b"\x02\x02"
