@@ -18,6 +18,8 @@ _LOOKS = 20
 _BETWEEN_LOOKS = 0.02
 """A journal that is seen so many times, so many seconds apart, with nobody who holds it, was left by one who died; a
 writer that just passes by is seen once. Counted, not timed: this process may itself stand still between two looks."""
+_TICK = 0.02
+"""Two changes of a file within so many seconds may bear the same time."""
 _CHECKPOINT_BYTES = 16 << 20
 _PASSING = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
 _WRITE_ERRORS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_TRUNCATE",
@@ -68,10 +70,12 @@ class Connection:
                 if not self._changed():
                     return found
             except UnicodeDecodeError as error:
-                raise RefusedError(f"{self.path} is damaged: {error}", next="score again from the start") from None
+                if not self._changed():
+                    raise RefusedError(f"{self.path} is damaged: {error}", next="score again from the start") from None
             except sqlite3.DatabaseError as error:
-                # A writer is just opening, closing or taking a journal in: its index is not there yet, or not any more.
-                passing = self.readonly and _code(error).startswith(_PASSING)
+                # A writer is just opening, closing or taking a journal in: its index is not there yet, or not any more,
+                # or the file changed while it was read without locks.
+                passing = self.readonly and (_code(error).startswith(_PASSING) or self._changed())
                 # SQLite looked at the locks: nobody who lives wrote that journal.
                 left_over = left_over + 1 if _code(error) == "SQLITE_READONLY_ROLLBACK" else 0
                 if passing and left_over == _LOOKS:
@@ -120,14 +124,21 @@ class Connection:
 
     def _changed(self) -> bool:
         """Whether a file that is read as immutable is not at rest any more; locks would not tell."""
-        return self._seen is not None and (self._seen != _state(self.path) or _size(journals(self.path)[0]) > 0)
+        if self._seen is None:
+            return False
+        wal, journal, _ = journals(self.path)
+        return self._seen != _state(self.path) or _size(wal) > 0 or _size(journal) > 0
 
     def _reconnect(self) -> None:
         self._connection.close()
         self._connection = self._connect()
 
     def _connect(self) -> sqlite3.Connection:
-        self._seen = _state(self.path) if self.readonly and self._at_rest() else None
+        self._seen = None
+        if self.readonly:
+            # Taken before the look, so that whatever happens after it is seen.
+            state = self._state_that_tells()
+            self._seen = state if self._at_rest() else None
         options = "mode=rw"
         if self.readonly:
             options = "mode=ro&immutable=1" if self._seen is not None else "mode=ro&readonly_shm=1"
@@ -142,6 +153,13 @@ class Connection:
         except sqlite3.DatabaseError as error:
             raise told(error, self.path) from None
         return connection
+
+    def _state_that_tells(self) -> tuple[int, int]:
+        """The file's state, taken when another change would show in it."""
+        changed, _ = _state(self.path)
+        if 0 <= time.time_ns() - changed < _TICK * 1e9:
+            time.sleep(_TICK)
+        return _state(self.path)
 
     def _at_rest(self) -> bool:
         """A journal is expected by the file's header and holds nothing, and nobody has it open for writing."""

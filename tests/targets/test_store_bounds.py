@@ -308,6 +308,25 @@ def test_a_writer_that_opens_under_a_readers_eyes_is_not_taken_for_one_that_died
     assert opened > 100
 
 
+def test_what_was_read_while_the_file_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.sqlite"
+    with create(path) as store:
+        put(store, *range(20))
+    # As it is while somebody has it open: a journal is expected. None is there, so it is read without locks.
+    whole = path.read_bytes()
+    whole = whole[:18] + b"\x02\x02" + whole[20:]
+    path.write_bytes(whole)
+    with TargetStore.open(path) as reader:
+        # A writer that has changed a part of it, and the rest as soon as the reader waits.
+        path.write_bytes(whole[:1024] + b"\xff" * 4096 + whole[5120:])
+        waited: list[float] = []
+        monkeypatch.setattr(
+            "latentforge.targets.connection.time.sleep", lambda s: (waited.append(s), path.write_bytes(whole))
+        )
+        assert all(right(reader, number) for number in range(20))
+    assert waited
+
+
 _OPENER = """
 import sys
 from pathlib import Path
