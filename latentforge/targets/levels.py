@@ -100,6 +100,10 @@ class GradedLevels:
         return turn + level * self.coarsest, self.coarsest
 
 
+_OFF_A_COUNT = 0.01
+"""By how much a float32 logarithm may miss a count: of 65 536 draws it is off by up to 0.002."""
+
+
 @dataclass(frozen=True)
 class CountLevels:
     """How often a token was drawn of ``draws``: level u stands for log((draws - u) / draws), exactly."""
@@ -119,7 +123,7 @@ class CountLevels:
         """``(firsts [P], levels [P, k])``: ``draws`` less the count; refused where a logprob is not that of a count."""
         counts = np.where(there, np.exp(logprobs.astype(np.float64)) * self.draws, 1.0)
         whole = np.rint(counts)
-        if counts.size and (np.abs(counts - whole).max() > 1e-3 or whole.min() < 1 or whole.max() > self.draws):
+        if counts.size and (np.abs(counts - whole).max() > _OFF_A_COUNT or whole.min() < 1 or whole.max() > self.draws):
             worst = float(counts.reshape(-1)[np.abs(counts - whole).argmax()])
             raise RefusedError(f"a row says that a token was drawn {worst:.4g} times of {self.draws}")
         levels = (self.draws - whole).astype(np.int64)

@@ -79,6 +79,15 @@ def test_the_extension_reads_the_bits_that_numpy_reads(row: SequenceTargets, lev
     assert [t.tobytes() for t in mine.tails.values()] == [t.tobytes() for t in theirs.tails.values()]
 
 
+@pytest.mark.parametrize("draws", [1, 50, 40_000, 65_536])
+def test_every_count_of_every_number_of_draws_can_be_stored(draws: int) -> None:
+    """A float32 logarithm of a count of thousands is off by thousandths of a draw."""
+    counts = np.arange(1, draws + 1)[:, None]
+    logprobs = np.log(counts / draws).astype(np.float32)
+    _, levels = CountLevels(draws).quantise(logprobs, np.ones_like(counts, dtype=bool))
+    assert np.array_equal(draws - levels, counts)
+
+
 @pytest.mark.parametrize("reader", READERS, ids=["numpy", "native"])
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), draws=st.sampled_from([1, 7, 50, 5000]), k=st.integers(1, 12))
