@@ -155,10 +155,14 @@ class ScoreSpec(Section):
     temperatures: tuple[Positive, ...] = Field((1.0,), min_length=1, description="T for which exact tails are stored")
     batch_size: Count = 16
     mode: Literal["topk", "sample"] = Field("topk", description="'sample' = ids drawn from the teacher: unbiased")
-    draws: Count = Field(50, description="mode 'sample': ids drawn a position")
+    draws: Annotated[int, Field(ge=1, le=65_536)] = Field(50, description="mode 'sample': ids drawn a position")
     rounding: Literal["fine", "none"] = Field("fine", description="'none' = store log-probabilities as exact float32")
-    ttl_days: Positive | None = Field(None, description="how long a stored row is good; for ever if absent")
-    max_bytes: Count | None = Field(None, description="size of the store from which the oldest used rows go")
+    ttl_days: Annotated[float, Field(gt=0.0, le=1e9)] | None = Field(
+        None, description="how long a stored row is good; for ever if absent"
+    )
+    max_bytes: Annotated[int, Field(ge=65_536, lt=2**53)] | None = Field(
+        None, description="size of the store from which the oldest used rows go"
+    )
 
     @model_validator(mode="after")
     def _temperatures_differ(self) -> Self:

@@ -98,7 +98,8 @@ def _check_room(store: TargetStore, first: bytes, done: int, total: int) -> None
         return
     stats = store.stats()
     need = int(stats["packed_bytes"] / max(1, stats["rows"]) * total)
-    if need > limit or first not in store.present([first]):
+    pushed_out = not stats["too_old"] and first not in store.present([first])
+    if need > limit or pushed_out:
         raise FailedError(
             f"score.max_bytes = {limit} has no room for the targets of {total} sequences: after {done} of them, all "
             f"would take about {need} bytes and the file's own",

@@ -73,8 +73,6 @@ def run(run: RunDir, log: EventLog) -> None:
                 log.warning("rows are read in numpy, several times slower: the extension is missing or stale")
             new, agreement, reached = fill(store, teacher, asked_of, spec, log, asked)
     require_return(log, teacher)  # before anything else of the pipeline is loaded
-    if reached.present < reached.total:
-        raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
     with TargetStore.open(run.out / "targets.sqlite") as store:
         stats = store.stats()
         record = {
@@ -119,7 +117,7 @@ def fill(
 ) -> tuple[int, Agreement, Coverage]:
     """Score what ``store`` lacks and ask again for a sample: how many rows are new, how far they agree, the coverage.
 
-    A TeacherFailure ends it; the log then says what is kept.
+    A TeacherFailure ends it; the log then says what is kept. FailedError where the store is not whole afterwards.
     """
     told = AskedLog(log, teacher)
     before = coverage(store, data)
@@ -128,14 +126,27 @@ def fill(
     try:
         with log.phase("score", present=before.present, total=before.total), idleness(log, teacher, asked):
             new = score_all(teacher, data, store, batch_size=spec.batch_size, progress=told.progress)
+        reached = coverage(store, data)
+        require_whole(store, reached, spec)
         with log.phase("verify"):
             agreement = verify(teacher, store, data, log)
     except TeacherFailure:
         told.lost(coverage(store, data), store)
         raise
-    reached = coverage(store, data)
     told.metrics(reached.present)
     return new, agreement, reached
+
+
+def require_whole(store: TargetStore, reached: Coverage, spec: ScoreSpec) -> None:
+    """Fail where a sequence has no row any more, or never had: nothing can be trained on such a store."""
+    if reached.present == reached.total:
+        return
+    if old := store.stats()["too_old"]:
+        raise FailedError(
+            f"coverage {reached}: {old} rows grew older than score.ttl_days = {spec.ttl_days:g} in this run already",
+            next="give score.ttl_days more than scoring and training take, or leave it out",
+        )
+    raise FailedError(f"coverage {reached}: targets are missing", next="run the score run again; it resumes")
 
 
 def verify(teacher: Scorer, store: TargetStore, data: ShardSet | CrossedShards, log: EventLog) -> Agreement:

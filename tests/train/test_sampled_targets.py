@@ -155,3 +155,26 @@ def test_a_store_without_room_for_the_data_is_said_before_the_teacher_is_asked_f
     execute_pipeline(spec, tmp_path, through="score", text=text)
     assert "score.max_bytes = 65536 has no room for the targets of 112 sequences" in text.getvalue()
     assert "set score.max_bytes = " in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"draws": 65_537}, {"draws": 0}, {"ttl_days": 1e308}, {"ttl_days": -1.0}, {"max_bytes": 65_535}]
+)
+def test_bounds_that_no_store_can_keep_are_refused_before_any_run_starts(asked: dict[str, float]) -> None:
+    values = sampled_spec().model_dump(mode="json")
+    values["score"] |= asked
+    with pytest.raises(ValueError, match=f"score.{next(iter(asked))}"):
+        read(values)
+
+
+def test_rows_that_grow_too_old_while_the_rest_is_scored_are_said_with_their_limit(
+    trained: dict[str, RunDir], tmp_path: Path
+) -> None:
+    spec = sampled_spec()
+    spec = spec.model_copy(update={"score": spec.score.model_copy(update={"ttl_days": 1e-12})})
+    for kind in ("data", "teacher"):
+        shutil.copytree(trained[kind].path, tmp_path / "runs" / trained[kind].run)
+    text = io.StringIO()
+    with pytest.raises(FailedError, match=r"grew older than score.ttl_days = 1e-12 in this run already"):
+        execute_pipeline(spec, tmp_path, through="score", text=text)
+    assert "give score.ttl_days more than" in text.getvalue()
