@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,6 +13,7 @@ from latentforge.data.special import BosRule, bos_of
 from latentforge.data.split import packing_order
 from latentforge.data.tokenizer import Tokenizer, copy_tokenizer, train_bpe
 from latentforge.errors import RefusedError
+from latentforge.spec.run import write_record
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -70,9 +69,7 @@ def build_shards(
 
 def finished(out: Path, record: dict[str, Any]) -> ShardSet:
     """Write ``data.json``, whole or not at all, last of what makes a folder of packed rows; opens the folder."""
-    temporary = out / "data.json.partial"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "data.json")
+    write_record(out / "data.json", record)
     return ShardSet.open(out)
 
 

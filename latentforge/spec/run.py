@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ from latentforge.spec.identity import RunIdentity, check_run_id
 
 InputRef = dict[str, str]
 """Where an input lies on this host: ``{"run": id}``, ``{"path": …, "sha256": …}`` or ``{"builtin": "stdlib"}``."""
+
+
+def write_record(path: Path, value: Any) -> None:
+    """Write a product's JSON, for people and programs, whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, LatentForgeError
 from latentforge.events import EventLog, read_events
 from latentforge.spec.canary import CANARY
-from latentforge.spec.run import RunDir
+from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
 from latentforge.teachers import prefetch
@@ -171,8 +170,8 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
         elif profile == "smoke" and has_weights(teacher) and not supply.elsewhere:
             # The teacher of a full run is not loaded beside the student only to show a sample.
             models = {"teacher": Student(HFTeacher.open(teacher, device=str(device)).model, data.vocab_size), **models}
-        write_json(run.out / "samples.json", samples(models, data, device))
-        write_json(run.out / "metrics.json", metrics(trained, spec, flops))
+        write_record(run.out / "samples.json", samples(models, data, device))
+        write_record(run.out / "metrics.json", metrics(trained, spec, flops))
     spent = {**flops_of_inputs(run), **flops}
     parts = " + ".join(f"{name} {value / 1e12:.2f}" for name, value in spent.items())
     log.say(f"flops {parts} = {sum(spent.values()) / 1e12:.2f} TFLOP")
@@ -381,10 +380,3 @@ def flops_of_inputs(run: RunDir) -> dict[str, float]:
         if source is not None:
             found |= effective.read(source).get("flops", {})
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a product whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,7 +14,7 @@ import torch
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
-from latentforge.spec.run import RunDir
+from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.targets.sampling import Sampling
@@ -95,9 +95,7 @@ def run(run: RunDir, log: EventLog) -> None:
             "bytes": stats["bytes"],
             "agreement": {f"worst_{agreement.unit}": agreement.worst, "positions": agreement.positions},
         }
-    temporary = run.out / "score.json.partial"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, run.out / "score.json")
+    write_record(run.out / "score.json", record)
     mass = ", ".join(f"{value:.1%} at T = {t}" for t, value in stats["tail_mass"].items())
     kept = f"{spec.draws} draws a position" if spec.mode == "sample" else f"k = {spec.k}, mass outside {mass}"
     differs = f"{agreement.worst:.1%} of a row's draws" if agreement.unit == "draws" else f"{agreement.worst:.1e} nats"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 
 import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.events import EventLog, read_events
-from latentforge.spec.run import RunDir
+from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import TeacherSpec
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.teachers.folder import check_model_folder
@@ -124,9 +123,7 @@ def run(run: RunDir, log: EventLog) -> None:
         )
         folder = check_model_folder(run.out / "model")
         record = {"sha256": folder.sha256, "parameters": folder.parameters, "heldout_loss": after.loss}
-        temporary = run.out / "teacher.json.partial"
-        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, run.out / "teacher.json")
+        write_record(run.out / "teacher.json", record)
     log.say(f"teacher of {folder.parameters} parameters: held-out loss {before.loss:.4f} to {after.loss:.4f}")
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
     for verdict in judge(read_events(run.events_file)):
