@@ -17,6 +17,14 @@ from latentforge.verdicts.exitcode import ExitCode
 if TYPE_CHECKING:
     from latentforge.teachers.serving.server import VLLMServer
 
+VARIABLES = {
+    "environment": "LATENTFORGE_VLLM_ENVIRONMENT",
+    "utilisation": "VLLM_GPU_MEMORY_UTIL",
+    "max_model_len": "VLLM_MAX_MODEL_LEN",
+    "quantization": "VLLM_QUANTIZATION",
+}
+"""The variable that sets each option, in the environment or in ``.env``."""
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -29,17 +37,19 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of 127.0.0.1; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; the folder's by default.")] = None,
     environment: Annotated[
-        Path | None, typer.Option(envvar="LATENTFORGE_VLLM_ENVIRONMENT", help="Folder of the environment with vLLM.")
+        Path | None, typer.Option(envvar=VARIABLES["environment"], help="Folder of the environment with vLLM.")
     ] = None,
     utilisation: Annotated[
-        float, typer.Option(envvar="VLLM_GPU_MEMORY_UTIL", help="Share of all memory; what is left is the system's.")
+        float, typer.Option(envvar=VARIABLES["utilisation"], help="Share of all memory; what is left is the system's.")
     ] = 0.8,
     kv_cache_bytes: Annotated[
         int | None, typer.Option(min=0, help="Bytes of the KV cache; what scoring needs by default, 0 for the share.")
     ] = None,
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=8, envvar="VLLM_MAX_MODEL_LEN", help="Longest sequence; 16384, or the model's positions."),
+        typer.Option(
+            min=8, envvar=VARIABLES["max_model_len"], help="Longest sequence; 16384, or the model's positions."
+        ),
     ] = None,
     max_logprobs: Annotated[
         int, typer.Option(min=-1, help="Largest k that may be asked for; -1 is the whole vocabulary.")
@@ -47,7 +57,8 @@ def serve(
     eager: Annotated[bool, typer.Option("--eager/--graphs", help="Scoring gains nothing from graphs.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     quantization: Annotated[
-        str | None, typer.Option(envvar="VLLM_QUANTIZATION", help="vLLM's --quantization; the folder's by default.")
+        str | None,
+        typer.Option(envvar=VARIABLES["quantization"], help="vLLM's --quantization; the folder's by default."),
     ] = None,
     log: Annotated[
         Path | None, typer.Option(help="File for what vLLM writes; below the state folder by default.")
@@ -73,6 +84,8 @@ def serve(
 
     if not 0.0 < utilisation <= 1.0:
         raise RefusedError(f"--utilisation {utilisation:g} is no share of the memory", next="--utilisation 0.8")
+    if dtype not in _DTYPES:
+        raise RefusedError(f"--dtype {dtype!r} is none of {', '.join(_DTYPES)}")
     found = check_model_folder(folder, digest=False)
     positions = found.max_positions
     if max_model_len is not None and positions is not None and max_model_len > positions:

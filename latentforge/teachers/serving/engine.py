@@ -24,7 +24,7 @@ from latentforge.teachers.http.rows import Question, parse_answer
 from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_tokens
 from latentforge.teachers.serving.content import content_identity
 from latentforge.teachers.serving.memory import available, wait_for_return
-from latentforge.teachers.serving.processes import KeptProcess, quoted_end
+from latentforge.teachers.serving.processes import KeptProcess, prepare_log, quoted_end
 from latentforge.teachers.serving.server import Stopped
 from latentforge.teachers.serving.settings import (
     ServingSettings,
@@ -88,7 +88,7 @@ class EngineTeacher:
         folder = check_model_folder(settings.folder)
         tokenizer = Tokenizer.open(settings.folder)
         version = vllm_version(settings.environment)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        prepare_log(log)
         before, began = available(), time.monotonic()
         say(f"starts vLLM {version}'s engine for {settings.folder}; log {log}")
         theirs_in, ours_out = os.pipe()

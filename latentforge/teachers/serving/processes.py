@@ -200,4 +200,18 @@ def quoted_end(log: Path) -> str:
 def default_log(name: str, env: Mapping[str, str]) -> Path:
     """Where a vLLM of our own writes unless it is told: ``latentforge/teachers`` of the state folder."""
     state = env.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "latentforge" / "teachers" / f"{name}-{os.getpid()}.log"
+    return Path(state) / "latentforge" / "teachers" / f"{name.replace('/', '-')}-{os.getpid()}.log"
+
+
+def prepare_log(log: Path) -> None:
+    """Make a log and what is missing of the folders above it; RefusedError where that cannot be done.
+
+    They are made for their owner alone: a host's state root takes no run while others may read there.
+    """
+    try:
+        for folder in reversed(log.absolute().parents):
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+        log.open("ab").close()
+    except OSError as error:
+        raise RefusedError(f"log {log} cannot be written: {error.strerror}", next="name another:  --log FILE") from None

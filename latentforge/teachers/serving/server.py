@@ -17,7 +17,7 @@ from typing import Any
 
 from latentforge.errors import CrashedError, RefusedError
 from latentforge.teachers.serving.memory import MemoryReturn, available, wait_for_return
-from latentforge.teachers.serving.processes import Ended, KeptProcess, last_lines, quoted_end
+from latentforge.teachers.serving.processes import Ended, KeptProcess, last_lines, prepare_log, quoted_end
 from latentforge.teachers.serving.settings import ServingSettings, fitted, server_environment, vllm_version
 
 _SECONDS_TO_START = 1800.0  # 80 B parameters took a quarter of an hour on a GB10
@@ -83,7 +83,7 @@ class VLLMServer:
         settings, folder, notes = fitted(settings)
         version = vllm_version(settings.environment)
         port = free_port() if port == 0 else check_port_free(port)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        prepare_log(log)
         before, began = available(), time.monotonic()
         say(f"starts vLLM {version} for {settings.folder} ({folder.parameters / 1e6:.1f} M parameters); log {log}")
         kept = KeptProcess.start(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from latentforge.cli import main
+from latentforge.teachers.serving.processes import default_log, prepare_log
 
 from .conftest import SECONDS, Stub, gone
 
@@ -106,4 +107,37 @@ def test_what_cannot_be_served_is_refused_with_the_way_out(
 
     assert "--max-model-len 64" in refusal("--max-model-len", "65")
     assert "--utilisation 1.5" in refusal("--utilisation", "1.5")
+    assert "--dtype 'nonsense'" in refusal("--dtype", "nonsense")
+    assert "cannot be written: Not a directory" in refusal("--log", str(teacher_folder / "config.json" / "x.log"))
+    assert "cannot be written: Is a directory" in refusal("--log", str(teacher_folder))
     assert stub.pids == []
+
+
+def test_the_variables_of_a_dotenv_set_what_nothing_nearer_sets(
+    teacher_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("LATENTFORGE_VLLM_ENVIRONMENT", "VLLM_MAX_MODEL_LEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text("LATENTFORGE_VLLM_ENVIRONMENT=/nowhere/vllm\nVLLM_MAX_MODEL_LEN=65\n")
+
+    def refusal(*more: str) -> str:
+        assert main(["teacher", "serve", str(teacher_folder), "--port", "0", *more]) == 2
+        return capfd.readouterr().err
+
+    assert "--max-model-len 65" in refusal()
+    assert "environment /nowhere/vllm" in refusal("--max-model-len", "64")
+    monkeypatch.setenv("VLLM_MAX_MODEL_LEN", "66")
+    assert "--max-model-len 66" in refusal()
+
+
+def test_a_log_of_its_own_leaves_the_state_folder_to_its_owner(tmp_path: Path) -> None:
+    """A host whose state others may read takes no run: whoever served a teacher before was refused from then on."""
+    before = os.umask(0o022)
+    try:
+        log = default_log("org/model", {"XDG_STATE_HOME": str(tmp_path / "state")})
+        prepare_log(log)
+    finally:
+        os.umask(before)
+    assert log.parent == tmp_path / "state" / "latentforge" / "teachers"
+    assert log.parent.parent.stat().st_mode & 0o777 == 0o700
