@@ -25,6 +25,7 @@ from latentforge.teachers.sampled import SampledTeacher
 from latentforge.teachers.scoring import check_agreement
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.inprocess import execute_pipeline
+from latentforge.verdicts import ExitCode
 
 from .conftest import short_spec
 
@@ -175,6 +176,7 @@ def test_rows_that_grow_too_old_while_the_rest_is_scored_are_said_with_their_lim
     for kind in ("data", "teacher"):
         shutil.copytree(trained[kind].path, tmp_path / "runs" / trained[kind].run)
     text = io.StringIO()
-    with pytest.raises(FailedError, match=r"grew older than score.ttl_days = 1e-12 in this run already"):
-        execute_pipeline(spec, tmp_path, through="score", text=text)
+    run = execute_pipeline(spec, tmp_path, through="score", text=text)["score"]
+    assert read_events(run.events_file)[-1].fields["code"] == ExitCode.FAIL
+    assert "rows grew older than score.ttl_days = 1e-12 in this run already" in text.getvalue()
     assert "give score.ttl_days more than" in text.getvalue()
