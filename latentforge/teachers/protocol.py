@@ -92,14 +92,15 @@ class Limits:
     def check(self, *, k: int, tokens: int, temperatures: tuple[float, ...]) -> None:
         """Refuse, before anything is asked, a question that this teacher cannot answer."""
         if k < 1:
-            raise RefusedError(f"k = {k}: at least one entry a row is needed", next="raise score.k")
+            raise RefusedError(f"score.k = {k}: at least one entry a row is needed")
         if self.max_k is not None and k > self.max_k:
             raise RefusedError(
-                f"k = {k}: this teacher answers at most {self.max_k} entries a row", next="lower score.k"
+                f"score.k = {k}: this teacher answers at most {self.max_k} entries a row",
+                next=f"set score.k = {self.max_k} or less; or start the server with a larger --max-logprobs",
             )
         if self.max_tokens is not None and tokens > self.max_tokens:
             raise RefusedError(
-                f"a sequence of {tokens} tokens is longer than the teacher's {self.max_tokens} positions",
+                f"data.sequence_length = {tokens} is longer than the teacher's {self.max_tokens} positions",
                 next=f"set data.sequence_length = {self.max_tokens} or less",
             )
         for temperature in temperatures:

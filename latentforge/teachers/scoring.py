@@ -204,15 +204,4 @@ def check_scorable(teacher: Scorer, data: Data, *, k: int, temperatures: tuple[f
             f"score.k = {k} is larger than the vocabulary ({teacher.vocab_size} tokens)",
             next=f"set score.k = {teacher.vocab_size} or less",
         )
-    limits = teacher.limits
-    if limits.max_k is not None and k > limits.max_k:
-        raise RefusedError(
-            f"score.k = {k}: this teacher answers at most {limits.max_k} entries a position",
-            next=f"set score.k = {limits.max_k}, or start the server with a larger --max-logprobs",
-        )
-    if limits.max_tokens is not None and data.sequence_length > limits.max_tokens:
-        raise RefusedError(
-            f"data.sequence_length = {data.sequence_length} is longer than the teacher's {limits.max_tokens} positions",
-            next=f"set data.sequence_length = {limits.max_tokens} or less",
-        )
-    limits.check(k=k, tokens=data.sequence_length, temperatures=temperatures)
+    teacher.limits.check(k=k, tokens=data.sequence_length, temperatures=temperatures)

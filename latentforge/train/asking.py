@@ -35,16 +35,7 @@ def check_live(source: Scorer, spec: DistillSpec, data: ShardSet, *, k: int | No
             next=f"set distill.temperature = {can.split(', ')[0]}; or {IN_PROCESS}",
         )
     assert k is not None
-    if limits.max_k is not None and k > limits.max_k:
-        raise RefusedError(
-            f"score.k = {k}: this teacher answers at most {limits.max_k} entries a row",
-            next=f"set score.k = {limits.max_k} or less; or start the server with a larger --max-logprobs",
-        )
-    if limits.max_tokens is not None and data.sequence_length > limits.max_tokens:
-        raise RefusedError(
-            f"data.sequence_length = {data.sequence_length} is longer than the teacher's {limits.max_tokens} positions",
-            next=f"set data.sequence_length = {limits.max_tokens} or less",
-        )
+    limits.check(k=k, tokens=data.sequence_length, temperatures=(spec.temperature,))
 
 
 def check_on_policy(source: Scorer, spec: DistillSpec, data: ShardSet) -> None:

@@ -99,7 +99,7 @@ def test_limits_refuse_what_a_teacher_cannot_answer() -> None:
     for asked, said in (
         ({"k": 21}, "k = 21: this teacher answers at most 20"),
         ({"k": 0}, "k = 0"),
-        ({"tokens": 17}, "17 tokens is longer than the teacher's 16"),
+        ({"tokens": 17}, "sequence_length = 17 is longer than the teacher's 16"),
         ({"temperatures": (1.0, 2.0)}, "temperature 2: this teacher gives tails for T = 1 only"),
         ({"temperatures": (float("nan"),)}, "temperature nan"),
     ):
