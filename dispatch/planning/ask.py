@@ -64,6 +64,7 @@ def asked(
     """
     resolved = resolve_pipeline(recipe, env=env, overrides=overrides)
     spec, notes = effective_pipeline(_with_absolute_paths(resolved.spec, host))
+    _check_engine(spec, host)
     check_names(spec.secrets)
     if isinstance(env, Environment):
         env.export(spec.secrets)  # what keeps evidence clean of secrets looks for them in this process's environment
@@ -163,6 +164,28 @@ def _with_absolute_paths(spec: PipelineSpec, host: Host) -> PipelineSpec:
         student = spec.distill.student.model_copy(update={"init": absolute("distill.student.init", init)})
         spec = spec.model_copy(update={"distill": spec.distill.model_copy(update={"student": student})})
     return spec
+
+
+def _check_engine(spec: PipelineSpec, host: Host) -> None:
+    """Refuse a vLLM of our own whose environment nobody names: the score run would, after the data has been made.
+
+    On ``local`` it is looked at, too.
+    """
+    backend, environment = spec.teacher.backend, spec.teacher.environment
+    if backend not in ("vllm-local", "vllm-local-inproc"):
+        return
+    if environment is None:
+        raise RefusedError(
+            f"teacher.backend = {backend!r} needs an environment with vLLM on {host.name}, and teacher.environment "
+            "names none (nor does LATENTFORGE_VLLM_ENVIRONMENT)",
+            next="make one there:  python3 -m venv vllm && vllm/bin/python -m pip install vllm\n"
+            "then the same command with  --set teacher.environment=FOLDER",
+        )
+    if host.is_local and not (Path(environment) / "bin" / "python").exists():
+        raise RefusedError(
+            f"teacher.environment = {environment!r} is no Python environment: it has no bin/python",
+            next="--set teacher.environment=FOLDER  of a virtual environment with vLLM",
+        )
 
 
 def _pinned(name: str, path: str, host: Host) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,3 +316,20 @@ def test_a_unit_that_cannot_be_is_refused_before_anything_is_launched(asks: dict
     units = plan_of(box, facts_of(runner={"systemd": True, "why": "systemd 255, lingering is on", "linger": True}))
     assert "; systemd unit, device lease free" in render(units, box)
     assert (units.as_json()["runner"]["name"], units.refusals) == ("systemd", ())
+
+
+@pytest.mark.parametrize("backend", ["vllm-local", "vllm-local-inproc"])
+def test_a_vllm_of_ours_without_an_environment_is_refused_before_anything_is_planned(
+    ask: Callable[..., Ask], backend: str, tmp_path: Path
+) -> None:
+    engine = (f"teacher.backend={backend}", "teacher.model=/models/t")
+    for host in (Host(name="local"), BOX):
+        with pytest.raises(RefusedError, match=r"teacher\.environment names none") as refused:
+            ask(host, *engine)
+        assert "--set teacher.environment=" in str(refused.value.next)
+    with pytest.raises(RefusedError, match="has no bin/python"):
+        ask(None, *engine, f"teacher.environment={tmp_path}")
+    assert ask(BOX, *engine, "teacher.environment=/opt/vllm").spec.teacher.environment == "/opt/vllm"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert ask(None, *engine, env={"LATENTFORGE_VLLM_ENVIRONMENT": str(tmp_path)}).spec.teacher.backend == backend
