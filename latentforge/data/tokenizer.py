@@ -65,6 +65,11 @@ class Tokenizer:
         backend.no_padding()
         # A document that quotes "<|endoftext|>" must not end there.
         backend.encode_special_tokens = True
+        if dropout := getattr(backend.model, "dropout", None):
+            raise RefusedError(
+                f"{file} drops merges at random (dropout = {dropout:g}): the same text would get other ids each time",
+                next='set "dropout": null in its model',
+            )
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise RefusedError(f"{file} has an empty vocabulary")

@@ -182,7 +182,15 @@ def _differing_parts(teacher: Tokenizer, student: Tokenizer) -> list[str]:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[int, str]:
-    return {number: text for text, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    words: dict[int, str] = {}
+    for text, number in sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items()):
+        if number in words:
+            raise RefusedError(
+                f"{tokenizer.folder}: tokens {words[number]!r} and {text!r} have one id, {number}",
+                next="use the tokenizer.json that the model was trained with",
+            )
+        words[number] = text
+    return words
 
 
 def _shown(vocabulary: dict[int, str], number: int) -> str:

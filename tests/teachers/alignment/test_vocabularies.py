@@ -53,6 +53,21 @@ def test_one_swapped_pair_is_refused_with_the_first_index(shards: ShardSet, othe
     assert said.count("270 tokens") == 2
 
 
+def test_two_tokens_of_one_id_are_refused_and_chance_does_not_choose_between_them(
+    shards: ShardSet, other: Path
+) -> None:
+    edit(other, lambda value: value["model"]["vocab"].update(zz=269, aa=269))
+    for teacher, student in ((shards.tokenizer_dir, other), (other, shards.tokenizer_dir), (other, other)):
+        assert "have one id, 269" in refusal(teacher, student)
+
+
+def test_a_tokenizer_that_drops_merges_at_random_is_refused(other: Path) -> None:
+    edit(other, lambda value: value["model"].update(dropout=0.5))
+    assert "drops merges at random (dropout = 0.5)" in refusal(other, other)
+    edit(other, lambda value: value["model"].update(dropout=0.0))
+    compare_vocabularies(other, other)
+
+
 def test_a_token_that_only_one_side_has_is_refused(shards: ShardSet, other: Path) -> None:
     def add(value: dict[str, Any]) -> None:
         value["added_tokens"].append({**value["added_tokens"][0], "id": 270, "content": "<extra>"})
