@@ -53,6 +53,10 @@ class Coverage:
         return f"{int(self.fraction * 1000) / 10:.1f} % ({self.present} of {self.total} sequences)"
 
 
+class MissingError(RefusedError):
+    """A sequence has no row in a store, or none that is young enough."""
+
+
 class TargetStore:
     """A teacher's targets by sequence, on disk.
 
@@ -259,11 +263,11 @@ class TargetStore:
             return upkeep.insert(connection, list(values.values()), self.policy, now=now)
 
     def get(self, tokens: Tokens) -> SequenceTargets:
-        """The targets of one sequence (tokens ``[L]``); RefusedError where they are missing or damaged."""
+        """The targets of one sequence (tokens ``[L]``); MissingError without, RefusedError where damaged."""
         return self.get_many([tokens])[0]
 
     def get_many(self, sequences: Sequence[Tokens] | Tokens) -> list[SequenceTargets]:
-        """The targets of several sequences (each tokens ``[L]``), in their order; a missing one is refused."""
+        """The targets of several sequences (each tokens ``[L]``), in their order; MissingError without one."""
         keys = self.keys(sequences)
         oldest = self.policy.oldest(self._clock())
         with self._lock:
@@ -278,7 +282,7 @@ class TargetStore:
             self._use(key for key in keys if key in found)
         absent = [number for number, key in enumerate(keys) if key not in found]
         if absent:
-            raise RefusedError(
+            raise MissingError(
                 f"{self.path.name} has no targets for {len(absent)} of {len(keys)} sequences (the first: "
                 f"{np.asarray(sequences[absent[0]])[:6].tolist()}…)",
                 next="the score run must cover the data that is trained on; run it again",

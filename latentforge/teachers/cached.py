@@ -15,7 +15,7 @@ from latentforge.spec.sections import TeacherSpec
 from latentforge.targets.description import Rounding
 from latentforge.targets.making import ExistsError
 from latentforge.targets.row import SequenceTargets
-from latentforge.targets.store import TargetStore
+from latentforge.targets.store import MissingError, TargetStore
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.http.flow import FlowControl, flow_of
 from latentforge.teachers.protocol import (
@@ -170,15 +170,15 @@ class CachedTeacher:
         """Stored sequences first, then the others as the teacher answers; equal sequences are asked once."""
         keys = [self.store.key(tokens) for tokens in sequences]
         present = self.store.present(keys)
-        stored = [number for number, key in enumerate(keys) if key in present]
-        self._from_store += len(stored)
-        given = self._stored.score([sequences[number] for number in stored], k=k, temperatures=temperatures)
-        for at, targets in given:
-            yield stored[at], targets
-        missing: dict[bytes, list[int]] = {}
+        stored, missing = 0, dict[bytes, list[int]]()
         for number, key in enumerate(keys):
-            if key not in present:
+            targets = self._kept(sequences[number]) if key in present else None
+            if targets is None:
                 missing.setdefault(key, []).append(number)
+                continue
+            stored += 1
+            self._from_store += 1
+            yield number, self._stored.narrowed(targets, k=k, temperatures=temperatures)
         if not missing:
             return
         wanted = [sequences[numbers[0]] for numbers in missing.values()]
@@ -191,12 +191,19 @@ class CachedTeacher:
                 if not self.store.readonly:
                     # Given as it will be read again: a run that resumes from here sees the same bits.
                     self.store.put_many([(wanted[at], targets)])
-                    targets = self.store.get(wanted[at])
+                    targets = self._kept(wanted[at]) or targets
                 for number in places[at]:
                     yield number, self._stored.narrowed(targets, k=k, temperatures=temperatures)
         except TeacherFailure as failure:
-            failure.add_note(f"{len(stored)} of {len(keys)} sequences were given from {self.store.path.name}")
+            failure.add_note(f"{stored} of {len(keys)} sequences were given from {self.store.path.name}")
             raise
+
+    def _kept(self, tokens: Tokens) -> SequenceTargets | None:
+        """The stored row; None where it is not there any more: too old by now, or another run's took its room."""
+        try:
+            return self.store.get(tokens)
+        except MissingError:
+            return None
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """Top-k rows of ``tokens`` int64 ``[B, L]``, on the device of ``tokens``."""

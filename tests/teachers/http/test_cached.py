@@ -143,6 +143,25 @@ def test_a_cache_that_cannot_hold_what_is_asked_is_refused_and_nothing_is_made(
     assert sorted(one.name for one in tmp_path.iterdir()) == ["drawn.sqlite", "four.sqlite"]
 
 
+def test_a_stored_row_that_goes_while_others_are_given_is_asked_again(documents: list[Tokens], tmp_path: Path) -> None:
+    """A limit of age, or another run that made room in the same cache: no reason to end a run that has a teacher."""
+    now, teacher = [0.0], Counting()
+    about = teacher.identity.as_json(), 8, ONE
+    store = TargetStore.create(tmp_path / "kd.sqlite", *about, vocab_size=270, ttl_seconds=10.0, clock=lambda: now[0])
+    cached = CachedTeacher(store, teacher)
+    fresh = dict(cached.score(documents, k=8, temperatures=ONE))
+    given = {}
+    for number, targets in cached.score(documents, k=8, temperatures=ONE):
+        given[number] = targets
+        if len(given) == 2:
+            now[0] = 11.0
+    cached.close()
+    assert sorted(given) == list(range(6))
+    assert all(np.array_equal(given[number].ids, fresh[number].ids) for number in range(6))
+    assert len(teacher.asked) == 6 + 4
+    assert cached.metrics()["rows_from_store"] == 2
+
+
 def test_a_teacher_in_this_process_computes_a_batch_at_a_time_behind_a_cache_too(
     shards: ShardSet, tmp_path: Path
 ) -> None:
