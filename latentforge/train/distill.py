@@ -47,6 +47,7 @@ from latentforge.train.samples import samples
 from latentforge.train.score import teacher_folder
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+from latentforge.train.supply import LOSSES
 from latentforge.train.tally import Tally, percent
 from latentforge.train.teaching import report_precision
 from latentforge.verdicts import ExitCode
@@ -242,15 +243,15 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
 def held_out(job: Job, student: Student, *, teacher_needed: bool = False) -> Evaluation:
     """Cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order.
 
-    Without the KL where the teacher is lost and the run goes on; never so where it is ``teacher_needed``: before step 1
-    nothing has shown yet that there is a teacher at all.
+    Without the KL where the teacher is lost and the run goes on; never so where its answer cannot be trusted, nor where
+    it is ``teacher_needed``: before step 1 nothing has shown yet that there is a teacher at all.
     """
     settings: dict[str, Any] = {"temperature": job.spec.temperature, "backend": job.kernel}
     with job.log.phase("evaluate"):
         try:
             return evaluate(student, evaluation_batches(job.data.heldout, job.device), job.supply.held_out, **settings)
         except TeacherFailure as failure:
-            if teacher_needed or job.supply.on_loss == "stop":
+            if teacher_needed or job.supply.on_loss == "stop" or failure.kind not in LOSSES:
                 raise
             job.log.warning(f"the teacher is lost, so KL to it is not measured: {failure}")
         return evaluate(student, evaluation_batches(job.data.heldout, job.device), None, **settings)

@@ -14,10 +14,9 @@ from torch import Tensor
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 from latentforge.students.causal import RowUse
 from latentforge.targets.row import SequenceTargets
-from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.failures import RETRIED, TeacherFailure
 from latentforge.teachers.hf import HFTeacher
-from latentforge.teachers.protocol import Scorer
+from latentforge.teachers.protocol import Scorer, behind
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.loop import Lesson
 
@@ -145,9 +144,12 @@ class Supply:
         return Lesson(tokens, targets, RowUse(torch.ones_like(taught), taught, self.ce_alone))
 
     def give_up(self) -> None:
-        """Ask nothing more; what another thread is asking fails at once. Only of a teacher elsewhere."""
-        inner = self.source.teacher if isinstance(self.source, CachedTeacher) else self.source
-        inner.close()
+        """Ask nothing more; what another thread is asking fails at once. Only of a teacher elsewhere.
+
+        What stands before it (a cache, a bridge) stays open: it keeps the answers that have come.
+        """
+        *_, teacher = behind(self.source)
+        teacher.close()
 
     def metrics(self) -> dict[str, Any]:
         """What the teacher counted of itself, each name with ``teacher_`` before it; empty where it counts nothing."""

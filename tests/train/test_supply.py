@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from latentforge.events import EventLog
+from latentforge.teachers.cached import CachedTeacher
+from latentforge.teachers.crossed import CrossedTeacher
 from latentforge.teachers.failures import TeacherFailure
-from latentforge.train.rehearsal import small_batch
+from latentforge.teachers.prefetch import Prefetcher
+from latentforge.train.distill import held_out
+from latentforge.train.rehearsal import small_batch, small_trainer
 from latentforge.train.supply_checks import Elsewhere, supply_of
 
 
@@ -35,3 +46,63 @@ def test_an_answer_that_cannot_be_trusted_stops_a_run_that_was_to_go_on(kind: An
 
     with pytest.raises(TeacherFailure, match=kind):
         supply_of(Wrong()).ask(small_batch())
+
+
+def test_giving_up_leaves_the_cache_open_for_the_answer_that_is_still_coming(tmp_path: Path) -> None:
+    """Behind a bridge as well: the teacher alone is closed, else what it answers last is paid for and lost."""
+    begun, closed, batch = threading.Event(), threading.Event(), small_batch()[:1]
+
+    class Slow(Elsewhere):
+        def score(self, sequences: Any, *, k: int, temperatures: tuple[float, ...]) -> Any:
+            begun.set()
+            assert closed.wait(60)
+            yield from super().score(sequences, k=k, temperatures=temperatures)
+
+        def close(self) -> None:
+            closed.set()
+
+    asked: dict[str, Any] = {"k": 8, "temperatures": (1.0,)}
+    cached = CachedTeacher.open(tmp_path / "kd.sqlite", Slow(), **asked)
+    supply = supply_of(CrossedTeacher(cached, None))  # type: ignore[arg-type]
+    with Prefetcher(
+        lambda step: list(cached.score(list(batch.numpy()), **asked)), range(1), ahead=1, cancel=supply.give_up
+    ):
+        assert begun.wait(60)
+    assert cached.store.stats()["rows"] == 1
+    cached.close()
+
+
+class Rows(list[Any]):
+    """A shard of few rows."""
+
+    def rows(self, indices: Any) -> Any:
+        return np.stack([self[at] for at in indices])
+
+
+@pytest.mark.parametrize(("kind", "survived"), [("connection", True), ("budget", True), ("wrong-ids", False)])
+def test_held_out_rows_that_cannot_be_trusted_stop_a_run_that_was_to_go_on(
+    tmp_path: Path, kind: Any, survived: bool
+) -> None:
+    """A resumed run asks for them at its end only: an answer to another question is no teacher that was lost."""
+
+    class Failing(Elsewhere):
+        def score(self, sequences: Any, *, k: int, temperatures: tuple[float, ...]) -> Any:
+            raise TeacherFailure(kind, "no answer, or not to this")
+            yield
+
+    rows = small_batch().numpy()
+    with EventLog(tmp_path / "events.jsonl", "distill-" + "0" * 20, text=io.StringIO()) as log:
+        job: Any = SimpleNamespace(
+            spec=SimpleNamespace(temperature=1.0),
+            kernel="reference",
+            device=torch.device("cpu"),
+            data=SimpleNamespace(heldout=Rows(rows)),
+            supply=supply_of(Failing()),
+            log=log,
+        )
+        student = small_trainer(ce_weight=0.3, kd_weight=0.7).student
+        if survived:
+            assert held_out(job, student).kl is None
+            return
+        with pytest.raises(TeacherFailure, match=kind):
+            held_out(job, student)
