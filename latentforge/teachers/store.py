@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,9 +35,15 @@ class StoreTeacher:
         self.store = store
 
     @classmethod
-    def open(cls, path: Path, *, identity: TeacherIdentity | None = None) -> StoreTeacher:
-        """Open ``targets.sqlite`` for reading; refused where it was made for another teacher than ``identity``."""
-        return cls(TargetStore.open(path, identity=None if identity is None else identity.as_json()))
+    def open(
+        cls, path: Path, *, identity: TeacherIdentity | None = None, clock: Callable[[], float] = time.time
+    ) -> StoreTeacher:
+        """Open ``targets.sqlite`` for reading; refused where it was made for another teacher than ``identity``.
+
+        ``clock`` (seconds since 1970) says which rows are too old.
+        """
+        asked = None if identity is None else identity.as_json()
+        return cls(TargetStore.open(path, identity=asked, clock=clock))
 
     def __enter__(self) -> Self:
         return self

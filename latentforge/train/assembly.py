@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
-from latentforge.teachers.crossed import CrossCoverage, CrossedTeacher
+from latentforge.teachers.crossed import CrossCoverage, CrossedShards, CrossedTeacher
 from latentforge.teachers.crossing import Bridge
 from latentforge.teachers.folder import check_model_folder
 from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.protocol import Scorer
+from latentforge.teachers.scoring import coverage
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.asking import answers_dense, check_live, check_on_policy
 from latentforge.train.data import checked_path
@@ -60,12 +63,16 @@ class Job:
 
 
 def open_stored(run: RunDir, teacher: Path) -> StoreTeacher:
-    """The store of the score run, refused where another teacher filled it."""
-    scored = run.input_run("targets")
+    """The store of the score run, refused where another teacher filled it.
+
+    What is young enough now is so for the whole run: no row grows too old between two steps.
+    """
+    scored, began = run.input_run("targets"), time.time()
     if scored is None:
-        source, asked = StoreTeacher.open(checked_path(run, "targets") or run.input_path("targets")), {}
+        path = checked_path(run, "targets") or run.input_path("targets")
+        source, asked = StoreTeacher.open(path, clock=lambda: began), {}
     else:
-        source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite")
+        source = StoreTeacher.open(run.input_path("targets") / "targets.sqlite", clock=lambda: began)
         asked = scored.load_identity().spec.get("teacher", {})
     if scored is not None and asked.get("backend", "hf") == "hf":
         filled, wanted = source.identity.sha256, check_model_folder(teacher).sha256
@@ -78,6 +85,20 @@ def open_stored(run: RunDir, teacher: Path) -> StoreTeacher:
             next="score again with this teacher",
         )
     return source
+
+
+def require_rows(store: TargetStore, data: ShardSet | CrossedShards) -> None:
+    """Refuse a store that lacks a row of the data, with the share that it has: else a step finds it, hours later."""
+    reached = coverage(store, data)
+    if reached.present == reached.total:
+        return
+    old = store.stats()["too_old"]
+    raise RefusedError(
+        f"{store.path.name} holds targets for {reached} of the data"
+        + (f"; {old} rows are older than the {store.policy.ttl_seconds:g} s that it keeps them" if old else ""),
+        next="score what is missing:  latentforge dispatch go --attempt next; a file of teacher.store must cover the "
+        "data that is trained on",
+    )
 
 
 def open_supply(
@@ -120,6 +141,7 @@ def open_supply(
         assert live is not None
         return live, live
     stored = held.enter_context(open_stored(run, teacher))
+    require_rows(stored.store, CrossedShards.of(data, *across) if across else data)
     supply = _supply(facing(stored), spec, data, k=stored.store.k, live=False)
     return supply, supply if live is None else live
 
