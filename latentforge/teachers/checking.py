@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from latentforge.data.tokenizer import Tokenizer
-from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.errors import FailedError, LatentForgeError, RefusedError
 from latentforge.spec.sections import HTTP_BACKENDS, TeacherSpec
 from latentforge.teachers.alignment import embedding_rows
-from latentforge.teachers.findings import Finding, Report
+from latentforge.teachers.failures import TeacherFailure
+from latentforge.teachers.findings import CAPABILITIES, Ability, Finding, Report
 from latentforge.teachers.opening import CHAT_ONLY, connect, key_of, open_teacher
 from latentforge.teachers.probing import Check, check_local
+from latentforge.teachers.store import StoreTeacher
 
 
 def check_teacher(
@@ -34,9 +36,39 @@ def check_teacher(
     try:
         report.teacher = teacher.identity.model
         report.add("open", "pass", f"{teacher.identity.model}, {teacher.vocab_size} tokens")
+        if isinstance(teacher, StoreTeacher):
+            return check_store(teacher, report, folder, k=k)
         return check_local(teacher, report, k=k)
     finally:
         teacher.close()
+
+
+def check_store(teacher: StoreTeacher, report: Report, folder: Path | None, *, k: int) -> Report:
+    """Read every row of a store: it answers what was scored, and nothing else can be asked of it."""
+    store = teacher.store
+    temperatures = ", ".join(f"{one:g}" for one in store.temperatures)
+    try:
+        teacher.limits.check(k=k, tokens=2, temperatures=())
+        health = store.check()
+        if not health.rows:
+            raise FailedError(f"{store.path} holds no rows", next="run the score run")
+        if not health.good:
+            wrong = health.structure or f"{len(health.damaged)} of {health.rows} rows are damaged"
+            raise FailedError(
+                f"{store.path}: {wrong}",
+                next=f"latentforge targets check {store.path} --drop, then the score run again",
+            )
+        report.add("score", "pass", f"{health.rows} rows read, none damaged: k = {store.k}, T = {temperatures}")
+    except LatentForgeError as error:
+        report.findings.append(Finding.of("score", error))
+    if folder is not None and Tokenizer.open(folder).sha256 != teacher.identity.tokenizer_sha256:
+        what = f"its rows are of another tokenizer.json ({teacher.identity.tokenizer_sha256[:12]}…) than {folder}'s"
+        report.findings.append(Finding.of("tokenizer", TeacherFailure("wrong-ids", what)))
+    report.abilities += [
+        Ability(name, name in teacher.capabilities, report.code == 0 if name == "score" else False)
+        for name in CAPABILITIES
+    ]
+    return report
 
 
 def check_served(
