@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Annotated, Any, NamedTuple
 
@@ -130,11 +131,15 @@ def _root(
 
 
 def _report(what: str, following: str | None) -> None:
-    sys.stdout.flush()
-    print(f"error: {what}", file=sys.stderr)
+    lines = [f"error: {what}"]
     if following:
         first, *rest = following.splitlines()
-        print(f"  next: {first}", *(f"        {line}" for line in rest), sep="\n", file=sys.stderr)
+        lines += [f"  next: {first}", *(f"        {line}" for line in rest)]
+    # Whoever reads may have gone, or never been there (2>&1 | head -1, >&-): the exit code says it all the same.
+    with suppress(BrokenPipeError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:

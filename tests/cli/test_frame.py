@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -170,3 +171,20 @@ def test_a_missing_library_names_the_extra_that_brings_it(
     planted(train)
     assert main(["planted"]) == ExitCode.REFUSED
     assert "in a checkout:  pip install '.[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["the reader of both", "standard output"])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(closed: str) -> None:
+    command = [sys.executable, "-m", "latentforge", "no-such-command"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        if closed == "standard output":
+            ended = subprocess.run(
+                ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.DEVNULL, check=False
+            )
+        else:
+            ended = subprocess.run(command, stdout=writer, stderr=writer, check=False)
+    finally:
+        os.close(writer)
+    assert ended.returncode == 2
