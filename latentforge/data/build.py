@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,21 @@ def build_shards(
     heldout_sequences: int,
     tokenizer_folder: Path | None = None,
     bos: BosRule = "none",
+    chunk: int = 1,
     phase: Phase = lambda name: nullcontext(),
 ) -> ShardSet:
     """Write ``tokenizer/``, ``train.bin``, ``heldout.bin`` and ``data.json`` into ``out``.
 
     The same inputs give the same bytes. ``tokenizer_folder`` is used unchanged where given, ``vocab_size`` then not.
-    ``bos = "add"`` begins each document with the tokenizer's BOS; see :func:`latentforge.data.special.bos_of`.
-    RefusedError where the corpus is not readable, or too small (with both numbers).
+    ``bos = "add"`` begins each document with the tokenizer's BOS; see :func:`latentforge.data.special.bos_of`. With
+    ``chunk`` each document begins at a multiple of it; see :func:`latentforge.data.shards.pack`. RefusedError where the
+    corpus is not readable, or too small (with both numbers), or where a row would end inside a chunk.
     """
+    if chunk < 1 or sequence_length % chunk:
+        raise RefusedError(
+            f"sequence_length = {sequence_length} is not a multiple of chunk = {chunk}: a row would end inside a chunk",
+            next="set data.sequence_length to a multiple of data.chunk",
+        )
     out.mkdir(parents=True, exist_ok=True)
     with phase("corpus"):
         corpus = Corpus.open(corpus_ref)
@@ -54,15 +62,15 @@ def build_shards(
             tokenizer = train_bpe(_texts(corpus, train), vocab_size, out / "tokenizer")
         bos_id = bos_of(tokenizer.folder, bos, tokenizer)
     with phase("tokenize"):
-        packed_heldout = _pack(
-            corpus, heldout, tokenizer, out / "heldout.bin", sequence_length, heldout_sequences, bos_id
-        )
+        packing = _Packing(tokenizer, sequence_length, bos_id, chunk)
+        packed_heldout = packing.write(corpus, heldout, out / "heldout.bin", heldout_sequences)
         _check_enough("heldout_sequences", heldout_sequences, packed_heldout, sequence_length, len(heldout))
-        packed_train = _pack(corpus, train, tokenizer, out / "train.bin", sequence_length, train_sequences, bos_id)
+        packed_train = packing.write(corpus, train, out / "train.bin", train_sequences)
         _check_enough("train_sequences", train_sequences or 1, packed_train, sequence_length, len(train))
     record = record_of(corpus, tokenizer, sequence_length, packed_train, packed_heldout) | {
         "bos": bos,
         "bos_id": bos_id,
+        "chunk": chunk,
     }
     return finished(out, record)
 
@@ -77,17 +85,26 @@ def _texts(corpus: Corpus, entries: Sequence[Entry]) -> Iterator[str]:
     return (corpus.read(entry).text for entry in entries)
 
 
-def _pack(
-    corpus: Corpus,
-    entries: Sequence[Entry],
-    tokenizer: Tokenizer,
-    path: Path,
-    length: int,
-    limit: int | None,
-    bos_id: int | None,
-) -> Packed:
-    encoded = tokenizer.encode(_texts(corpus, entries), bos_id=bos_id)
-    return pack(encoded, path, vocab_size=tokenizer.vocab_size, sequence_length=length, limit=limit)
+@dataclass(frozen=True)
+class _Packing:
+    """How documents become rows, the same for both splits."""
+
+    tokenizer: Tokenizer
+    sequence_length: int
+    bos_id: int | None
+    chunk: int
+
+    def write(self, corpus: Corpus, entries: Sequence[Entry], path: Path, limit: int | None) -> Packed:
+        """Tokenize and pack the documents of ``entries`` into ``path``, at most ``limit`` rows."""
+        encoded = self.tokenizer.encode(_texts(corpus, entries), bos_id=self.bos_id)
+        return pack(
+            encoded,
+            path,
+            vocab_size=self.tokenizer.vocab_size,
+            sequence_length=self.sequence_length,
+            limit=limit,
+            chunk=self.chunk,
+        )
 
 
 def _check_enough(field: str, wanted: int, packed: Packed, length: int, documents: int) -> None:

@@ -44,12 +44,15 @@ def pack(
     vocab_size: int,
     sequence_length: int,
     limit: int | None,
+    chunk: int = 1,
 ) -> Packed:
     """Concatenate documents (each ending in EOS) and cut the stream into rows of ``sequence_length`` tokens.
 
-    ``encoded`` yields (UTF-8 bytes, ids) a document. Writes ``[rows, sequence_length]`` to ``path`` and stops once
-    ``limit`` rows are written; what is left of the stream and does not fill a row is dropped. The bytes and tokens
-    counted are those of whole documents, the last one included.
+    With ``chunk`` each document begins at a multiple of it, which divides ``sequence_length``: what its last chunk
+    has left is filled with its EOS, and counted as tokens nowhere. ``encoded`` yields (UTF-8 bytes, ids) a document.
+    Writes ``[rows, sequence_length]`` to ``path`` and stops once ``limit`` rows are written; what is left of the stream
+    and does not fill a row is dropped. The bytes and tokens counted are those of whole documents, the last one
+    included.
     """
     dtype = shard_dtype(vocab_size)
     digest = hashlib.sha256()
@@ -64,7 +67,8 @@ def pack(
                 tokens += len(ids)
                 if ids.max() >= vocab_size:
                     raise RefusedError(f"token id {ids.max()} is outside the vocabulary of {vocab_size} tokens")
-                rest = np.concatenate([rest, ids.astype(dtype)])
+                filled = np.pad(ids, (0, -len(ids) % chunk), mode="edge")
+                rest = np.concatenate([rest, filled.astype(dtype)])
                 whole = len(rest) // sequence_length
                 if limit is not None:
                     whole = min(whole, limit - rows)
@@ -146,6 +150,11 @@ class ShardSet:
             tokenizer_sha256=record["tokenizer_sha256"],
             record=record,
         )
+
+    @property
+    def chunk(self) -> int:
+        """The tokens of a chunk, at a multiple of which each document begins; 1 where documents follow each other."""
+        return int(self.record.get("chunk", 1))
 
     def verify(self) -> None:
         """Read every byte of the shards and the tokenizer; RefusedError names the file whose digest is another."""

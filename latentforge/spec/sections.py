@@ -62,6 +62,20 @@ class DataSpec(Section):
         256, description="documents = 'chat': tokens at which an answer is cut"
     )
     bos: Literal["none", "add"] = Field("none", description="'add' puts the tokenizer's BOS before each document")
+    chunk: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="tokens a chunk (K) of a latent student: each document begins at a multiple of it"
+    )
+
+    @model_validator(mode="after")
+    def _rows_hold_whole_chunks(self) -> Self:
+        if self.sequence_length % self.chunk:
+            raise ValueError(
+                f"sequence_length = {self.sequence_length} is not a multiple of chunk = {self.chunk}: a row would end "
+                "inside a chunk"
+            )
+        if self.chunk > 1 and self.documents == "chat":
+            raise ValueError(f"chunk = {self.chunk} with documents = 'chat': answers are packed one after the other")
+        return self
 
 
 Backend = Literal[

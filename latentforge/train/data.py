@@ -34,6 +34,7 @@ def run(run: RunDir, log: EventLog) -> None:
             heldout_sequences=spec.heldout_sequences,
             tokenizer_folder=tokenizer,
             bos=spec.bos,
+            chunk=spec.chunk,
             phase=log.phase,
         )
     with log.phase("verify"):

@@ -197,8 +197,9 @@ def _product_values(run: RunDir, identity: RunIdentity) -> dict[str, Any]:
         ref = run.input_ref("corpus")
         # The recipe has hashed a corpus of the user's again and refused another one.
         corpus = made["corpus"]["kind"] if "builtin" in ref else f"sha256:{ref['sha256']}"
-        # What a recipe that knows no other way did: it wrote the corpus's documents, and no BOS.
+        # What a recipe that knows no other way did: the corpus's documents, one after the other, and no BOS.
         ways = {"documents": made.get("documents_from", "corpus"), "bos": made.get("bos", "none")}
+        ways["chunk"] = made.get("chunk", 1)
         # A run that asks no one cuts no answer: the value as it was asked for.
         ways["answer_tokens"] = made.get("answer_tokens", identity.spec["data"]["answer_tokens"])
         asks = {"teacher": answers_of(teacher_of(run)), "score": {"k": made["k"]}} if "k" in made else {}

@@ -83,6 +83,30 @@ def test_no_heldout_document_is_in_the_training_rows(built: ShardSet) -> None:
     assert not train & heldout
 
 
+def test_documents_never_share_a_chunk_and_what_follows_an_end_is_filled_with_it(corpus: Path, tmp_path: Path) -> None:
+    plain = build(corpus, tmp_path / "plain", heldout_sequences=8)
+    cut = build(corpus, tmp_path / "cut", chunk=4, heldout_sequences=8)
+    assert (plain.chunk, cut.chunk) == (1, 4)
+    stream = cut.train.rows(np.arange(len(cut.train))).reshape(-1, 4)
+    unfilled = []
+    for chunk in stream:
+        ended = np.flatnonzero(chunk == cut.eos_id)
+        assert not len(ended) or (chunk[ended[0] :] == cut.eos_id).all()
+        unfilled.append(chunk[: ended[0] + 1] if len(ended) else chunk)
+    text = plain.train.rows(np.arange(len(plain.train))).reshape(-1)
+    kept = np.concatenate(unfilled)
+    both = min(len(text), len(kept))
+    assert both > 1000
+    assert (kept[:both] == text[:both]).all()
+    # What fills a chunk is no token: bytes a token are those of the text.
+    assert cut.record["bytes_per_token"] == pytest.approx(plain.record["bytes_per_token"], rel=0.02)
+
+
+def test_rows_that_would_end_inside_a_chunk_are_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="sequence_length = 16 is not a multiple of chunk = 3"):
+        build(corpus, tmp_path / "out", chunk=3)
+
+
 def test_data_json_says_what_was_done(built: ShardSet) -> None:
     record = built.record
     assert record["heldout_sequences"] == len(built.heldout) == 30
