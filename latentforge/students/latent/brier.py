@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
+from latentforge.students.latent.chunks import absorbed
 
 ORDERS = 4
 
@@ -142,12 +143,6 @@ def roll_out(draw: DrawAfter, truth: Tensor, *, chunk: int, draws: int, eos_id: 
         found = torch.cat([found, after], dim=1)
     found = found if eos_id is None else absorbed(found, eos_id)
     return found[:, :ORDERS].reshape(contexts, draws, ORDERS)
-
-
-def absorbed(tokens: Tensor, eos_id: int) -> Tensor:
-    """``tokens`` int64 [..., L] with what follows an EOS replaced by EOS."""
-    over = (tokens == eos_id).cumsum(-1) > 0
-    return tokens.masked_fill(over, eos_id)
 
 
 def _check(samples: Tensor, truth: Tensor) -> int:

@@ -30,3 +30,8 @@ def valid(chunks: Tensor, eos_id: int) -> Tensor:
     """Which places of chunks int64 [..., K] hold a token, bool [..., K]: all up to the first EOS, it included."""
     is_eos = (chunks == eos_id).long()
     return is_eos.cumsum(-1) == is_eos
+
+
+def absorbed(tokens: Tensor, eos_id: int) -> Tensor:
+    """``tokens`` int64 [..., L] with what follows the first EOS of each row replaced by EOS."""
+    return tokens.masked_fill(~valid(tokens, eos_id), eos_id)

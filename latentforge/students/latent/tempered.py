@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -56,6 +56,17 @@ class Drawn(NamedTuple):
         )
 
 
+def check_temperature(method: str, temperature: float, draws: int) -> None:
+    """RefusedError where ``exact`` with at most ``draws`` draws, or a ``vote`` of as many, has no such temperature."""
+    if method == "vote":
+        _times(temperature, draws)
+    elif draws < _power(temperature)[0]:
+        raise RefusedError(
+            f"draws = {draws}: temperature {temperature} needs {_power(temperature)[0]} equal draws for a chunk",
+            next="allow more draws",
+        )
+
+
 def expected_draws(probabilities: Tensor, temperature: float) -> float:
     """Draws that ``exact`` uses on average for one chunk of a known distribution, fp [M] summing to 1.
 
@@ -79,11 +90,9 @@ def exact(
     A row without a chunk after ``limit`` draws is not settled: see ``Drawn.checked``.
     """
     whole, part = _power(temperature)
-    if limit < whole or at_once < 1:
-        raise RefusedError(
-            f"limit = {limit}, at_once = {at_once}: temperature {temperature} needs {whole} draws or more for a chunk, "
-            "and at least 1 at a time"
-        )
+    check_temperature("exact", temperature, limit)
+    if at_once < 1:
+        raise RefusedError(f"at_once = {at_once}: at least 1 draw is made at a time")
     rules = [_rejection(whole, part, chance) for chance in _chances(seeds, positions)]
     for rule in rules:
         next(rule)
@@ -222,7 +231,7 @@ def _chunks(drawn: Tensor) -> list[list[Chunk]]:
     return [[tuple(chunk) for chunk in row] for row in drawn.tolist()]
 
 
-def _answer(chunks: list[Chunk | None], width: int, used: list[int], made: list[int]) -> Drawn:
+def _answer(chunks: Sequence[Chunk | None], width: int, used: list[int], made: list[int]) -> Drawn:
     missing = (-1,) * width
     return Drawn(
         torch.tensor([missing if chunk is None else chunk for chunk in chunks], dtype=torch.int64),

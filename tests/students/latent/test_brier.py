@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
-from latentforge.students.latent.brier import BrierLM, absorbed, brier_lm, roll_out, sample_scores, token_scores
+from latentforge.students.latent.brier import BrierLM, brier_lm, roll_out, sample_scores, token_scores
 
 from .conftest import MarkovSource, uniforms
 
@@ -167,7 +167,6 @@ def test_a_text_that_ended_is_one_outcome_and_is_not_continued() -> None:
     samples = roll_out(draw, truth, chunk=2, draws=3, eos_id=0)
     assert torch.equal(samples, truth[:, None].expand(2, 3, 4))
     assert torch.equal(sample_scores(samples, truth), torch.ones(2, 4).double())
-    assert absorbed(torch.tensor([5, 0, 7, 8]), 0).tolist() == [5, 0, 0, 0]
 
 
 def test_token_probabilities_give_the_same_value_with_less_noise() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentforge.errors import RefusedError
-from latentforge.students.latent.chunks import chunked, valid
+from latentforge.students.latent.chunks import absorbed, chunked, valid
 
 EOS = 9
 
@@ -29,3 +29,8 @@ def test_rows_keep_their_order_and_a_chunk_is_never_cut() -> None:
         chunked(rows, 5)
     with pytest.raises(RefusedError, match="chunks of 0"):
         chunked(rows, 0)
+
+
+def test_what_follows_an_end_is_the_end_again() -> None:
+    tokens = torch.tensor([[5, EOS, 7, 8], [EOS, 1, EOS, 2], [1, 2, 3, 4]])
+    assert absorbed(tokens, EOS).tolist() == [[5, EOS, EOS, EOS], [EOS] * 4, [1, 2, 3, 4]]

@@ -1,0 +1,303 @@
+"""Text from a model that writes K tokens a step: prompts of any length, a seed a request, an exact end.
+
+What comes out for a request depends on the request alone: its seed and the place in its text key every draw, so it is
+the same in a batch and by itself. The prompt is never decoded and drawn again: its whole chunks are the model's input
+as they are, and what is left of it is completed by the token head, whose conditionals are those of the true prefix. The
+model sees no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from latentforge.errors import FailedError, LatentForgeError, RefusedError
+from latentforge.students.latent.chunks import absorbed
+from latentforge.students.latent.tempered import Drawn, check_temperature, exact, vote
+
+Finish = Literal["eos", "length", "failed"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a chunk is chosen, and with it the temperature that is possible.
+
+    ``head``: one draw; below temperature 1 of a head that was trained on tempered text. ``exact``: rejection, any
+    temperature in (0, 1], at most ``draws`` draws a chunk. ``vote``: of ``draws`` draws, temperature 1/n or 0, the most
+    frequent. Tokens of a chunk that a prompt has begun are drawn one by one at ``temperature``.
+    """
+
+    method: Literal["head", "exact", "vote"] = "head"
+    temperature: float = 1.0
+    draws: int = 200
+
+    def __post_init__(self) -> None:
+        if self.method not in ("head", "exact", "vote"):
+            raise RefusedError(f"method = {self.method!r} is none of head, exact, vote")
+        if self.method == "head" and not 0 < self.temperature <= 1:
+            raise RefusedError(
+                f"temperature = {self.temperature}: one draw of the head knows temperatures above 0 and up to 1",
+                next="vote with temperature 0 for the most frequent chunk",
+            )
+        if self.method != "head":
+            check_temperature(self.method, self.temperature, self.draws)
+
+
+@dataclass(frozen=True)
+class Request:
+    """``prompt`` token ids, none of them the end of a text; at most ``max_new_tokens`` follow; ``seed`` any int64."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    seed: int = 0
+    sampling: Sampling = Sampling()
+
+
+class Piece(NamedTuple):
+    """What one step gave request number ``request``: ``tokens`` (an EOS is the last one), the ``draws`` computed for
+    them, and how the text ended, None while it goes on. With "failed", ``error`` says why."""
+
+    request: int
+    tokens: tuple[int, ...]
+    draws: int
+    finish: Finish | None
+    error: LatentForgeError | None = None
+
+
+class Generated(NamedTuple):
+    """``tokens`` after the ``prompt``, EOS included where the text ended, of ``steps`` chunks and ``draws`` draws."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    finish: Finish
+    steps: int
+    draws: int
+
+
+class Keys(NamedTuple):
+    """What keys the noise of R rows: ``seeds`` of their requests and the ``positions`` of their chunk in the text, both
+    int64 [R]."""
+
+    seeds: Tensor
+    positions: Tensor
+
+
+class Session(Protocol):
+    """A batch of texts in the model, each at the place where its next chunk is to be chosen."""
+
+    def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
+        """Draws number ``first`` to ``first + count - 1`` of the next chunk of ``rows`` int64 [R]: int64 [R, count, K].
+
+        Each depends on its row's text and key and on its number alone. Refused at a temperature that the model does not
+        know. A place without an answer (logits that are not finite) is -1.
+        """
+        ...
+
+    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
+        """Next chunks int64 [R, K] of ``rows``, beginning with the first ``lengths`` [R] tokens of ``begun`` [R, K] and
+        completed one token after the other at ``temperature`` [R], 0 for the likeliest."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with ``rows`` int64 [R] alone, in this order: row r is from now on what row ``rows[r]`` was."""
+        ...
+
+    def advance(self, chunks: Tensor) -> None:
+        """Add a chunk int64 [B, K] to each text."""
+        ...
+
+
+class ChunkModel(Protocol):
+    """A model that writes chunks of ``chunk`` tokens; a text ends with ``eos_id``, ids are below ``vocab_size``."""
+
+    @property
+    def chunk(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def tempered(self) -> bool:
+        """Whether one draw of its head knows temperatures below 1."""
+        ...
+
+    @property
+    def completes(self) -> bool:
+        """Whether it can complete a chunk that a prompt has begun."""
+        ...
+
+    def begin(self, texts: Sequence[Tensor]) -> Session:
+        """A session of the beginnings ``texts``, int64 [C, K] each, C of 0 or more and not the same in all."""
+        ...
+
+
+@dataclass
+class _Text:
+    """A request under way. ``begun`` is what its prompt has of the next chunk, empty after the first step."""
+
+    number: int
+    request: Request
+    position: int
+    begun: tuple[int, ...]
+    produced: int = 0
+
+
+def generate(model: ChunkModel, requests: Sequence[Request]) -> list[Generated]:
+    """All texts, in the order of the requests; LatentForgeError where one failed."""
+    tokens: list[list[int]] = [[] for _ in requests]
+    steps, draws = [0] * len(requests), [0] * len(requests)
+    ends: list[Finish] = ["length"] * len(requests)
+    for piece in stream(model, requests):
+        if piece.error is not None:
+            raise piece.error
+        tokens[piece.request].extend(piece.tokens)
+        steps[piece.request] += 1
+        draws[piece.request] += piece.draws
+        if piece.finish is not None:
+            ends[piece.request] = piece.finish
+    each = zip(requests, tokens, ends, steps, draws, strict=True)
+    return [Generated(one.prompt, tuple(found), end, n, made) for one, found, end, n, made in each]
+
+
+@torch.no_grad()
+def stream(model: ChunkModel, requests: Sequence[Request]) -> Iterator[Piece]:
+    """The pieces of all texts as they are written, a step of all of them at a time.
+
+    A request that fails ends with a piece that says so; the others go on. RefusedError before the first piece where a
+    request cannot be served.
+    """
+    for number, request in enumerate(requests):
+        _check(model, number, request)
+    size = model.chunk
+    texts, whole = [], []
+    for number, request in enumerate(requests):
+        chunks, left = divmod(len(request.prompt), size)
+        texts.append(_Text(number, request, chunks, request.prompt[len(request.prompt) - left :]))
+        whole.append(torch.tensor(request.prompt[: chunks * size], dtype=torch.int64).reshape(chunks, size))
+    if not texts:
+        return
+    session = model.begin(whole)
+    while True:
+        chosen = _choose(model, session, texts)
+        going = []
+        for row, text in enumerate(texts):
+            piece = _piece(model, text, chosen.chunks[row], int(chosen.made[row]), bool(chosen.settled[row]))
+            text.produced += len(piece.tokens)
+            text.position, text.begun = text.position + 1, ()
+            if piece.finish is None:
+                going.append(row)
+            yield piece
+        if not going:
+            return
+        texts = [texts[row] for row in going]
+        session.keep(torch.tensor(going))
+        session.advance(chosen.chunks[going])
+
+
+def _check(model: ChunkModel, number: int, request: Request) -> None:
+    if request.max_new_tokens < 1:
+        raise RefusedError(f"request {number}: max_new_tokens = {request.max_new_tokens} is less than 1")
+    if not -(2**63) <= request.seed < 2**63:
+        raise RefusedError(f"request {number}: seed = {request.seed} is no 64-bit integer")
+    for place, token in enumerate(request.prompt):
+        if not 0 <= token < model.vocab_size:
+            raise RefusedError(f"request {number}: token {token} at place {place} is no id below {model.vocab_size}")
+        if token == model.eos_id:
+            raise RefusedError(
+                f"request {number}: token {token} at place {place} of the prompt is the end of a text",
+                next="leave the end-of-text token out of the prompt",
+            )
+    sampling = request.sampling
+    if sampling.method == "head" and sampling.temperature != 1 and not model.tempered:
+        raise RefusedError(
+            f"request {number}: temperature = {sampling.temperature}: one draw of this head knows temperature 1 alone",
+            next="take the method exact or vote, or train with tempered samples",
+        )
+    if len(request.prompt) % model.chunk and not model.completes:
+        raise RefusedError(
+            f"request {number}: a prompt of {len(request.prompt)} tokens begins a chunk of {model.chunk}, and this "
+            "student has no token head to complete it",
+            next=f"give a prompt of a multiple of {model.chunk} tokens, or train with token_layers = 1",
+        )
+
+
+def _choose(model: ChunkModel, session: Session, texts: list[_Text]) -> Drawn:
+    """The next chunk of each text; the texts of one way of sampling are drawn for together."""
+    chunks = torch.full((len(texts), model.chunk), -1, dtype=torch.int64)
+    settled, made = torch.ones(len(texts), dtype=torch.bool), torch.zeros(len(texts), dtype=torch.int64)
+    groups: dict[Sampling | None, list[int]] = {}
+    for row, text in enumerate(texts):
+        groups.setdefault(None if text.begun else text.request.sampling, []).append(row)
+    for sampling, members in groups.items():
+        rows = torch.tensor(members)
+        keys = Keys(
+            torch.tensor([texts[row].request.seed for row in members]),
+            torch.tensor([texts[row].position for row in members]),
+        )
+        if sampling is None:
+            chunks[rows] = _complete(model, session, rows, keys, [texts[row] for row in members])
+        else:
+            found = _draw(model, session, rows, keys, sampling)
+            chunks[rows], settled[rows], made[rows] = found.chunks, found.settled, found.made
+    return Drawn(chunks, settled, made, made)
+
+
+def _draw(model: ChunkModel, session: Session, members: Tensor, keys: Keys, sampling: Sampling) -> Drawn:
+    temperature = sampling.temperature if sampling.method == "head" else 1.0
+
+    def draw(rows: Tensor, first: int, count: int) -> Tensor:
+        some = Keys(keys.seeds[rows], keys.positions[rows])
+        # What follows an end is no part of the text: chunks that differ there alone are one outcome.
+        return absorbed(session.draw(members[rows], some, first, count, temperature).cpu(), model.eos_id)
+
+    wanted, seeds, positions = sampling.temperature, keys.seeds, keys.positions
+    if sampling.method == "exact":
+        return exact(draw, temperature=wanted, seeds=seeds, positions=positions, limit=sampling.draws)
+    if sampling.method == "vote":
+        return vote(draw, temperature=wanted, seeds=seeds, positions=positions, draws=sampling.draws)
+    ones = torch.ones(len(members), dtype=torch.int64)
+    return Drawn(draw(torch.arange(len(members)), 0, 1)[:, 0], ones.bool(), ones, ones)
+
+
+def _complete(model: ChunkModel, session: Session, rows: Tensor, keys: Keys, texts: list[_Text]) -> Tensor:
+    begun = torch.full((len(texts), model.chunk), model.eos_id)
+    for row, text in enumerate(texts):
+        begun[row, : len(text.begun)] = torch.tensor(text.begun)
+    lengths = torch.tensor([len(text.begun) for text in texts])
+    temperature = torch.tensor([text.request.sampling.temperature for text in texts])
+    return absorbed(session.complete(rows, keys, begun, lengths, temperature).cpu(), model.eos_id)
+
+
+def _piece(model: ChunkModel, text: _Text, chunk: Tensor, made: int, settled: bool) -> Piece:
+    """The text's share of its chunk: without what its prompt had, up to an EOS, no more than was asked for."""
+    error = _failure(text, chunk, made, settled)
+    if error is not None:
+        return Piece(text.number, (), made, "failed", error)
+    tokens = chunk.tolist()[len(text.begun) :]
+    finish: Finish | None = None
+    if model.eos_id in tokens:
+        tokens, finish = tokens[: tokens.index(model.eos_id) + 1], "eos"
+    left = text.request.max_new_tokens - text.produced
+    if len(tokens) > left or (len(tokens) == left and finish is None):
+        tokens, finish = tokens[:left], "length"
+    return Piece(text.number, tuple(tokens), made, finish)
+
+
+def _failure(text: _Text, chunk: Tensor, made: int, settled: bool) -> LatentForgeError | None:
+    where = f"request {text.number}, chunk {text.position}"
+    if not settled:
+        sampling = text.request.sampling
+        return FailedError(
+            f"{where}: none of {made} draws was accepted at temperature = {sampling.temperature}",
+            next=f"allow more than draws = {sampling.draws}, take a higher temperature, or vote",
+        )
+    if bool((chunk < 0).any()):
+        return FailedError(f"{where}: the model's answer is not finite", next="look at its training's last losses")
+    return None
