@@ -13,7 +13,7 @@ from latentforge.teachers.http.client import HttpClient
 from latentforge.teachers.probes import PROBE_TEXTS
 
 Call = Callable[[Callable[[], Any]], Any]
-_CHARACTERS = 1 << 16
+_CHARACTERS = 1 << 18
 _BEYOND = 64
 # What a server, or a gateway that passes scoring alone, says of a path that it does not have.
 _NOT_OFFERED = ("model-not-found", "unauthorized", "refused-request", "malformed", "server-error")
