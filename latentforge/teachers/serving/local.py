@@ -27,7 +27,13 @@ from latentforge.teachers.serving.content import content_identity
 from latentforge.teachers.serving.engine import EngineTeacher
 from latentforge.teachers.serving.processes import default_log
 from latentforge.teachers.serving.server import Stopped, VLLMServer, free_port
-from latentforge.teachers.serving.settings import ServingSettings, find_environment, fitted, vllm_version
+from latentforge.teachers.serving.settings import (
+    ServingSettings,
+    find_environment,
+    fitted,
+    require_pinned,
+    vllm_version,
+)
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -228,6 +234,7 @@ def open_local(
     memory. ``log`` is a file below the state folder and ``say`` writes to standard error where they are not given.
     """
     settings = settings_of(spec, folder, env)
+    require_pinned(fitted(settings)[0])
     log = log or default_log(settings.name, env)
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     if spec.backend == "vllm-local-inproc":

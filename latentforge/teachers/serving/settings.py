@@ -153,6 +153,20 @@ def fitted(settings: ServingSettings) -> tuple[ServingSettings, ModelFolder, tup
     return settings, folder, tuple(notes)
 
 
+def require_pinned(settings: ServingSettings) -> None:
+    """Refuse a run's engine whose cache nobody can pin: it would take its share of all memory, whoever needs it.
+
+    ``settings`` as :func:`fitted` gives them.
+    """
+    if settings.kv_cache_bytes is None:
+        raise RefusedError(
+            f"the keys and values of {settings.folder} cannot be counted from its config.json, and an engine whose "
+            f"cache is not pinned takes {settings.utilisation:.0%} of all memory",
+            next=f"latentforge teacher serve {settings.folder} --kv-cache-bytes BYTES\n"
+            "and teacher.backend = 'vllm-remote' with its URL in the pipeline",
+        )
+
+
 def pinned_kv_bytes(config: Mapping[str, Any], settings: ServingSettings) -> int | None:
     """The KV cache that scoring needs: the longest sequence, and as many tokens again as are prefilled at once.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from latentforge.errors import CrashedError
+from latentforge.errors import CrashedError, RefusedError
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.failures import TeacherFailure
@@ -52,6 +55,27 @@ def test_a_run_opens_a_server_and_closes_it_with_all_below_it(
     assert said[-1].startswith("memory is")
     served.close()
     assert said[-2] != said[-1]
+
+
+@pytest.mark.parametrize("backend", ["vllm-local", "vllm-local-inproc"])
+def test_a_run_starts_no_engine_whose_cache_cannot_be_pinned(
+    backend: Literal["vllm-local", "vllm-local-inproc"],
+    teacher_folder: Path,
+    stub_environment: Path,
+    stub: Stub,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(teacher_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_hidden_layers"], config["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = TeacherSpec(backend=backend, environment=str(stub_environment))
+    env = {**stub.behaving("good"), "XDG_STATE_HOME": str(tmp_path / "state")}
+    with pytest.raises(RefusedError, match="takes 80% of all memory") as refused:
+        open_teacher(spec, folder, "cpu", env)
+    assert "--kv-cache-bytes" in str(refused.value.next)
+    assert stub.pids == []
 
 
 def test_a_run_whose_rows_are_all_stored_starts_no_server(
