@@ -44,10 +44,10 @@ class Prefetcher(Generic[Value]):
     """``fetch(step)`` for each of ``steps``, in their order, at most ``ahead`` steps before they are taken.
 
     One thread fetches, one step after the other, so a teacher is asked the same questions in the same order whatever
-    ``ahead`` is; with 0 there is no thread and each fetch is made when its step comes. What ``fetch`` raises is raised
-    by :meth:`take` of the step that it was for, and nothing is fetched after it. A context: at its end the thread is
-    gone; a fetch that is still under way then is told to give up by ``cancel`` and waited for. Where ``interrupted``
-    says so while a step waits, :meth:`take` raises :class:`Interrupted`.
+    ``ahead`` is; with 0 each fetch is made when its step comes. What ``fetch`` raises is raised by :meth:`take` of the
+    step that it was for, and nothing is fetched after it. A context: at its end the thread is gone; a fetch that is
+    still under way then is told to give up by ``cancel`` and waited for. Where ``interrupted`` says so while a step
+    waits, :meth:`take` raises :class:`Interrupted`; not for a fetch with ``ahead`` 0 that nothing can ``cancel``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Prefetcher(Generic[Value]):
         steps: range,
         *,
         ahead: int,
-        cancel: Callable[[], None] = lambda: None,
+        cancel: Callable[[], None] | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         if ahead < 0 or steps.step != 1:
@@ -88,7 +88,7 @@ class Prefetcher(Generic[Value]):
             raise ValueError(f"step {step} is taken where {self._next} of {self._steps} comes next")
         begin = time.perf_counter()
         if self._thread is None:
-            value = self._fetch(step)
+            value = self._at_once(step)
             self._next = step + 1
             seconds = time.perf_counter() - begin
             return Taken(value, seconds, seconds)
@@ -117,11 +117,16 @@ class Prefetcher(Generic[Value]):
             self._stopped = True
             busy = self._busy
             self._changed.notify_all()
-        if busy:
+        if busy and self._cancel is not None:
             self._cancel()
         self._thread.join()
         self._thread = None
         self._ready.clear()
+
+    def _at_once(self, step: int) -> Value:
+        if self._cancel is None:
+            return self._fetch(step)
+        return interruptible(lambda: self._fetch(step), cancel=self._cancel, interrupted=self._interrupted)
 
     def _work(self) -> None:
         for step in self._steps:
@@ -147,3 +152,9 @@ class Prefetcher(Generic[Value]):
             if fetched.error is not None:
                 return
             del fetched
+
+
+def interruptible(fetch: Callable[[], Value], *, cancel: Callable[[], None], interrupted: Callable[[], bool]) -> Value:
+    """What ``fetch`` returns or raises; where ``interrupted`` says so first, it is cancelled and Interrupted raised."""
+    with Prefetcher(lambda _: fetch(), range(1), ahead=1, cancel=cancel, interrupted=interrupted) as one:
+        return one.take(0).value

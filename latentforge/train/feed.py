@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from latentforge.students.causal import Student, told
-from latentforge.teachers.prefetch import Prefetcher
+from latentforge.teachers.prefetch import Prefetcher, interruptible
 from latentforge.train.loop import Lesson
 from latentforge.train.onpolicy import OnPolicy, written_fields
 from latentforge.train.supply import Supply
@@ -65,7 +65,8 @@ class Feed:
         self._eos_id = eos_id
         fits = supply is None or supply.k is not None or dense_fits
         # A teacher in this process ends its answer soon; one elsewhere may take its whole time-out.
-        give_up = supply.give_up if supply is not None and supply.elsewhere else lambda: None
+        give_up = supply.give_up if supply is not None and supply.elsewhere else None
+        self._interrupted = interrupted
         self._ahead = Prefetcher(
             self._material,
             steps,
@@ -88,7 +89,7 @@ class Feed:
 
     def next(self, step: int, student: Student) -> Given:
         """The material of ``step``; ``student`` writes its share of it. TeacherFailure where the teacher's loss stops
-        the run.
+        the run, Interrupted where it is told to stop while it waits for a teacher elsewhere.
         """
         taken = self._ahead.take(step)
         tokens, fetched = taken.value
@@ -148,7 +149,8 @@ class Feed:
             fields |= {"on_policy_sequences": len(written), **written_fields(written, mine.tokens, self._eos_id)}
             return self._in_turn(supply, written, fields, own=True), 0.0
         began = time.perf_counter()
-        found = supply.ask(written)
+        # Its time-outs and retries may take minutes: who is told to stop does not stand them out.
+        found = interruptible(lambda: supply.ask(written), cancel=supply.give_up, interrupted=self._interrupted)
         seconds = time.perf_counter() - began
         _spend(fields, seconds)
         size, lessons = self._size or len(tokens), []

@@ -21,7 +21,7 @@ from latentforge.train.feed import Feed
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.rehearsal import small_batch, small_trainer
 from latentforge.train.supply import Supply
-from latentforge.train.supply_checks import delay_is_hidden
+from latentforge.train.supply_checks import Elsewhere, delay_is_hidden, supply_of
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -137,7 +137,8 @@ def test_a_run_has_the_same_losses_whether_targets_are_fetched_ahead_or_not(
     assert threads() == []
 
 
-def test_an_interrupt_does_not_wait_for_a_server_that_is_silent() -> None:
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_an_interrupt_does_not_wait_for_a_server_that_is_silent(ahead: int) -> None:
     """A real client in the middle of a request with a time-out of ten minutes, and a run that is told to stop."""
     told = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -151,15 +152,43 @@ def test_an_interrupt_does_not_wait_for_a_server_that_is_silent() -> None:
                 failures.append(failure)
                 raise
 
-        feed = Prefetcher(fetch, range(3), ahead=2, cancel=client.close, interrupted=told.is_set)
-        with feed:
+        def serve() -> None:
             connection, _ = silent.accept()
             with connection:
                 assert connection.recv(1 << 16)
                 told.set()
-                with pytest.raises(Interrupted):
-                    feed.take(0)
+                while connection.recv(1 << 16):
+                    pass
+
+        server = threading.Thread(target=serve)
+        server.start()
+        feed = Prefetcher(fetch, range(3), ahead=ahead, cancel=client.close, interrupted=told.is_set)
+        with feed, pytest.raises(Interrupted):
+            feed.take(0)
+        server.join(DEADLINE)
     assert [failure.kind for failure in failures] == ["cut"]
+    assert threads() == []
+
+
+def test_an_interrupt_does_not_wait_for_who_judges_the_students_text() -> None:
+    told, closed = threading.Event(), threading.Event()
+
+    class Silent(Elsewhere):
+        def score(self, sequences: Any, *, k: int, temperatures: tuple[float, ...]) -> Any:
+            told.set()
+            assert closed.wait(DEADLINE)
+            raise TeacherFailure("cut", "closed")
+            yield
+
+        def close(self) -> None:
+            closed.set()
+
+    own = OnPolicy(1.0, 4, 1.0, 7)
+    asked: dict[str, Any] = {"supply": supply_of(Silent()), "ahead": 2, "on_policy": own}
+    feed = Feed(small_batch, range(1), interrupted=told.is_set, **asked)
+    with feed, pytest.raises(Interrupted):
+        feed.next(0, small_trainer(ce_weight=0.3, kd_weight=0.7).student)
+    assert closed.is_set()
     assert threads() == []
 
 
