@@ -1,0 +1,42 @@
+"""Where the latent student's randomness comes from: seeds of its rows alone, never the process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentforge.kernels.noise import philox_words, unit_interval
+
+_APART = 1 << 33
+"""Beyond the ids of any vocabulary: a token drawn with the same seed and position shares no bit with a latent."""
+
+
+def head_noise(seeds: Tensor, positions: Tensor, samples: int, size: int, *, first: int = 0) -> Tensor:
+    """Noise of the energy head, fp32 [N, samples, size], uniform on [-1/2, 1/2], of int64 ``seeds`` and ``positions``
+    [N]: a chunk's seed and its place in the text.
+
+    The same bits on every device, in any batch; sample s is the same however many are drawn. ``first`` is the number
+    of the first one, so that more can be drawn later.
+    """
+    number = torch.arange(first, first + samples, device=seeds.device).unsqueeze(-1)
+    ids = _APART + number * size + torch.arange(size, device=seeds.device)
+    return unit_interval(philox_words(seeds[:, None, None], positions[:, None, None], ids)) - 0.5
+
+
+class TrainingNoise:
+    """The noise of training rows, a generator each: a row's draws do not depend on the batch around it.
+
+    ``seeds`` int64 [B]. The bits are those of torch's generator on that device.
+    """
+
+    def __init__(self, seeds: Tensor, device: torch.device) -> None:
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """fp32 [B, *shape] on [-1/2, 1/2)."""
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators]) - 0.5
+
+    def normal(self, *shape: int) -> Tensor:
+        """fp32 [B, *shape], standard normal."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])

@@ -1,0 +1,422 @@
+"""The latent student as it is trained: each signal, what counts, and what changes nothing in the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.targets import DenseTargets, LinearTargets, TopKTargets, topk_targets
+from latentforge.students.latent.backbone import DecoderShape
+from latentforge.students.latent.energy import EnergySettings
+from latentforge.students.latent.noise import head_noise
+from latentforge.students.latent.student import (
+    EnergySignal,
+    LatentLoss,
+    LatentShape,
+    LatentStudent,
+    TokenSignal,
+    predicted,
+    token_labels,
+)
+from latentforge.train.optimiser import MasterOptimiser
+
+VOCAB, CHUNK, LATENT = 40, 3, 6
+SETTINGS = EnergySettings(draws=4, samples=8)
+
+
+def student(vocab: int = VOCAB, chunk: int = CHUNK, **words: Any) -> LatentStudent:
+    shape = LatentShape(vocab, chunk, LATENT, DecoderShape(2, 32, 4, 2, 48), head_blocks=1, noise=8, **words)
+    return LatentStudent.new(shape, seed=1, energy=SETTINGS)
+
+
+def text(rows: int = 4, count: int = 6, vocab: int = VOCAB, chunk: int = CHUNK, seed: int = 2) -> Tensor:
+    return torch.randint(0, vocab, (rows, count, chunk), generator=torch.Generator().manual_seed(seed))
+
+
+def everything(chunks: Tensor) -> Tensor:
+    return torch.ones_like(chunks, dtype=torch.bool)
+
+
+def encode(chunks: Tensor, vocab: int = VOCAB) -> Tensor:
+    """A codec's means [.., l]: a place for each token at each position of the chunk, summed."""
+    places = torch.randn(chunks.shape[-1], vocab, LATENT, generator=torch.Generator().manual_seed(7))
+    return sum(places[k][chunks[..., k]] for k in range(chunks.shape[-1]))  # type: ignore[return-value]
+
+
+def of_text(
+    chunks: Tensor, valid: Tensor, denominator: float, *, vocab: int = VOCAB, weight: float = 1.0
+) -> EnergySignal:
+    mean = encode(chunks[:, 1:], vocab).unsqueeze(2)
+    return EnergySignal(mean, torch.full_like(mean, -2.0), predicted(valid), denominator, weight)
+
+
+def rows_of(chunks: Tensor) -> int:
+    """A teacher's rows of these chunks."""
+    return len(chunks) * (chunks.shape[1] * chunks.shape[2] - 1)
+
+
+def both(model: LatentStudent, chunks: Tensor, valid: Tensor, seeds: Tensor, whole: Tensor | None = None) -> LatentLoss:
+    """Text and a teacher's rows together, over the denominators of ``whole``'s validity."""
+    whole = valid if whole is None else whole
+    logits = torch.randn(rows_of(chunks), VOCAB, generator=torch.Generator().manual_seed(int(seeds[0])))
+    tokens = TokenSignal(DenseTargets(logits), float(whole[:, 1:].sum()), ce_weight=0.3, kd_weight=0.7)
+    energy = {"text": of_text(chunks, valid, float(predicted(whole).sum()))}
+    return model(chunks, valid, seeds, energy=energy, tokens=tokens)
+
+
+def gradients(model: LatentStudent) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def moved_off_zero(model: LatentStudent) -> LatentStudent:
+    """Away from the zero start, where most of the head has no gradient yet."""
+    with torch.no_grad():
+        model.head.to_latent.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def test_the_first_gradient_of_every_weight_is_finite() -> None:
+    model, chunks = student(), text()
+    found = both(model, chunks, everything(chunks), torch.arange(4))
+    found.loss.backward()
+    assert found.rows == {"text": 20}
+    assert found.tokens == 60
+    grads = gradients(model)
+    assert all(bool(g.isfinite().all()) for g in grads.values())
+    assert set(grads) == {name for name, _ in model.named_parameters()}
+
+
+def test_eight_micro_batches_of_one_row_give_the_gradient_of_one_of_eight() -> None:
+    model, chunks = moved_off_zero(student()), text(rows=8)
+    valid, seeds = everything(chunks), torch.arange(100, 108)
+    valid[2, 3:] = False
+    valid[5, 1, 1:] = False
+    energy = {"text": of_text(chunks, valid, float(predicted(valid).sum()))}
+    hidden, weight = torch.randn(rows_of(chunks), 5), torch.randn(VOCAB, 5)
+    per = rows_of(chunks[:1])
+    total = float(valid[:, 1:].sum())
+    whole = model(
+        chunks, valid, seeds, energy=energy, tokens=TokenSignal(LinearTargets(hidden, weight), total, 0.3, 0.7)
+    )
+    whole.loss.backward()
+    wanted, summed = gradients(model), 0.0
+    for i in range(8):
+        one = slice(i, i + 1)
+        signal = of_text(chunks[one], valid[one], float(predicted(valid).sum()))
+        tokens = TokenSignal(LinearTargets(hidden[i * per : (i + 1) * per], weight), total, 0.3, 0.7)
+        part = model(chunks[one], valid[one], seeds[one], energy={"text": signal}, tokens=tokens)
+        part.loss.backward()
+        summed += float(part.loss.detach())
+    assert summed == pytest.approx(float(whole.loss.detach()), rel=1e-5)
+    found = gradients(model)
+    for name, grad in wanted.items():
+        assert torch.allclose(found[name], grad, atol=1e-5 * max(1.0, float(grad.abs().max()))), name
+
+
+def test_checkpointed_activations_give_the_same_gradients() -> None:
+    model, chunks = moved_off_zero(student()).train(), text()
+    both(model, chunks, everything(chunks), torch.arange(4)).loss.backward()
+    wanted = gradients(model)
+    calls: list[int] = []
+    inside = [layer.self_attn.q_proj for layer in model.backbone.decoder.model.layers]
+    inside += [layer.self_attn.q_proj for layer in model.token_head.decoder.model.layers]  # type: ignore[union-attr]
+    inside += [block.mix[0] for block in model.head.blocks]
+    for projection in inside:
+        projection.register_forward_hook(lambda *_: calls.append(1))
+    model.checkpoint_activations()
+    both(model, chunks, everything(chunks), torch.arange(4)).loss.backward()
+    found = gradients(model)
+    assert len(calls) == 2 * 4  # the two layers, the token head's and the head's block, each a second time
+    assert all(torch.equal(found[name], grad) for name, grad in wanted.items())
+
+
+def test_padding_is_out_of_the_loss_and_of_the_gradient() -> None:
+    """Whatever ids stand there, and however many rows and chunks of nothing else are added."""
+    model, chunks = moved_off_zero(student()), text()
+    valid = everything(chunks)
+    valid[0, 4, 1:] = False
+    valid[1, 3:] = False
+
+    def parts(chunks: Tensor, valid: Tensor) -> tuple[LatentLoss, dict[str, Tensor]]:
+        energy = {"text": of_text(chunks * valid, valid, 10.0)}
+        found = model(
+            chunks,
+            valid,
+            torch.arange(len(chunks)),
+            energy=energy,
+            tokens=TokenSignal(None, 30.0, ce_weight=1.0, kd_weight=0.0),
+        )
+        found.loss.backward()
+        return found, gradients(model)
+
+    wanted, grads = parts(chunks, valid)
+    for other in (chunks.masked_fill(~valid, 9), chunks.masked_fill(~valid, 0)):
+        found, same = parts(other, valid)
+        assert torch.equal(found.loss, wanted.loss)
+        assert all(torch.equal(same[name], grad) for name, grad in grads.items())
+    more = torch.cat([chunks, torch.full((3, *chunks.shape[1:]), 5)])
+    found, same = parts(more, torch.cat([valid, torch.zeros_like(more[4:], dtype=torch.bool)]))
+    assert torch.allclose(found.loss, wanted.loss, rtol=1e-6)
+    assert (found.rows, found.tokens) == (wanted.rows, wanted.tokens) == ({"text": 17}, 60 - 2 - 9)
+    assert all(torch.allclose(same[name], grad, atol=1e-6) for name, grad in grads.items())
+    # Control: padding that is taken for text is seen.
+    counted, _ = parts(chunks.masked_fill(~valid, 9), everything(chunks))
+    assert not torch.allclose(counted.loss, wanted.loss, rtol=1e-3)
+
+
+def test_a_token_row_has_seen_the_tokens_before_it_and_no_other() -> None:
+    model = student().eval()
+    chunk, states = text(1, 5)[0], torch.randn(5, 32)
+    with torch.no_grad():
+        before = model.token_rows(states, chunk)
+        for k in range(CHUNK):
+            changed = chunk.clone()
+            changed[:, k] = (changed[:, k] + 1) % VOCAB
+            moved = (model.token_rows(states, changed) - before).abs().amax((0, 2))
+            assert not moved[: k + 1].any()
+            assert bool((moved[k + 1 :] > 0).all())
+        assert bool(
+            ((model.token_rows(states + 1.0 * torch.randn(5, 32), chunk) - before).abs().amax((0, 2)) > 0).all()
+        )
+
+
+def head_logits(model: LatentStudent, chunks: Tensor) -> Tensor:
+    """The token head's logits of every row that a teacher has, zeros before the second chunk."""
+    states = model.states(chunks[:, :-1], everything(chunks[:, :-1]))
+    rows = model.token_rows(states.flatten(0, 1), chunks[:, 1:].flatten(0, 1)) @ model.table.weight.T
+    known = rows.reshape(len(chunks), -1, rows.shape[-1])
+    return torch.nn.functional.pad(known, (0, 0, chunks.shape[2] - 1, 0)).flatten(0, 1)
+
+
+def token_kd(model: LatentStudent, chunks: Tensor, targets: Any) -> float:
+    signal = TokenSignal(targets, float(chunks[:, 1:].numel()), ce_weight=0.0, kd_weight=1.0)
+    with torch.no_grad():
+        return float(model(chunks, everything(chunks), torch.arange(len(chunks)), energy={}, tokens=signal).token_kd)
+
+
+def sharpened(model: LatentStudent) -> LatentStudent:
+    with torch.no_grad():
+        model.table.weight.mul_(30.0)
+    return model.eval()
+
+
+def test_a_teacher_that_says_what_the_head_says_is_at_distance_zero() -> None:
+    """Dense and by top-k rows with their tail; rows without it, scaled up to one, are far."""
+    model, chunks = sharpened(student()), text()
+    with torch.no_grad():
+        logits = head_logits(model, chunks)
+    rows = topk_targets(logits, 4, 1.0)
+    scaled = TopKTargets(
+        rows.ids, rows.logprobs - rows.logprobs.logsumexp(-1, keepdim=True), torch.full_like(rows.tail, -torch.inf)
+    )
+    assert abs(token_kd(model, chunks, DenseTargets(logits))) < 1e-5
+    assert abs(token_kd(model, chunks, rows)) < 1e-5
+    assert token_kd(model, chunks, scaled) > 0.01
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_control_a_teacher_that_is_shifted_by_one_is_far(shift: int) -> None:
+    model, chunks = sharpened(student()), text()
+    with torch.no_grad():
+        logits = head_logits(model, chunks)
+    assert token_kd(model, chunks, DenseTargets(logits.roll(shift, 0))) > 0.1
+
+
+def test_the_loss_is_least_where_the_teacher_names_each_position_s_own_token() -> None:
+    """A teacher that is certain of a token of its own at every position of the row: trained on, it is learned there."""
+    chunks = torch.arange(18).reshape(1, 6, 3)
+    model = student()
+    certain = torch.full((17, VOCAB), -30.0)
+    certain[torch.arange(17), chunks.flatten()[1:]] = 30.0
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        signal = TokenSignal(DenseTargets(certain), 15.0, ce_weight=0.0, kd_weight=1.0)
+        model(chunks, everything(chunks), torch.zeros(1).long(), energy={}, tokens=signal).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    losses = {shift: token_kd(model, chunks, DenseTargets(certain.roll(shift, 0))) for shift in (-2, -1, 0, 1, 2)}
+    assert losses[0] < 0.1
+    assert all(value > 5.0 for shift, value in losses.items() if shift)
+
+
+def test_labels_leave_out_the_first_chunk_and_padding() -> None:
+    chunks = torch.arange(1, 10).reshape(1, 3, 3)
+    valid = everything(chunks)
+    valid[0, 2, 2] = False
+    assert token_labels(chunks, valid).tolist() == [-100, -100, 4, 5, 6, 7, 8, -100]
+
+
+def test_a_teacher_s_continuations_reach_the_head_with_what_the_text_lacks() -> None:
+    """The text has one of two likely chunks; of eight chunks that the teacher drew, half are the other."""
+    chunks = torch.tensor([[[1, 2, 3], [4, 5, 6]]])
+    other = torch.tensor([9, 8, 7])
+    modes = torch.stack([encode(chunks[0, 1]), encode(other)])
+    drawn = torch.where(torch.arange(8).unsqueeze(1) < 4, chunks[0, 1], other)
+    mean = encode(drawn)[None, None]
+    signal = EnergySignal(mean, torch.full_like(mean, -3.0), torch.ones(1, 1, dtype=torch.bool), 1.0)
+
+    def near(name: str, signal: EnergySignal) -> Tensor:
+        model = student(token_layers=0)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(200):
+            model(chunks, everything(chunks), torch.tensor([step]), energy={name: signal}).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        with torch.no_grad():
+            state = model.states(chunks[:, :1], everything(chunks[:, :1]))[:, 0]
+            latents = model.draw_latents(state, head_noise(torch.tensor([5]), torch.tensor([0]), 400, 8))[0]
+        return torch.cdist(latents, modes).argmin(-1).float().mean()
+
+    assert 0.35 < float(near("samples", signal)) < 0.65
+    assert float(near("text", of_text(chunks, everything(chunks), 1.0))) < 0.02
+
+
+def test_a_signal_s_weight_scales_its_gradient_alone() -> None:
+    model, chunks = moved_off_zero(student(tempered=True)), text()
+    valid, seeds = everything(chunks), torch.arange(4)
+    at = torch.full(chunks[:, 1:, 0].shape, 0.5)
+
+    def run(first: float, second: float) -> LatentLoss:
+        signals = {name: of_text(chunks, valid, 20.0, weight=w) for name, w in (("text", first), ("tempered", second))}
+        signals["tempered"] = EnergySignal(**{**vars(signals["tempered"]), "temperature": at})
+        found: LatentLoss = model(chunks, valid, seeds, energy=signals)
+        return found
+
+    one = run(1.0, 0.25)
+    assert float(one.loss.detach()) == pytest.approx(float(one.energy["text"]) + 0.25 * float(one.energy["tempered"]))
+    assert float(one.energy["text"]) != pytest.approx(float(one.energy["tempered"]), rel=1e-4)
+    assert torch.equal(run(3.0, 0.25).energy["text"], one.energy["text"])
+    assert bool(one.token_ce.isnan())
+    assert bool(one.token_kd.isnan())
+
+
+def test_no_gradient_reaches_the_codec() -> None:
+    chunks = text()
+    mean = encode(chunks[:, 1:]).unsqueeze(2).requires_grad_()
+    signal = EnergySignal(mean, torch.zeros_like(mean).requires_grad_(), predicted(everything(chunks)), 20.0)
+    student()(chunks, everything(chunks), torch.arange(4), energy={"text": signal}).loss.backward()
+    assert mean.grad is None
+    assert signal.log_std.grad is None
+
+
+def test_bf16_weights_with_fp32_masters_learn() -> None:
+    model, chunks = student().to(torch.bfloat16), text()
+    optimiser = MasterOptimiser(model, learning_rate=3e-3, weight_decay=0.1, warmup_steps=2, steps=40, clip_norm=1.0)
+    losses = []
+    for step in range(40):
+        optimiser.set_learning_rate(step)
+        found = both(model, chunks, everything(chunks), torch.arange(4))
+        assert found.loss.dtype == torch.float32
+        assert found.energy["text"].dtype == torch.float32
+        found.loss.backward()
+        optimiser.collect()
+        assert optimiser.step() < 100
+        losses.append(float(found.energy["text"]))
+    assert all(master.dtype == torch.float32 for master in optimiser.masters.values())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def held_out_energy(leak: bool) -> tuple[float, float]:
+    """The held-out score of a student of random chunks, and that of draws from their true distribution."""
+    vocab, chunk = 4, 1
+    model = student(vocab, chunk, token_layers=0)
+    if leak:
+        for layer in model.backbone.decoder.model.layers:
+            layer.self_attn.is_causal = False
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def score(step: int, rows: int) -> Tensor:
+        chunks = text(rows, 3, vocab, chunk, seed=step)
+        # The future of the last state is not in its input, so a leak cannot help there: the others are looked at.
+        signal = of_text(chunks, everything(chunks), 1.0, vocab=vocab)
+        given = signal.given.clone()
+        given[:, -1] = False
+        signal = EnergySignal(signal.mean, signal.log_std, given, float(given.sum()))
+        found: LatentLoss = model(chunks, everything(chunks), torch.arange(rows) + 1000 * step, energy={"text": signal})
+        return found.loss
+
+    for step in range(300):
+        score(step, 16).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        value = float(score(10_000, 256))
+    places = encode(torch.arange(vocab).unsqueeze(1), vocab)
+    generator = torch.Generator().manual_seed(1)
+    draws = [places[torch.randint(0, vocab, (20_000,), generator=generator)] for _ in range(2)]
+    spread = [d + 0.135 * torch.randn(d.shape, generator=generator) for d in draws]
+    # For draws of the target itself the score is E|y - y'|.
+    return value, float((spread[0] - spread[1]).norm(dim=-1).mean())
+
+
+def test_random_latents_are_not_predicted_better_than_by_their_own_distribution() -> None:
+    value, marginal = held_out_energy(leak=False)
+    assert value > 0.97 * marginal
+
+
+def test_control_a_student_that_sees_its_target_predicts_random_latents() -> None:
+    value, marginal = held_out_energy(leak=True)
+    assert value < 0.85 * marginal
+
+
+def test_nothing_of_all_rows_by_the_vocabulary_is_made() -> None:
+    vocab, chunks = 20_000, text(4, 33, 20_000)
+    shape = LatentShape(vocab, CHUNK, LATENT, DecoderShape(1, 16, 2, 1, 16), head_blocks=1, noise=4)
+    model = LatentStudent.new(shape, seed=1, energy=SETTINGS)
+    energy = {"text": of_text(chunks, everything(chunks), 128.0, vocab=vocab)}
+    rows = rows_of(chunks)
+    tokens = TokenSignal(LinearTargets(torch.randn(rows, 4), torch.randn(vocab, 4)), float(rows), 0.5, 0.5)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model(chunks, everything(chunks), torch.arange(4), energy=energy, tokens=tokens).loss.backward()
+    assert recorded.profiler is not None
+    events = [e for root in recorded.profiler.kineto_results.experimental_event_tree() for e in flat(root)]
+    largest = max(event.extra_fields.alloc_size for event in events)
+    assert 0 < largest < 4 * rows * vocab / 3
+
+
+def flat(event: Any) -> Iterator[Any]:
+    """The allocations below an event."""
+    if event.name == "[memory]":
+        yield event
+    for child in event.children:
+        yield from flat(child)
+
+
+def test_samples_that_cannot_be_shared_out_are_refused() -> None:
+    chunks = text()
+    mean = encode(chunks[:, 1:]).unsqueeze(2).expand(-1, -1, 3, -1)
+    signal = EnergySignal(mean, mean, predicted(everything(chunks)), 1.0)
+    with pytest.raises(RefusedError, match="samples = 8 cannot be shared out evenly among 3 chunks"):
+        student()(chunks, everything(chunks), torch.arange(4), energy={"samples": signal})
+
+
+def test_posteriors_of_other_rows_are_refused() -> None:
+    chunks = text()
+    signal = of_text(chunks[:, :-1], everything(chunks[:, :-1]), 1.0)
+    with pytest.raises(RefusedError, match=r"posteriors are \[4, 4, 1, 6\] and .*, not \[4, 5, R, 6\]"):
+        student()(chunks, everything(chunks), torch.arange(4), energy={"text": signal})
+
+
+def test_a_step_without_any_signal_is_refused() -> None:
+    chunks = text()
+    with pytest.raises(RefusedError, match="there is no signal"):
+        student()(chunks, everything(chunks), torch.arange(4), energy={})
+
+
+def test_a_row_of_one_chunk_is_refused() -> None:
+    chunks = text(4, 1)
+    with pytest.raises(RefusedError, match="at least two are needed"):
+        student()(chunks, everything(chunks), torch.arange(4), energy={}, tokens=TokenSignal(None, 1.0, 1.0, 0.0))
+
+
+def test_a_student_without_a_token_head_refuses_its_rows() -> None:
+    with pytest.raises(RefusedError, match="no token head"):
+        student(token_layers=0).token_rows(torch.randn(1, 32), text(1, 1)[0])
