@@ -259,6 +259,8 @@ class TargetStore:
             mass = np.array(list(targets.tail_mass().values()), dtype="<f8").tobytes()
             values[key] = (key, mass, now, pack_row(key, targets, levels=self.levels))
         with self._lock, self._connection.transaction() as connection:
+            # Another process may have pruned, and given the store other limits, since it was opened.
+            self.policy = upkeep.Policy.read(self._connection, self.description)
             self._note_uses(connection)
             return upkeep.insert(connection, list(values.values()), self.policy, now=now)
 

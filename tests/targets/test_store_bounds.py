@@ -110,6 +110,21 @@ def test_a_bound_store_never_grows_above_it_and_drops_what_was_used_longest_ago(
     assert path.stat().st_size <= 70_000 < before
 
 
+def test_a_writer_keeps_the_limits_that_another_process_gives_the_store(tmp_path: Path) -> None:
+    """Who prunes a cache that a long run fills means the run as well: "from now on" is not from its next start."""
+    path, clock = tmp_path / "t.sqlite", Clock()
+    with create(path, clock=clock) as writer:
+        put(writer, 0)
+        with TargetStore.open(path, readonly=False, clock=clock) as other:
+            other.prune(max_bytes=90_000, ttl_seconds=100.0)
+        for number in range(1, 120):
+            put(writer, number)
+        assert writer.stats()["rows"] < 120, "what was used longest ago made room"
+        clock.now += 101.0
+        assert put(writer, 119) == 1, "it was too old, and is stored anew"
+    assert path.stat().st_size <= 90_000
+
+
 def test_reading_beside_a_writer_changes_no_byte(tmp_path: Path) -> None:
     def state() -> dict[str, str]:
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()}
