@@ -96,6 +96,12 @@ class StateCache:
         """How many chunks were given, those of padding too."""
         return 0 if self.present is None else self.present.shape[1]
 
+    def keep(self, rows: Tensor) -> None:
+        """Keep the texts ``rows`` int64 [R] of the batch alone, in this order."""
+        if self.present is not None:
+            self.layers.batch_select_indices(rows)
+            self.present = self.present[rows]
+
 
 class Backbone(nn.Module):
     """States of chunks. The tokens of a chunk are embedded side by side and compressed to one vector: Linear 2d, SiLU,

@@ -1,0 +1,130 @@
+"""The latent student and its codec as a model that writes text: prefill, cache, draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.decode import latent_decode
+from latentforge.students.latent.backbone import StateCache
+from latentforge.students.latent.chunks import valid
+from latentforge.students.latent.codec import Codec
+from latentforge.students.latent.generate import Keys
+from latentforge.students.latent.noise import head_noise
+from latentforge.students.latent.student import LatentStudent
+
+
+class LatentModel:
+    """A ``ChunkModel`` (see ``generate``) of a student and the codec that it was trained with.
+
+    Each text begins where a document does in training: after a chunk that holds an EOS and nothing else. With
+    ``cache`` false the whole text is computed anew at each step, with the same result and in more time; that is there
+    to be compared with.
+    """
+
+    def __init__(
+        self, student: LatentStudent, codec: Codec, *, eos_id: int, cache: bool = True, kernel_backend: str = "auto"
+    ) -> None:
+        for name in ("vocab_size", "chunk", "latent"):
+            if getattr(student.shape, name) != getattr(codec.shape, name):
+                raise RefusedError(
+                    f"{name} is {getattr(student.shape, name)} of the student and {getattr(codec.shape, name)} of the "
+                    "codec",
+                    next="open the codec that the student was trained with",
+                )
+        if codec.record is not None and codec.record.eos_id != eos_id:
+            raise RefusedError(f"eos_id = {eos_id}: the codec was trained on texts that end with {codec.record.eos_id}")
+        self.student, self.codec = student.eval(), codec.eval()
+        self.cache, self.kernel_backend = cache, kernel_backend
+        self.chunk, self.vocab_size, self.eos_id = student.shape.chunk, student.shape.vocab_size, eos_id
+        self.tempered, self.completes = student.shape.tempered, student.shape.token_layers > 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return self.student.table.weight.device
+
+    def begin(self, texts: Sequence[Tensor]) -> LatentSession:
+        """A session of the beginnings ``texts``, int64 [C, K] each: all are computed in one pass."""
+        return LatentSession(self, texts)
+
+
+class LatentSession:
+    """Texts of unequal length end at the same place: what stands before a shorter one is padding, which is not seen."""
+
+    @torch.no_grad()
+    def __init__(self, model: LatentModel, texts: Sequence[Tensor]) -> None:
+        self.model = model
+        length = 1 + max(len(text) for text in texts)
+        chunks = torch.full((len(texts), length, model.chunk), model.eos_id)
+        for row, text in enumerate(texts):
+            chunks[row, length - len(text) :] = text
+        holds = valid(chunks, model.eos_id)
+        for row, text in enumerate(texts):
+            holds[row, : length - len(text) - 1] = False
+        self._chunks, self._holds = chunks.to(model.device), holds.to(model.device)
+        self._cache = StateCache() if model.cache else None
+        self._state = self._states()
+
+    def _states(self) -> Tensor:
+        """The last state of each text, [B, d]: of the chunks that were not computed yet, or of all without a cache."""
+        found = self.model.student.states(self._chunks, self._holds, self._cache)[:, -1]
+        if self._cache is not None:
+            self._chunks, self._holds = self._chunks[:, :0], self._holds[:, :0]
+        return found
+
+    @torch.no_grad()
+    def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
+        """See ``generate.Session``: each draw is a pass through the head and the codec."""
+        model, device = self.model, self._state.device
+        states = self._state[rows.to(device)]
+        size = model.student.shape.noise
+        noise = head_noise(keys.seeds.to(device), keys.positions.to(device), count, size, first=first)
+        told = None if temperature == 1 else torch.full((len(rows),), temperature, device=device)
+        latents = model.student.draw_latents(states, noise, told).flatten(0, 1)
+        weight = model.codec.decoder_in.weight
+        found = model.codec.decode(latents.to(weight), backend=model.kernel_backend)
+        return found.unflatten(0, (len(rows), count))
+
+    @torch.no_grad()
+    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
+        """See ``generate.Session``: a pass through the token head for each token."""
+        device, size = self._state.device, self.model.chunk
+        states, chunks, lengths = self._state[rows.to(device)], begun.to(device), lengths.to(device)
+        for place in range(int(lengths.min()), size):
+            # What stands at this place and after changes nothing in its row.
+            hidden = self.model.student.token_rows(states, chunks.clamp_min(0))[:, place].contiguous()
+            chosen = torch.empty(len(rows), dtype=torch.int64, device=device)
+            for one in temperature.unique().tolist():
+                same = (temperature == one).nonzero().squeeze(-1)
+                found = latent_decode(
+                    hidden[same.to(device)],
+                    self.model.student.table.weight.detach(),
+                    temperature=one,
+                    seeds=keys.seeds[same].to(device),
+                    positions=(keys.positions[same] * size + place).to(device),
+                    backend=self.model.kernel_backend,
+                )
+                chosen[same.to(device)] = found.ids
+            chunks[:, place] = torch.where(place >= lengths, chosen, chunks[:, place])
+        return chunks
+
+    def keep(self, rows: Tensor) -> None:
+        """See ``generate.Session``."""
+        rows = rows.to(self._state.device)
+        if len(rows) == len(self._state) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+            return
+        self._chunks, self._holds, self._state = self._chunks[rows], self._holds[rows], self._state[rows]
+        if self._cache is not None:
+            self._cache.keep(rows)
+
+    @torch.no_grad()
+    def advance(self, chunks: Tensor) -> None:
+        """See ``generate.Session``: one step of the backbone, or all of them without a cache."""
+        added = chunks.to(self._state.device).unsqueeze(1)
+        self._chunks = torch.cat([self._chunks, added], dim=1)
+        self._holds = torch.cat([self._holds, valid(added, self.model.eos_id)], dim=1)
+        self._state = self._states()
