@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,12 @@ from latentforge.kernels.targets import LinearTargets, Targets
 from latentforge.students.causal import IGNORE
 from latentforge.students.latent.backbone import Backbone, DecoderShape, StateCache
 from latentforge.students.latent.energy import EnergySettings, energy_score
+from latentforge.students.latent.folder import WEIGHTS, read_description, read_weights, write_folder
 from latentforge.students.latent.head import EnergyHead
 from latentforge.students.latent.noise import TrainingNoise
 from latentforge.students.latent.token_head import TokenHead
+
+DESCRIPTION = "student.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,17 @@ class TokenSignal:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True)
+class StudentRecord:
+    """What is known of a student beside its weights: the end of its texts, its tokenizer and its codec by sha256 (hex),
+    and ``digest``, that of the weights' file."""
+
+    eos_id: int
+    tokenizer_sha256: str
+    codec_sha256: str
+    digest: str
+
+
 class LatentLoss(NamedTuple):
     """``loss`` is differentiable and already divided by the step's denominators. Its detached parts are unweighted:
     ``energy`` by the name of the signal, ``token_ce`` and ``token_kd`` (NaN where nothing was asked). ``rows`` counts
@@ -94,8 +109,11 @@ class LatentLoss(NamedTuple):
 class LatentStudent(nn.Module):
     """Predicts the next chunk from the chunks before it, fed with their tokens and never with their latents.
 
-    A chunk is int64 [K]; ``valid`` is false for padding, which is neither seen nor trained on.
+    A chunk is int64 [K]; ``valid`` is false for padding, which is neither seen nor trained on. ``record`` is None until
+    the student was saved or opened.
     """
+
+    record: StudentRecord | None = None
 
     def __init__(self, shape: LatentShape, *, energy: EnergySettings | None = None) -> None:
         super().__init__()
@@ -115,6 +133,49 @@ class LatentStudent(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(shape, energy=energy)
+
+    def save(self, folder: Path, *, eos_id: int, tokenizer_sha256: str, codec_sha256: str) -> StudentRecord:
+        """Write ``student.json`` and ``model.safetensors`` into a fresh ``folder``, whole or not at all.
+
+        ``codec_sha256`` is the digest in the record of the codec that it was trained with.
+        """
+        known = {"eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256, "codec_sha256": codec_sha256}
+        content = {"shape": asdict(self.shape), "energy": asdict(self.energy), **known}
+        self.record = StudentRecord(**known, digest=write_folder(folder, DESCRIPTION, self.state_dict(), content))
+        return self.record
+
+    @classmethod
+    def open(
+        cls, folder: Path, *, codec_sha256: str | None = None, tokenizer_sha256: str | None = None
+    ) -> LatentStudent:
+        """The student of a folder, fp32, in evaluation mode, its ``record`` set.
+
+        RefusedError where the folder holds none, another schema or shape, weights that are not those written, or a
+        student of another codec or tokenizer than is named (None: not compared).
+        """
+        content = read_description(folder / DESCRIPTION, what="latent student")
+        try:
+            shape = LatentShape(**{**content["shape"], "decoder": DecoderShape(**content["shape"]["decoder"])})
+            energy = EnergySettings(**content["energy"])
+            record = StudentRecord(**{field.name: content[field.name] for field in fields(StudentRecord)})
+        except (KeyError, TypeError) as error:
+            raise RefusedError(f"{folder / DESCRIPTION} describes no latent student: {error!r}") from None
+        for what, wanted, found in (
+            ("codec", codec_sha256, record.codec_sha256),
+            ("tokenizer", tokenizer_sha256, record.tokenizer_sha256),
+        ):
+            if wanted is not None and wanted != found:
+                raise RefusedError(
+                    f"{folder}: a student of {what} {str(found)[:12]}…, {wanted[:12]}… was given",
+                    next=f"give the {what} that it was trained with",
+                )
+        weights = read_weights(folder, DESCRIPTION, record.digest)
+        student = cls.new(shape, seed=0, energy=energy)
+        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in student.state_dict().items()}:
+            raise RefusedError(f"{folder / WEIGHTS} does not hold the tensors of {shape}")
+        student.load_state_dict(weights)
+        student.record = record
+        return student.eval()
 
     def states(self, chunks: Tensor, valid: Tensor, cache: StateCache | None = None) -> Tensor:
         """States [B, C, d] of ``chunks`` int64 [B, C, K] with ``valid`` bool of that shape.

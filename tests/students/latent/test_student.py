@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -420,3 +423,80 @@ def test_a_row_of_one_chunk_is_refused() -> None:
 def test_a_student_without_a_token_head_refuses_its_rows() -> None:
     with pytest.raises(RefusedError, match="no token head"):
         student(token_layers=0).token_rows(torch.randn(1, 32), text(1, 1)[0])
+
+
+def saved(folder: Path) -> LatentStudent:
+    model = moved_off_zero(student(tempered=True))
+    model.save(folder, eos_id=0, tokenizer_sha256="a" * 64, codec_sha256="b" * 64)
+    return model
+
+
+def test_what_was_saved_is_opened_again(tmp_path: Path) -> None:
+    model = saved(tmp_path / "student")
+    found = LatentStudent.open(tmp_path / "student", codec_sha256="b" * 64, tokenizer_sha256="a" * 64)
+    assert (found.shape, found.energy, found.record) == (model.shape, model.energy, model.record)
+    assert not found.training
+    pairs = zip(model.named_parameters(), found.named_parameters(), strict=True)
+    assert all(first[0] == second[0] and torch.equal(first[1], second[1]) for first, second in pairs)
+    chunks = text()
+    with torch.no_grad():
+        assert torch.equal(found.states(chunks, everything(chunks)), model.eval().states(chunks, everything(chunks)))
+
+
+@pytest.mark.parametrize(("word", "named"), [("codec_sha256", "a student of codec bbb"), ("tokenizer_sha256", "aaaa")])
+def test_a_student_of_another_codec_or_tokenizer_is_refused(tmp_path: Path, word: str, named: str) -> None:
+    saved(tmp_path / "student")
+    with pytest.raises(RefusedError, match=named):
+        LatentStudent.open(tmp_path / "student", **{word: "c" * 64})
+
+
+def test_a_changed_byte_of_the_weights_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "student")
+    weights = tmp_path / "student" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RefusedError, match=r"model\.safetensors is sha256"):
+        LatentStudent.open(tmp_path / "student")
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused_unread(tmp_path: Path) -> None:
+    """Its digest is right: whoever can write the folder can write that too."""
+    saved(tmp_path / "student")
+    weights, description = (tmp_path / "student" / name for name in ("model.safetensors", "student.json"))
+    torch.save({"table.weight": torch.zeros(2)}, weights)
+    content = {**json.loads(description.read_text()), "digest": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    description.write_text(json.dumps(content))
+    with pytest.raises(RefusedError, match=r"model\.safetensors cannot be read"):
+        LatentStudent.open(tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"schema": 2}, "has schema 2"),
+        ({"eos_id": None, "shape": {}}, "describes no latent student"),
+        ({"shape": "wide"}, "describes no latent student"),
+        ({"energy": {"alpha": 2.5}}, "alpha = 2.5"),
+    ],
+)
+def test_descriptions_of_something_else_are_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    saved(tmp_path / "student")
+    path = tmp_path / "student" / "student.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RefusedError, match=named):
+        LatentStudent.open(tmp_path / "student")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "student")
+    path = tmp_path / "student" / "student.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "shape": {**content["shape"], "latent": LATENT + 1}}))
+    with pytest.raises(RefusedError, match="does not hold the tensors of"):
+        LatentStudent.open(tmp_path / "student")
+
+
+def test_a_folder_without_a_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="holds no latent student"):
+        LatentStudent.open(tmp_path)
