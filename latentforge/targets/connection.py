@@ -22,6 +22,7 @@ _TICK = 0.02
 """Two changes of a file within so many seconds may bear the same time."""
 _CHECKPOINT_BYTES = 16 << 20
 _PASSING = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PROTOCOL")
+_HELD = ("SQLITE_BUSY", "SQLITE_LOCKED")
 _WRITE_ERRORS = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_TRUNCATE",
                            "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_SHMOPEN"})  # fmt: skip
 
@@ -47,8 +48,17 @@ class Connection:
 
     def prepare(self) -> None:
         """Before the first write: a journal that readers can read beside (the file's header changes)."""
+        began = time.monotonic()
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.DatabaseError as error:
+                # While another writer opens or closes, SQLite does not wait for the change of a header.
+                if _code(error) not in _HELD or time.monotonic() - began > _BUSY_SECONDS:
+                    raise told(error, self.path) from None
+            time.sleep(_BETWEEN_LOOKS)
         try:
-            self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             size = self._connection.execute("PRAGMA page_size").fetchone()[0]
             self._connection.execute(f"PRAGMA wal_autocheckpoint={_CHECKPOINT_BYTES // size}")
@@ -117,7 +127,7 @@ class Connection:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._connection.execute("PRAGMA journal_mode=DELETE")
         except sqlite3.DatabaseError as error:
-            if _code(error) not in ("SQLITE_BUSY", "SQLITE_LOCKED"):
+            if _code(error) not in _HELD:
                 raise told(error, self.path) from None
         finally:
             self._connection.close()
@@ -198,7 +208,7 @@ def told(error: sqlite3.DatabaseError, path: Path) -> LatentForgeError:
             "The rows that were being stored are not; everything stored before is",
             next="make room and run the same again: only what is missing is asked",
         )
-    if code in ("SQLITE_BUSY", "SQLITE_LOCKED"):
+    if code in _HELD:
         return BusyError(f"{path} is being written by another process ({error})", next="the same again when it is done")
     if code.startswith((*_PASSING, "SQLITE_PERM")):
         return RefusedError(f"{path} cannot be opened: {error}", next=f"look at the rights of {path.parent}")

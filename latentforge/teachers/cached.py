@@ -11,7 +11,6 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
-from latentforge.spec.sections import TeacherSpec
 from latentforge.targets.description import Rounding
 from latentforge.targets.making import ExistsError
 from latentforge.targets.row import SequenceTargets
@@ -95,28 +94,6 @@ class CachedTeacher:
         except BaseException:
             store.close()
             raise
-
-    @classmethod
-    def around(
-        cls,
-        teacher: Scorer,
-        spec: TeacherSpec,
-        *,
-        k: int,
-        temperatures: tuple[float, ...],
-        rounding: Rounding | None = None,
-    ) -> Scorer:
-        """``teacher`` behind the file that ``spec.cache`` names; the teacher itself where it names none."""
-        if spec.cache is None:
-            return teacher
-        return cls.open(
-            Path(spec.cache),
-            teacher,
-            k=k,
-            temperatures=temperatures,
-            readonly=spec.cache_readonly,
-            rounding=rounding,
-        )
 
     @property
     def asked(self) -> int:

@@ -342,6 +342,23 @@ def test_what_was_read_while_the_file_changed_is_read_again(tmp_path: Path, monk
     assert waited
 
 
+def test_a_writer_that_opens_waits_for_one_that_is_changing_the_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.sqlite"
+    with create(path) as store:
+        put(store, 0)
+    with with_journal(path, 1000) as other:
+        waited: list[float] = []
+        monkeypatch.setattr(
+            "latentforge.targets.connection.time.sleep", lambda s: (waited.append(s), other.communicate("\n"))
+        )
+        with TargetStore.open(path, readonly=False) as store:
+            assert put(store, 1) == 1
+            assert [right(store, number) for number in (0, 1)] == [True, True]
+    assert len(waited) == 1
+
+
 _OPENER = """
 import sys
 from pathlib import Path

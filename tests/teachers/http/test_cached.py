@@ -13,7 +13,6 @@ import torch
 from latentforge.data import ShardSet
 from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
-from latentforge.spec.sections import TeacherSpec
 from latentforge.targets import SequenceTargets, TargetStore
 from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.failures import TeacherFailure
@@ -193,16 +192,6 @@ def test_a_batch_of_targets_comes_from_the_cache_too(documents: list[Tokens], tm
     with pytest.raises(RefusedError, match="k = 9"):
         cached.targets(tokens, temperature=1.0, k=9)
     cached.close()
-
-
-def test_a_spec_without_a_cache_keeps_its_teacher(tmp_path: Path) -> None:
-    teacher = Counting()
-    assert CachedTeacher.around(teacher, TeacherSpec(), k=8, temperatures=ONE) is teacher
-    named = TeacherSpec(cache=str(tmp_path / "kd.sqlite"))
-    around = CachedTeacher.around(teacher, named, k=8, temperatures=ONE)
-    assert isinstance(around, CachedTeacher)
-    around.close()
-    around.close()
 
 
 def test_every_answered_document_is_stored_before_the_next_is_waited_for(shards: ShardSet, tmp_path: Path) -> None:
