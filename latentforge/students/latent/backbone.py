@@ -102,6 +102,16 @@ class StateCache:
             self.layers.batch_select_indices(rows)
             self.present = self.present[rows]
 
+    def copy(self, rows: Tensor) -> StateCache:
+        """A cache of its own of the texts ``rows`` int64 [R] of the batch; one may come more than once."""
+        from transformers import DynamicCache
+
+        found = StateCache()
+        if self.present is not None:
+            found.layers = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in self.layers.layers])
+            found.present = self.present[rows]
+        return found
+
 
 class Backbone(nn.Module):
     """States of chunks. The tokens of a chunk are embedded side by side and compressed to one vector: Linear 2d, SiLU,

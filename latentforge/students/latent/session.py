@@ -51,6 +51,18 @@ class LatentModel:
         """A session of the beginnings ``texts``, int64 [C, K] each: all are computed in one pass."""
         return LatentSession(self, texts)
 
+    @torch.no_grad()
+    def draw_after(self, states: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
+        """Chunks int64 [R, count, K] after ``states`` [R, d], number ``first`` and on of each key: a pass through head
+        and codec for each. A place whose logits are not finite is -1."""
+        noise = head_noise(
+            keys.seeds.to(self.device), keys.positions.to(self.device), count, self.student.shape.noise, first=first
+        )
+        told = None if temperature == 1 else torch.full((len(states),), temperature, device=self.device)
+        latents = self.student.draw_latents(states, noise, told).flatten(0, 1).to(self.codec.decoder_in.weight)
+        found = self.codec.decode(latents, backend=self.kernel_backend)
+        return found.unflatten(0, (len(states), count))
+
 
 class LatentSession:
     """Texts of unequal length end at the same place: what stands before a shorter one is padding, which is not seen."""
@@ -76,18 +88,9 @@ class LatentSession:
             self._chunks, self._holds = self._chunks[:, :0], self._holds[:, :0]
         return found
 
-    @torch.no_grad()
     def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
-        """See ``generate.Session``: each draw is a pass through the head and the codec."""
-        model, device = self.model, self._state.device
-        states = self._state[rows.to(device)]
-        size = model.student.shape.noise
-        noise = head_noise(keys.seeds.to(device), keys.positions.to(device), count, size, first=first)
-        told = None if temperature == 1 else torch.full((len(rows),), temperature, device=device)
-        latents = model.student.draw_latents(states, noise, told).flatten(0, 1)
-        weight = model.codec.decoder_in.weight
-        found = model.codec.decode(latents.to(weight), backend=model.kernel_backend)
-        return found.unflatten(0, (len(rows), count))
+        """See ``generate.Session``."""
+        return self.model.draw_after(self._state[rows.to(self._state.device)], keys, first, count, temperature)
 
     @torch.no_grad()
     def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:

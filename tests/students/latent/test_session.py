@@ -10,34 +10,12 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.noise import gumbel
-from latentforge.students.latent.backbone import DecoderShape
 from latentforge.students.latent.codec import Codec, CodecShape
 from latentforge.students.latent.generate import Keys, Request, Sampling, generate
 from latentforge.students.latent.session import LatentModel
-from latentforge.students.latent.student import LatentShape, LatentStudent
 
-VOCABULARY, EOS, LATENT = 40, 0, 6
-
-
-def model(chunk: int = 4, *, cache: bool = True, **words: Any) -> LatentModel:
-    """Weights are random, but spread so that texts differ: draws, seeds and contexts all matter."""
-    shape = LatentShape(VOCABULARY, chunk, LATENT, DecoderShape(2, 32, 4, 2, 48), head_blocks=1, noise=8, **words)
-    student = LatentStudent.new(shape, seed=3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        codec = Codec(CodecShape(VOCABULARY, chunk, LATENT, 16, 24))
-    with torch.no_grad():
-        student.head.to_latent.weight.normal_(std=1.0, generator=generator)
-        student.table.weight.normal_(generator=generator)
-        for weight in student.head.blocks.parameters():
-            weight.mul_(4)  # at first the state hardly changes a draw
-        for weight in (codec.embedding.weight, codec.decoder_in.weight, codec.decoder_split.weight):
-            weight.normal_(std=0.5, generator=generator)
-        codec.embedding.weight[EOS] *= 0.3
-        if student.head.from_temperature is not None:
-            student.head.from_temperature.weight.normal_(generator=generator)
-    return LatentModel(student, codec, eos_id=EOS, cache=cache)
+from .conftest import EOS, LATENT, VOCABULARY
+from .conftest import untrained_model as model
 
 
 def prompt(length: int, start: int = 1) -> tuple[int, ...]:
