@@ -47,6 +47,8 @@ def kernels(ask: Ask, machine: Machine) -> tuple[str, ...]:
     """The kernels to prove, as the guard names them; none named means all of them."""
     if machine.gpus:
         return ()
+    if ask.spec.through == "autoencoder":
+        return ("cpu/linear_kd_loss.fp32.dense", "cpu/latent_decode.fp32.float")
     distill = ask.spec.distill
     rows = "topk" if distill.targets == "store" else "dense"
     return (f"cpu/kd_loss.{distill.precision}.{rows}.{distill.direction}",)

@@ -13,6 +13,7 @@ from dispatch.hosts.facts import HostFacts
 from dispatch.planning.ask import Ask
 from latentforge.errors import RefusedError
 from latentforge.memory import KnownModel, MemoryPlan, ModelShape, Term, pipeline_peak
+from latentforge.memory.codec import codec_parameters
 from latentforge.memory.estimate import TWIN, student_shape, teacher_shape
 from latentforge.spec.capabilities import wanted_of
 from latentforge.spec.pipeline import BUILTIN_CORPUS
@@ -159,6 +160,11 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
         terms.append(Term("models", missing))
     tokens = _tokens(ask, facts)
     terms.append(Term("data", 4 * tokens))
+    if spec.through == "autoencoder":
+        tokens_known = models.teacher.vocabulary or spec.data.vocab_size
+        count = codec_parameters(spec.autoencoder, chunk=spec.data.chunk, vocab_size=tokens_known)
+        terms += [Term("codec", count * (4 + 12 * _CHECKPOINTS)), Term("logs", 2 * _RUN[0])]
+        return tuple(terms), inodes + 2 * _RUN[1], compiles
     if spec.teacher.model is None and models.teacher.shape is not None:
         terms.append(Term("teacher", models.teacher.shape.parameters * 4 * (1 + 3 * _CHECKPOINTS)))
     if spec.distill.targets == "store":

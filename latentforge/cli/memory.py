@@ -22,6 +22,7 @@ _MEANS = {
     "engine": "the engine's context, workspaces and graphs",
     "engine host": "the engine's processes: tokenizer, scheduler, API",
     "student": "weights of the student",
+    "codec": "weights of the codec",
     "start": "the student as it was before its first step, in fp32",
     "twin": "the twin that is trained without a teacher",
     "states": "gradients, moments, and fp32 masters of a bf16 student",

@@ -9,17 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
-from latentforge.memory.plan import GIB, MemoryPlan, Term, largest
+from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
 from latentforge.memory.shape import ModelShape
 from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
 Place = Literal["process", "engine", "nowhere"]
 TWIN = "F-DISTILL-SMOKE-002"
-_RUNTIME = {"cpu": int(0.6 * GIB), "cuda": 3 * GIB}
-"""The interpreter with torch and transformers; on CUDA also the context, workspaces and loaded kernels."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +168,13 @@ def teacher_memory(spec: TeacherSpec, shape: ModelShape, *, length: int, device:
     """The plan of a run that trains a small teacher."""
     # Cross-entropy of transformers holds the logits, their log-softmax and the gradient.
     terms = training_terms(shape, rows=spec.batch_size, length=length, precision="fp32", who="teacher", logit_copies=3)
-    return MemoryPlan("teacher", (*terms, _runtime(device)))
+    return MemoryPlan("teacher", (*terms, runtime(device)))
 
 
 def score_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
     """The plan of a run that asks a teacher for ``rows`` sequences of ``length`` tokens at a time."""
     terms, unknown = teacher.terms(rows, length, copies=3)
-    return MemoryPlan("score", (*terms, _runtime(teacher.device)), tuple(unknown), *teacher.load)
+    return MemoryPlan("score", (*terms, runtime(teacher.device)), tuple(unknown), *teacher.load)
 
 
 def distill_memory(
@@ -203,7 +202,7 @@ def distill_memory(
             held = ahead_bytes(spec.prefetch, spec.batch_size, length, student.shape.vocab_size)
             terms.append(Term("ahead", held))
     load = teacher.load if teacher is not None else (0, 0)
-    return MemoryPlan("distill", (*_joined(terms), _runtime(device)), tuple(unknown), *load)
+    return MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load)
 
 
 AHEAD_BYTES = 1 << 30
@@ -232,6 +231,12 @@ def pipeline_memory(
     student is trained from fp32, whatever its folder keeps.
     """
     length = spec.data.sequence_length
+    if spec.through == "autoencoder":
+        tokens = (teacher.vocabulary if teacher is not None else None) or spec.data.vocab_size
+        codec = autoencoder_memory(
+            spec.autoencoder, chunk=spec.data.chunk, length=length, vocab_size=tokens, device=device
+        )
+        return {"autoencoder": codec}
     plans: dict[str, MemoryPlan] = {}
     if spec.teacher.model is None:
         own = teacher_shape(spec.teacher, spec.data.vocab_size)
@@ -262,10 +267,6 @@ def pipeline_peak(
 ) -> MemoryPlan:
     """The largest plan of a pipeline, whose runs are made one after the other (arguments of ``pipeline_memory``)."""
     return largest(pipeline_memory(spec, device=device, teacher=teacher, student=student).values())
-
-
-def _runtime(device: str) -> Term:
-    return Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
 
 
 def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *, copies: int) -> list[Term]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from latentforge.verdicts import Outcome
 
 GIB = 2**30
+_RUNTIME = {"cpu": int(0.6 * GIB), "cuda": 3 * GIB}
+"""The interpreter with torch and transformers; on CUDA also the context, workspaces and loaded kernels."""
 
 
 def margin(total: int) -> int:
@@ -27,6 +29,11 @@ class Term:
     name: str
     bytes: int
     elsewhere: bool = False
+
+
+def runtime(device: str) -> Term:
+    """What a process holds before any model, on ``device`` ``cpu`` or ``cuda``."""
+    return Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,19 @@ def offered(commands: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
 
 def wanted_of(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
     """What a pipeline asks of the package on its host: its kinds of runs, every field of them, its falsifiers."""
-    kinds = ["data", *(["teacher"] if spec.teacher.model is None else [])]
-    kinds += [*(["score"] if spec.distill.targets == "store" and spec.teacher.backend != "store" else []), "distill"]
+    if spec.through == "autoencoder":
+        kinds, require = ["data", "autoencoder"], spec.autoencoder.require
+    else:
+        stores = spec.distill.targets == "store" and spec.teacher.backend != "store"
+        kinds = ["data", *(["teacher"] if spec.teacher.model is None else [])]
+        kinds, require = [*kinds, *(["score"] if stores else []), "distill"], spec.distill.require
     sections = {*kinds, "teacher"} if spec.teacher.model is not None else set(kinds)
     fields = [one for one in sorted(_fields(PipelineSpec)) if "." not in one or one.partition(".")[0] in sections]
     return {
         "commands": (RUN_COMMAND,),
         "kinds": tuple(kinds),
         "fields": tuple(fields),
-        "falsifiers": tuple(spec.distill.require),
+        "falsifiers": tuple(require),
     }
 
 

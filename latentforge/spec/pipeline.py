@@ -18,7 +18,7 @@ from latentforge.spec.teacher import DENSE_BACKENDS, answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
 
-Role = Literal["data", "teacher", "score", "canary", "distill"]
+Role = Literal["data", "teacher", "score", "canary", "distill", "autoencoder"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:
     if spec.data.corpus != BUILTIN_CORPUS:
         yield ExternalPath("data.corpus", spec.data.corpus, "corpus")
     if spec.teacher.model is not None:
-        loaded = spec.teacher.backend not in (*HTTP_BACKENDS, "store", "fixture")
+        asked = spec.through != "autoencoder"  # a codec has a teacher's tokenizer alone
+        loaded = asked and spec.teacher.backend not in (*HTTP_BACKENDS, "store", "fixture")
         yield ExternalPath("teacher.model", spec.teacher.model, "model" if loaded else "tokenizer")
     if spec.teacher.backend == "store" and spec.teacher.store is not None:
         yield ExternalPath("teacher.store", spec.teacher.store, "targets")
@@ -71,8 +72,10 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
     """The pipeline as it will run, and a sentence for each choice that the file did not spell out.
 
     A temperature for which no tails are stored needs dense targets of a live teacher. A server's key is a secret of
-    the pipeline's, by its name.
+    the pipeline's, by its name. A codec asks no teacher.
     """
+    if spec.through == "autoencoder":
+        return spec, []
     distill, teacher, secrets = spec.distill, spec.teacher, spec.secrets
     notes: list[str] = []
     if teacher.backend == "auto":
@@ -131,11 +134,12 @@ def check_profile(spec: PipelineSpec) -> None:
 
 
 def pipeline_runs(
-    spec: PipelineSpec, *, digests: Mapping[str, str], code: str, lock: str, through: Kind = "distill"
+    spec: PipelineSpec, *, digests: Mapping[str, str], code: str, lock: str, through: Kind | None = None
 ) -> list[PlannedRun]:
     """The runs of an effective pipeline in the order in which they depend on each other, each at attempt 1.
 
-    ``digests`` maps each external path to the sha256 (hex) of its content. A ``full`` pipeline has a canary before its
+    ``digests`` maps each external path to the sha256 (hex) of its content; ``through`` is the last run where the
+    pipeline's own is not. A ``full`` pipeline has a canary before its
     distill run, which takes it as an input: without a canary that passed it does not start.
     """
     check_profile(spec)
@@ -176,6 +180,23 @@ _Sources = dict[str, "ExternalPath | Role | str"]
 
 def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
     """(role, its part of the spec, its inputs) of each run that the pipeline needs."""
+    if spec.through == "autoencoder":
+        yield from _wanted_for_codec(spec)
+    else:
+        yield from _wanted_for_student(spec)
+
+
+def _wanted_for_codec(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
+    external = {path.field: path for path in external_paths(spec)}
+    inputs: _Sources = {"corpus": external.get("data.corpus", BUILTIN_CORPUS)}
+    if (teacher := external.get("teacher.model")) is not None:
+        inputs["tokenizer"] = teacher
+    yield "data", {"seed": spec.seed, "data": _json(spec.data)}, inputs
+    asked = {"profile": spec.profile, "seed": spec.seed, "autoencoder": _json(spec.autoencoder)}
+    yield "autoencoder", asked, {"data": "data"}
+
+
+def _wanted_for_student(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
     external = {path.field: path for path in external_paths(spec)}
     teacher_folder = external.get("teacher.model")
 

@@ -30,6 +30,14 @@ ENVIRONMENT = {
 }
 """The operator's names, and the field that each sets. ``ALPHA`` sets both weights of the final student run."""
 
+FOR_A_CODEC = {
+    "TEACHER_REPO": "teacher.model",
+    "STEPS": "autoencoder.steps",
+    "BATCH_SIZE": "autoencoder.batch_size",
+    "LR": "autoencoder.learning_rate",
+}
+"""The same where the pipeline's last run trains a codec; the other names mean nothing to it and are refused."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -108,7 +116,8 @@ def _laid(
     for field, value in _leaves(document):
         values[field], origins[field] = value, Origin("default" if alone else "file")
     flags = list(_from_flags(overrides))
-    for field, value, source in [*_from_environment(env), *flags]:
+    through = next((value for field, value, _source in reversed(flags) if field == "through"), values.get("through"))
+    for field, value, source in [*_from_environment(env, str(through)), *flags]:
         values[field], origins[field] = value, Origin(source)
     _choose_backend(values, origins, env, alone=alone)
     for field, value, source in flags:  # what is typed wins over the names of a backend, too
@@ -150,8 +159,18 @@ def _read_file(path: Path) -> str:
         raise RefusedError(f"pipeline file {str(path)!r} cannot be read: {error.strerror}", next=hint) from None
 
 
-def _from_environment(env: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    for variable, field in ENVIRONMENT.items():
+def _from_environment(env: Mapping[str, str], through: str) -> Iterator[tuple[str, Any, str]]:
+    fields = ENVIRONMENT
+    if through == "autoencoder":
+        fields = FOR_A_CODEC
+        for variable in ("STUDENT_INIT", "T", "ALPHA"):
+            if variable in env:
+                raise RefusedError(
+                    f"{variable}={env[variable]!r} is of a student, and through = 'autoencoder' makes none "
+                    f"({_noun(origin_of(env, variable))})",
+                    next=f"unset {variable}",
+                )
+    for variable, field in fields.items():
         if variable in env:
             source = origin_of(env, variable)
             yield field, _scalar(env[variable], field, f"{variable}={env[variable]!r}", _noun(source)), source

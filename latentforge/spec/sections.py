@@ -28,8 +28,10 @@ RUN_FALSIFIERS = (
     "F-ARTEFACT-MOVED-001",
     "F-KERNEL-NOJIT-001",
     "F-TEACHER-COVERAGE-001",
+    "F-LATENT-AE-001",
+    "F-LATENT-AE-002",
 )
-"""What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``distill.require`` may name."""
+"""What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``require`` of a section may name."""
 
 
 class Section(BaseModel):
@@ -43,6 +45,14 @@ def _attention_fits(what: str, hidden: int, heads: int, kv_heads: int) -> None:
         raise ValueError(f"{what}: hidden {hidden} does not split into {heads} heads of an even size")
     if heads % kv_heads:
         raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
+
+
+def _check_falsifiers(require: tuple[str, ...]) -> None:
+    for falsifier in require:
+        if falsifier not in RUN_FALSIFIERS:
+            near = get_close_matches(falsifier, RUN_FALSIFIERS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(RUN_FALSIFIERS)
+            raise ValueError(f"require names {falsifier!r}, a falsifier that no run can judge; {hint}")
 
 
 class DataSpec(Section):
@@ -247,23 +257,55 @@ class DistillSpec(Section):
         micro = self.micro_batch_size
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
-        for falsifier in self.require:
-            if falsifier not in RUN_FALSIFIERS:
-                near = get_close_matches(falsifier, RUN_FALSIFIERS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(RUN_FALSIFIERS)
-                raise ValueError(f"require names {falsifier!r}, a falsifier that no run can judge; {hint}")
+        _check_falsifiers(self.require)
         return self
 
 
+class AutoencoderSpec(Section):
+    """Training of the codec of a latent student: data.chunk tokens to one vector and back."""
+
+    latent: Count = Field(128, description="numbers of a latent (l); CALM takes 32 a token of the chunk")
+    width: Count = Field(128, description="width of its layers and of its embedding")
+    inner: Count = Field(320, description="inner width of its SwiGLU")
+    steps: Count = 600
+    batch_size: Count = Field(16, description="packed rows a step")
+    learning_rate: Positive = 3e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: Weight = 0.01
+    clip_norm: Positive | None = 1.0
+    token_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.15, description="share of the tokens that the encoder is not shown while it is trained"
+    )
+    latent_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.15, description="share of a latent's numbers that the decoder is not shown while it is trained"
+    )
+    kl_weight: Weight = Field(0.001, description="weight of the latents' KL to a standard normal")
+    kl_floor: Weight = Field(0.5, description="nats of that KL which each dimension has for nothing (free bits)")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: Count = 250
+    require: tuple[str, ...] = Field(("F-LATENT-AE-001",), description="falsifiers that must pass")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_falsifiers(self.require)
+        return self
+
+
+Goal = Literal["distill", "autoencoder"]
+"""What a pipeline may be for: its last run."""
+
+
 class PipelineSpec(Section):
-    """A whole pipeline file: data → teacher → score → distill."""
+    """A whole pipeline file: data → teacher → score → distill, or data → autoencoder."""
 
     profile: Profile = "smoke"
     seed: Seed = 7
+    through: Goal = Field("distill", description="the run that the pipeline is for: it is made, and what it needs")
     data: DataSpec = DataSpec()
     teacher: TeacherSpec = TeacherSpec()
     score: ScoreSpec = ScoreSpec()
     distill: DistillSpec = DistillSpec()
+    autoencoder: AutoencoderSpec = AutoencoderSpec()
     secrets: tuple[EnvironmentName, ...] = Field(
         (),
         max_length=16,
@@ -274,6 +316,15 @@ class PipelineSpec(Section):
     def _sections_agree(self) -> Self:
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError(f"secrets = {list(self.secrets)} names one twice")
+        if self.through == "autoencoder":
+            if self.data.documents == "chat":
+                raise ValueError("through = 'autoencoder' with data.documents = 'chat': a codec needs text, no answers")
+            return self
+        if self.data.chunk > 1:
+            raise ValueError(
+                f"data.chunk = {self.data.chunk} with through = 'distill': a token-level student would be trained on "
+                "the padding of chunks"
+            )
         backend = self.teacher.backend
         if self.teacher.model is None and backend in (*HTTP_BACKENDS, "store"):
             raise ValueError(

@@ -29,29 +29,30 @@ from latentforge.train.rehearsal import (
 from latentforge.verdicts import Outcome, Verdict
 
 
-def _finding(verdict: Verdict) -> Finding:
+def finding_of(verdict: Verdict) -> Finding:
+    """A run's verdict as the finding of a contract's check."""
     passed = {Outcome.PASS: True, Outcome.FAIL: False, Outcome.UNKNOWN: None}[verdict.outcome]
     return Finding(passed, verdict.text, verdict.measured)
 
 
 def whole_line_trains(*, frozen: bool = False) -> Finding:
     """Data, teacher, targets, student: all steps made and held-out loss lower. ``frozen`` plants a student at rest."""
-    return _finding(falsifiers.pipeline_001(tiny_events(frozen=frozen)))
+    return finding_of(falsifiers.pipeline_001(tiny_events(frozen=frozen)))
 
 
 def heldout_loss_falls(*, frozen: bool = False) -> Finding:
     """Held-out cross-entropy is lower after training, on the same rows; ``frozen`` plants a student at rest."""
-    return _finding(falsifiers.smoke_001(tiny_events(frozen=frozen)))
+    return finding_of(falsifiers.smoke_001(tiny_events(frozen=frozen)))
 
 
 def teacher_helps(*, kd_weight: float | None = None) -> Finding:
     """Held-out KL to the teacher ends below the twin's; ``kd_weight`` 0 plants a student that is its own twin."""
-    return _finding(falsifiers.smoke_002(tiny_events(kd_weight=kd_weight)))
+    return finding_of(falsifiers.smoke_002(tiny_events(kd_weight=kd_weight)))
 
 
 def effective_is_requested(*, field: str | None = None, value: Any = None) -> Finding:
     """The values in force are those asked; ``field`` plants a trainer that held another ``value`` for one of them."""
-    return _finding(falsifiers.effective_config_001([_planted(e, field, value) for e in tiny_events()]))
+    return finding_of(falsifiers.effective_config_001([_planted(e, field, value) for e in tiny_events()]))
 
 
 def _planted(event: Event, field: str | None, value: Any) -> Event:
@@ -270,19 +271,19 @@ def checkpoint_weighs_its_tensors(*, truncate_to: int | None = None) -> Finding:
                     stream.truncate(truncate_to if file.name == "model.safetensors" else 0)
         size = sum(file.stat().st_size for file in written.path.iterdir())
         record = {"path": written.path.name, "bytes": size, "expected_bytes": written.expected_bytes}
-        return _finding(falsifiers.size_verdict([record]))
+        return finding_of(falsifiers.size_verdict([record]))
 
 
 def saved_tensors_moved(*, frozen: bool = False) -> Finding:
     """Every tensor of the saved student differs from its start; ``frozen`` plants a student at rest."""
-    return _finding(falsifiers.artefact_moved_001(tiny_events(frozen=frozen)))
+    return finding_of(falsifiers.artefact_moved_001(tiny_events(frozen=frozen)))
 
 
 def canary_gates_hold(*, frozen: bool = False) -> Finding:
     """An early checkpoint is whole, all of it moved, and the teacher differs at step 0; ``frozen`` plants a student at
     rest.
     """
-    return _finding(falsifiers.canary_001(tiny_events(frozen=frozen)))
+    return finding_of(falsifiers.canary_001(tiny_events(frozen=frozen)))
 
 
 def resume_repeats_the_losses(*, mutant: str | None = None) -> Finding:
@@ -316,12 +317,12 @@ def no_compile_in_a_step(*, mutant: str | None = None) -> Finding:
             log.ready(requested={}, effective={})
             for step in range(3):
                 log_step(log, trainer.step(step, small_batch(), targets_of), step=step + 1, steps=3, model="student")
-        return _finding(falsifiers.kernel_nojit_001(read_events(path)))
+        return finding_of(falsifiers.kernel_nojit_001(read_events(path)))
 
 
 def _save(trainer: Trainer, folder: Path, step: int) -> Any:
     optimiser = trainer.optimiser
-    start = start_digests(small_trainer().optimiser, small_trainer().student)
+    start = start_digests(small_trainer().optimiser, small_trainer().student.model)
     weights: dict[str, Tensor] = {**dict(trainer.student.model.named_parameters()), **optimiser.masters}
     checkpoint = Checkpoint("student", step, weights, optimiser.moments(), torch.get_rng_state(), 1)
     return save_checkpoint(folder, checkpoint, start=start)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, LatentForgeError
@@ -36,9 +34,9 @@ from latentforge.train.assembly import (
     values_in_force,
 )
 from latentforge.train.canary import require_canary
-from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.falsifiers import SAME_KL, judge
 from latentforge.train.flops import training_flops
+from latentforge.train.keeping import keep_checkpoint, restore
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.products import save_model, start_digests
@@ -183,7 +181,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
 def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profile: str) -> Trained:
     """All steps of one model, from its start or its predecessor's last checkpoint, held-out values at both ends."""
     spec, log = job.spec, job.log
-    start = start_digests(trainer.optimiser, trainer.student)
+    start = start_digests(trainer.optimiser, trainer.student.model)
     first = 0
     before = known_evaluation(earlier, model)
     tally = Tally()
@@ -193,7 +191,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     checkpoint = earlier.checkpoints.get(model) if earlier is not None else None
     if earlier is not None and checkpoint is not None:
         carry_events(earlier, model, until=checkpoint.step, before=spec.steps, log=log)
-        restore(trainer, checkpoint, log)
+        restore(trainer.optimiser, checkpoint, log)
         first = checkpoint.step
         tally = Tally.of(earlier.events, model=model, until=first)
         log.emit("phase", name="resume", state="end", model=model, step=first, predecessor=earlier.run)
@@ -307,35 +305,9 @@ def rounded(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep(job: Job, trainer: Trainer, model: str, step: int, start: dict[str, str]) -> None:
-    """Write a checkpoint, and say what it weighs and what has moved."""
-    weights = {**dict(trainer.student.model.named_parameters()), **trainer.optimiser.masters}
-    checkpoint = Checkpoint(
-        model, step, weights, trainer.optimiser.moments(), torch.get_rng_state(), torch.get_num_threads()
-    )
-    written = save_checkpoint(job.run.checkpoints / CHECKPOINTS[model], checkpoint, start=start)
-    job.log.checkpoint(
-        step,
-        path=written.path.relative_to(job.run.path).as_posix(),
-        bytes=written.bytes,
-        expected_bytes=written.expected_bytes,
-        model=model,
-        moved=written.moved,
-        tensors=written.trained,
-        unmoved=list(written.unmoved),
-    )
-    if written.unmoved and step > 0:
-        job.log.warning(f"{len(written.unmoved)} of {written.trained} tensors of the {model} have not moved")
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint, log: EventLog) -> None:
-    """Put a checkpoint's weights, moments and generator state back."""
-    trainer.optimiser.load(checkpoint.weights, checkpoint.moments)
-    torch.set_rng_state(checkpoint.rng)
-    if checkpoint.threads != torch.get_num_threads():
-        log.warning(
-            f"the checkpoint was computed with {checkpoint.threads} threads, this run has {torch.get_num_threads()}: "
-            "its steps may not repeat bit for bit"
-        )
+    """Write a checkpoint of a trainer, and say what it weighs and what has moved."""
+    trained, below = trainer.student.model, CHECKPOINTS[model]
+    keep_checkpoint(job.run, job.log, below, trained, trainer.optimiser, model=model, step=step, start=start)
 
 
 def known_evaluation(earlier: Earlier | None, model: str) -> Evaluation | None:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latentforge.events import Event
 from latentforge.spec.canary import CANARY
+from latentforge.train.codec_falsifiers import latent_ae_001, latent_ae_002
 from latentforge.train.effective import differences
 from latentforge.train.optimiser import warmup_cosine
+from latentforge.train.reading import Events, heldout_metric, outcome_of, ready_of, run_of, steps_of, verdict_of
 from latentforge.train.tally import percent
 from latentforge.verdicts import Outcome, Verdict
-
-Events = Sequence[Event]
 
 SAME_KL = 1e-6
 """Below this many nats a token, student and teacher give the same answers (two fp32 passes differ by less)."""
@@ -26,10 +25,10 @@ def smoke_001(events: Events) -> Verdict:
 
 def pipeline_001(events: Events) -> Verdict:
     """F-DISTILL-PIPELINE-001: the whole line ran; the student trained all its steps and its held-out loss fell."""
-    asked = _ready(events).get("requested", {}).get("distill", {}).get("steps")
-    done = len(_steps(events, "student"))
+    asked = ready_of(events).get("requested", {}).get("distill", {}).get("steps")
+    done = len(steps_of(events, "student"))
     if asked is None or done != asked:
-        return _verdict(events, "F-DISTILL-PIPELINE-001", None, f"{done} of {asked} steps are in the events")
+        return verdict_of(events, "F-DISTILL-PIPELINE-001", None, f"{done} of {asked} steps are in the events")
     return _fell(events, "F-DISTILL-PIPELINE-001")
 
 
@@ -39,28 +38,30 @@ def smoke_002(events: Events) -> Verdict:
     That student and twin had the same start, the same batches and the same held-out rows is read from the events too.
     """
     name = "F-DISTILL-SMOKE-002"
-    student, twin = _metric(events, "val_kl", "student"), _metric(events, "val_kl", "twin")
+    student, twin = heldout_metric(events, "val_kl", "student"), heldout_metric(events, "val_kl", "twin")
     if len(student) < 2 or len(twin) < 1:
-        return _verdict(events, name, None, "val_kl of the student at both ends, and of its twin, is not in the events")
+        return verdict_of(
+            events, name, None, "val_kl of the student at both ends, and of its twin, is not in the events"
+        )
     (first, _), (step, ours), (twin_step, theirs) = student[0], student[-1], twin[-1]
     measured = {"val_kl": ours, "twin_val_kl": theirs, "step": step, "twin_step": twin_step}
     if first == step or step != twin_step:
-        return _verdict(events, name, None, f"student ended at step {step}, twin at step {twin_step}", measured)
+        return verdict_of(events, name, None, f"student ended at step {step}, twin at step {twin_step}", measured)
     unlike = _unlike_twin(events)
     if unlike is not None:
         passed, reason = unlike
-        return _verdict(events, name, passed, reason, measured)
+        return verdict_of(events, name, passed, reason, measured)
     if not (math.isfinite(ours) and math.isfinite(theirs)):
-        return _verdict(events, name, False, f"val_kl {ours}, twin {theirs}: not finite", measured)
+        return verdict_of(events, name, False, f"val_kl {ours}, twin {theirs}: not finite", measured)
     relation = "<" if ours < theirs else ">="
     text = f"val_kl {ours:.4f} {relation} {theirs:.4f} of its twin without KD"
-    return _verdict(events, name, ours < theirs, text, measured)
+    return verdict_of(events, name, ours < theirs, text, measured)
 
 
 def artefact_size_001(events: Events) -> Verdict:
     """F-ARTEFACT-SIZE-001: every checkpoint and product weighs at least its tensors."""
     found = [e.fields for e in events if e.kind == "checkpoint"]
-    return size_verdict(found, run=_run(events))
+    return size_verdict(found, run=run_of(events))
 
 
 def size_verdict(found: Sequence[dict[str, Any]], *, run: str | None = None) -> Verdict:
@@ -71,7 +72,7 @@ def size_verdict(found: Sequence[dict[str, Any]], *, run: str | None = None) -> 
     worst = min(found, key=lambda item: item["bytes"] - item["expected_bytes"])
     text = f"{worst['path']} {worst['bytes']} bytes, its tensors need {worst['expected_bytes']}"
     measured = {name: worst[name] for name in ("path", "bytes", "expected_bytes")} | {"artefacts": len(found)}
-    return Verdict(name, _outcome(worst["bytes"] >= worst["expected_bytes"] > 0), text, measured, run)
+    return Verdict(name, outcome_of(worst["bytes"] >= worst["expected_bytes"] > 0), text, measured, run)
 
 
 def artefact_moved_001(events: Events) -> Verdict:
@@ -79,35 +80,35 @@ def artefact_moved_001(events: Events) -> Verdict:
     name = "F-ARTEFACT-MOVED-001"
     products = [e.fields for e in events if e.kind == "checkpoint" and e.fields.get("product")]
     if not products:
-        return _verdict(events, name, None, "no product is in the events")
+        return verdict_of(events, name, None, "no product is in the events")
     last = products[-1]
     moved, trained, unmoved = last["moved"], last["tensors"], last.get("unmoved", [])
     text = f"{moved} of {trained} tensors moved" + (f"; unmoved: {', '.join(unmoved[:3])}" if unmoved else "")
-    return _verdict(events, name, moved == trained and trained > 0, text, {"moved": moved, "tensors": trained})
+    return verdict_of(events, name, moved == trained and trained > 0, text, {"moved": moved, "tensors": trained})
 
 
 def effective_config_001(events: Events) -> Verdict:
     """F-EFFECTIVE-CONFIG-001: what was in force when set-up ended is what was asked."""
     name = "F-EFFECTIVE-CONFIG-001"
-    ready = _ready(events)
+    ready = ready_of(events)
     if not ready:
-        return _verdict(events, name, None, "the run never became ready")
-    kind = (_run(events) or "").partition("-")[0]
+        return verdict_of(events, name, None, "the run never became ready")
+    kind = (run_of(events) or "").partition("-")[0]
     found = differences(kind, ready["requested"], ready["effective"])
     compared = len(ready["effective"].get(kind, {}))
     text = "; ".join(found) if found else f"{compared} values in force are those asked for"
-    return _verdict(events, name, not found, text, {"differences": found, "values": compared})
+    return verdict_of(events, name, not found, text, {"differences": found, "values": compared})
 
 
 def effective_lr_001(events: Events) -> Verdict:
     """F-EFFECTIVE-LR-001: the optimiser's learning rate at every step is the requested schedule's."""
     name = "F-EFFECTIVE-LR-001"
-    run = _run(events) or ""
+    run = run_of(events) or ""
     kind = run.partition("-")[0]
-    asked = _ready(events).get("requested", {}).get(kind)
-    steps = _steps(events, "student" if kind == "distill" else kind)
+    asked = ready_of(events).get("requested", {}).get(kind)
+    steps = steps_of(events, "student" if kind == "distill" else kind)
     if not asked or not steps:
-        return _verdict(events, name, None, "no steps are in the events")
+        return verdict_of(events, name, None, "no steps are in the events")
     schedule = warmup_cosine(asked["warmup_steps"], asked["steps"])
     worst, at = 0.0, 0
     for step, fields in steps.items():
@@ -116,36 +117,50 @@ def effective_lr_001(events: Events) -> Verdict:
         worst, at = (off, step) if not off <= worst else (worst, at)
     measured = {"worst_relative": worst, "steps": len(steps), "peak": asked["learning_rate"]}
     if worst <= 1e-9:
-        return _verdict(events, name, True, f"learning rate as asked at {len(steps)} steps", measured)
+        return verdict_of(events, name, True, f"learning rate as asked at {len(steps)} steps", measured)
     text = f"learning rate off by {worst:.2%} at step {at} (peak asked {asked['learning_rate']:g})"
-    return _verdict(events, name, False, text, measured)
+    return verdict_of(events, name, False, text, measured)
 
 
 def batch_rows_001(events: Events) -> Verdict:
-    """F-BATCH-ROWS-001: every step that was asked is there, trained all predictions of its batch, divided by them."""
+    """F-BATCH-ROWS-001: every step that was asked is there, trained all predictions of its batch, divided by them.
+
+    The padding of chunks, which a step says, is no prediction.
+    """
     name = "F-BATCH-ROWS-001"
-    kind = (_run(events) or "").partition("-")[0]
-    ready = _ready(events)
+    kind = (run_of(events) or "").partition("-")[0]
+    ready = ready_of(events)
     asked = ready.get("requested", {}).get(kind)
     steps = [e.fields for e in events if e.kind == "step"]
     if not asked or not steps:
-        return _verdict(events, name, None, "no steps are in the events")
+        return verdict_of(events, name, None, "no steps are in the events")
     per_sequence = ready["effective"]["predictions_per_sequence"]
     wanted = asked["batch_size"] * per_sequence
-    wrong = [s for s in steps if not s["rows"] == s["denominator"] == wanted or s["sequences"] != asked["batch_size"]]
+    wrong = [
+        s
+        for s in steps
+        if s["rows"] + s.get("padding", 0) != wanted
+        or s["rows"] != s["denominator"]
+        or s["sequences"] != asked["batch_size"]
+    ]
     measured = {"steps": len(steps), "rows": wanted, "wrong_steps": len(wrong)}
     for model in dict.fromkeys(s["model"] for s in steps):
-        missing = sorted(set(range(1, asked["steps"] + 1)) - _steps(events, model).keys())
+        missing = sorted(set(range(1, asked["steps"] + 1)) - steps_of(events, model).keys())
         if missing:
             text = (
                 f"{model} made {asked['steps'] - len(missing)} of {asked['steps']} steps: step {missing[0]} is missing"
             )
-            return _verdict(events, name, False, text, {**measured, "missing_steps": len(missing)})
+            return verdict_of(events, name, False, text, {**measured, "missing_steps": len(missing)})
     if wrong:
         s = wrong[0]
         text = f"step {s['step']}: {s['rows']} rows over {s['denominator']}, {wanted} were asked"
-        return _verdict(events, name, False, text, measured)
-    return _verdict(events, name, True, f"{wanted} of {wanted} rows trained at each of {len(steps)} steps", measured)
+        return verdict_of(events, name, False, text, measured)
+    padding = sum(s.get("padding", 0) for s in steps)
+    if padding:
+        measured["padding"] = padding
+        text = f"all tokens of {wanted} places trained at each of {len(steps)} steps; {padding} places were padding"
+        return verdict_of(events, name, True, text, measured)
+    return verdict_of(events, name, True, f"{wanted} of {wanted} rows trained at each of {len(steps)} steps", measured)
 
 
 def kernel_nojit_001(events: Events) -> Verdict:
@@ -155,15 +170,15 @@ def kernel_nojit_001(events: Events) -> Verdict:
     after = events[ready[-1] :] if ready else []
     steps = [e.fields for e in after if e.kind == "step"]
     if not steps or any("compiles" not in fields for fields in steps):
-        return _verdict(events, name, None, "the events do not say what was compiled at each step")
+        return verdict_of(events, name, None, "the events do not say what was compiled at each step")
     found = [e.fields for e in after if e.kind == "compile"]
     count = max(sum(fields["count"] for fields in found), sum(fields["compiles"] for fields in steps))
     measured = {"compiles": count, "steps": len(steps)}
     if count == 0:
-        return _verdict(events, name, True, f"0 compiles since ready, {len(steps)} steps", measured)
+        return verdict_of(events, name, True, f"0 compiles since ready, {len(steps)} steps", measured)
     first = found[0] if found else {"compiler": "a compiler", "step": "?"}
     text = f"{count} compiles since ready, the first by step {first['step']} ({first['compiler']})"
-    return _verdict(events, name, False, text, measured)
+    return verdict_of(events, name, False, text, measured)
 
 
 def coverage_001(events: Events) -> Verdict:
@@ -171,17 +186,17 @@ def coverage_001(events: Events) -> Verdict:
     loss; all of them where a lost teacher was to stop the run, but for those that it answered with nothing, and some.
     """
     name = "F-TEACHER-COVERAGE-001"
-    asked = _ready(events).get("requested", {}).get("distill", {})
+    asked = ready_of(events).get("requested", {}).get("distill", {})
     if asked.get("kd_weight") == 0:
-        return _verdict(events, name, True, "no KD was asked for: kd_weight = 0", {"rows_with_targets": 0})
-    steps = _steps(events, "student")
+        return verdict_of(events, name, True, "no KD was asked for: kd_weight = 0", {"rows_with_targets": 0})
+    steps = steps_of(events, "student")
     said = [
         e.fields
         for e in events
         if e.kind == "metric" and (e.fields.get("name"), e.fields.get("model")) == ("kd_coverage", "student")
     ]
     if not steps or not said or said[-1]["step"] != max(steps) or any("kd_rows" not in s for s in steps.values()):
-        return _verdict(events, name, None, "the events do not say which rows had targets")
+        return verdict_of(events, name, None, "the events do not say which rows had targets")
     rows, taught = (sum(fields[what] for fields in steps.values()) for what in ("rows", "kd_rows"))
     reported = said[-1]
     silent = sum(fields.get("silent_rows", 0) for fields in steps.values())
@@ -192,14 +207,14 @@ def coverage_001(events: Events) -> Verdict:
         text += f", {silent} were answered with nothing"
     if reported["value"] != taught / rows or reported["target_rows"] != taught or reported["rows"] != rows:
         told = f"{reported['target_rows']} of {reported['rows']}"
-        return _verdict(events, name, False, f"{text}; {told} were reported ({percent(reported['value'])})", measured)
+        return verdict_of(events, name, False, f"{text}; {told} were reported ({percent(reported['value'])})", measured)
     stops = asked.get("on_teacher_loss", "stop") == "stop"
     if taught == 0 and stops:
-        return _verdict(events, name, False, f"{text}: KD was asked for, and the teacher taught nothing", measured)
+        return verdict_of(events, name, False, f"{text}: KD was asked for, and the teacher taught nothing", measured)
     # Across tokenizers some positions have no row, whatever becomes of the teacher; they are counted as silent.
     if taught + silent < rows and stops:
-        return _verdict(events, name, False, f"{text}, and a lost teacher was to stop the run", measured)
-    return _verdict(events, name, True, text, measured)
+        return verdict_of(events, name, False, f"{text}, and a lost teacher was to stop the run", measured)
+    return verdict_of(events, name, True, text, measured)
 
 
 def canary_001(events: Events) -> Verdict:
@@ -207,12 +222,12 @@ def canary_001(events: Events) -> Verdict:
     something to teach at step 0, so held-out KL and the first step's KD term are above what rounding leaves.
     """
     name = CANARY
-    last = max(_steps(events, "student"), default=0)
+    last = max(steps_of(events, "student"), default=0)
     early = [e.fields for e in events if e.kind == "checkpoint" and 0 < e.fields["step"] < last]
-    start, first = _metric(events, "val_kl", "student"), _steps(events, "student").get(1, {})
+    start, first = heldout_metric(events, "val_kl", "student"), steps_of(events, "student").get(1, {})
     if not early or not start or start[0][0] != 0 or "kd" not in first:
         missing = "a checkpoint before the last step" if not early else "KL to the teacher at step 0"
-        return _verdict(events, name, None, f"{missing} is not in the events")
+        return verdict_of(events, name, None, f"{missing} is not in the events")
     one, kl, kd = early[0], start[0][1], first["kd"]
     measured = {
         "checkpoint_step": one["step"],
@@ -222,15 +237,15 @@ def canary_001(events: Events) -> Verdict:
     }
     if not one["bytes"] >= one["expected_bytes"] > 0:
         text = f"checkpoint of step {one['step']} has {one['bytes']} bytes, its tensors need {one['expected_bytes']}"
-        return _verdict(events, name, False, text, measured)
+        return verdict_of(events, name, False, text, measured)
     if not one["moved"] == one["tensors"] > 0:
         text = f"{one['moved']} of {one['tensors']} tensors moved by step {one['step']}"
-        return _verdict(events, name, False, text, measured)
+        return verdict_of(events, name, False, text, measured)
     # Without KD in the objective there is no such term; the distance to the teacher is measured all the same.
     if not (kl > SAME_KL and (kd is None or kd > SAME_KL)):
-        return _verdict(events, name, False, f"KD term {_told(kd)}, held-out KL {kl:.2e} at step 0", measured)
+        return verdict_of(events, name, False, f"KD term {_told(kd)}, held-out KL {kl:.2e} at step 0", measured)
     text = f"checkpoint of step {one['step']} whole, {one['moved']} of {one['tensors']} tensors moved, KL {kl:.3f}"
-    return _verdict(events, name, True, text, measured)
+    return verdict_of(events, name, True, text, measured)
 
 
 def _told(value: float | None) -> str:
@@ -262,40 +277,31 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-ARTEFACT-MOVED-001": artefact_moved_001,
     "F-KERNEL-NOJIT-001": kernel_nojit_001,
     "F-TEACHER-COVERAGE-001": coverage_001,
+    "F-LATENT-AE-001": latent_ae_001,
+    "F-LATENT-AE-002": latent_ae_002,
 }
-"""What ``distill.require`` may name: each of ``latentforge.spec.sections.RUN_FALSIFIERS``."""
+"""What ``require`` of a section may name: each of ``latentforge.spec.sections.RUN_FALSIFIERS``."""
 
 
 def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:
     """The verdicts of a run, those that are always due first, the required ones last (a log's last lines)."""
-    due = (*ALWAYS, *OF_STUDENTS) if (_run(events) or "").startswith("distill-") else ALWAYS
+    due = (*ALWAYS, *OF_STUDENTS) if (run_of(events) or "").startswith("distill-") else ALWAYS
     chosen = [check for check in due if all(REQUIRABLE[name] is not check for name in require)]
     return [check(events) for check in (*chosen, *(REQUIRABLE[name] for name in require))]
 
 
 def _fell(events: Events, name: str) -> Verdict:
-    found = _metric(events, "val_loss", "student")
+    found = heldout_metric(events, "val_loss", "student")
     if len(found) < 2 or found[0][0] != 0 or found[-1][0] == 0:
-        return _verdict(events, name, None, "val_loss at step 0 and at the end is not in the events")
+        return verdict_of(events, name, None, "val_loss at step 0 and at the end is not in the events")
     (_, first), (step, last) = found[0], found[-1]
     other = _other_rows(events, ("student",))
     if other is not None:
-        return _verdict(events, name, *other)
+        return verdict_of(events, name, *other)
     relation = "<" if last < first else ">="
     text = f"val_loss {last:.4f} {relation} {first:.4f} at step {step}"
     measured = {"val_loss": last, "initial_val_loss": first, "step": step}
-    return _verdict(events, name, bool(last < first), text, measured)
-
-
-def _metric(events: Events, name: str, model: str) -> list[tuple[int, float]]:
-    """(step, value) of a held-out metric, ordered by step; a value that JSON cannot hold is written as text."""
-    found = [
-        (int(e.fields["step"]), float(e.fields["value"]))
-        for e in events
-        if e.kind == "metric"
-        and (e.fields.get("name"), e.fields.get("split"), e.fields.get("model")) == (name, "heldout", model)
-    ]
-    return sorted(found, key=lambda item: item[0])
+    return verdict_of(events, name, bool(last < first), text, measured)
 
 
 def _other_rows(events: Events, models: Sequence[str]) -> tuple[bool | None, str] | None:
@@ -310,12 +316,12 @@ def _other_rows(events: Events, models: Sequence[str]) -> tuple[bool | None, str
 def _unlike_twin(events: Events) -> tuple[bool | None, str] | None:
     """What besides the teacher tells student and twin apart, as (passed, text); None where it is nothing."""
     for metric in ("val_loss", "val_kl"):
-        start = [found[0] for model in ("student", "twin") if (found := _metric(events, metric, model))]
+        start = [found[0] for model in ("student", "twin") if (found := heldout_metric(events, metric, model))]
         if len(start) != 2 or any(step != 0 for step, _ in start):
             return None, f"{metric} of student and twin at step 0 is not in the events"
         if start[0][1] != start[1][1]:
             return False, f"student and twin started apart: {metric} {start[0][1]:.4f} and {start[1][1]:.4f} at step 0"
-    student, twin = _steps(events, "student"), _steps(events, "twin")
+    student, twin = steps_of(events, "student"), steps_of(events, "twin")
     for step in sorted({*student, *twin}):
         batches = [steps.get(step, {}).get("batch_sha256") for steps in (student, twin)]
         if None in batches:
@@ -323,26 +329,3 @@ def _unlike_twin(events: Events) -> tuple[bool | None, str] | None:
         if batches[0] != batches[1]:
             return False, f"step {step}: student and twin were trained on different batches"
     return _other_rows(events, ("student", "twin"))
-
-
-def _steps(events: Events, model: str) -> dict[int, dict[str, Any]]:
-    return {e.fields["step"]: e.fields for e in events if e.kind == "step" and e.fields.get("model") == model}
-
-
-def _ready(events: Events) -> dict[str, Any]:
-    found = [e.fields for e in events if e.kind == "phase" and e.fields.get("name") == "ready"]
-    return found[-1] if found else {}
-
-
-def _run(events: Events) -> str | None:
-    return events[-1].run if events else None
-
-
-def _outcome(passed: bool | None) -> Outcome:
-    return Outcome.UNKNOWN if passed is None else Outcome.PASS if passed else Outcome.FAIL
-
-
-def _verdict(
-    events: Events, name: str, passed: bool | None, text: str, measured: dict[str, Any] | None = None
-) -> Verdict:
-    return Verdict(name, _outcome(passed), text, measured or {}, _run(events))

@@ -24,7 +24,7 @@ from latentforge.verdicts import ExitCode
 LOCK = "cpu"
 
 
-def plan(spec: PipelineSpec, *, through: Kind = "distill") -> list[PlannedRun]:
+def plan(spec: PipelineSpec, *, through: Kind | None = None) -> list[PlannedRun]:
     """The runs of a pipeline for the code of this process, its external paths hashed now."""
     digests = {external.path: tree_sha256(Path(external.path)) for external in external_paths(spec)}
     code = running_code()
@@ -36,7 +36,7 @@ def execute_pipeline(
     spec: PipelineSpec,
     root: Path,
     *,
-    through: Kind = "distill",
+    through: Kind | None = None,
     text: TextIO | None = None,
     accept: Callable[[Kind, ExitCode], bool] = lambda kind, code: code in (ExitCode.PASS, ExitCode.FAIL),
 ) -> dict[Role, RunDir]:

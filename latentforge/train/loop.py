@@ -124,9 +124,9 @@ class Trainer:
             kd += float(parts.kd) if taught else 0.0
         if rows != denominator or sum(sizes) != len(tokens):
             raise FailedError(f"step {step + 1}: {rows} of {denominator} rows were trained; the step is refused")
-        _refuse_not_finite("loss", loss, step)
+        refuse_not_finite("loss", loss, step)
         grad_norm = self.optimiser.step()
-        _refuse_not_finite("gradient norm", grad_norm, step)
+        refuse_not_finite("gradient norm", grad_norm, step)
         return StepResult(
             loss=loss,
             # The parts are sums over the step's denominator; said are means over the rows that they are of.
@@ -138,7 +138,7 @@ class Trainer:
             micro_batches=tuple(sizes),
             denominator=denominator,
             grad_norm=grad_norm,
-            batch_sha256=hashlib.sha256(_bytes(tokens)).hexdigest(),
+            batch_sha256=hashlib.sha256(bytes_of(tokens)).hexdigest(),
             seconds=time.perf_counter() - began,
             compiles=tuple(self.watch.drain()),
             ce_rows=ce_rows,
@@ -250,7 +250,7 @@ def evaluate(
     loss, kl, rows, heard = 0.0, 0.0, 0, 0
     seen = hashlib.sha256()
     for tokens in batches:
-        seen.update(_bytes(tokens))
+        seen.update(bytes_of(tokens))
         labels = tokens[:, 1:].reshape(-1)
         targets = None if targets_of is None else targets_of(tokens)
         parts = kd_loss(
@@ -275,11 +275,13 @@ def evaluate(
     return Evaluation(loss / rows, mean_kl, rows, seen.hexdigest())
 
 
-def _bytes(tokens: Tensor) -> bytes:
+def bytes_of(tokens: Tensor) -> bytes:
+    """The tokens' bytes, by which a batch is told from another."""
     return bytes(tokens.cpu().numpy().tobytes())
 
 
-def _refuse_not_finite(what: str, value: float, step: int) -> None:
+def refuse_not_finite(what: str, value: float, step: int) -> None:
+    """FailedError where a number of ``step`` (from 0) is not finite."""
     if not math.isfinite(value):
         raise FailedError(
             f"{what} is {value} at step {step + 1}; nothing was updated",

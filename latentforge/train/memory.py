@@ -14,6 +14,7 @@ import torch
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
 from latentforge.memory import HostMemory, KnownModel, MeasuredMemory, MemoryPlan, admission
+from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.estimate import (
     Answering,
     distill_memory,
@@ -25,7 +26,7 @@ from latentforge.memory.estimate import (
 from latentforge.memory.plan import gib
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
-from latentforge.spec.sections import DistillSpec, ScoreSpec, TeacherSpec
+from latentforge.spec.sections import AutoencoderSpec, DistillSpec, ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import teacher_of
 from latentforge.teachers.protocol import behind
 from latentforge.train import effective
@@ -45,6 +46,11 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     if identity.kind == "teacher":
         spec = _section(TeacherSpec, identity.spec["teacher"])
         return teacher_memory(spec, teacher_shape(spec, vocab_size), length=length, device=there)
+    if identity.kind == "autoencoder":
+        codec = _section(AutoencoderSpec, identity.spec["autoencoder"])
+        device = "cpu" if codec.device == "cpu" else there
+        chunk = int(data.get("chunk", 1))
+        return autoencoder_memory(codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device)
     answering = Answering.of(teacher_of(run), _teacher(run), device=there)
     if identity.kind == "score":
         return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)

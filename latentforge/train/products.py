@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import nn
 
 from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.errors import FailedError
@@ -16,9 +17,9 @@ from latentforge.train.checkpoint import tensor_sha256
 from latentforge.train.optimiser import MasterOptimiser
 
 
-def start_digests(optimiser: MasterOptimiser, student: Student) -> dict[str, str]:
+def start_digests(optimiser: MasterOptimiser, model: nn.Module) -> dict[str, str]:
     """The digest of every tensor before the first step: of the masters where it is trained, else of the model."""
-    tensors = {**dict(student.model.named_parameters()), **optimiser.masters}
+    tensors = {**dict(model.named_parameters()), **optimiser.masters}
     return {name: tensor_sha256(value) for name, value in tensors.items()}
 
 
@@ -46,10 +47,26 @@ def save_model(
     copy_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    return say_saved(student.model, optimiser, folder, start=start, log=log, step=step, model=model)
 
+
+def say_saved(
+    trained: nn.Module,
+    optimiser: MasterOptimiser,
+    folder: Path,
+    *,
+    start: dict[str, str],
+    log: EventLog,
+    step: int,
+    model: str,
+) -> dict[str, Any]:
+    """Compare every tensor that was saved in ``folder`` with memory, and say in an event what moved since ``start``.
+
+    FailedError where what is on disk is not what was trained.
+    """
     files = sorted(folder.glob("*.safetensors"))
     saved = {name: value for file in files for name, value in load_file(file).items()}
-    parameters = dict(student.model.named_parameters())
+    parameters = dict(trained.named_parameters())
     wrong = [n for n, p in parameters.items() if n not in saved or tensor_sha256(saved[n]) != tensor_sha256(p)]
     if wrong:
         raise FailedError(f"{folder}: {len(wrong)} tensor(s) on disk are not what was trained: {', '.join(wrong[:3])}")

@@ -59,6 +59,19 @@ def tiny_events(*, frozen: bool = False, kd_weight: float | None = None) -> list
     return read_events(tiny_run(frozen=frozen, kd_weight=kd_weight).events_file)
 
 
+@cache
+def _tiny_codec_run(collapsed: bool) -> RunDir:
+    planted = ("autoencoder.kl_weight=1.0", "autoencoder.kl_floor=0.0", "autoencoder.steps=60") if collapsed else ()
+    spec = resolve_pipeline("tiny-autoencoder", env={}, overrides=planted).spec
+    return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["autoencoder"]
+
+
+def tiny_codec_events(*, collapsed: bool = False) -> list[Event]:
+    """The events of the recipe ``tiny-autoencoder``, trained once a process; ``collapsed``: with the KL at full weight
+    and no free bits, and fewer steps."""
+    return read_events(_tiny_codec_run(collapsed).events_file)
+
+
 def small_trainer(
     *,
     learning_rate: float = 3e-3,

@@ -90,6 +90,8 @@ def _run(run: RunDir, log: EventLog) -> MemoryPlan | None:
         from latentforge.train.teacher import run as recipe
     elif identity.kind == "score":
         from latentforge.train.score import run as recipe
+    elif identity.kind == "autoencoder":
+        from latentforge.train.autoencoder import run as recipe
     else:
         from latentforge.train.distill import run as recipe
     recipe(run, log)

@@ -35,15 +35,17 @@ def fit_threads(step_flops: float) -> int:
     return torch.get_num_threads()
 
 
-def choose_device(asked: str) -> torch.device:
+def choose_device(asked: str, *, section: str = "distill") -> torch.device:
     """The device that runs: ``auto`` is the GPU where torch sees one. Refused where the asked one is not there."""
     if asked == "cuda" and not torch.cuda.is_available():
-        raise RefusedError("device = 'cuda', but torch sees no GPU", next="set distill.device = 'auto' or 'cpu'")
+        raise RefusedError("device = 'cuda', but torch sees no GPU", next=f"set {section}.device = 'auto' or 'cpu'")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype, *, also: Sequence[str] = ()) -> tuple[str, str | None]:
-    """The kernel backend for logits of a device and a precision, and the sentence to say where it is a fallback.
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, *, op: str = "kd_loss", also: Sequence[str] = ()
+) -> tuple[str, str | None]:
+    """The backend of the kernel ``op`` for a device and a precision, and the sentence to say where it is a fallback.
 
     On a GPU it is what the warm-up guard has proven there: refused, before step 0, where it has no record or nothing
     that is right for the loss, or for an operator of ``also``.
@@ -51,7 +53,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, *, also: Sequence[st
     if device.type != "cpu":
         from latentforge.kernels.guard.ladder import require_fit
 
-        choice = require_fit(["kd_loss", *also], dtype, device.index or 0)[0]
+        choice = require_fit([op, *also], dtype, device.index or 0)[0]
         return str(choice.backend), None if choice.native else choice.text
     try:
         from latentforge.kernels.native import native

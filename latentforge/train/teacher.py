@@ -55,7 +55,7 @@ def run(run: RunDir, log: EventLog) -> None:
         )
         trainer = Trainer(teacher, optimiser, Objective(1.0, 1.0, 0.0, kernel))
         order = BatchOrder(len(data.train), spec.batch_size, seed)
-        start = start_digests(optimiser, teacher)
+        start = start_digests(optimiser, model)
     if slow:
         log.warning(slow)
 

@@ -19,6 +19,7 @@ from latentforge.memory import (
     pipeline_memory,
     pipeline_peak,
 )
+from latentforge.memory.codec import codec_activation_bytes, codec_parameters
 from latentforge.memory.estimate import (
     activation_bytes,
     attention_bytes,
@@ -28,6 +29,7 @@ from latentforge.memory.estimate import (
 )
 from latentforge.memory.plan import GIB
 from latentforge.spec.resolve import recipe_names, resolve_pipeline
+from latentforge.spec.sections import AutoencoderSpec
 from latentforge.verdicts import Outcome
 
 
@@ -188,6 +190,36 @@ def test_activations_are_not_underestimated_nor_doubled(shape: ModelShape, preci
         model.model(torch.randint(0, shape.vocab_size, (rows, length)))
     held = sum(storage.nbytes() for storage in kept.values())
     assert held <= activation_bytes(shape, rows * length, precision) <= 1.3 * held
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+@pytest.mark.parametrize("changed", [{}, {"width": 48, "inner": 200, "latent": 96}])
+def test_a_codecs_parameters_are_exact_and_its_activations_neither_underestimated_nor_doubled(
+    chunk: int, changed: dict[str, int]
+) -> None:
+    import torch
+
+    from latentforge.students.latent.codec import CodecShape, new_codec
+    from latentforge.students.latent.codec_loss import CodecObjective, codec_loss, noise_of
+
+    spec = AutoencoderSpec.model_validate(changed)
+    codec = new_codec(CodecShape(320, chunk, spec.latent, spec.width, spec.inner), seed=1)
+    assert codec_parameters(spec, chunk=chunk, vocab_size=320) == sum(p.numel() for p in codec.parameters())
+    weights = {parameter.untyped_storage().data_ptr() for parameter in codec.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    chunks = torch.randint(0, 320, (256, chunk))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        codec_loss(codec, chunks, chunks >= 0, CodecObjective(0.1, 0.1, 0.001, 0.5), noise_of(1, 1))
+    # The gradient of the last layer's weight is made in the forward pass, and counted among the states.
+    held = sum(storage.nbytes() for storage in kept.values()) - 320 * spec.width * 4
+    assert held <= codec_activation_bytes(spec, chunk=chunk, chunks=256) <= 1.3 * held
 
 
 def test_attention_is_sized_by_the_rows_that_run_not_by_the_longest_position() -> None:

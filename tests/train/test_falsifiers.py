@@ -28,6 +28,7 @@ OURS = (
     "kernel-warmup",
     "canary",
     "teacher-supply",
+    "latent",
 )
 
 
@@ -40,7 +41,7 @@ def good_events() -> list[Event]:
             {
                 "name": "ready",
                 "state": "end",
-                "requested": {"distill": dict(ASKED)},
+                "requested": {"distill": dict(ASKED), "autoencoder": {"steps": 6}},
                 "effective": {"distill": dict(ASKED), "predictions_per_sequence": 7},
             },
         )
@@ -55,6 +56,10 @@ def good_events() -> list[Event]:
         told += [("metric", _metric(model, "val_loss", 6, 3.0)), ("metric", _metric(model, "val_kl", 6, last))]
     covered = {"step": 6, "split": "train", "rows": 168, "target_rows": 168}
     told.append(("metric", {"name": "kd_coverage", "value": 1.0, "model": "student", **covered}))
+    codec = {"model": "autoencoder", "step": 6, "split": "heldout"}
+    accuracy = {"name": "token_accuracy", "value": 0.9961, "tokens": 95, "padding": 5, "places": 100}
+    told += [("metric", {**codec, **accuracy})]
+    told += [("metric", {**codec, "name": "latent_kl", "value": 0.6, "by_dimension": [0.6, 0.7]})]
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
     told.append(("checkpoint", {"step": 3, **weight}))
     told.append(("checkpoint", {"step": 6, "product": True, **weight}))
@@ -91,6 +96,36 @@ def test_a_good_run_passes_and_no_events_are_unknown(name: str) -> None:
 
 
 FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "F-LATENT-AE-001",
+        "metric",
+        {"name": "token_accuracy"},
+        {"value": 0.9949},
+        "99.4900% < 99.5% of 95 held-out tokens",
+    ),
+    (
+        "F-LATENT-AE-001",
+        "metric",
+        {"name": "token_accuracy"},
+        {"tokens": 100},
+        "which with 5 places of padding are not the 100 places of the held-out rows",
+    ),
+    ("F-LATENT-AE-001", "metric", {"name": "token_accuracy"}, {"tokens": 0, "padding": 100}, "of 0 held-out tokens"),
+    ("F-LATENT-AE-001", "metric", {"name": "token_accuracy"}, {"value": float("nan")}, "nan% < 99.5%"),
+    (
+        "F-LATENT-AE-002",
+        "metric",
+        {"name": "latent_kl"},
+        {"by_dimension": [0.6, 0.009]},
+        "1 of 2 dimensions collapsed, the least KL is 0.009 nats",
+    ),
+    (
+        "F-BATCH-ROWS-001",
+        "step",
+        {"model": "student", "step": 3},
+        {"rows": 20, "denominator": 20, "padding": 7},
+        "step 3: 20 rows over 20, 28 were asked",
+    ),
     (
         "F-DISTILL-SMOKE-001",
         "metric",

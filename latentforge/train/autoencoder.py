@@ -1,0 +1,186 @@
+"""Recipe of the run kind ``autoencoder``: the codec of a latent student, trained on the data's own text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import ShardSet
+from latentforge.data.tokenizer import copy_tokenizer
+from latentforge.events import EventLog, read_events
+from latentforge.spec.run import RunDir, write_record
+from latentforge.spec.sections import AutoencoderSpec
+from latentforge.students.latent.codec import CodecShape, new_codec
+from latentforge.students.latent.codec_loss import CodecObjective
+from latentforge.students.latent.codec_report import COLLAPSED, CodecReport, report_codec
+from latentforge.train import effective
+from latentforge.train.codec_falsifiers import MODEL
+from latentforge.train.codec_trainer import CodecTrainer
+from latentforge.train.falsifiers import judge
+from latentforge.train.keeping import keep_checkpoint, restore
+from latentforge.train.loop import bytes_of, log_compiles, log_step
+from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.products import say_saved, start_digests
+from latentforge.train.resume import carry_events, open_predecessor
+from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
+from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+
+CHECKPOINTS = {MODEL: ""}
+
+
+def run(run: RunDir, log: EventLog) -> None:
+    """Train the codec, from its start or its predecessor's last checkpoint; report on held-out text; save; judge."""
+    identity = run.load_identity()
+    spec = AutoencoderSpec.model_validate_json(json.dumps(identity.spec["autoencoder"]))
+    seed = int(identity.spec["seed"])
+
+    with log.phase("load"):
+        data = ShardSet.open(run.input_path("data"))
+        data.verify()
+        device = choose_device(spec.device, section="autoencoder")
+        kernel, slow = choose_kernel(device, torch.float32, op="linear_kd_loss", also=("latent_decode",))
+        shape = CodecShape(data.vocab_size, data.chunk, spec.latent, spec.width, spec.inner)
+        codec = new_codec(shape, seed=seed).to(device)
+        chunks = spec.batch_size * data.sequence_length // data.chunk
+        flops = spec.steps * 3.0 * chunks * (shape.encoding_flops + shape.decoding_flops)
+        fit_threads(flops / spec.steps)
+        optimiser = MasterOptimiser(
+            codec,
+            learning_rate=spec.learning_rate,
+            weight_decay=spec.weight_decay,
+            warmup_steps=spec.warmup_steps,
+            steps=spec.steps,
+            clip_norm=spec.clip_norm,
+        )
+        objective = CodecObjective(spec.token_dropout, spec.latent_dropout, spec.kl_weight, spec.kl_floor, kernel)
+        trainer = CodecTrainer(codec, optimiser, objective, eos_id=data.eos_id, seed=seed)
+        order = BatchOrder(len(data.train), spec.batch_size, seed)
+        start = start_digests(optimiser, codec)
+        earlier = open_predecessor(run, log, CHECKPOINTS)
+    if slow:
+        log.warning(slow)
+
+    in_force = {
+        "profile": identity.spec["profile"],
+        "seed": order.seed,
+        "autoencoder": {
+            "latent": codec.decoder_in.in_features,
+            "width": codec.embedding.embedding_dim,
+            "inner": codec.encoder_chunk.down.in_features,
+            "steps": spec.steps,
+            "batch_size": len(training_batch(data.train, order, 0, device)),
+            "learning_rate": optimiser.peak_learning_rate,
+            "warmup_steps": spec.warmup_steps,
+            "weight_decay": optimiser.weight_decay,
+            "clip_norm": optimiser.clip_norm,
+            "token_dropout": objective.token_dropout,
+            "latent_dropout": objective.latent_dropout,
+            "kl_weight": objective.kl_weight,
+            "kl_floor": objective.kl_floor,
+            "device": device.type,
+            "checkpoint_every": spec.checkpoint_every,
+            "require": list(spec.require),
+        },
+        "chunk": codec.shape.chunk,
+        "predictions_per_sequence": data.sequence_length,
+    }
+    effective.record(
+        run,
+        effective=in_force,
+        device=effective.device_record(device),
+        kernel_backend=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops={MODEL: flops},
+    )
+    effective.require_same(MODEL, identity.spec, in_force)
+    if device.type != "cpu":
+        with log.phase("rehearse"):
+            trainer.rehearse(training_batch(data.train, order, 0, device))
+            report_of(trainer, data)
+    trainer.watch.drain()
+    log.ready(requested=identity.spec, effective=in_force)
+
+    checkpoint = earlier.checkpoints.get(MODEL) if earlier is not None else None
+    if earlier is not None and checkpoint is not None:
+        carry_events(earlier, MODEL, until=checkpoint.step, before=spec.steps, log=log)
+        restore(optimiser, checkpoint, log)
+        first, before = checkpoint.step, None
+        log.emit("phase", name="resume", state="end", model=MODEL, step=first, predecessor=earlier.run)
+        log.say(f"{MODEL} resumes from step {first} of {earlier.run}")
+        keep_checkpoint(run, log, CHECKPOINTS[MODEL], codec, optimiser, model=MODEL, step=first, start=start)
+    else:
+        if earlier is not None:
+            log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+        first = 0
+        with log.phase("evaluate"):
+            before = report_of(trainer, data)
+        say_report(log, before, data, step=0)
+
+    with log.phase("train"), deferred_stop():
+        for step in range(first, spec.steps):
+            done = trainer.step(step, training_batch(data.train, order, step, device))
+            log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
+            signal = stop_requested()
+            if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
+                keep_checkpoint(run, log, CHECKPOINTS[MODEL], codec, optimiser, model=MODEL, step=step + 1, start=start)
+            if signal is not None:
+                raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {MODEL}; checkpoint written")
+
+    with log.phase("evaluate"):
+        after = report_of(trainer, data)
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
+    say_report(log, after, data, step=spec.steps)
+
+    with log.phase("save"):
+        run.out.mkdir(exist_ok=True)
+        folder = run.out / "codec"
+        codec.save(folder, eos_id=data.eos_id, tokenizer_sha256=data.tokenizer_sha256, latent_std=after.latent_std)
+        copy_tokenizer(data.tokenizer_dir, folder)
+        say_saved(codec, optimiser, folder, start=start, log=log, step=spec.steps, model=MODEL)
+        reports = {"initial": None if before is None else before.as_json(), "final": after.as_json()}
+        write_record(run.out / "metrics.json", {"steps": spec.steps, "flops": {MODEL: flops}, "heldout": reports})
+    log.say(f"flops {flops / 1e12:.2f} TFLOP")
+    for verdict in judge(read_events(run.events_file), spec.require):
+        log.verdict(verdict)
+
+
+def report_of(trainer: CodecTrainer, data: ShardSet) -> CodecReport:
+    """The codec on all held-out rows."""
+    kernel = trainer.objective.kernel_backend
+    decodes_by = "reference" if kernel == "reference" else "auto"
+    return report_codec(trainer.codec, lambda: trainer.held_out(data), backend=kernel, decode_backend=decodes_by)
+
+
+def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
+    """Say a report as events and as lines for people, with an alarm where dimensions tell nothing."""
+    seen, places = hashlib.sha256(), 0
+    for tokens in evaluation_batches(data.heldout, torch.device("cpu")):
+        seen.update(bytes_of(tokens))
+        places += tokens.numel()
+    of = {"step": step, "split": "heldout", "model": MODEL, "rows_sha256": seen.hexdigest()}
+    counts = {"tokens": report.tokens, "padding": places - report.tokens, "places": places}
+    log.metric("val_loss", report.loss, **of)
+    log.emit("metric", name="token_accuracy", value=report.token_accuracy, **counts, **of)
+    log.emit("metric", name="chunk_accuracy", value=report.chunk_accuracy, chunks=report.chunks, **of)
+    for level, value in report.noisy_accuracy.items():
+        log.emit("metric", name="noisy_token_accuracy", value=value, noise=level, **of)
+    least = min(report.kl)
+    log.emit("metric", name="latent_kl", value=least, by_dimension=list(report.kl), std=report.latent_std, **of)
+    log.say(f"{'initial_loss' if step == 0 else 'final_loss'}={report.loss:.4f} (held-out, step {step})")
+    log.say(
+        f"held out: {report.token_accuracy:.4%} of {report.tokens} tokens, {report.chunk_accuracy:.4%} of "
+        f"{report.chunks} chunks (step {step})"
+    )
+    noisy = ", ".join(f"{value:.2%} at {level:g}" for level, value in report.noisy_accuracy.items())
+    log.say(f"held out, noise as a share of the latents' std {report.latent_std:.3f}: {noisy}")
+    middle = sorted(report.kl)[len(report.kl) // 2]
+    log.say(f"KL of {len(report.kl)} dimensions: {least:.3f} to {max(report.kl):.3f} nats, half below {middle:.3f}")
+    if report.collapsed and step > 0:
+        told = ", ".join(map(str, report.collapsed[:8])) + (", …" if len(report.collapsed) > 8 else "")
+        log.warning(
+            f"{len(report.collapsed)} of {len(report.kl)} dimensions are collapsed (KL below {COLLAPSED} nats): "
+            f"{told}; lower autoencoder.kl_weight or autoencoder.latent, or raise autoencoder.kl_floor"
+        )

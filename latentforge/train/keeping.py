@@ -1,0 +1,51 @@
+"""Checkpoints of a run: written with what the log says of them, and put back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from latentforge.events import EventLog
+from latentforge.spec.run import RunDir
+from latentforge.train.checkpoint import Checkpoint, save_checkpoint
+from latentforge.train.optimiser import MasterOptimiser
+
+
+def keep_checkpoint(
+    run: RunDir,
+    log: EventLog,
+    below: str,
+    trained: nn.Module,
+    optimiser: MasterOptimiser,
+    *,
+    model: str,
+    step: int,
+    start: dict[str, str],
+) -> None:
+    """Write a checkpoint of ``model`` into the folder ``below``, and say what it weighs and what has moved."""
+    weights = {**dict(trained.named_parameters()), **optimiser.masters}
+    checkpoint = Checkpoint(model, step, weights, optimiser.moments(), torch.get_rng_state(), torch.get_num_threads())
+    written = save_checkpoint(run.checkpoints / below, checkpoint, start=start)
+    log.checkpoint(
+        step,
+        path=written.path.relative_to(run.path).as_posix(),
+        bytes=written.bytes,
+        expected_bytes=written.expected_bytes,
+        model=model,
+        moved=written.moved,
+        tensors=written.trained,
+        unmoved=list(written.unmoved),
+    )
+    if written.unmoved and step > 0:
+        log.warning(f"{len(written.unmoved)} of {written.trained} tensors of the {model} have not moved")
+
+
+def restore(optimiser: MasterOptimiser, checkpoint: Checkpoint, log: EventLog) -> None:
+    """Put a checkpoint's weights, moments and generator state back."""
+    optimiser.load(checkpoint.weights, checkpoint.moments)
+    torch.set_rng_state(checkpoint.rng)
+    if checkpoint.threads != torch.get_num_threads():
+        log.warning(
+            f"the checkpoint was computed with {checkpoint.threads} threads, this run has {torch.get_num_threads()}: "
+            "its steps may not repeat bit for bit"
+        )

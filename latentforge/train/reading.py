@@ -1,0 +1,50 @@
+"""What falsifiers read from the events of a run, and how they put their verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from latentforge.events import Event
+from latentforge.verdicts import Outcome, Verdict
+
+Events = Sequence[Event]
+
+
+def heldout_metric(events: Events, name: str, model: str) -> list[tuple[int, float]]:
+    """(step, value) of a held-out metric, ordered by step; a value that JSON cannot hold is written as text."""
+    found = [
+        (int(e.fields["step"]), float(e.fields["value"]))
+        for e in events
+        if e.kind == "metric"
+        and (e.fields.get("name"), e.fields.get("split"), e.fields.get("model")) == (name, "heldout", model)
+    ]
+    return sorted(found, key=lambda item: item[0])
+
+
+def steps_of(events: Events, model: str) -> dict[int, dict[str, Any]]:
+    """The step events of a model by number."""
+    return {e.fields["step"]: e.fields for e in events if e.kind == "step" and e.fields.get("model") == model}
+
+
+def ready_of(events: Events) -> dict[str, Any]:
+    """The fields of the ready event: what was asked, and what was in force; empty where there is none."""
+    found = [e.fields for e in events if e.kind == "phase" and e.fields.get("name") == "ready"]
+    return found[-1] if found else {}
+
+
+def run_of(events: Events) -> str | None:
+    """The run that the events are of."""
+    return events[-1].run if events else None
+
+
+def outcome_of(passed: bool | None) -> Outcome:
+    """None is not known."""
+    return Outcome.UNKNOWN if passed is None else Outcome.PASS if passed else Outcome.FAIL
+
+
+def verdict_of(
+    events: Events, name: str, passed: bool | None, text: str, measured: dict[str, Any] | None = None
+) -> Verdict:
+    """The verdict ``name`` over a run's events; ``passed`` None is not known."""
+    return Verdict(name, outcome_of(passed), text, measured or {}, run_of(events))
