@@ -105,8 +105,11 @@ def teachers(
 
 @contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what is inside as Ctrl-C does: the local vLLM is stopped, temporary files are removed."""
-    stopping = (signal.SIGTERM, signal.SIGHUP)
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does: the local vLLM is stopped, temporary files are removed.
+
+    One that is ignored (SIGHUP under nohup) stays so.
+    """
+    stopping = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, signal.default_int_handler) for number in stopping}
     try:
         yield

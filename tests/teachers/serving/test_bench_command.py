@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,9 +30,10 @@ def test_whoever_ends_it_leaves_no_process_of_the_local_vllm_and_no_file(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     env = stub.behaving("silent") | {"LATENTFORGE_VLLM_ENVIRONMENT": str(stub_environment), "TMPDIR": str(scratch)}
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that runs the tests in the background has them ignore SIGINT; a terminal's command does not.
+    noticing = partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=noticing, **piped) as process:
         assert process.stderr is not None
         assert process.stdout is not None
         assert "local vLLM: starts vLLM" in process.stderr.readline()
