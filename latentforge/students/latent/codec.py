@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentforge.errors import RefusedError
-from latentforge.evidence.digests import file_sha256
 from latentforge.kernels.decode import latent_decode
+from latentforge.students.latent.folder import WEIGHTS, read_description, read_weights, write_folder
 
-SCHEMA = 1
 DESCRIPTION = "codec.json"
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -172,16 +164,9 @@ class Codec(nn.Module):
 
     def save(self, folder: Path, *, eos_id: int, tokenizer_sha256: str, latent_std: float) -> CodecRecord:
         """Write ``codec.json`` and ``model.safetensors`` into a fresh ``folder``, whole or not at all."""
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        weights = {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
-        save_file(weights, partial / WEIGHTS)
-        record = CodecRecord(eos_id, tokenizer_sha256, latent_std, file_sha256(partial / WEIGHTS))
-        content = {"schema": SCHEMA, "shape": asdict(self.shape), **asdict(record)}
-        (partial / DESCRIPTION).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        known = {"eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256, "latent_std": latent_std}
+        digest = write_folder(folder, DESCRIPTION, self.state_dict(), {"shape": asdict(self.shape), **known})
+        record = CodecRecord(eos_id, tokenizer_sha256, latent_std, digest)
         self.record = record
         return record
 
@@ -199,7 +184,7 @@ class Codec(nn.Module):
                 f"{tokenizer_sha256[:12]}…",
                 next="train a codec on this data:  through = 'autoencoder'",
             )
-        weights = _weights(folder / WEIGHTS, record.digest)
+        weights = read_weights(folder, DESCRIPTION, record.digest)
         codec = cls(shape)
         wanted = {name: value.shape for name, value in codec.state_dict().items()}
         if {name: value.shape for name, value in weights.items()} != wanted:
@@ -217,29 +202,9 @@ def new_codec(shape: CodecShape, *, seed: int) -> Codec:
 
 
 def _described(path: Path) -> tuple[CodecShape, CodecRecord]:
-    try:
-        content: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RefusedError(
-            f"{path} cannot be read ({error.strerror}): {path.parent} holds no codec", next="through = 'autoencoder'"
-        ) from None
-    except ValueError as error:
-        raise RefusedError(f"{path} is not JSON: {error}") from None
-    schema = content.get("schema") if isinstance(content, Mapping) else None
-    if schema != SCHEMA:
-        raise RefusedError(f"{path} has schema {schema!r}; {SCHEMA} is read here")
+    content = read_description(path, what="codec", next="through = 'autoencoder'")
     try:
         shape = CodecShape(**content["shape"])
         return shape, CodecRecord(**{field.name: content[field.name] for field in fields(CodecRecord)})
     except (KeyError, TypeError) as error:
         raise RefusedError(f"{path} describes no codec: {error!r}") from None
-
-
-def _weights(path: Path, digest: str) -> dict[str, Tensor]:
-    found = file_sha256(path)
-    if found != digest:
-        raise RefusedError(f"{path} is sha256 {found[:12]}…, {DESCRIPTION} says {str(digest)[:12]}…")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise RefusedError(f"{path} cannot be read: {error}") from None
