@@ -101,12 +101,15 @@ def plan_mode(
         admission(plan, host, jobs=compilers, measured_peak=measured_peak if plan.run == "distill" else None)
         for plan in plans
     )
-    return ModePlan(mode, plans, admissions, host, _note(mode, tokens))
+    note = "one run, which asks no teacher" if spec.through == "autoencoder" else _note(mode, tokens)
+    return ModePlan(mode, plans, admissions, host, note)
 
 
 def choose_mode(asked: Mode, plans: dict[Mode, ModePlan]) -> tuple[Mode, str]:
     """The mode that runs, and why. What the spec asks is never replaced by another silently: it runs or is refused."""
     plan, sequential, concurrent = plans[asked], plans["sequential"], plans["concurrent"]
+    if [stage.run for stage in plan.stages] == ["autoencoder"]:
+        return asked, "a codec is trained alone: no teacher stands beside it in any mode"
     if asked == "concurrent":
         if plan.outcome is not Outcome.FAIL:
             return asked, f"the spec wants a live teacher beside the student: {plan.reason}"
