@@ -52,12 +52,11 @@ def energy_score(drawn: Tensor, targets: Tensor, alpha: float = 1.0) -> Tensor:
             f"draws {list(drawn.shape)} and targets {list(targets.shape)} are not [R, N, l] and [R, M, l]"
         )
     EnergySettings(alpha, drawn.shape[1], targets.shape[1])
-    with torch.autocast(drawn.device.type, enabled=False):
-        dtype = torch.promote_types(drawn.dtype, torch.float32)
-        drawn, targets = drawn.to(dtype), targets.detach().to(dtype)
-        count = drawn.shape[1]
-        between = power_distances(drawn, drawn, alpha).sum((1, 2)) / (count * (count - 1))
-        return 2.0 * power_distances(drawn, targets, alpha).mean((1, 2)) - between
+    dtype = torch.promote_types(drawn.dtype, torch.float32)
+    drawn, targets = drawn.to(dtype), targets.detach().to(dtype)
+    count = drawn.shape[1]
+    between = power_distances(drawn, drawn, alpha).sum((1, 2)) / (count * (count - 1))
+    return 2.0 * power_distances(drawn, targets, alpha).mean((1, 2)) - between
 
 
 def power_distances(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -72,7 +71,10 @@ def power_distances(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 class _PowerDistances(torch.autograd.Function):
-    """The gradient is that of the differences, w_nm (a_n - b_m), summed as products of matrices."""
+    """The gradient is that of the differences, w_nm (a_n - b_m), summed as products of matrices.
+
+    Autocast would round these products, forward and where ``backward`` is called under it.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -80,7 +82,8 @@ class _PowerDistances(torch.autograd.Function):
         middle = b.mean(1, keepdim=True)
         a, b = a - middle, b - middle
         lengths = (a * a).sum(-1).unsqueeze(2) + (b * b).sum(-1).unsqueeze(1)
-        square = torch.baddbmm(lengths, a, b.transpose(1, 2), alpha=-2.0)
+        with torch.autocast(a.device.type, enabled=False):
+            square = torch.baddbmm(lengths, a, b.transpose(1, 2), alpha=-2.0)
         apart = square > 8.0 * torch.finfo(square.dtype).eps * lengths
         square = torch.where(apart, square, 1.0)
         distances = torch.where(apart, square.pow(alpha / 2), 0.0)
@@ -93,6 +96,7 @@ class _PowerDistances(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b, slopes = ctx.saved_tensors
         pull = grad * slopes
-        to_a = a * pull.sum(2).unsqueeze(-1) - pull @ b if ctx.needs_input_grad[0] else None
-        to_b = b * pull.sum(1).unsqueeze(-1) - pull.transpose(1, 2) @ a if ctx.needs_input_grad[1] else None
+        with torch.autocast(a.device.type, enabled=False):
+            to_a = a * pull.sum(2).unsqueeze(-1) - pull @ b if ctx.needs_input_grad[0] else None
+            to_b = b * pull.sum(1).unsqueeze(-1) - pull.transpose(1, 2) @ a if ctx.needs_input_grad[1] else None
         return to_a, to_b, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,18 @@ class TrainingNoise:
         self.device = device
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
 
-    def uniform(self, *shape: int) -> Tensor:
-        """fp32 [B, *shape] on [-1/2, 1/2)."""
-        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators]) - 0.5
+    def uniform(self, counts: Sequence[int], *shape: int) -> Tensor:
+        """fp32 [sum of counts, *shape] on [-1/2, 1/2): ``counts`` [B] of each row, one row after the other."""
+        return self._filled(counts, shape, lambda part, generator: part.uniform_(-0.5, 0.5, generator=generator))
 
-    def normal(self, *shape: int) -> Tensor:
-        """fp32 [B, *shape], standard normal."""
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+    def normal(self, counts: Sequence[int], *shape: int) -> Tensor:
+        """fp32 [sum of counts, *shape], standard normal."""
+        return self._filled(counts, shape, lambda part, generator: part.normal_(generator=generator))
+
+    def _filled(
+        self, counts: Sequence[int], shape: tuple[int, ...], fill: Callable[[Tensor, torch.Generator], Tensor]
+    ) -> Tensor:
+        found = torch.empty(sum(counts), *shape, device=self.device)
+        for part, generator in zip(found.split(list(counts)), self.generators, strict=True):
+            fill(part, generator)
+        return found

@@ -278,10 +278,13 @@ class LatentStudent(nn.Module):
             )
         if signal.given.shape != states.shape[:2]:
             raise RefusedError(f"given is {list(signal.given.shape)}, not {list(states.shape[:2])}")
+        if not signal.denominator > 0:
+            raise RefusedError(f"denominator = {signal.denominator} is no number of rows of the optimiser step")
         chosen = signal.given
-        uniform = noise.uniform(rows, self.energy.draws, self.shape.noise)[chosen]
+        counts = chosen.sum(1).tolist()
+        uniform = noise.uniform(counts, self.energy.draws, self.shape.noise)
         with torch.no_grad():
-            samples = noise.normal(rows, continuations, each, latent)[chosen]
+            samples = noise.normal(counts, continuations, each, latent)
             samples.mul_(signal.log_std[chosen].float().exp().unsqueeze(2)).add_(signal.mean[chosen].unsqueeze(2))
         temperature = None if signal.temperature is None else signal.temperature[chosen]
         drawn = self.draw_latents(states[chosen], uniform, temperature)

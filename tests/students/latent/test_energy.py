@@ -54,12 +54,22 @@ def test_fp32_is_near_fp64_also_far_from_the_origin(away: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_distances_are_fp32_under_autocast_and_for_bf16_draws(dtype: torch.dtype) -> None:
-    drawn, targets = points(2, 4, 16, dtype=dtype), points(2, 6, 16, seed=2, dtype=torch.float32)
+def test_distances_and_gradient_are_fp32_under_autocast_and_for_bf16_draws(dtype: torch.dtype) -> None:
+    drawn = points(2, 4, 16, dtype=dtype).requires_grad_()
+    targets = points(2, 6, 16, seed=2, dtype=torch.float32)
+    exact = drawn.detach().double().requires_grad_()
+    wanted = naive(exact, targets.double(), 1.0)
+    wanted.sum().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = energy_score(drawn, targets)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), naive(drawn.double(), targets.double(), 1.0), rtol=1e-5)
+        direct = power_distances(drawn.detach().float(), targets, 1.0)
+        found.sum().backward()
+    assert found.dtype == direct.dtype == torch.float32
+    assert torch.allclose(found.double(), wanted, rtol=1e-5)
+    assert torch.allclose(direct.double(), torch.cdist(exact.detach(), targets.double()), rtol=1e-5)
+    assert drawn.grad is not None
+    assert exact.grad is not None
+    assert torch.allclose(drawn.grad.double(), exact.grad, atol=1e-6 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("alpha", [0.75, 1.0, 1.5])

@@ -112,5 +112,9 @@ def test_training_noise_of_a_row_does_not_depend_on_its_batch() -> None:
     together = TrainingNoise(seeds, torch.device("cpu"))
     alone = TrainingNoise(seeds[1:2], torch.device("cpu"))
     for _ in range(2):
-        assert torch.equal(together.uniform(3, 4)[1], alone.uniform(3, 4)[0])
-        assert torch.equal(together.normal(2)[1], alone.normal(2)[0])
+        uniform, normal = together.uniform([2, 3, 0], 4000), together.normal([0, 3, 1], 4000)
+        assert torch.equal(uniform[2:], alone.uniform([3], 4000))
+        assert torch.equal(normal[:3], alone.normal([3], 4000))
+        assert float(uniform.abs().max()) <= 0.5
+        assert abs(float(uniform.var()) - 1 / 12) < 0.005
+        assert abs(float(normal.std()) - 1) < 0.02

@@ -401,6 +401,27 @@ def test_samples_that_cannot_be_shared_out_are_refused() -> None:
         student()(chunks, everything(chunks), torch.arange(4), energy={"samples": signal})
 
 
+def test_a_micro_batch_with_nothing_to_train_on_adds_nothing() -> None:
+    """A row of which only the first chunk holds text."""
+    model, chunks = moved_off_zero(student()), text(1)
+    valid = everything(chunks)
+    valid[:, 1:] = False
+    tokens = TokenSignal(None, 60.0, ce_weight=1.0, kd_weight=0.0)
+    found = model(chunks, valid, torch.arange(1), energy={"text": of_text(chunks, valid, 20.0)}, tokens=tokens)
+    found.loss.backward()
+    assert float(found.loss.detach()) == 0.0
+    assert (found.rows, found.tokens) == ({"text": 0}, 0)
+    assert not any(bool(grad.any()) for grad in gradients(model).values())
+
+
+@pytest.mark.parametrize("denominator", [0.0, -1.0, float("nan")])
+def test_a_step_of_no_rows_is_no_denominator(denominator: float) -> None:
+    chunks = text()
+    signal = of_text(chunks, everything(chunks), denominator)
+    with pytest.raises(RefusedError, match=r"denominator = .* is no number of rows"):
+        student()(chunks, everything(chunks), torch.arange(4), energy={"text": signal})
+
+
 def test_posteriors_of_other_rows_are_refused() -> None:
     chunks = text()
     signal = of_text(chunks[:, :-1], everything(chunks[:, :-1]), 1.0)
