@@ -18,6 +18,7 @@ from dispatch.planning.choice import choose
 from dispatch.planning.memory import judge_memory
 from dispatch.planning.plan import Plan, make_plan
 from dispatch.planning.preview import ending, render
+from dispatch.preflight.need import need_of
 from latentforge.errors import RefusedError
 from latentforge.spec.pipeline import PlannedRun, pipeline_runs
 from latentforge.verdicts import ExitCode
@@ -63,6 +64,7 @@ def asks(checkout: Any) -> dict[str, Ask]:
     return {
         "box": asked("tiny", BOX, env={}, folder=checkout),
         "local": replace(asked("tiny", Host(name="local"), env={}, folder=checkout), unfit=None),
+        "codec": asked("tiny-autoencoder", BOX, env={}, folder=checkout),
     }
 
 
@@ -83,6 +85,30 @@ def test_an_empty_host_runs_everything_in_order(asks: dict[str, Ask]) -> None:
     ]
     assert not plan.changes_nothing
     assert not plan.refusals
+
+
+def test_a_pipeline_for_a_codec_asks_no_teacher_and_says_its_own_memory_and_disk(asks: dict[str, Ask]) -> None:
+    ask, facts = asks["codec"], facts_of()
+    plan = plan_of(ask, facts)
+    assert [name for name in wills(plan) if wills(plan)[name] == "run"] == ["build", "data", "autoencoder", "collect"]
+    assert not plan.refusals
+    need = need_of(ask, facts)
+    assert need.memory is not None
+    assert [term.name for term in need.memory.terms] == ["codec", "states", "activations", "logits", "runtime"]
+    assert [term.name for term in need.disk] == ["environment", "build", "data", "codec", "logs"]
+    assert need.wanted["kinds"] == ("data", "autoencoder")
+    assert {"autoencoder.latent", "data.chunk", "through"} <= set(need.wanted["fields"])
+    assert not any(field.startswith(("distill.", "score.", "teacher.")) for field in need.wanted["fields"])
+    assert need.wanted["falsifiers"] == ("F-LATENT-AE-001", "F-LATENT-AE-002")
+
+
+def test_a_codec_of_other_code_that_passed_is_kept(asks: dict[str, Ask]) -> None:
+    planned = planned_of(asks["codec"])
+    other = "autoencoder-" + "7" * 20
+    kin = {planned["autoencoder"].kin: [{"id": other, "identity": "{}", **PASSED}]}
+    plan = plan_of(asks["codec"], facts_of(kin_runs=kin))
+    assert wills(plan)["autoencoder"] == "keep"
+    assert wills(plan)["data"] == "keep"
 
 
 def test_a_host_where_all_passed_and_all_was_collected_changes_nothing(asks: dict[str, Ask]) -> None:

@@ -39,12 +39,16 @@ def test_a_machine_with_gpus_proves_every_kernel_one_without_what_its_pipeline_c
     assert gpu.run != cpu.run
 
 
-def test_the_kernel_that_a_plan_names_is_one_of_the_guards(ask: Ask) -> None:
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-autoencoder"])
+def test_the_kernels_that_a_plan_names_are_the_guards(checkout: Any, recipe: str) -> None:
     from latentforge.kernels.guard.table import table
     from latentforge.kernels.guard.warmup import Limits, look_in_child
 
     names = {variant.name for variant in table(look_in_child(Limits()))}
-    assert set(kernels(ask, _facts().host)) <= names
+    ask = asked(recipe, Host(name="box", root="/r", keys=(_KEY,)), env={}, folder=checkout)
+    named = kernels(ask, _facts().host)
+    assert named
+    assert set(named) <= names
 
 
 def test_another_driver_is_another_warm_up_and_another_day_is_not(ask: Ask) -> None:
