@@ -27,9 +27,10 @@ def untrained_model(chunk: int = 4, *, cache: bool = True, **words: Any) -> Late
         codec = Codec(CodecShape(VOCABULARY, chunk, LATENT, 16, 24))
     with torch.no_grad():
         student.head.to_latent.weight.normal_(std=1.0, generator=generator)
-        student.table.weight.normal_(generator=generator)
-        for weight in student.head.blocks.parameters():
-            weight.mul_(4)  # at first the state hardly changes a draw
+        student.table.weight.normal_(std=0.2, generator=generator)
+        # At first the chunks before the last hardly change a state, and a state hardly changes a draw.
+        for weight in (*student.head.blocks.parameters(), *student.backbone.decoder.parameters()):
+            weight.mul_(4)
         for weight in (codec.embedding.weight, codec.decoder_in.weight, codec.decoder_split.weight):
             weight.normal_(std=0.5, generator=generator)
         codec.embedding.weight[EOS] *= 0.3

@@ -113,8 +113,14 @@ def test_what_a_prompt_has_begun_is_completed_by_the_conditionals_of_its_tokens(
 
     assert found[0, 2] == logits(torch.tensor([3, 4, 1, 1]), 2).argmax()
     assert found[0, 3] == logits(torch.tensor([3, 4, int(found[0, 2]), 1]), 3).argmax()
-    noise = gumbel(torch.tensor([5]), torch.tensor([7]), torch.arange(VOCABULARY))
-    assert found[2, 3] == (logits(torch.tensor([3, 4, 5, 1]), 3) / 0.7 + noise).argmax()
+    many = torch.arange(40)  # a key each for the same place
+    found = session.complete(
+        many * 0, Keys(many, many), begun[2:].repeat(40, 1), lengths[2:].repeat(40), torch.full((40,), 0.7)
+    )
+    noise = gumbel(many[:, None], (many * 4 + 3)[:, None], torch.arange(VOCABULARY))
+    wanted = (logits(torch.tensor([3, 4, 5, 1]), 3) / 0.7 + noise).argmax(-1)
+    assert torch.equal(found[:, 3], wanted)
+    assert len(wanted.unique()) > 3
 
 
 def test_a_codec_of_another_student_is_refused_by_what_differs() -> None:
