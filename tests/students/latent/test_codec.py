@@ -33,8 +33,8 @@ def text(rows: int = 64, chunk: int = 4, seed: int = 3) -> tuple[Tensor, Tensor]
     return drawn, valid(drawn, EOS)
 
 
-def trained(chunk: int = 4, *, steps: int, objective: CodecObjective = NOISY) -> Codec:
-    codec = small(chunk)
+def trained(chunk: int = 4, *, steps: int, latent: int = 24, objective: CodecObjective = NOISY) -> Codec:
+    codec = small(chunk, latent)
     optimiser = torch.optim.AdamW(codec.parameters(), lr=5e-3)
     for step in range(steps):
         chunks, places = text(256, chunk, seed=step)
@@ -54,6 +54,13 @@ def test_any_number_of_tokens_a_chunk_is_encoded_and_decoded(chunk: int) -> None
     found = codec.decode(posterior.mean)
     assert torch.equal(found, codec.logits(posterior.mean).argmax(-1))
     assert codec_loss(codec, chunks, places, NOISY, noise_of(1, 1)).loss.isfinite()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8, 16])
+def test_any_number_of_tokens_a_chunk_is_learnt(chunk: int) -> None:
+    held_out = text(256, chunk, seed=10**6)
+    codec = trained(chunk, latent=16 * chunk, steps=120)
+    assert report_codec(codec, lambda: [held_out]).token_accuracy > (0.9 if chunk <= 4 else 0.3)
 
 
 def test_what_it_learns_holds_for_chunks_that_it_has_not_seen() -> None:
