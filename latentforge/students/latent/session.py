@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,19 @@ class LatentModel:
         self.cache, self.kernel_backend = cache, kernel_backend
         self.chunk, self.vocab_size, self.eos_id = student.shape.chunk, student.shape.vocab_size, eos_id
         self.tempered, self.completes = student.shape.tempered, student.shape.token_layers > 0
+
+    @classmethod
+    def open(
+        cls, student: Path, codec: Path, *, tokenizer_sha256: str | None = None, kernel_backend: str = "auto"
+    ) -> LatentModel:
+        """The model of two folders; RefusedError where one holds no such thing, or the student was trained with another
+        codec, or either for another tokenizer than is named (None: not compared)."""
+        coder = Codec.open(codec, tokenizer_sha256=tokenizer_sha256)
+        assert coder.record is not None  # an opened codec has one
+        writer = LatentStudent.open(
+            student, codec_sha256=coder.record.digest, tokenizer_sha256=tokenizer_sha256
+        ).requires_grad_(False)
+        return cls(writer, coder, eos_id=coder.record.eos_id, kernel_backend=kernel_backend)
 
     @property
     def device(self) -> torch.device:

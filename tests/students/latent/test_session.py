@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,19 @@ def test_a_student_without_a_token_head_refuses_a_begun_chunk_before_it_writes()
     with pytest.raises(RefusedError, match="a prompt of 5 tokens begins a chunk of 4"):
         generate(model(token_layers=0), [Request(prompt(5), 4)])
     assert len(generate(model(token_layers=0), [Request(prompt(4), 4)])[0].tokens) <= 4
+
+
+def test_a_saved_student_writes_what_it_wrote_before_and_not_with_another_codec(tmp_path: Path) -> None:
+    one = model()
+    known = {"eos_id": EOS, "tokenizer_sha256": "a" * 64}
+    digest = one.codec.save(tmp_path / "codec", **known, latent_std=1.0).digest
+    one.student.save(tmp_path / "student", **known, codec_sha256=digest)
+    opened = LatentModel.open(tmp_path / "student", tmp_path / "codec", tokenizer_sha256="a" * 64)
+    assert generate(opened, requests()) == generate(one, requests())
+    with pytest.raises(RefusedError, match="tokenizer"):
+        LatentModel.open(tmp_path / "student", tmp_path / "codec", tokenizer_sha256="b" * 64)
+    with torch.no_grad():
+        one.codec.decoder_in.weight.add_(1)
+    one.codec.save(tmp_path / "other", **known, latent_std=1.0)
+    with pytest.raises(RefusedError, match="a student of codec"):
+        LatentModel.open(tmp_path / "student", tmp_path / "other")
