@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# No test is timed: on a machine that is busy an example may take any time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Read when torch is imported: threads that spin for work make small tensors ten times as slow on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

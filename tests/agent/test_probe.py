@@ -145,7 +145,7 @@ def test_damaged_weights_are_refused_with_file_and_remedy(tmp_path: Path, weight
     assert "again" in facts["next"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 150), st.integers(0, 7))
 def test_a_flipped_bit_in_a_header_never_crashes_the_check(
     tmp_path_factory: pytest.TempPathFactory, byte: int, bit: int
@@ -286,7 +286,7 @@ _NAMES = st.text("ab.é日-", min_size=1, max_size=4).filter(lambda name: name n
 _TREES = st.dictionaries(st.lists(_NAMES, min_size=1, max_size=3).map(tuple), st.binary(max_size=20), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tree=_TREES)
 def test_the_agents_digest_of_a_folder_is_the_evidences(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[tuple[str, ...], bytes]

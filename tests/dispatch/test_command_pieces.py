@@ -17,7 +17,7 @@ CANARY = "hf_canary'$(id)\" 0123456789"
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(words=st.lists(TEXT, min_size=1, max_size=5))
 def test_the_words_that_are_shown_are_the_words_for_a_shell(words: list[str]) -> None:
     command = Command.of(words, {}, {})
@@ -25,7 +25,7 @@ def test_the_words_that_are_shown_are_the_words_for_a_shell(words: list[str]) ->
     assert [word.raw for word in command.words] == words
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(before=TEXT, after=TEXT)
 def test_a_secret_in_a_word_is_shown_by_name_and_a_shell_with_it_gives_the_word_back(before: str, after: str) -> None:
     environ = {"HF_TOKEN": CANARY, "OTHER_API_KEY": CANARY + "more"}

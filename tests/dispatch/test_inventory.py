@@ -52,7 +52,7 @@ def test_putting_a_host_keeps_comments_order_and_other_hosts(laptop: Any) -> Non
     assert again.default == "a"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     address=WORD,
     user=st.none() | WORD,

@@ -127,7 +127,7 @@ READINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(one=READINGS, two=READINGS, where=st.sampled_from(["box", "local"]))
 def test_readings_that_change_no_judgement_change_no_byte_of_a_preview(
     asks: dict[str, Ask], one: dict[str, Any], two: dict[str, Any], where: str
@@ -155,7 +155,7 @@ STATES = st.sampled_from(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(states=st.fixed_dictionaries(dict.fromkeys(("data", "teacher", "score", "distill"), STATES)))
 def test_whatever_states_there_are_no_ended_run_is_started_and_nothing_unknown_turns_green(
     asks: dict[str, Ask], states: dict[str, Any]

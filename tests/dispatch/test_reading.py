@@ -19,7 +19,7 @@ def reply(name: str, content: bytes, start: int, length: int, **marks: bool) -> 
     return {name: answer}, [name], data
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(content=st.binary(max_size=400), sizes=st.lists(st.integers(1, 90), min_size=1, max_size=20), data=st.data())
 def test_any_interruption_leaves_the_host_s_bytes_exactly(
     tmp_path_factory: Any, content: bytes, sizes: list[int], data: st.DataObject

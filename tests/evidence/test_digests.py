@@ -42,7 +42,7 @@ def test_a_files_digest_is_its_sha256(tmp_path: Path) -> None:
     assert tree_sha256(tmp_path / "f") == file_sha256(tmp_path / "f") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=TREE)
 def test_the_agents_own_copy_of_the_rule_gives_the_same_digest(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, bytes]
@@ -52,7 +52,7 @@ def test_the_agents_own_copy_of_the_rule_gives_the_same_digest(
         assert tree_sha256(root) == tree_digest(root)[0]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=TREE.filter(bool), data=st.data())
 def test_any_change_of_a_name_or_a_byte_changes_the_digest(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, bytes], data: st.DataObject

@@ -55,7 +55,7 @@ def test_a_run_is_entered_once(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(position=st.integers(0, len(CONTENT) - 1), flip=st.integers(1, 255))
 def test_no_flipped_byte_goes_unnoticed(position: int, flip: int) -> None:
     changed = bytearray(CONTENT)
@@ -64,7 +64,7 @@ def test_no_flipped_byte_goes_unnoticed(position: int, flip: int) -> None:
         check_chain(bytes(changed))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 3), max_size=5))
 def test_lines_removed_repeated_or_reordered_are_noticed(order: list[int]) -> None:
     whole = lines(4)

@@ -60,7 +60,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
     return run_dir, [*files, runs / "ledger.jsonl"]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), flip=st.integers(1, 255))
 def test_one_flipped_byte_anywhere_fails(lasting: tuple[Path, list[Path]], data: st.DataObject, flip: int) -> None:
     run_dir, files = lasting
@@ -77,7 +77,7 @@ def test_one_flipped_byte_anywhere_fails(lasting: tuple[Path, list[Path]], data:
     assert named in [problem.what for problem in result.problems]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_truncated_file_fails(lasting: tuple[Path, list[Path]], data: st.DataObject) -> None:
     run_dir, files = lasting

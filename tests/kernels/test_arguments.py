@@ -119,7 +119,7 @@ def test_every_argument_is_among_those_that_are_tried() -> None:
     assert {name for _, name in ARGUMENTS} == TENSORS | set(TAKES)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=700)
 @given(argument=st.sampled_from(ARGUMENTS), value=anything)
 def test_an_argument_is_taken_or_refused_by_its_name_and_value(argument: tuple[str, str], value: Any) -> None:
     op, name = argument
@@ -173,7 +173,7 @@ def test_what_is_no_tensor_inside_of_the_targets_is_refused(junk: Any) -> None:
 
 
 @given(name=st.sampled_from(["logit_scale", "soft_cap"]), value=anything)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_teachers_scale_and_cap_obey_the_rules_of_the_students(name: str, value: Any) -> None:
     more: dict[str, Any] = {name: value}
     if takes("linear_kd_loss", name, value):

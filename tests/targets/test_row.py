@@ -40,7 +40,7 @@ def rows(draw: st.DrawFn) -> SequenceTargets:
 
 
 @pytest.mark.parametrize("reader", READERS, ids=["numpy", "native"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(row=rows(), levels=st.sampled_from([GRADED, GradedLevels(1e-5, 1e-2), GradedLevels(0.25, 0.5)]))
 def test_ids_come_back_exactly_and_numbers_within_their_rounding(
     reader: Any, row: SequenceTargets, levels: GradedLevels
@@ -60,7 +60,7 @@ def test_ids_come_back_exactly_and_numbers_within_their_rounding(
         assert (np.abs(found.tails[t] - tail)[finite] <= TAIL_STEP / 2 + 1e-5).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(row=rows())
 def test_rows_that_are_not_rounded_come_back_bit_for_bit(row: SequenceTargets) -> None:
     found = unpack_row(KEY, pack_row(KEY, row, levels=EXACT), temperatures=tuple(row.tails))
@@ -69,7 +69,7 @@ def test_rows_that_are_not_rounded_come_back_bit_for_bit(row: SequenceTargets) -
     assert {t: tail.tobytes() for t, tail in found.tails.items()} == {t: x.tobytes() for t, x in row.tails.items()}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(row=rows(), levels=st.sampled_from([GRADED, GradedLevels(1e-5, 1e-2)]))
 def test_the_extension_reads_the_bits_that_numpy_reads(row: SequenceTargets, levels: Levels) -> None:
     value = pack_row(KEY, row, levels=levels)
@@ -89,7 +89,7 @@ def test_every_count_of_every_number_of_draws_can_be_stored(draws: int) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS, ids=["numpy", "native"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), draws=st.sampled_from([1, 7, 50, 5000]), k=st.integers(1, 12))
 def test_drawn_rows_come_back_with_their_exact_counts(reader: Any, seed: int, draws: int, k: int) -> None:
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -113,7 +113,7 @@ def test_a_logprob_that_no_count_gives_is_refused_among_drawn_rows() -> None:
         pack_row(KEY, row, levels=CountLevels(50))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=st.lists(st.integers(0, LARGEST) | st.integers(0, 40), max_size=60), lead=st.integers(0, 9))
 def test_integers_come_back_from_their_tokens_and_bits_at_any_offset(values: list[int], lead: int) -> None:
     tokens, bits = split(np.array(values, dtype=np.int64))

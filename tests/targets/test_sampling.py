@@ -32,7 +32,7 @@ def keyed(rows: int) -> tuple[Tensor, Tensor]:
     return torch.arange(rows) * 7919, torch.arange(rows)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(
     vocab=st.sampled_from([1, 2, 7, 320, 5003]),
     draws=st.integers(1, 70),

@@ -288,7 +288,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_store_with_changed_bytes_gives_right_rows_or_a_refusal(small_store: Path, data: st.DataObject) -> None:
     path = small_store.with_name("changed.sqlite")

@@ -45,7 +45,7 @@ def on_cpu(
     return ce, kd, gradient
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     variant=st.sampled_from(VARIANTS),
     dtype=st.sampled_from([BF16, FP32]),
@@ -212,7 +212,7 @@ def test_a_tail_is_refused_only_where_a_row_names_the_whole_vocabulary() -> None
         kd_loss(teacher.clone(), cut, labels, backend="cpu", **asked)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(data=st.data())
 def test_both_searches_agree_on_which_rows_are_wrong(data: st.DataObject) -> None:
     rows, k, vocab = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), 6

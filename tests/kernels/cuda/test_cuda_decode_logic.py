@@ -178,7 +178,7 @@ def test_what_the_cuda_decoder_does_not_take_is_refused_by_name() -> None:
         cuda_decode.decode(hidden, weight, DecodeSettings(10), None, None, None)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 9),
     vocab=st.integers(1, 70),

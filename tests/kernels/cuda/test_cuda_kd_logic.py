@@ -363,7 +363,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), shift=st.integers(0, 7), other=st.integers(0, 7), gap=st.integers(0, 9), order=st.integers(0, 50))
 def test_any_shape_type_and_place_gives_the_definition(
     emulation: Any, places: Callable[..., Any], case: Case, shift: int, other: int, gap: int, order: int

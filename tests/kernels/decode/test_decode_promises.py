@@ -34,7 +34,7 @@ def problem(rows: int, vocab: int, width: int, kind: str) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     rows=st.integers(1, 20),
     vocab=st.sampled_from([65, 512, 1700, 5000]),

@@ -190,7 +190,7 @@ def test_these_chunks_meet_every_plan(kind: str, plans: list[str]) -> None:
     assert not any(linear_sweeps.Plan.of(problem, 1, False).again for _ in plans)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),
     direction=st.sampled_from(DIRECTIONS),

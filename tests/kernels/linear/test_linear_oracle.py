@@ -274,14 +274,14 @@ def calls(draw: st.DrawFn) -> Call:
     )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls())
 def test_any_call_is_what_autograd_finds_over_logits_in_fp64(call: Call) -> None:
     run(call)
 
 
 @pytest.mark.soak
-@settings(max_examples=20000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20000, suppress_health_check=list(HealthCheck))
 @given(call=calls())
 def test_any_of_very_many_calls_is_what_autograd_finds(call: Call) -> None:
     run(call)

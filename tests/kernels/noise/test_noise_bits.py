@@ -74,7 +74,7 @@ def test_the_words_are_the_published_answer_at_zero() -> None:
     assert tuple(noise.philox_words(zero, zero, torch.arange(4)).tolist()) == KNOWN[0][2]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(seed=INT64 | EXTREMES, position=INT64 | EXTREMES, identity=st.integers(0, 2**34 - 1))
 def test_the_words_are_those_of_philox_at_any_key_and_counter(seed: int, position: int, identity: int) -> None:
     counter = (identity >> 2, 0, position % 2**32, (position >> 32) % 2**32)
@@ -83,7 +83,7 @@ def test_the_words_are_those_of_philox_at_any_key_and_counter(seed: int, positio
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     seed=INT64 | EXTREMES,
     position=INT64 | EXTREMES,
@@ -97,14 +97,14 @@ def test_torch_and_every_variant_have_the_same_bits(
     assert bits(run(variant, seed, position, first, count)) == bits(expected)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(seed=INT64 | EXTREMES, position=INT64 | EXTREMES, identity=st.integers(0, 2**34 - 1))
 def test_scalars_have_the_same_bits(seed: int, position: int, identity: int) -> None:
     alone = torch.tensor([native().gumbel(seed, position, identity)])
     assert bits(alone) == bits(noise.gumbel(torch.tensor([seed]), torch.tensor([position]), torch.tensor([identity])))
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500, derandomize=True)
 @given(word=st.integers(0, 2**32 - 1))
 def test_a_word_becomes_the_same_variate_in_torch_and_in_cpp(word: int) -> None:
     assert bits(torch.tensor([native().gumbel_of_word(word)])) == bits(noise.gumbel_of_words(torch.tensor([word])))

@@ -46,7 +46,7 @@ def stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
 
 
 @given(TEXTS, TEXTS, WORDS, st.integers(0, 40), st.integers(0, 40), st.booleans(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_span_covers_the_same_bytes_on_both_sides_and_no_token_is_in_two(
     learnt: list[str], other: list[str], words: list[str], few: int, many: int, regex: bool, data: st.DataObject
 ) -> None:
@@ -81,7 +81,7 @@ def test_every_span_covers_the_same_bytes_on_both_sides_and_no_token_is_in_two(
 
 
 @given(TEXTS, WORDS, st.integers(0, 40), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equal_tokenizers_align_every_token_of_documents(
     learnt: list[str], words: list[str], merges: int, data: st.DataObject
 ) -> None:
@@ -121,7 +121,7 @@ def random_rows(
 
 
 @given(TEXTS, WORDS, st.integers(0, 40), st.integers(1, 12), st.sampled_from([1.0, 2.0]), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_mapped_rows_keep_the_mass_and_name_tokens_of_the_same_bytes(
     learnt: list[str], words: list[str], merges: int, k: int, temperature: float, seed: int
 ) -> None:

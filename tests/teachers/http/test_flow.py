@@ -142,7 +142,7 @@ def test_a_teacher_that_is_asked_for_few_entries_anyway_keeps_them() -> None:
     tokens=st.none() | st.integers(0, 60),
     script=st.lists(st.sampled_from(["ok", "rate-limited", "server-error", "cut"]), max_size=20),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_budget_is_never_exceeded(requests: int | None, tokens: int | None, script: list[str]) -> None:
     clock = Clock()
     flow = flow_with(clock, budget=Budget(requests, tokens))

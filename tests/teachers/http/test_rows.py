@@ -220,7 +220,7 @@ anything = st.recursive(
 
 
 @given(value=anything, form=st.sampled_from(FORMS), last=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_json_never_gives_a_row(value: Any, form: Form, last: bool) -> None:
     for whole in (value, {"choices": [value]}, {"choices": [{"logprobs": value, "prompt_logprobs": value}]}):
         with pytest.raises(TeacherFailure):
@@ -244,7 +244,7 @@ def wrong(value: Any) -> st.SearchStrategy[Any]:
 
 
 @given(data=st.data(), form=st.sampled_from(FORMS), last=st.booleans(), k=st.integers(1, 6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_answer_that_is_damaged_anywhere_gives_the_right_rows_or_none(
     data: st.DataObject, form: Form, last: bool, k: int
 ) -> None:
