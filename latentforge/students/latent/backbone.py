@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ class DecoderShape:
     intermediate: int
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise RefusedError(f"{field.name} = {getattr(self, field.name)} is less than 1")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise RefusedError(f"width = {self.width} is no even number for each of {self.heads} heads")
         if self.heads % self.kv_heads:
