@@ -150,5 +150,5 @@ def test_chunks_of_another_size_are_refused() -> None:
 
 @pytest.mark.parametrize(("width", "heads", "kv_heads"), [(30, 4, 2), (12, 4, 2), (32, 4, 3), (32, 0, 1), (32, 4, 0)])
 def test_shapes_that_cannot_be_are_refused(width: int, heads: int, kv_heads: int) -> None:
-    with pytest.raises(RefusedError, match="width = |heads = "):
+    with pytest.raises(RefusedError, match=r"width = |heads = "):
         DecoderShape(1, width, heads, kv_heads, 8)
