@@ -262,6 +262,16 @@ def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int
         return Qwen3ForCausalLM(config)
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep a model's weights as ``dtype``, and its buffers as they are.
+
+    ``model.to(dtype)`` would round the frequencies of the positions too, which transformers keeps in fp32: what was
+    trained would not be what is opened.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def model_from_folder(folder: Path) -> Any:
     """The fp32 causal LM of a Hugging Face folder, from disk alone; refused where a tensor is missing."""
     from transformers import AutoModelForCausalLM

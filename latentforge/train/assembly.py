@@ -22,7 +22,7 @@ from latentforge.memory.estimate import ahead_bytes
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
-from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.crossed import CrossCoverage, CrossedShards, CrossedTeacher
@@ -195,7 +195,8 @@ def start_model(run: RunDir, spec: StudentSpec, data: ShardSet, teacher: Path, s
 def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) -> Trainer:
     """A fresh copy of the start with its optimiser: student and twin differ in the weights of the loss alone."""
     spec = job.spec
-    model = copy.deepcopy(start).to(device=job.device, dtype=PRECISIONS[spec.precision])
+    model = copy.deepcopy(start).to(job.device)
+    cast_weights(model, PRECISIONS[spec.precision])
     model.requires_grad_(not spec.student.frozen)
     optimiser = MasterOptimiser(
         model,

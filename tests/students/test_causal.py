@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import DenseTargets
-from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
 
 SHAPE = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=48)
 
@@ -28,6 +28,20 @@ def test_logits_are_those_of_the_transformers_model() -> None:
     student = Student(model(), 40)
     whole = student.model(input_ids=tokens()[:, :-1], use_cache=False).logits.reshape(-1, 40)
     assert torch.allclose(student.logits(tokens()), whole, atol=1e-6)
+
+
+def test_a_student_in_bf16_reads_far_positions_as_the_model_does_that_is_opened_from_its_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trained = new_model(ModelShape(1, 64, 1, 1, 48), vocab_size=40, positions=2048, eos_id=0, seed=1)
+    cast_weights(trained, torch.bfloat16)
+    trained.save_pretrained(tmp_path / "student")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.bfloat16, local_files_only=True)
+    text = torch.randint(0, 40, (1, 2048), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(trained(text).logits, opened(text).logits)
+        trained.to(torch.bfloat16)
+        assert not torch.equal(trained(text).logits, opened(text).logits), "the frequencies of positions are rounded"
 
 
 def test_a_start_depends_on_its_seed_and_shape_alone() -> None:
