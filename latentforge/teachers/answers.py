@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -124,35 +125,38 @@ def ask_all(
             yield number, found
     # Equal prompts are one request.
     first = {keys[number]: number for number in reversed(missing)}
+    # Set by the thread that met it, before it could take another prompt.
+    ended = threading.Event()
     failure: TeacherFailure | None = None
-    pool = ThreadPoolExecutor(teacher.flow.concurrency, thread_name_prefix="chat")
-    try:
-        asked: dict[Future[ChatAnswer], bytes] = {
-            pool.submit(
-                teacher.chat,
-                [{"role": "user", "content": prompts[number]}],
+
+    def ask(prompt: str) -> ChatAnswer | TeacherFailure | None:
+        """None where it is not asked any more."""
+        if ended.is_set():
+            return None
+        try:
+            return teacher.chat(
+                [{"role": "user", "content": prompt}],
                 max_tokens=asking.max_tokens,
                 k=asking.k,
                 temperature=TEMPERATURE,
-                seed=asking.seed_of(prompts[number]),
-            ): key
-            for key, number in sorted(first.items(), key=lambda one: one[1])
-        }
+                seed=asking.seed_of(prompt),
+            )
+        except TeacherFailure as error:
+            if error.kind not in OF_ONE_PROMPT:
+                ended.set()
+            return error
+
+    pool = ThreadPoolExecutor(teacher.flow.concurrency, thread_name_prefix="chat")
+    try:
+        ordered = sorted(first.items(), key=lambda one: one[1])
+        asked = {pool.submit(ask, prompts[number]): key for key, number in ordered}
         for future in as_completed(asked):
-            if future.cancelled():
+            key, said = asked[future], future.result()
+            if said is None:
                 continue
-            key = asked[future]
-            said: ChatAnswer | TeacherFailure
-            try:
-                said = future.result()
-            except TeacherFailure as error:
-                if error.kind not in OF_ONE_PROMPT:
-                    if failure is None:
-                        failure = error
-                        for waiting in asked:
-                            waiting.cancel()
-                    continue
-                said = error
+            if isinstance(said, TeacherFailure) and said.kind not in OF_ONE_PROMPT:
+                failure = failure or said
+                continue
             if isinstance(said, ChatAnswer) or said.kind in OF_ONE_ANSWER:
                 store.put(key, said)
             for number in missing:

@@ -205,6 +205,15 @@ def test_a_lost_server_keeps_what_it_said_and_one_bad_prompt_stops_nothing(
     assert len(api.asked) - before == 8 - kept + 1
 
 
+def test_whoever_meets_the_end_of_a_server_asks_for_nothing_more(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    prompts = [f"prompt {number}" for number in range(300)]
+    api = Api(tokenizer, fails={prompt: TeacherFailure("timeout", "gone") for prompt in prompts})
+    api.flow = FlowControl(concurrency=1)
+    with AnswerStore(tmp_path / "a.sqlite") as store, pytest.raises(TeacherFailure, match="gone"):
+        dict(ask_all(api, prompts, store, ASKING))
+    assert api.asked == prompts[:1]
+
+
 def test_a_damaged_answer_is_asked_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     api = Api(tokenizer)
     with AnswerStore(tmp_path / "a.sqlite") as store:

@@ -137,4 +137,4 @@ def test_an_api_that_says_nothing_of_its_tokens_is_refused_at_its_first_answer(
         execute_pipeline(
             chat_spec, tmp_path, through="data", text=io.StringIO(), accept=lambda kind, code: code == ExitCode.PASS
         )
-    assert len(proxy.outcomes) <= chat_spec.teacher.concurrency + 1
+    assert len(proxy.outcomes) <= chat_spec.teacher.concurrency
