@@ -20,11 +20,11 @@ from latentforge.train import effective
 from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
 from latentforge.train.falsifiers import judge
-from latentforge.train.keeping import keep_checkpoint, restore
+from latentforge.train.keeping import go_on, keep_checkpoint
 from latentforge.train.loop import bytes_of, log_compiles, log_step
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import say_saved, start_digests
-from latentforge.train.resume import carry_events, open_predecessor
+from latentforge.train.resume import open_predecessor
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
 
@@ -105,11 +105,8 @@ def run(run: RunDir, log: EventLog) -> None:
 
     checkpoint = earlier.checkpoints.get(MODEL) if earlier is not None else None
     if earlier is not None and checkpoint is not None:
-        carry_events(earlier, MODEL, until=checkpoint.step, before=spec.steps, log=log)
-        restore(optimiser, checkpoint, log)
+        go_on(earlier, checkpoint, optimiser, log, model=MODEL, steps=spec.steps)
         first, before = checkpoint.step, None
-        log.emit("phase", name="resume", state="end", model=MODEL, step=first, predecessor=earlier.run)
-        log.say(f"{MODEL} resumes from step {first} of {earlier.run}")
         keep_checkpoint(run, log, CHECKPOINTS[MODEL], codec, optimiser, model=MODEL, step=first, start=start)
     else:
         if earlier is not None:

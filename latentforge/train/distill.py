@@ -36,11 +36,11 @@ from latentforge.train.assembly import (
 from latentforge.train.canary import require_canary
 from latentforge.train.falsifiers import SAME_KL, judge
 from latentforge.train.flops import training_flops
-from latentforge.train.keeping import keep_checkpoint, restore
+from latentforge.train.keeping import go_on, keep_checkpoint
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.products import save_model, start_digests
-from latentforge.train.resume import Earlier, carry_events, open_predecessor
+from latentforge.train.resume import Earlier, open_predecessor
 from latentforge.train.samples import samples
 from latentforge.train.score import teacher_folder
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
@@ -190,12 +190,9 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
         report(job, model, before, step=0)
     checkpoint = earlier.checkpoints.get(model) if earlier is not None else None
     if earlier is not None and checkpoint is not None:
-        carry_events(earlier, model, until=checkpoint.step, before=spec.steps, log=log)
-        restore(trainer.optimiser, checkpoint, log)
+        go_on(earlier, checkpoint, trainer.optimiser, log, model=model, steps=spec.steps)
         first = checkpoint.step
         tally = Tally.of(earlier.events, model=model, until=first)
-        log.emit("phase", name="resume", state="end", model=model, step=first, predecessor=earlier.run)
-        log.say(f"{model} resumes from step {first} of {earlier.run}")
         keep(job, trainer, model, first, start)
     elif earlier is not None and model == "student":
         log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")

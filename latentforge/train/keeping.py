@@ -9,6 +9,7 @@ from latentforge.events import EventLog
 from latentforge.spec.run import RunDir
 from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.resume import Earlier, carry_events
 
 
 def keep_checkpoint(
@@ -40,8 +41,14 @@ def keep_checkpoint(
         log.warning(f"{len(written.unmoved)} of {written.trained} tensors of the {model} have not moved")
 
 
-def restore(optimiser: MasterOptimiser, checkpoint: Checkpoint, log: EventLog) -> None:
-    """Put a checkpoint's weights, moments and generator state back."""
+def go_on(
+    earlier: Earlier, checkpoint: Checkpoint, optimiser: MasterOptimiser, log: EventLog, *, model: str, steps: int
+) -> None:
+    """Put back a predecessor's checkpoint of ``model`` (weights, moments, generator state), carry its events, say so.
+
+    ``steps`` are those of the whole run: held-out values of the last one are measured again.
+    """
+    carry_events(earlier, model, until=checkpoint.step, before=steps, log=log)
     optimiser.load(checkpoint.weights, checkpoint.moments)
     torch.set_rng_state(checkpoint.rng)
     if checkpoint.threads != torch.get_num_threads():
@@ -49,3 +56,5 @@ def restore(optimiser: MasterOptimiser, checkpoint: Checkpoint, log: EventLog) -
             f"the checkpoint was computed with {checkpoint.threads} threads, this run has {torch.get_num_threads()}: "
             "its steps may not repeat bit for bit"
         )
+    log.emit("phase", name="resume", state="end", model=model, step=checkpoint.step, predecessor=earlier.run)
+    log.say(f"{model} resumes from step {checkpoint.step} of {earlier.run}")
