@@ -83,8 +83,6 @@ class DataSpec(Section):
                 f"sequence_length = {self.sequence_length} is not a multiple of chunk = {self.chunk}: a row would end "
                 "inside a chunk"
             )
-        if self.chunk > 1 and self.documents == "chat":
-            raise ValueError(f"chunk = {self.chunk} with documents = 'chat': answers are packed one after the other")
         return self
 
 

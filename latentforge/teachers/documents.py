@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,19 @@ class ChatDocument:
     said_end: bool
     bytes: int
     canonical: bool
+
+    def in_chunks(self, chunk: int) -> ChatDocument:
+        """The document up to a multiple of ``chunk`` tokens: its EOS again, without rows (see ``data.shards.pack``)."""
+        more = -len(self.ids) % chunk
+        if not more:
+            return self
+        return replace(
+            self,
+            ids=np.pad(self.ids, (0, more), mode="edge"),
+            row_ids=np.pad(self.row_ids, ((0, more), (0, 0)), constant_values=ABSENT),
+            logprobs=np.pad(self.logprobs, ((0, more), (0, 0)), constant_values=-np.inf),
+            tail=np.pad(self.tail, (0, more)),
+        )
 
 
 class ChatReader:
@@ -208,17 +221,18 @@ FIRST_ANSWERS = 8
 
 
 def packed_targets(
-    documents: Iterable[ChatDocument], *, length: int
+    documents: Iterable[ChatDocument], *, length: int, chunk: int = 1
 ) -> Iterable[tuple[npt.NDArray[np.int64], SequenceTargets]]:
-    """Rows of ``length`` tokens cut from the documents one after the other, each with its ``length - 1`` targets.
+    """Rows of ``length`` tokens cut from the documents one after the other, each with its ``length - 1`` targets; each
+    document begins at a multiple of ``chunk``.
 
     Row i of a sequence's targets predicts its token i + 1, as everywhere; the first token of a sequence loses its row.
     """
     parts: list[ChatDocument] = []
     have = 0
     for document in documents:
-        parts.append(document)
-        have += len(document.ids)
+        parts.append(document.in_chunks(chunk))
+        have += len(parts[-1].ids)
         if have < length:
             continue
         ids, row_ids, logprobs, tail = (

@@ -38,9 +38,10 @@ class _Maker:
     corpus: Corpus
     tally: ChatTally
     progress: Callable[[int], None]
+    chunk: int
 
     def documents(self, entries: list[Entry], tokens: int | None) -> list[ChatDocument]:
-        """Documents of the entries' answers, in the entries' order, until they hold ``tokens`` (None: of all)."""
+        """Documents of the entries' answers, in the entries' order, until they fill ``tokens`` (None: of all)."""
         made: list[ChatDocument] = []
         have = 0
         block = _BLOCK * self.teacher.flow.concurrency
@@ -56,7 +57,7 @@ class _Maker:
                 self.tally.add(found)
                 if isinstance(found, ChatDocument):
                     made.append(found)
-                    have += len(found.ids)
+                    have += -(-len(found.ids) // self.chunk) * self.chunk
             self.tally.check()
             self.progress(have)
             if tokens is not None and have >= tokens:
@@ -84,16 +85,18 @@ def run_chat(
         if len(store):
             log.say(f"resumes: {len(store)} answers are kept")
         goal = sum(one or 0 for one in wanted)
-        maker = _Maker(teacher, store, asking, reader, prompts, tally, lambda n: log.progress("ask", n, max(goal, n)))
+        progress = lambda n: log.progress("ask", n, max(goal, n))  # noqa: E731
+        maker = _Maker(teacher, store, asking, reader, prompts, tally, progress, spec.chunk)
         heldout_documents = maker.documents(heldout, wanted[0])
         train_documents = maker.documents(train, wanted[1])
     for sentence in tally.sentences():
         log.say(sentence)
-    packed_heldout = _pack(run, "heldout", heldout_documents, tokenizer, length, spec.heldout_sequences)
-    packed_train = _pack(run, "train", train_documents, tokenizer, length, spec.train_sequences)
+    packed_heldout = _pack(run, "heldout", heldout_documents, tokenizer, spec, spec.heldout_sequences)
+    packed_train = _pack(run, "train", train_documents, tokenizer, spec, spec.train_sequences)
     record = record_of(prompts, tokenizer, length, packed_train, packed_heldout) | {
         "bos": spec.bos,
         "bos_id": reader.bos_id,
+        "chunk": spec.chunk,
         "documents_from": "chat",
         "answer_tokens": spec.answer_tokens,
         "teacher": teacher.identity.as_json(),
@@ -108,11 +111,11 @@ def run_chat(
 
 
 def _pack(
-    run: RunDir, name: str, documents: list[ChatDocument], tokenizer: Tokenizer, length: int, limit: int | None
+    run: RunDir, name: str, documents: list[ChatDocument], tokenizer: Tokenizer, spec: DataSpec, limit: int | None
 ) -> Packed:
     encoded = ((one.bytes, one.ids.astype(np.uint32)) for one in documents)
-    path = run.out / f"{name}.bin"
-    packed = pack(encoded, path, vocab_size=tokenizer.vocab_size, sequence_length=length, limit=limit)
+    path, length = run.out / f"{name}.bin", spec.sequence_length
+    packed = pack(encoded, path, vocab_size=tokenizer.vocab_size, sequence_length=length, limit=limit, chunk=spec.chunk)
     if packed.rows < (limit or 1):
         raise RefusedError(
             f"data.{name}_sequences = {limit or 1}: the answers fill only {packed.rows} rows of {length} tokens "
@@ -130,7 +133,7 @@ def _write_targets(
     identity = teacher.identity.as_json()
     with TargetStore.create(path, identity, k, (1.0,), vocab_size=shards.vocab_size) as store:
         for shard, documents in ((shards.heldout, heldout), (shards.train, train)):
-            made = packed_targets(documents, length=shards.sequence_length)
+            made = packed_targets(documents, length=shards.sequence_length, chunk=shards.chunk)
             for number, (tokens, targets) in zip(range(len(shard)), made, strict=False):
                 if not (shard.rows([number])[0] == tokens).all():
                     raise FailedError(f"{shard.path.name} row {number} is not the row that its targets are of")

@@ -14,6 +14,7 @@ import pytest
 
 from latentforge.data import ShardSet
 from latentforge.data.pieces import TokenBytes
+from latentforge.data.shards import pack, shard_dtype
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.targets.row import check_targets
@@ -143,6 +144,27 @@ def test_packed_rows_have_the_targets_of_the_token_that_follows(tokenizer: Token
         for row, follows in enumerate(tokens[1:]):
             assert targets.ids[row, 0] in (follows, -1)
             assert (targets.ids[row, 0] == -1) == (follows == tokenizer.eos_id)
+
+
+def test_answers_in_chunks_are_the_rows_that_pack_writes_and_padding_has_no_targets(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = ["the other", "return x=1", "def import the", "other the other the"]
+    documents = [read(tokenizer, answer_of(tokenizer, text)) for text in texts]
+    encoded = ((one.bytes, one.ids.astype(np.uint32)) for one in documents)
+    path, length, chunk = tmp_path / "rows.bin", 12, 4
+    kept = pack(encoded, path, vocab_size=tokenizer.vocab_size, sequence_length=length, limit=None, chunk=chunk)
+    rows = np.fromfile(path, dtype=shard_dtype(tokenizer.vocab_size)).reshape(-1, length)
+    found = list(packed_targets(documents, length=length, chunk=chunk))
+    assert len(found) == kept.rows == len(rows) > 1
+    padding = 0
+    for written, (tokens, targets) in zip(rows, found, strict=True):
+        assert written.tolist() == tokens.tolist()
+        check_targets(targets, k=4, temperatures=(1.0,), vocab_size=tokenizer.vocab_size)
+        for row, follows in enumerate(tokens[1:]):
+            padding += bool(follows == tokens[row] == tokenizer.eos_id)
+            assert (targets.ids[row, 0] == -1) == (follows == tokenizer.eos_id)
+    assert padding, "the texts were meant to leave places"
 
 
 @dataclass
