@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from .latent_folders import Folders
 
 # No test is timed: on a machine that is busy an example may take any time.
 settings.register_profile("untimed", deadline=None)
@@ -78,6 +81,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if os.environ.get("LATENTFORGE_NO_UNEXPECTED_SKIPS") == "1":
         for test, reason in unexpected(_skipped):
             terminalreporter.write_line(f"UNEXPECTED SKIP {test}: {reason}", red=True)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Run folders of a tiny latent and a tiny token-level student that write; not to be changed."""
+    from .latent_folders import build
+
+    return build(tmp_path_factory.mktemp("writers"))
 
 
 @pytest.fixture(autouse=True)

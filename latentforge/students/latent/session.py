@@ -45,7 +45,14 @@ class LatentModel:
 
     @classmethod
     def open(
-        cls, student: Path, codec: Path, *, tokenizer_sha256: str | None = None, kernel_backend: str = "auto"
+        cls,
+        student: Path,
+        codec: Path,
+        *,
+        tokenizer_sha256: str | None = None,
+        device: torch.device | str = "cpu",
+        cache: bool = True,
+        kernel_backend: str = "auto",
     ) -> LatentModel:
         """The model of two folders; RefusedError where one holds no such thing, or the student was trained with another
         codec, or either for another tokenizer than is named (None: not compared)."""
@@ -54,7 +61,8 @@ class LatentModel:
         writer = LatentStudent.open(
             student, codec_sha256=coder.record.digest, tokenizer_sha256=tokenizer_sha256
         ).requires_grad_(False)
-        return cls(writer, coder, eos_id=coder.record.eos_id, kernel_backend=kernel_backend)
+        eos_id = coder.record.eos_id
+        return cls(writer.to(device), coder.to(device), eos_id=eos_id, cache=cache, kernel_backend=kernel_backend)
 
     @property
     def device(self) -> torch.device:
