@@ -100,10 +100,33 @@ class StateCache:
         return 0 if self.present is None else self.present.shape[1]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep the texts ``rows`` int64 [R] of the batch alone, in this order."""
+        """Keep the texts ``rows`` int64 [R] of the batch alone, in this order, and no place that none of them has."""
         if self.present is not None:
-            self.layers.batch_select_indices(rows)
-            self.present = self.present[rows]
+            present = self.present[rows]
+            first = unused(present)
+            self._set([(layer.keys[rows, :, first:], layer.values[rows, :, first:]) for layer in self.layers.layers])
+            self.present = present[:, first:]
+
+    def join(self, other: StateCache) -> None:
+        """Add the texts of another cache after these; before the shorter ones there is padding, which is not seen."""
+        assert self.present is not None  # a cache that has seen something
+        assert other.present is not None
+        length = max(len(self), len(other))
+        self._set(
+            [
+                (
+                    torch.cat([lengthened(mine.keys, length, -2), lengthened(theirs.keys, length, -2)]),
+                    torch.cat([lengthened(mine.values, length, -2), lengthened(theirs.values, length, -2)]),
+                )
+                for mine, theirs in zip(self.layers.layers, other.layers.layers, strict=True)
+            ]
+        )
+        self.present = torch.cat([lengthened(self.present, length, 1), lengthened(other.present, length, 1)])
+
+    def _set(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        from transformers import DynamicCache
+
+        self.layers = DynamicCache(layers)
 
     def copy(self, rows: Tensor) -> StateCache:
         """A cache of its own of the texts ``rows`` int64 [R] of the batch; one may come more than once."""
@@ -114,6 +137,18 @@ class StateCache:
             found.layers = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in self.layers.layers])
             found.present = self.present[rows]
         return found
+
+
+def unused(present: Tensor) -> int:
+    """How many of the first places of ``present`` bool [B, C] no text has."""
+    return int(present.any(0).long().argmax())
+
+
+def lengthened(values: Tensor, length: int, dim: int) -> Tensor:
+    """``values`` with zeros before them in ``dim``, up to ``length``."""
+    shape = list(values.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([values.new_zeros(shape), values], dim=dim)
 
 
 class Backbone(nn.Module):

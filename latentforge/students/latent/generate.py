@@ -8,7 +8,7 @@ model sees no padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -110,6 +110,10 @@ class Session(Protocol):
         """Add a chunk int64 [B, K] to each text."""
         ...
 
+    def join(self, other: Session) -> None:
+        """Add the texts of another session of the same model after these; the other one is not used again."""
+        ...
+
 
 class ChunkModel(Protocol):
     """A model that writes chunks of ``chunk`` tokens; a text ends with ``eos_id``, ids are below ``vocab_size``."""
@@ -166,39 +170,90 @@ def generate(model: ChunkModel, requests: Sequence[Request]) -> list[Generated]:
     return [Generated(one.prompt, tuple(found), end, n, made) for one, found, end, n, made in each]
 
 
-@torch.no_grad()
 def stream(model: ChunkModel, requests: Sequence[Request]) -> Iterator[Piece]:
     """The pieces of all texts as they are written, a step of all of them at a time.
 
     A request that fails ends with a piece that says so; the others go on. RefusedError before the first piece where a
     request cannot be served.
     """
-    for number, request in enumerate(requests):
-        _check(model, number, request)
-    size = model.chunk
-    texts, whole = [], []
-    for number, request in enumerate(requests):
-        chunks, left = divmod(len(request.prompt), size)
-        texts.append(_Text(number, request, chunks, request.prompt[len(request.prompt) - left :]))
-        whole.append(torch.tensor(request.prompt[: chunks * size], dtype=torch.int64).reshape(chunks, size))
-    if not texts:
-        return
-    session = model.begin(whole)
-    while True:
-        chosen = _choose(model, session, texts)
-        going = []
-        for row, text in enumerate(texts):
-            piece = _piece(model, text, chosen.chunks[row], int(chosen.made[row]), bool(chosen.settled[row]))
+    batch = Batch(model)
+    batch.join(dict(enumerate(requests)))
+    while len(batch):
+        yield from batch.step()
+
+
+class Batch:
+    """Texts under way together, which requests join and leave between two steps."""
+
+    def __init__(self, model: ChunkModel) -> None:
+        self._model = model
+        self._texts: list[_Text] = []
+        self._session: Session | None = None
+        self._chosen: Tensor | None = None  # int64 [B, K]: what the last step chose and the session has not seen yet
+
+    def __len__(self) -> int:
+        """How many texts are under way."""
+        return len(self._texts)
+
+    @torch.no_grad()
+    def join(self, requests: Mapping[int, Request]) -> None:
+        """Begin texts by their numbers, which are free; RefusedError, and none of them joins, where a request cannot be
+        served."""
+        for number, request in requests.items():
+            if any(text.number == number for text in self._texts):
+                raise RefusedError(f"request {number} is under way")
+            _check(self._model, number, request)
+        if not requests:
+            return
+        size = self._model.chunk
+        texts, whole = [], []
+        for number, request in requests.items():
+            chunks, left = divmod(len(request.prompt), size)
+            texts.append(_Text(number, request, chunks, request.prompt[len(request.prompt) - left :]))
+            whole.append(torch.tensor(request.prompt[: chunks * size], dtype=torch.int64).reshape(chunks, size))
+        begun = self._model.begin(whole)
+        if self._session is None:
+            self._session = begun
+        else:
+            self._advance()
+            self._session.join(begun)
+        self._texts += texts
+
+    def leave(self, numbers: Collection[int]) -> None:
+        """Give up the texts of these numbers, where they are under way."""
+        self._keep([row for row, text in enumerate(self._texts) if text.number not in numbers])
+
+    @torch.no_grad()
+    def step(self) -> list[Piece]:
+        """A piece of each text, in the order in which they joined; those that are over leave."""
+        if self._session is None:
+            return []
+        self._advance()
+        chosen = _choose(self._model, self._session, self._texts)
+        self._chosen = chosen.chunks
+        pieces, going = [], []
+        for row, text in enumerate(self._texts):
+            piece = _piece(self._model, text, chosen.chunks[row], int(chosen.made[row]), bool(chosen.settled[row]))
             text.produced += len(piece.tokens)
             text.position, text.begun = text.position + 1, ()
             if piece.finish is None:
                 going.append(row)
-            yield piece
-        if not going:
-            return
-        texts = [texts[row] for row in going]
-        session.keep(torch.tensor(going))
-        session.advance(chosen.chunks[going])
+            pieces.append(piece)
+        self._keep(going)
+        return pieces
+
+    def _advance(self) -> None:
+        if self._session is not None and self._chosen is not None:
+            self._session.advance(self._chosen)
+            self._chosen = None
+
+    def _keep(self, rows: list[int]) -> None:
+        self._texts = [self._texts[row] for row in rows]
+        if not rows:
+            self._session = self._chosen = None
+        elif self._session is not None:
+            self._session.keep(torch.tensor(rows))
+            self._chosen = None if self._chosen is None else self._chosen[rows]
 
 
 def _check(model: ChunkModel, number: int, request: Request) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
-from latentforge.students.latent.backbone import StateCache
+from latentforge.students.latent.backbone import StateCache, lengthened, unused
 from latentforge.students.latent.chunks import valid
 from latentforge.students.latent.codec import Codec
 from latentforge.students.latent.generate import Keys
@@ -145,6 +145,19 @@ class LatentSession:
         self._chunks, self._holds, self._state = self._chunks[rows], self._holds[rows], self._state[rows]
         if self._cache is not None:
             self._cache.keep(rows)
+        else:
+            first = unused(self._holds.any(-1))
+            self._chunks, self._holds = self._chunks[:, first:], self._holds[:, first:]
+
+    def join(self, other: LatentSession) -> None:
+        """See ``generate.Session``."""
+        if self._cache is not None and other._cache is not None:
+            self._cache.join(other._cache)
+        length = max(self._chunks.shape[1], other._chunks.shape[1])  # 0 with a cache: all of them were computed
+        for name in ("_chunks", "_holds"):
+            both = [lengthened(getattr(one, name), length, 1) for one in (self, other)]
+            setattr(self, name, torch.cat(both))
+        self._state = torch.cat([self._state, other._state])
 
     @torch.no_grad()
     def advance(self, chunks: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import FailedError, RefusedError
-from latentforge.students.latent.generate import Generated, Keys, Request, Sampling, generate, stream
+from latentforge.students.latent.generate import Batch, Generated, Keys, Request, Sampling, generate, stream
 
 from .conftest import uniforms
 
@@ -69,6 +69,9 @@ class StandInSession:
     def advance(self, chunks: Tensor) -> None:
         self.model.advanced += 1
         self.texts = [text + chunk for text, chunk in zip(self.texts, chunks.tolist(), strict=True)]
+
+    def join(self, other: StandInSession) -> None:
+        self.texts += other.texts
 
 
 def prompt(length: int, start: int = 1) -> tuple[int, ...]:
@@ -238,3 +241,48 @@ def test_a_way_of_sampling_that_there_is_not_is_refused_by_its_value(settings: t
 
 def test_no_requests_are_no_texts() -> None:
     assert generate(StandIn(), []) == []
+
+
+def test_requests_that_join_and_leave_a_batch_are_those_by_themselves() -> None:
+    batch, found = Batch(StandIn()), {number: list[int]() for number in range(6)}
+    asked = {number: Request(prompt(3 * number, number), 14 + number, seed=number) for number in found}
+
+    def step() -> None:
+        for piece in batch.step():
+            found[piece.request] += piece.tokens
+
+    batch.join({0: asked[0], 1: asked[1]})
+    step()
+    batch.join({2: asked[2], 3: asked[3]})
+    batch.leave({1})
+    step()
+    batch.join({4: asked[4]})
+    batch.leave({0, 2})
+    batch.join({5: asked[5]})
+    assert len(batch) == 3
+    while len(batch):
+        step()
+    for number, tokens in found.items():
+        alone = list(generate(StandIn(), [asked[number]])[0].tokens)
+        assert tokens == (alone[: len(tokens)] if number in (0, 1, 2) else alone)
+    assert len(found[1]) < len(found[2]) + len(found[0]) < 30
+
+
+def test_a_batch_that_all_have_left_begins_anew() -> None:
+    batch = Batch(StandIn())
+    assert batch.step() == []
+    batch.join({7: Request(prompt(4), 8)})
+    batch.step()
+    batch.leave({7})
+    assert (len(batch), batch.step()) == (0, [])
+    batch.join({7: Request(prompt(4), 4)})
+    assert [piece.finish for piece in batch.step()] == ["length"]
+
+
+def test_a_request_that_cannot_join_changes_nothing() -> None:
+    batch = Batch(StandIn())
+    batch.join({1: Request(prompt(4), 8)})
+    for requests in ({2: Request(prompt(4), 8), 3: Request((VOCABULARY,), 8)}, {1: Request(prompt(4), 8)}):
+        with pytest.raises(RefusedError, match="request 3: token 50|request 1 is under way"):
+            batch.join(requests)
+    assert [piece.request for piece in batch.step()] == [1]

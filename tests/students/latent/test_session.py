@@ -12,7 +12,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.noise import gumbel
 from latentforge.students.latent.codec import Codec, CodecShape
-from latentforge.students.latent.generate import Keys, Request, Sampling, generate
+from latentforge.students.latent.generate import Batch, Keys, Request, Sampling, generate
 from latentforge.students.latent.session import LatentModel
 
 from .conftest import EOS, LATENT, VOCABULARY
@@ -150,3 +150,31 @@ def test_a_saved_student_writes_what_it_wrote_before_and_not_with_another_codec(
     one.codec.save(tmp_path / "other", **known, latent_std=1.0)
     with pytest.raises(RefusedError, match="a student of codec"):
         LatentModel.open(tmp_path / "student", tmp_path / "other")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_texts_that_join_and_leave_a_batch_are_those_by_themselves(chunk: int, cache: bool) -> None:
+    asked = dict(enumerate(requests(chunk)))
+    batch, found = Batch(model(chunk, cache=cache)), {number: list[int]() for number in asked}
+    order, steps = [0, 3, 1, 2], 0  # the longest prompt joins a shorter one, and shorter ones join it
+    while order or len(batch):
+        if order and steps % 2 == 0:
+            batch.join({order[0]: asked[order.pop(0)]})
+        for piece in batch.step():
+            found[piece.request] += piece.tokens
+        steps += 1
+    for number, tokens in found.items():
+        assert tokens == list(generate(model(chunk, cache=cache), [asked[number]])[0].tokens)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_batch_that_never_ends_holds_no_more_than_its_texts_do(cache: bool) -> None:
+    batch = Batch(model(cache=cache))
+    for number in range(40):
+        batch.join({number: Request(prompt(8), 16)})
+        batch.step()
+        batch.step()
+    session = batch._session
+    places = session._holds.shape[1] if not cache else session._cache.layers.get_seq_length()  # type: ignore
+    assert places <= 1 + 2 + 4 + 1
