@@ -283,6 +283,6 @@ def test_a_request_that_cannot_join_changes_nothing() -> None:
     batch = Batch(StandIn())
     batch.join({1: Request(prompt(4), 8)})
     for requests in ({2: Request(prompt(4), 8), 3: Request((VOCABULARY,), 8)}, {1: Request(prompt(4), 8)}):
-        with pytest.raises(RefusedError, match="request 3: token 50|request 1 is under way"):
+        with pytest.raises(RefusedError, match=r"request 3: token 50|request 1 is under way"):
             batch.join(requests)
     assert [piece.request for piece in batch.step()] == [1]
