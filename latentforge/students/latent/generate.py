@@ -26,9 +26,10 @@ Finish = Literal["eos", "length", "failed"]
 class Sampling:
     """How a chunk is chosen, and with it the temperature that is possible.
 
-    ``head``: one draw; below temperature 1 of a head that was trained on tempered text. ``exact``: rejection, any
-    temperature in (0, 1], at most ``draws`` draws a chunk. ``vote``: of ``draws`` draws, temperature 1/n or 0, the most
-    frequent. Tokens of a chunk that a prompt has begun are drawn one by one at ``temperature``.
+    ``head``: one draw; below temperature 1 of a head that was trained on tempered text, at 0 (the likeliest chunk) of
+    one that is ``greedy``. ``exact``: rejection, any temperature in (0, 1], at most ``draws`` draws a chunk. ``vote``:
+    of ``draws`` draws, temperature 1/n or 0, the most frequent. Tokens of a chunk that a prompt has begun are drawn one
+    by one at ``temperature``.
     """
 
     method: Literal["head", "exact", "vote"] = "head"
@@ -38,11 +39,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.method not in ("head", "exact", "vote"):
             raise RefusedError(f"method = {self.method!r} is none of head, exact, vote")
-        if self.method == "head" and not 0 < self.temperature <= 1:
-            raise RefusedError(
-                f"temperature = {self.temperature}: one draw of the head knows temperatures above 0 and up to 1",
-                next="vote with temperature 0 for the most frequent chunk",
-            )
+        if self.method == "head" and not 0 <= self.temperature <= 1:
+            raise RefusedError(f"temperature = {self.temperature}: one draw of a head knows temperatures from 0 to 1")
         if self.method != "head":
             check_temperature(self.method, self.temperature, self.draws)
 
@@ -130,6 +128,11 @@ class ChunkModel(Protocol):
     @property
     def tempered(self) -> bool:
         """Whether one draw of its head knows temperatures below 1."""
+        ...
+
+    @property
+    def greedy(self) -> bool:
+        """Whether one draw of its head at temperature 0 is the likeliest chunk."""
         ...
 
     @property
@@ -270,6 +273,11 @@ def _check(model: ChunkModel, number: int, request: Request) -> None:
                 next="leave the end-of-text token out of the prompt",
             )
     sampling = request.sampling
+    if sampling.method == "head" and sampling.temperature == 0 and not model.greedy:
+        raise RefusedError(
+            f"request {number}: temperature = {sampling.temperature}: one draw of this head knows temperatures above 0",
+            next="vote with temperature 0 for the most frequent chunk",
+        )
     if sampling.method == "head" and sampling.temperature != 1 and not model.tempered:
         raise RefusedError(
             f"request {number}: temperature = {sampling.temperature}: one draw of this head knows temperature 1 alone",

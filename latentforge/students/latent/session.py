@@ -26,6 +26,8 @@ class LatentModel:
     to be compared with.
     """
 
+    greedy = False  # it can be drawn from; what is likeliest only many draws can say
+
     def __init__(
         self, student: LatentStudent, codec: Codec, *, eos_id: int, cache: bool = True, kernel_backend: str = "auto"
     ) -> None:

@@ -26,6 +26,7 @@ class StandIn:
     eos_id: int = EOS
     vocab_size: int = VOCABULARY
     tempered: bool = False
+    greedy: bool = False
     completes: bool = True
     ends: bool = False  # whether chunks may hold an EOS
     seen: list[list[int]] = field(default_factory=list)
@@ -218,13 +219,15 @@ def test_what_a_model_cannot_do_is_refused_before_anything_is_drawn() -> None:
         generate(model, [Request(prompt(4), 4), Request(prompt(5), 4)])
     with pytest.raises(RefusedError, match=r"request 0: temperature = 0\.5"):
         generate(model, [Request(prompt(4), 4, sampling=Sampling("head", 0.5))])
+    with pytest.raises(RefusedError, match=r"request 0: temperature = 0\.0: .* above 0"):
+        generate(StandIn(tempered=True), [Request(prompt(4), 4, sampling=Sampling("head", 0.0))])
     assert model.drawn == []
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("head", 0.0), "temperature = 0.0"),
+        (("head", -0.1), "temperature = -0.1"),
         (("head", 1.5), "temperature = 1.5"),
         (("head", float("nan")), "temperature = nan"),
         (("exact", 0.0), "temperature = 0.0"),

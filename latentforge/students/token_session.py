@@ -1,0 +1,159 @@
+"""A token-level causal LM as a model that writes text: chunks of one token, beside the latent student in one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.decode import latent_decode
+from latentforge.students.causal import Student, model_from_folder
+from latentforge.students.latent.generate import Keys
+
+_APART = 1 << 40
+"""Between the positions of two draws of one place: beyond any text's length, so that no draw shares its noise."""
+
+
+class TokenModel:
+    """A ``ChunkModel`` (see ``latent.generate``) of a transformers causal LM: a chunk is one token.
+
+    Its head knows every temperature: a draw by ``latent_decode`` is exact at any T in (0, 1] and the likeliest token at
+    0, so rejection and voting work but are of no use. Each text begins after an EOS, where a document does in training.
+    With ``cache`` false the whole text is computed anew at each step, with the same tokens and in more time; that is
+    there to be compared with.
+    """
+
+    chunk, tempered, completes, greedy = 1, True, True, True
+
+    def __init__(
+        self, model: Any, vocab_size: int, eos_id: int, kernel_backend: str = "auto", *, cache: bool = True
+    ) -> None:
+        if not 0 <= eos_id < vocab_size:
+            raise RefusedError(f"eos_id = {eos_id} is no id below {vocab_size}")
+        self.student = Student(model, vocab_size).requires_grad_(False).eval()
+        self.vocab_size, self.eos_id = vocab_size, eos_id
+        self.cache, self.kernel_backend = cache, kernel_backend
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        vocab_size: int | None = None,
+        eos_id: int | None = None,
+        device: str = "cpu",
+        cache: bool = True,
+        kernel_backend: str = "auto",
+    ) -> TokenModel:
+        """The fp32 model of a Hugging Face folder, from its safetensors alone. ``vocab_size`` and ``eos_id`` are the
+        tokenizer's; None takes what its config.json says. RefusedError where a tensor is missing, or nothing says which
+        token ends a text."""
+        model = model_from_folder(folder)
+        ends = model.config.eos_token_id if eos_id is None else eos_id
+        if type(ends) is not int:
+            raise RefusedError(
+                f"{folder / 'config.json'}: eos_token_id = {ends} does not say which token ends a text",
+                next="name the tokenizer's as eos_id",
+            )
+        rows = int(model.config.vocab_size) if vocab_size is None else vocab_size
+        return cls(model.to(device), rows, ends, kernel_backend, cache=cache)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = self.student.model.get_output_embeddings().weight.device
+        return found
+
+    def begin(self, texts: Sequence[Tensor]) -> TokenSession:
+        """A session of the beginnings ``texts``, int64 [C, 1] each: all are computed in one pass."""
+        return TokenSession(self, texts)
+
+    @torch.no_grad()
+    def tokens_after(self, states: Tensor, keys: Keys, temperature: float) -> Tensor:
+        """A token int64 [N] after each of ``states`` [N, d]; -1 where the logits are not finite."""
+        head = self.student.model.get_output_embeddings()
+        return latent_decode(
+            states,
+            head.weight,
+            temperature=temperature,
+            seeds=keys.seeds.to(self.device),
+            positions=keys.positions.to(self.device),
+            bias=head.bias,
+            vocab=self.vocab_size,
+            backend=self.kernel_backend,
+        ).ids
+
+
+class TokenSession:
+    """Texts of unequal length end at the same place: what stands before a shorter one is padding, which is not seen."""
+
+    @torch.no_grad()
+    def __init__(self, model: TokenModel, texts: Sequence[Tensor]) -> None:
+        self.model = model
+        length = 1 + max(len(text) for text in texts)
+        tokens = torch.full((len(texts), length), model.eos_id)
+        present = torch.zeros(len(texts), length, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            tokens[row, length - len(text) :] = text[:, 0]
+            present[row, length - len(text) - 1 :] = True
+        self._tokens, self._present = tokens.to(model.device), present.to(model.device)
+        self._layers: Any = None
+        self._state = self._states()
+
+    def _states(self) -> Tensor:
+        """The last state of each text, [B, d]: of the tokens that were not computed yet, or of all without a cache."""
+        settings: dict[str, Any] = {}
+        if not bool(self._present.all()):
+            positions = (self._present.long().cumsum(1) - 1).clamp(min=0)
+            settings = {
+                "attention_mask": self._present,
+                "position_ids": positions[:, -self._tokens.shape[1] :],
+            }
+        found = self.model.student.model.base_model(
+            input_ids=self._tokens, past_key_values=self._layers, use_cache=self.model.cache, **settings
+        )
+        if self.model.cache:
+            self._layers, self._tokens = found.past_key_values, self._tokens[:, :0]
+        states: Tensor = found.last_hidden_state[:, -1].contiguous()
+        return states
+
+    def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
+        """See ``latent.generate.Session``: the first draw of a place is that of its seed and position."""
+        numbers = torch.arange(first, first + count) * _APART
+        each = Keys(
+            keys.seeds.unsqueeze(1).expand(-1, count).flatten(),
+            (keys.positions.unsqueeze(1) + numbers.to(keys.positions.device)).flatten(),
+        )
+        states = self._state[rows.to(self._state.device)].repeat_interleave(count, 0)
+        return self.model.tokens_after(states, each, temperature).reshape(len(rows), count, 1)
+
+    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
+        """See ``latent.generate.Session``: a chunk that is begun is one that is there, the others are drawn."""
+        chosen = begun.to(self._state.device)
+        for one in temperature.unique().tolist():
+            same = ((temperature == one) & (lengths == 0)).nonzero().squeeze(-1)
+            if len(same):
+                drawn = self.draw(rows[same], Keys(keys.seeds[same], keys.positions[same]), 0, 1, one)
+                chosen[same.to(chosen.device)] = drawn[:, 0]
+        return chosen
+
+    def keep(self, rows: Tensor) -> None:
+        """See ``latent.generate.Session``."""
+        rows = rows.to(self._state.device)
+        if len(rows) == len(self._state) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+            return
+        self._tokens, self._present, self._state = self._tokens[rows], self._present[rows], self._state[rows]
+        if self._layers is not None:
+            self._layers.batch_select_indices(rows)
+
+    @torch.no_grad()
+    def advance(self, chunks: Tensor) -> None:
+        """See ``latent.generate.Session``: one step of the model, or all of them without a cache."""
+        added = chunks.to(self._state.device)
+        self._tokens = torch.cat([self._tokens, added], dim=1)
+        self._present = torch.cat([self._present, torch.ones_like(added, dtype=torch.bool)], dim=1)
+        self._state = self._states()

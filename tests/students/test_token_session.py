@@ -1,0 +1,117 @@
+"""The token-level student writes text in the engine of the latent one: with transformers' own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.noise import gumbel
+from latentforge.students.causal import ModelShape, new_model
+from latentforge.students.latent.generate import Keys, Request, Sampling, generate
+from latentforge.students.token_session import TokenModel
+
+EOS, VOCABULARY = 0, 40
+
+
+def causal(seed: int = 1, **words: Any) -> Any:
+    """Weights are random, but spread so that texts differ: contexts, seeds and temperatures all matter."""
+    found = new_model(ModelShape(2, 32, 4, 2, 48), vocab_size=VOCABULARY, positions=256, eos_id=EOS, seed=seed)
+    with torch.no_grad():
+        for weight in found.model.layers.parameters():
+            if weight.dim() > 1:
+                weight.mul_(10)
+        found.lm_head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
+        found.lm_head.weight[EOS] *= 0.3
+    return found
+
+
+def model(*, cache: bool = True) -> TokenModel:
+    return TokenModel(causal(), VOCABULARY, EOS, cache=cache)
+
+
+def prompt(length: int, start: int = 1) -> tuple[int, ...]:
+    return tuple(1 + (start * 7 + 3 * place) % (VOCABULARY - 1) for place in range(length))
+
+
+def requests() -> list[Request]:
+    return [
+        Request(prompt(9), 21, seed=3),
+        Request((), 18, seed=3, sampling=Sampling("head", 0.5)),
+        Request(prompt(1, 4), 25, seed=4, sampling=Sampling("head", 0.0)),
+        Request(prompt(6, 2), 5, seed=-1, sampling=Sampling("head", 0.5)),
+    ]
+
+
+def test_the_greedy_text_is_that_of_transformers() -> None:
+    whole = causal()
+    for one in ((), prompt(7), prompt(3, 5)):
+        given = torch.tensor([[EOS, *one]])
+        wanted = whole.generate(given, max_new_tokens=30, do_sample=False, use_cache=True, pad_token_id=EOS)
+        (found,) = generate(model(), [Request(one, 30, sampling=Sampling("head", 0.0))])
+        assert list(found.tokens) == wanted[0, given.shape[1] :].tolist()
+    assert len(set(found.tokens)) > 3
+
+
+def test_a_draw_is_of_the_softmax_at_its_temperature_by_the_noise_of_seed_and_position() -> None:
+    one, many = model(), torch.arange(50)
+    session = one.begin([torch.tensor(prompt(8)).unsqueeze(1)])
+    drawn = session.draw(torch.zeros(50, dtype=torch.int64), Keys(many, many * 0 + 8), 0, 1, 0.5)[:, 0, 0]
+    logits = causal()(torch.tensor([[EOS, *prompt(8)]])).logits[0, -1]
+    assert torch.equal(drawn, (logits / 0.5 + gumbel(many[:, None], torch.tensor(8), torch.arange(40))).argmax(-1))
+    assert len(drawn.unique()) > 3
+    (found,) = generate(one, [Request(prompt(8), 1, seed=7, sampling=Sampling("head", 0.5))])
+    assert found.tokens == (int(drawn[7]),)
+
+
+def test_a_batch_of_unequal_prompts_is_each_by_itself() -> None:
+    together = generate(model(), requests())
+    assert together == [generate(model(), [one])[0] for one in requests()]
+    assert len({token for one in together for token in one.tokens}) > 6
+
+
+def test_a_cache_changes_nothing() -> None:
+    assert generate(model(), requests()) == generate(model(cache=False), requests())
+
+
+def test_a_step_with_a_cache_computes_one_position() -> None:
+    lengths: list[int] = []
+    one = model()
+    one.student.model.model.layers[0].register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    generate(one, [Request(prompt(9), 4)])
+    assert lengths == [10, 1, 1, 1]
+
+
+def test_draws_of_one_place_are_numbered_and_differ() -> None:
+    session = model().begin([torch.tensor(prompt(8, n)).unsqueeze(1) for n in (1, 2)])
+    keys = Keys(torch.tensor([7, 7]), torch.tensor([8, 8]))
+    every = session.draw(torch.arange(2), keys, 0, 20, 1.0)
+    assert every.shape == (2, 20, 1)
+    later = session.draw(torch.tensor([1]), Keys(keys.seeds[:1], keys.positions[:1]), 5, 4, 1.0)
+    assert torch.equal(later, every[1:, 5:9])
+    assert len(every[0].unique()) > 3
+
+
+def test_ids_of_padding_are_never_written() -> None:
+    """A vocabulary of 40 padded to 48 rows, of which the last are the likeliest by far."""
+    padded = new_model(ModelShape(1, 32, 2, 1, 48), vocab_size=48, positions=64, eos_id=EOS, seed=1)
+    with torch.no_grad():
+        padded.lm_head.weight[40:] *= 50
+    one = TokenModel(padded, VOCABULARY, EOS)
+    found = generate(one, [Request(prompt(4, n), 12, seed=n) for n in range(1, 9)])
+    assert max(token for text in found for token in text.tokens) < VOCABULARY
+
+
+def test_a_folder_writes_what_its_model_writes(tmp_path: Path) -> None:
+    causal().save_pretrained(tmp_path / "student")
+    assert generate(TokenModel.open(tmp_path / "student"), requests()) == generate(model(), requests())
+    with pytest.raises(RefusedError, match="eos_id = 40 is no id below 40"):
+        TokenModel.open(tmp_path / "student", vocab_size=40, eos_id=40)
+    several = causal()
+    several.config.eos_token_id = [0, 1]
+    several.save_pretrained(tmp_path / "several")
+    with pytest.raises(RefusedError, match=r"eos_token_id = \[0, 1\] does not say which"):
+        TokenModel.open(tmp_path / "several")
