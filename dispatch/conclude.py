@@ -91,7 +91,7 @@ def conclude(
     if broken:
         problems.append(f"events.jsonl  line {broken[0]} is no event, nor are {len(broken) - 1} others")
         codes.append(ExitCode.UNKNOWN)
-    if earned is ExitCode.PASS and (verdicts or run.startswith(("distill-", "autoencoder-"))):
+    if earned is ExitCode.PASS and (verdicts or run.startswith(("distill-", "autoencoder-", "latent-"))):
         # A trainer that ends with 0 beside a failed falsifier of its own, or without a word of any, is not believed.
         codes.append(exit_code(meet(verdict.outcome for verdict in verdicts)))
     verdicts += watched.verdicts

@@ -47,11 +47,17 @@ def kernels(ask: Ask, machine: Machine) -> tuple[str, ...]:
     """The kernels to prove, as the guard names them; none named means all of them."""
     if machine.gpus:
         return ()
-    if ask.spec.through == "autoencoder":
-        return ("cpu/linear_kd_loss.fp32.dense", "cpu/latent_decode.fp32.float")
-    distill = ask.spec.distill
-    rows = "topk" if distill.targets == "store" else "dense"
-    return (f"cpu/kd_loss.{distill.precision}.{rows}.{distill.direction}",)
+    spec, wanted = ask.spec, []
+    if spec.through != "distill":
+        wanted = ["cpu/linear_kd_loss.fp32.dense", "cpu/latent_decode.fp32.float"]
+    if spec.through == "latent":
+        rows = "topk" if spec.latent.takes_rows else "dense"
+        wanted.append(f"cpu/linear_kd_loss.{spec.latent.precision}.{rows}")
+    if spec.distils:
+        distill = spec.distill
+        rows = "topk" if distill.targets == "store" else "dense"
+        wanted.append(f"cpu/kd_loss.{distill.precision}.{rows}.{distill.direction}")
+    return tuple(dict.fromkeys(wanted))
 
 
 def warmup_identity(ask: Ask, machine: Machine) -> RunIdentity:

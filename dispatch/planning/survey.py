@@ -81,7 +81,7 @@ def _digests(
     wanted = list(external_paths(ask.spec))
     if not wanted:
         return {}, {}
-    teacher, init = ask.spec.teacher.model, ask.spec.distill.student.init
+    teacher, init = ask.spec.teacher.model, ask.spec.distill.student.init if ask.spec.distils else None
     # One swapped token would teach the student to write one for the other.
     like = teacher if teacher is not None and init is not None and init != teacher else None
     paths = [{"path": one.path, "purpose": one.purpose} for one in wanted]
@@ -124,7 +124,7 @@ def _check_corpus(spec: PipelineSpec, found: PathFact) -> None:
 
 def _check_teacher(spec: PipelineSpec, found: PathFact, digests: dict[str, str]) -> None:
     """Refuse before any run what a teacher folder cannot give; the runs check the same again, tensor by tensor."""
-    teacher, init = spec.teacher.model, spec.distill.student.init
+    teacher, init = spec.teacher.model, spec.distill.student.init if spec.distils else None
     assert teacher is not None
     if found.tokenizer is False:
         raise RefusedError(

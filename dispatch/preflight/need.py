@@ -15,8 +15,10 @@ from latentforge.errors import RefusedError
 from latentforge.memory import KnownModel, MemoryPlan, ModelShape, Term, pipeline_peak
 from latentforge.memory.codec import codec_parameters
 from latentforge.memory.estimate import TWIN, student_shape, teacher_shape
+from latentforge.memory.latent import continuation_bytes, latent_parameters
 from latentforge.spec.capabilities import wanted_of
 from latentforge.spec.pipeline import BUILTIN_CORPUS
+from latentforge.spec.sections import PipelineSpec
 
 GIB = 2**30
 _ENVIRONMENT = {"cpu": (int(1.2 * GIB), 30_000)}
@@ -160,23 +162,39 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
         terms.append(Term("models", missing))
     tokens = _tokens(ask, facts)
     terms.append(Term("data", 4 * tokens))
-    if spec.through == "autoencoder":
-        tokens_known = models.teacher.vocabulary or spec.data.vocab_size
-        count = codec_parameters(spec.autoencoder, chunk=spec.data.chunk, vocab_size=tokens_known)
-        terms += [Term("codec", count * (4 + 12 * _CHECKPOINTS)), Term("logs", 2 * _RUN[0])]
-        return tuple(terms), inodes + 2 * _RUN[1], compiles
-    if spec.teacher.model is None and models.teacher.shape is not None:
+    terms += _latent_terms(spec, models, tokens)
+    runs = max(4, len(wanted_of(spec)["kinds"])) if spec.distils else len(wanted_of(spec)["kinds"])
+    if spec.has_teacher and spec.teacher.model is None and models.teacher.shape is not None:
         terms.append(Term("teacher", models.teacher.shape.parameters * 4 * (1 + 3 * _CHECKPOINTS)))
-    if spec.distill.targets == "store":
+    if spec.scores or (spec.distils and spec.distill.targets == "store"):
         row = spec.score.k * 6 + 4 * len(spec.score.temperatures) + 8
         terms.append(Term("targets", tokens * row))
-    if models.student.shape is not None:
+    if spec.distils and models.student.shape is not None:
         states = 16 if spec.distill.precision == "bf16" else 12
         students = 2 if TWIN in spec.distill.require else 1
         terms.append(Term("student", models.student.shape.parameters * (4 * students + states * _CHECKPOINTS)))
-    runs = 4
     terms.append(Term("logs", runs * _RUN[0]))
     return tuple(terms), inodes + runs * _RUN[1], compiles
+
+
+def _latent_terms(spec: PipelineSpec, models: Models, tokens: int) -> list[Term]:
+    """Codec, continuations and latent student on disk; nothing where none is made."""
+    terms: list[Term] = []
+    known = {"chunk": spec.data.chunk, "vocab_size": models.teacher.vocabulary or spec.data.vocab_size}
+    codec = codec_parameters(spec.autoencoder, **known)
+    if spec.through != "distill":
+        terms.append(Term("codec", codec * (4 + 12 * _CHECKPOINTS)))
+    if spec.continues:
+        rows = tokens // spec.data.sequence_length
+        if spec.continuations.rows is not None:
+            rows = min(rows, spec.continuations.rows + spec.data.heldout_sequences)
+        size = continuation_bytes(spec.continuations, length=spec.data.sequence_length, rows=rows)
+        terms.append(Term("continuations", size))
+    if spec.through == "latent":
+        count = latent_parameters(spec.latent, latent=spec.autoencoder.latent, **known)
+        states = 16 if spec.latent.precision == "bf16" else 12
+        terms.append(Term("latent student", count * (4 + states * _CHECKPOINTS) + 4 * codec))
+    return terms
 
 
 def _tokens(ask: Ask, facts: HostFacts) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from latentforge.memory.plan import MemoryPlan, Term, runtime
-from latentforge.spec.sections import AutoencoderSpec
+from latentforge.spec.latent import AutoencoderSpec
 
-_LOGIT_ROWS = 4096
+LOGIT_ROWS = 4096
 """More rows of logits than ``linear_kd_loss`` holds at a time where it chooses itself."""
 
 
@@ -38,7 +38,7 @@ def autoencoder_memory(spec: AutoencoderSpec, *, chunk: int, length: int, vocab_
             Term("states", 12 * count),
             # Half as much again for the gradients that flow back while they are in use.
             Term("activations", activations * 3 // 2),
-            Term("logits", 2 * 4 * min(tokens, _LOGIT_ROWS) * vocab_size),
+            Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
             runtime(device),
         ),
     )

@@ -1,56 +1,26 @@
 """Closed-form memory of each run of a pipeline: weights, states, activations, logits, attention, runtime.
 
-Activation bytes a token are those that autograd keeps for transformers' Qwen3 with SDPA, rounded up; a test holds them
-against the tensors that torch really saves. Other constants: ``reference`` GB10 notes, section (c).
+Constants: ``reference`` GB10 notes, section (c).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
+from latentforge.memory.latent import latent_memory
 from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
 from latentforge.memory.shape import ModelShape
 from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
+_WIDTH = {"fp32": 4, "bf16": 2}
 Place = Literal["process", "engine", "nowhere"]
 TWIN = "F-DISTILL-SMOKE-002"
-
-
-@dataclass(frozen=True)
-class _Bytes:
-    """Bytes a unit of width that one layer keeps for the backward pass of one token."""
-
-    hidden: float
-    query: float
-    kv: float
-    intermediate: float
-
-
-_SAVED = {"fp32": _Bytes(24, 20, 17, 16), "bf16": _Bytes(20, 10.5, 10.5, 8)}
-_WIDTH = {"fp32": 4, "bf16": 2}
-
-
-def activation_bytes(shape: ModelShape, tokens: int, precision: str = "fp32") -> int:
-    """Bytes kept between forward and backward of the decoder for ``tokens`` tokens in flight, logits not counted."""
-    unit = _SAVED[precision]
-    layer = (
-        unit.hidden * shape.hidden
-        + unit.query * shape.query_width
-        + unit.kv * shape.kv_width
-        + unit.intermediate * shape.intermediate
-    )
-    return int(tokens * (shape.layers * layer + 3 * 4 * shape.hidden))
-
-
-def attention_bytes(shape: ModelShape, rows: int, length: int) -> int:
-    """Bytes of one layer's scores in fp32, kept twice (scores and softmax), for ``rows`` sequences of the length that
-    is really used, never of the longest position that the model admits."""
-    return 2 * 4 * rows * shape.heads * length * length
 
 
 def kv_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
@@ -177,6 +147,12 @@ def score_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
     return MemoryPlan("score", (*terms, runtime(teacher.device)), tuple(unknown), *teacher.load)
 
 
+def continuations_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
+    """The plan of a run in which a teacher goes on with ``rows`` sequences of ``length`` tokens at a time."""
+    terms, unknown = teacher.terms(rows, length, copies=3)
+    return MemoryPlan("continuations", (*terms, runtime(teacher.device)), tuple(unknown), *teacher.load)
+
+
 def distill_memory(
     spec: DistillSpec, teacher: Answering | None, student: KnownModel, *, length: int, device: str, live: bool
 ) -> MemoryPlan:
@@ -231,12 +207,24 @@ def pipeline_memory(
     student is trained from fp32, whatever its folder keeps.
     """
     length = spec.data.sequence_length
-    if spec.through == "autoencoder":
-        tokens = (teacher.vocabulary if teacher is not None else None) or spec.data.vocab_size
-        codec = autoencoder_memory(
-            spec.autoencoder, chunk=spec.data.chunk, length=length, vocab_size=tokens, device=device
-        )
-        return {"autoencoder": codec}
+    plans: dict[str, MemoryPlan] = {}
+    tokens = (teacher.vocabulary if teacher is not None else None) or spec.data.vocab_size
+    sizes: dict[str, Any] = {"chunk": spec.data.chunk, "length": length, "vocab_size": tokens, "device": device}
+    if spec.has_teacher:
+        plans = _of_teacher_and_student(spec, teacher, student, device)
+    if spec.through != "distill":
+        plans["autoencoder"] = autoencoder_memory(spec.autoencoder, **sizes)
+    if spec.through == "latent":
+        drawn = (spec.latent.sample_continuations or spec.continuations.count) if spec.continues else 0
+        plans["latent"] = latent_memory(spec.latent, spec.autoencoder, drawn=drawn, **sizes)
+    return plans
+
+
+def _of_teacher_and_student(
+    spec: PipelineSpec, teacher: KnownModel | None, student: KnownModel | None, device: str
+) -> dict[str, MemoryPlan]:
+    """The plans of the runs that train a teacher, ask it, and train a token-level student."""
+    length = spec.data.sequence_length
     plans: dict[str, MemoryPlan] = {}
     if spec.teacher.model is None:
         own = teacher_shape(spec.teacher, spec.data.vocab_size)
@@ -244,11 +232,15 @@ def pipeline_memory(
         plans["teacher"] = teacher_memory(spec.teacher, own, length=length, device=device)
     teacher = teacher or KnownModel()
     answering = Answering.of(spec.teacher, teacher, device=device)
+    if spec.scores or (spec.distils and spec.distill.targets == "store"):
+        plans["score"] = score_memory(answering, rows=spec.score.batch_size, length=length)
+    if spec.continues:
+        plans["continuations"] = continuations_memory(answering, rows=spec.continuations.batch_size, length=length)
+    if not spec.distils:
+        return plans
     if spec.distill.student.init is None:
         width = teacher.vocabulary if spec.teacher.model is not None else None
         student = KnownModel.of_shape(student_shape(spec.distill.student, width or spec.data.vocab_size))
-    if spec.distill.targets == "store":
-        plans["score"] = score_memory(answering, rows=spec.score.batch_size, length=length)
     live = spec.distill.targets != "store" or spec.distill.on_policy > 0
     # With a store a full run never loads its teacher; a smoke run does, to show what it would have written.
     beside = live or (spec.profile == "smoke" and answering.place == "process")

@@ -70,7 +70,7 @@ def ceiling(total: int) -> int:
 
 def mode_of(spec: PipelineSpec) -> Mode:
     """The mode in which an effective pipeline runs: by whether its student's targets are stored before it starts."""
-    live = spec.distill.targets != "store" or spec.distill.on_policy > 0
+    live = spec.distils and (spec.distill.targets != "store" or spec.distill.on_policy > 0)
     return "concurrent" if live else "sequential"
 
 
@@ -101,15 +101,15 @@ def plan_mode(
         admission(plan, host, jobs=compilers, measured_peak=measured_peak if plan.run == "distill" else None)
         for plan in plans
     )
-    note = "one run, which asks no teacher" if spec.through == "autoencoder" else _note(mode, tokens)
+    note = _note(mode, tokens) if spec.has_teacher else "no run asks a teacher"
     return ModePlan(mode, plans, admissions, host, note)
 
 
 def choose_mode(asked: Mode, plans: dict[Mode, ModePlan]) -> tuple[Mode, str]:
     """The mode that runs, and why. What the spec asks is never replaced by another silently: it runs or is refused."""
     plan, sequential, concurrent = plans[asked], plans["sequential"], plans["concurrent"]
-    if [stage.run for stage in plan.stages] == ["autoencoder"]:
-        return asked, "a codec is trained alone: no teacher stands beside it in any mode"
+    if "distill" not in [stage.run for stage in plan.stages]:
+        return asked, "what is trained here is trained alone: no teacher stands beside it in any mode"
     if asked == "concurrent":
         if plan.outcome is not Outcome.FAIL:
             return asked, f"the spec wants a live teacher beside the student: {plan.reason}"

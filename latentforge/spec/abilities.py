@@ -48,6 +48,26 @@ class Need:
 
 def needs_of(spec: PipelineSpec) -> tuple[Need, ...]:
     """What the runs of a pipeline ask of their teacher."""
+    found = _needs_of_latent(spec) if spec.through == "latent" else []
+    return (*found, *(_needs_of_distill(spec) if spec.distils else ()))
+
+
+def _needs_of_latent(spec: PipelineSpec) -> list[Need]:
+    latent, found = spec.latent, []
+    for name in ("token_kd_weight", "kl_weight"):
+        if (weight := getattr(latent, name)) > 0:
+            other = f"set latent.{name} = 0, or use a backend that scores (vllm-remote, hf)"
+            found.append(Need("score", f"latent.{name} = {weight:g}", other))
+    for name in ("sample_weight", "tempered_weight"):
+        if (weight := getattr(latent, name)) > 0:
+            other = f"set latent.{name} = 0, or use a backend that samples (vllm-remote, hf)"
+            found.append(Need("sample", f"latent.{name} = {weight:g}", other))
+    if spec.score.mode == "sample" and latent.takes_rows:
+        found.append(Need("logits", "score.mode = 'sample'", "set score.mode = 'topk', or teacher.backend = 'hf'"))
+    return found
+
+
+def _needs_of_distill(spec: PipelineSpec) -> list[Need]:
     distill, found = spec.distill, []
     chats = spec.data.documents == "chat"
     if chats:
@@ -63,7 +83,7 @@ def needs_of(spec: PipelineSpec) -> tuple[Need, ...]:
     if distill.temperature != 1.0 and distill.targets == "live":
         other = "set distill.temperature = 1, or teacher.backend = 'hf'"
         found.append(Need("logits", f"distill.temperature = {distill.temperature:g} with live targets", other))
-    return tuple(found)
+    return found
 
 
 def check_abilities(spec: PipelineSpec) -> None:

@@ -12,8 +12,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from latentforge.spec.fields import RUN_FALSIFIERS
 from latentforge.spec.identity import Kind
-from latentforge.spec.sections import RUN_FALSIFIERS, PipelineSpec
+from latentforge.spec.sections import PipelineSpec
 
 RUN_COMMAND = "run RUN_DIR"
 """How a host is told to execute a run folder: the command and its argument."""
@@ -32,19 +33,24 @@ def offered(commands: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
 
 def wanted_of(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
     """What a pipeline asks of the package on its host: its kinds of runs, every field of them, its falsifiers."""
-    if spec.through == "autoencoder":
-        kinds, require = ["data", "autoencoder"], spec.autoencoder.require
-    else:
-        stores = spec.distill.targets == "store" and spec.teacher.backend != "store"
-        kinds = ["data", *(["teacher"] if spec.teacher.model is None else [])]
-        kinds, require = [*kinds, *(["score"] if stores else []), "distill"], spec.distill.require
+    made: dict[str, tuple[bool, tuple[str, ...]]] = {
+        "data": (True, ()),
+        "teacher": (spec.has_teacher and spec.teacher.model is None, ()),
+        "score": (spec.scores, ()),
+        "continuations": (spec.continues, ()),
+        "autoencoder": (spec.through in ("autoencoder", "latent"), spec.autoencoder.require),
+        "distill": (spec.distils, spec.distill.require),
+        "latent": (spec.through == "latent", spec.latent.require),
+    }
+    kinds = [kind for kind, (wanted, _) in made.items() if wanted]
+    require = [falsifier for kind in kinds for falsifier in made[kind][1]]
     sections = {*kinds, "teacher"} if spec.teacher.model is not None else set(kinds)
     fields = [one for one in sorted(_fields(PipelineSpec)) if "." not in one or one.partition(".")[0] in sections]
     return {
         "commands": (RUN_COMMAND,),
         "kinds": tuple(kinds),
         "fields": tuple(fields),
-        "falsifiers": tuple(require),
+        "falsifiers": tuple(dict.fromkeys(require)),
     }
 
 

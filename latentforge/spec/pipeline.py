@@ -13,12 +13,12 @@ from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.choice import auto_of
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
-from latentforge.spec.sections import HTTP_BACKENDS, PipelineSpec, TeacherSpec
+from latentforge.spec.sections import HTTP_BACKENDS, DistillSpec, PipelineSpec, TeacherSpec
 from latentforge.spec.teacher import DENSE_BACKENDS, answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
 
-Role = Literal["data", "teacher", "score", "canary", "distill", "autoencoder"]
+Role = Literal["data", "teacher", "score", "continuations", "autoencoder", "canary", "distill", "latent"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,11 @@ def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:
     if spec.data.corpus != BUILTIN_CORPUS:
         yield ExternalPath("data.corpus", spec.data.corpus, "corpus")
     if spec.teacher.model is not None:
-        asked = spec.through != "autoencoder"  # a codec has a teacher's tokenizer alone
-        loaded = asked and spec.teacher.backend not in (*HTTP_BACKENDS, "store", "fixture")
+        loaded = spec.has_teacher and spec.teacher.backend not in (*HTTP_BACKENDS, "store", "fixture")
         yield ExternalPath("teacher.model", spec.teacher.model, "model" if loaded else "tokenizer")
-    if spec.teacher.backend == "store" and spec.teacher.store is not None:
+    if spec.has_teacher and spec.teacher.backend == "store" and spec.teacher.store is not None:
         yield ExternalPath("teacher.store", spec.teacher.store, "targets")
-    if spec.distill.student.init is not None:
+    if spec.distils and spec.distill.student.init is not None:
         yield ExternalPath("distill.student.init", spec.distill.student.init, "model")
 
 
@@ -72,11 +71,11 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
     """The pipeline as it will run, and a sentence for each choice that the file did not spell out.
 
     A temperature for which no tails are stored needs dense targets of a live teacher. A server's key is a secret of
-    the pipeline's, by its name. A codec asks no teacher.
+    the pipeline's, by its name. A codec asks no teacher, nor does a latent student of plain text.
     """
-    if spec.through == "autoencoder":
+    if not spec.has_teacher:
         return spec, []
-    distill, teacher, secrets = spec.distill, spec.teacher, spec.secrets
+    teacher, secrets = spec.teacher, spec.secrets
     notes: list[str] = []
     if teacher.backend == "auto":
         backend, why = auto_of(teacher)
@@ -87,6 +86,37 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
         notes.append(f"teacher: {teacher.served_model or 'the only model'} of {teacher.url} ({teacher.backend})")
         key = teacher.api_key_env
         secrets = tuple(sorted({*secrets, key})) if key is not None else secrets
+    decided = spec.model_copy(update={"teacher": teacher, "secrets": secrets})
+    if spec.through == "latent":
+        _check_stored_rows(decided)
+    if spec.distils:
+        decided = decided.model_copy(update={"distill": _effective_distill(decided, notes)})
+    check_abilities(decided)
+    return decided, notes
+
+
+def _check_stored_rows(spec: PipelineSpec) -> None:
+    """Refuse a latent student that takes rows which no score run stores: it is never fed live."""
+    latent, teacher = spec.latent, spec.teacher
+    if not latent.takes_rows:
+        return
+    if spec.score.mode == "sample" and teacher.backend not in DENSE_BACKENDS:
+        raise RefusedError(
+            f"score.mode = 'sample' draws from dense logits, and teacher.backend = {teacher.backend!r} gives none",
+            next="set score.mode = 'topk', or teacher.backend = 'hf'",
+        )
+    if latent.token_temperature not in spec.score.temperatures:
+        stored = ", ".join(f"{t:g}" for t in spec.score.temperatures)
+        raise RefusedError(
+            f"latent.token_temperature = {latent.token_temperature:g} is not in score.temperatures [{stored}]: no "
+            "tails are stored for it",
+            next=f"set latent.token_temperature = {spec.score.temperatures[0]:g}, or add it to score.temperatures",
+        )
+
+
+def _effective_distill(spec: PipelineSpec, notes: list[str]) -> DistillSpec:
+    """The distill section as it will run; a sentence is added to ``notes`` for a choice that it did not spell out."""
+    distill, teacher = spec.distill, spec.teacher
     dense = teacher.backend in DENSE_BACKENDS
     if spec.score.mode == "sample" and distill.targets == "store" and not dense:
         raise RefusedError(
@@ -116,9 +146,7 @@ def effective_pipeline(spec: PipelineSpec) -> tuple[PipelineSpec, list[str]]:
             f"distill.temperature = {distill.temperature:g}: rows over HTTP have T = 1 only",
             next="set distill.temperature = 1, or teacher.backend = 'hf'",
         )
-    decided = spec.model_copy(update={"distill": distill, "teacher": teacher, "secrets": secrets})
-    check_abilities(decided)
-    return decided, notes
+    return distill
 
 
 def check_profile(spec: PipelineSpec) -> None:
@@ -128,6 +156,12 @@ def check_profile(spec: PipelineSpec) -> None:
     if spec.data.corpus == BUILTIN_CORPUS:
         raise RefusedError(
             "data.corpus = 'stdlib' is only fit for profile smoke", next="name a folder, a .txt or a .jsonl file"
+        )
+    if spec.through == "latent":
+        raise RefusedError(
+            "profile = 'full' with through = 'latent': there is no canary of a latent student yet, without which no "
+            "full run starts",
+            next="set profile = 'smoke'; the run is the same but for that",
         )
     if spec.distill.student.frozen:
         raise RefusedError("distill.student.frozen = true is a planted control, only fit for profile smoke")
@@ -176,57 +210,73 @@ def pipeline_runs(
 
 
 _Sources = dict[str, "ExternalPath | Role | str"]
+_Externals = Mapping[str, ExternalPath]
+_Wanted = tuple[Role, dict[str, Any], dict[str, Any]]
 
 
-def _wanted(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
+def _wanted(spec: PipelineSpec) -> Iterator[_Wanted]:
     """(role, its part of the spec, its inputs) of each run that the pipeline needs."""
-    if spec.through == "autoencoder":
-        yield from _wanted_for_codec(spec)
-    else:
-        yield from _wanted_for_student(spec)
-
-
-def _wanted_for_codec(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
     external = {path.field: path for path in external_paths(spec)}
-    inputs: _Sources = {"corpus": external.get("data.corpus", BUILTIN_CORPUS)}
-    if (teacher := external.get("teacher.model")) is not None:
-        inputs["tokenizer"] = teacher
-    yield "data", {"seed": spec.seed, "data": _json(spec.data)}, inputs
-    asked = {"profile": spec.profile, "seed": spec.seed, "autoencoder": _json(spec.autoencoder)}
-    yield "autoencoder", asked, {"data": "data"}
+    yield _data_of(spec, external)
+    if spec.has_teacher:
+        yield from _teacher_of(spec, external)
+    if spec.through in ("autoencoder", "latent"):
+        asked = {"profile": spec.profile, "seed": spec.seed, "autoencoder": _json(spec.autoencoder)}
+        yield "autoencoder", asked, {"data": "data"}
+    if spec.distils:
+        yield from _distilled(spec, external)
+    if spec.through == "latent":
+        yield _latent_of(spec, external)
 
 
-def _wanted_for_student(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, Any], dict[str, Any]]]:
-    external = {path.field: path for path in external_paths(spec)}
-    teacher_folder = external.get("teacher.model")
+def _crosses(spec: PipelineSpec) -> bool:
+    return spec.distils and spec.distill.cross_tokenizer
 
-    crosses = spec.distill.cross_tokenizer
+
+def _chats(spec: PipelineSpec) -> bool:
+    return spec.data.documents == "chat"
+
+
+def _teacher_input(external: _Externals) -> ExternalPath | Role:
+    return external.get("teacher.model") or "teacher"
+
+
+def _rows_input(spec: PipelineSpec, external: _Externals) -> ExternalPath | Role:
+    """Where a teacher's rows lie: a store that is named, the answers of a chat, or a score run's."""
+    return "data" if _chats(spec) else external.get("teacher.store") or "score"
+
+
+def _data_of(spec: PipelineSpec, external: _Externals) -> _Wanted:
     data_inputs: _Sources = {"corpus": external.get("data.corpus", BUILTIN_CORPUS)}
     # Across tokenizers the data is the student's: its folder's tokens, or a vocabulary of its own.
-    tokenizer = external.get("distill.student.init") if crosses else teacher_folder
+    tokenizer = external.get("distill.student.init") if _crosses(spec) else external.get("teacher.model")
     if tokenizer is not None:
         data_inputs["tokenizer"] = tokenizer
-    chats = spec.data.documents == "chat"
     asked = {"seed": spec.seed, "data": _json(spec.data)}
     # The answers are the documents and their rows the targets: nothing is left to be scored.
-    asked |= {"teacher": answers_of(spec.teacher), "score": {"k": spec.score.k}} if chats else {}
-    yield "data", asked, data_inputs
+    asked |= {"teacher": answers_of(spec.teacher), "score": {"k": spec.score.k}} if _chats(spec) else {}
+    return "data", asked, data_inputs
 
-    teacher: ExternalPath | Role = "teacher"
-    if teacher_folder is not None:
-        teacher = teacher_folder
-    else:
+
+def _teacher_of(spec: PipelineSpec, external: _Externals) -> Iterator[_Wanted]:
+    """The runs that train a teacher and ask it ahead of the students."""
+    if "teacher.model" not in external:
         yield "teacher", {"seed": spec.seed, "teacher": training_of(spec.teacher)}, {"data": "data"}
-
-    stored = external.get("teacher.store")
-    if spec.distill.targets == "store" and stored is None and not chats:
+    inputs: _Sources = {"data": "data", "teacher": _teacher_input(external)}
+    if spec.scores and "teacher.store" not in external:
         asked = {"seed": spec.seed, "score": _json(spec.score), "teacher": answers_of(spec.teacher)}
-        asked |= {"cross_tokenizer": True} if crosses else {}
-        yield "score", asked, {"data": "data", "teacher": teacher}
+        asked |= {"cross_tokenizer": True} if _crosses(spec) else {}
+        yield "score", asked, dict(inputs)
+    if spec.continues:
+        asked = {"seed": spec.seed, "continuations": _json(spec.continuations), "teacher": answers_of(spec.teacher)}
+        yield "continuations", asked, dict(inputs)
 
-    inputs: _Sources = {"data": "data", "teacher": teacher}
+
+def _distilled(spec: PipelineSpec, external: _Externals) -> Iterator[_Wanted]:
+    """The token-level student, in a full pipeline after its canary."""
+    inputs: _Sources = {"data": "data", "teacher": _teacher_input(external)}
     if spec.distill.targets == "store":
-        inputs["targets"] = "data" if chats else stored or "score"
+        inputs["targets"] = _rows_input(spec, external)
     if (init := external.get("distill.student.init")) is not None:
         inputs["student_init"] = init
     # A student that is fed from the store alone asks no teacher.
@@ -240,6 +290,17 @@ def _wanted_for_student(spec: PipelineSpec) -> Iterator[tuple[Role, dict[str, An
         inputs["canary"] = "canary"
     asked = {"profile": spec.profile, "seed": spec.seed, "distill": _json(spec.distill), **teacher_asked}
     yield "distill", asked, inputs
+
+
+def _latent_of(spec: PipelineSpec, external: _Externals) -> _Wanted:
+    inputs: _Sources = {"data": "data", "codec": "autoencoder"}
+    if spec.latent.takes_rows:
+        inputs |= {"teacher": _teacher_input(external), "targets": _rows_input(spec, external)}
+    if spec.continues:
+        inputs["continuations"] = "continuations"
+    if spec.latent.beside:
+        inputs["beside"] = "distill"
+    return "latent", {"profile": spec.profile, "seed": spec.seed, "latent": _json(spec.latent)}, inputs
 
 
 def _json(section: Any) -> dict[str, Any]:

@@ -38,6 +38,19 @@ FOR_A_CODEC = {
 }
 """The same where the pipeline's last run trains a codec; the other names mean nothing to it and are refused."""
 
+FOR_A_LATENT_STUDENT = {
+    "TEACHER_REPO": "teacher.model",
+    "STEPS": "latent.steps",
+    "BATCH_SIZE": "latent.batch_size",
+    "LR": "latent.learning_rate",
+    "T": "latent.token_temperature",
+}
+"""The same where it trains a latent student, of which ``T`` and ``ALPHA`` are of the token head."""
+
+_BY_GOAL = {"autoencoder": FOR_A_CODEC, "latent": FOR_A_LATENT_STUDENT}
+_OF_ANOTHER_STUDENT = {"autoencoder": ("STUDENT_INIT", "T", "ALPHA"), "latent": ("STUDENT_INIT",)}
+_ALPHA_FIELDS = {"latent": ("latent.token_ce_weight", "latent.token_kd_weight")}
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -160,22 +173,22 @@ def _read_file(path: Path) -> str:
 
 
 def _from_environment(env: Mapping[str, str], through: str) -> Iterator[tuple[str, Any, str]]:
-    fields = ENVIRONMENT
-    if through == "autoencoder":
-        fields = FOR_A_CODEC
-        for variable in ("STUDENT_INIT", "T", "ALPHA"):
-            if variable in env:
-                raise RefusedError(
-                    f"{variable}={env[variable]!r} is of a student, and through = 'autoencoder' makes none "
-                    f"({_noun(origin_of(env, variable))})",
-                    next=f"unset {variable}",
-                )
+    fields = _BY_GOAL.get(through, ENVIRONMENT)
+    for variable in _OF_ANOTHER_STUDENT.get(through, ()):
+        if variable in env:
+            what = "a student" if through == "autoencoder" else "a token-level student"
+            raise RefusedError(
+                f"{variable}={env[variable]!r} is of {what}, and through = {through!r} makes none "
+                f"({_noun(origin_of(env, variable))})",
+                next=f"unset {variable}",
+            )
     for variable, field in fields.items():
         if variable in env:
             source = origin_of(env, variable)
             yield field, _scalar(env[variable], field, f"{variable}={env[variable]!r}", _noun(source)), source
     if "ALPHA" in env:
-        for field, value in _weights(env["ALPHA"]).items():
+        named = _ALPHA_FIELDS.get(through, ("distill.ce_weight", "distill.kd_weight"))
+        for field, value in zip(named, _weights(env["ALPHA"], named), strict=True):
             yield field, value, origin_of(env, "ALPHA")
     if choice.VARIABLE in env:
         source = origin_of(env, choice.VARIABLE)
@@ -211,18 +224,19 @@ def _choose_backend(
             values[field], origins[field] = value, Origin(f"preset {backend}")
 
 
-def _weights(text: str) -> dict[str, float]:
-    """``ALPHA`` is the weight of cross-entropy, 1 − ALPHA that of KD, computed in decimal so that 0.3 leaves 0.7."""
+def _weights(text: str, fields: tuple[str, str]) -> tuple[float, float]:
+    """``ALPHA`` is the weight of cross-entropy, 1 − ALPHA that of KD, computed in decimal so that 0.3 leaves 0.7;
+    ``fields`` are those that they set."""
     shown = f"ALPHA={text!r}"
     try:
         alpha = Decimal(text.strip())
     except InvalidOperation:
         raise RefusedError(
-            f"{shown} is not a number (environment variable; spec fields distill.ce_weight and distill.kd_weight)"
+            f"{shown} is not a number (environment variable; spec fields {fields[0]} and {fields[1]})"
         ) from None
     if not (alpha.is_finite() and 0 <= alpha <= 1):
         raise RefusedError(f"{shown} is not between 0 and 1 (environment variable; the weight of cross-entropy)")
-    return {"distill.ce_weight": float(alpha), "distill.kd_weight": float(1 - alpha)}
+    return float(alpha), float(1 - alpha)
 
 
 def _from_flags(overrides: Sequence[str]) -> Iterator[tuple[str, Any, str]]:

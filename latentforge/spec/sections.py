@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import math
-from difflib import get_close_matches
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Profile = Literal["smoke", "full"]
-Seed = Annotated[int, Field(ge=0, lt=2**53)]
-Count = Annotated[int, Field(ge=1, lt=2**53)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-RUN_FALSIFIERS = (
-    "F-DISTILL-SMOKE-001",
-    "F-DISTILL-SMOKE-002",
-    "F-DISTILL-PIPELINE-001",
-    "F-DISTILL-CANARY-001",
-    "F-EFFECTIVE-CONFIG-001",
-    "F-EFFECTIVE-LR-001",
-    "F-BATCH-ROWS-001",
-    "F-ARTEFACT-SIZE-001",
-    "F-ARTEFACT-MOVED-001",
-    "F-KERNEL-NOJIT-001",
-    "F-TEACHER-COVERAGE-001",
-    "F-LATENT-AE-001",
-    "F-LATENT-AE-002",
+from latentforge.spec.fields import (
+    Count,
+    EnvironmentName,
+    Positive,
+    Profile,
+    Section,
+    Seed,
+    Weight,
+    check_attention,
+    check_falsifiers,
 )
-"""What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``require`` of a section may name."""
-
-
-class Section(BaseModel):
-    """A frozen table of a pipeline file; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _attention_fits(what: str, hidden: int, heads: int, kv_heads: int) -> None:
-    if hidden % heads or (hidden // heads) % 2:
-        raise ValueError(f"{what}: hidden {hidden} does not split into {heads} heads of an even size")
-    if heads % kv_heads:
-        raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
-
-
-def _check_falsifiers(require: tuple[str, ...]) -> None:
-    for falsifier in require:
-        if falsifier not in RUN_FALSIFIERS:
-            near = get_close_matches(falsifier, RUN_FALSIFIERS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(RUN_FALSIFIERS)
-            raise ValueError(f"require names {falsifier!r}, a falsifier that no run can judge; {hint}")
+from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 
 
 class DataSpec(Section):
@@ -138,7 +105,7 @@ class TeacherSpec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _attention_fits("teacher", self.hidden, self.heads, self.kv_heads)
+        check_attention("teacher", self.hidden, self.heads, self.kv_heads)
         if self.url is not None:
             check_url(self.url)
         if self.backend in ("openai", "vllm-remote") and self.url is None:
@@ -208,7 +175,7 @@ class StudentSpec(Section):
 
     @model_validator(mode="after")
     def _shape_fits(self) -> Self:
-        _attention_fits("student", self.hidden, self.heads, self.kv_heads)
+        check_attention("student", self.hidden, self.heads, self.kv_heads)
         return self
 
 
@@ -255,46 +222,16 @@ class DistillSpec(Section):
         micro = self.micro_batch_size
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
-        _check_falsifiers(self.require)
+        check_falsifiers(self.require)
         return self
 
 
-class AutoencoderSpec(Section):
-    """Training of the codec of a latent student: data.chunk tokens to one vector and back."""
-
-    latent: Count = Field(128, description="numbers of a latent (l); CALM takes 32 a token of the chunk")
-    width: Count = Field(128, description="width of its layers and of its embedding")
-    inner: Count = Field(320, description="inner width of its SwiGLU")
-    steps: Count = 600
-    batch_size: Count = Field(16, description="packed rows a step")
-    learning_rate: Positive = 3e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    weight_decay: Weight = 0.01
-    clip_norm: Positive | None = 1.0
-    token_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.15, description="share of the tokens that the encoder is not shown while it is trained"
-    )
-    latent_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.15, description="share of a latent's numbers that the decoder is not shown while it is trained"
-    )
-    kl_weight: Weight = Field(0.001, description="weight of the latents' KL to a standard normal")
-    kl_floor: Weight = Field(0.5, description="nats of that KL which each dimension has for nothing (free bits)")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpoint_every: Count = 250
-    require: tuple[str, ...] = Field(("F-LATENT-AE-001",), description="falsifiers that must pass")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _check_falsifiers(self.require)
-        return self
-
-
-Goal = Literal["distill", "autoencoder"]
+Goal = Literal["distill", "autoencoder", "latent"]
 """What a pipeline may be for: its last run."""
 
 
 class PipelineSpec(Section):
-    """A whole pipeline file: data → teacher → score → distill, or data → autoencoder."""
+    """A whole pipeline file: data → teacher → score → distill, data → autoencoder, or both with a latent student."""
 
     profile: Profile = "smoke"
     seed: Seed = 7
@@ -304,29 +241,93 @@ class PipelineSpec(Section):
     score: ScoreSpec = ScoreSpec()
     distill: DistillSpec = DistillSpec()
     autoencoder: AutoencoderSpec = AutoencoderSpec()
+    continuations: ContinuationsSpec = ContinuationsSpec()
+    latent: LatentSpec = LatentSpec()
     secrets: tuple[EnvironmentName, ...] = Field(
         (),
         max_length=16,
         description="names of the laptop's environment variables that the runs are given; never their values",
     )
 
+    @property
+    def distils(self) -> bool:
+        """Whether a token-level student is trained: for itself, or beside a latent one."""
+        return self.through == "distill" or (self.through == "latent" and self.latent.beside)
+
+    @property
+    def scores(self) -> bool:
+        """Whether a run writes a teacher's rows into a store of its own."""
+        wanted = self.distils and self.distill.targets == "store"
+        wanted = wanted or (self.through == "latent" and self.latent.takes_rows)
+        return wanted and self.teacher.backend != "store" and self.data.documents != "chat"
+
+    @property
+    def continues(self) -> bool:
+        """Whether a run asks a teacher how the text goes on."""
+        return self.through == "latent" and self.latent.continues
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any run takes more of a teacher than its tokenizer."""
+        return self.distils or self.scores or self.continues or (self.through == "latent" and self.latent.takes_rows)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError(f"secrets = {list(self.secrets)} names one twice")
-        if self.through == "autoencoder":
-            if self.data.documents == "chat":
-                raise ValueError("through = 'autoencoder' with data.documents = 'chat': a codec needs text, no answers")
-            return self
-        if self.data.chunk > 1:
+        if self.through != "distill" and self.data.documents == "chat":
+            who = "codec" if self.through == "autoencoder" else "latent student"
+            raise ValueError(f"through = {self.through!r} with data.documents = 'chat': a {who} needs text, no answers")
+        if self.through == "latent":
+            self._latent_agrees()
+        if self.has_teacher:
+            self._teacher_agrees()
+        if self.distils:
+            self._distill_agrees()
+        return self
+
+    def _latent_agrees(self) -> None:
+        latent, drawn = self.latent, self.continuations
+        if latent.sample_weight > 0 and 1.0 not in drawn.temperatures:
             raise ValueError(
-                f"data.chunk = {self.data.chunk} with through = 'distill': a token-level student would be trained on "
-                "the padding of chunks"
+                f"latent.sample_weight = {latent.sample_weight:g} is of continuations at T = 1, and "
+                f"continuations.temperatures {list(drawn.temperatures)} do not hold it"
             )
+        if latent.tempered_weight > 0 and all(one == 1.0 for one in drawn.temperatures):
+            raise ValueError(
+                f"latent.tempered_weight = {latent.tempered_weight:g} is of continuations below T = 1, and "
+                f"continuations.temperatures {list(drawn.temperatures)} hold none"
+            )
+        if not latent.continues:
+            return
+        used = latent.sample_continuations or drawn.count
+        if used > drawn.count:
+            raise ValueError(f"latent.sample_continuations = {used} is more than continuations.count = {drawn.count}")
+        if latent.samples % used:
+            raise ValueError(
+                f"latent.samples = {latent.samples} cannot be shared out evenly among the {used} continuations of a "
+                f"visit; set latent.samples = {used * max(1, latent.samples // used)}"
+            )
+
+    def _teacher_agrees(self) -> None:
         backend = self.teacher.backend
         if self.teacher.model is None and backend in (*HTTP_BACKENDS, "store"):
             raise ValueError(
                 f"teacher.backend = {backend!r} answers with token ids, and teacher.model names no tokenizer"
+            )
+        if self.teacher.model is None and self.score.k > self.data.vocab_size:
+            raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
+
+    def _distill_agrees(self) -> None:
+        if self.data.chunk > 1 and self.distill.cross_tokenizer:
+            raise ValueError(
+                f"data.chunk = {self.data.chunk} with distill.cross_tokenizer: the padding of chunks is no text that "
+                "another tokenizer could read"
+            )
+        if self.data.chunk > 1 and self.distill.on_policy > 0.0:
+            raise ValueError(
+                f"data.chunk = {self.data.chunk} with distill.on_policy = {self.distill.on_policy:g}: what the student "
+                "writes is not cut into chunks"
             )
         if self.distill.cross_tokenizer and self.teacher.model is None:
             raise ValueError(
@@ -340,6 +341,3 @@ class PipelineSpec(Section):
                 "score.mode = 'sample' with distill.cross_tokenizer: a drawn token that the student does not have "
                 "cannot be carried over, and what is left would be biased"
             )
-        if self.teacher.model is None and self.score.k > self.data.vocab_size:
-            raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
-        return self

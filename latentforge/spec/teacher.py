@@ -32,7 +32,7 @@ REACH = (
 DENSE_BACKENDS = ("hf", "fixture")
 """Backends that give a student dense logits where their targets are live; the others give top-k rows of score.k."""
 
-ASKING = ("data", "score", "distill")
+ASKING = ("data", "score", "continuations", "distill")
 """The kinds of runs that may ask a teacher."""
 
 _BY_CONTENT = ("model", "store")

@@ -11,8 +11,8 @@ from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.events import EventLog, read_events
+from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.run import RunDir, write_record
-from latentforge.spec.sections import AutoencoderSpec
 from latentforge.students.latent.codec import CodecShape, new_codec
 from latentforge.students.latent.codec_loss import CodecObjective
 from latentforge.students.latent.codec_report import COLLAPSED, CodecReport, report_codec

@@ -9,6 +9,7 @@ from typing import Any
 from latentforge.spec.canary import CANARY
 from latentforge.train.codec_falsifiers import latent_ae_001, latent_ae_002
 from latentforge.train.effective import differences
+from latentforge.train.latent_falsifiers import latent_causal_001, latent_kd_001
 from latentforge.train.optimiser import warmup_cosine
 from latentforge.train.reading import Events, heldout_metric, outcome_of, ready_of, run_of, steps_of, verdict_of
 from latentforge.train.tally import percent
@@ -279,8 +280,10 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-TEACHER-COVERAGE-001": coverage_001,
     "F-LATENT-AE-001": latent_ae_001,
     "F-LATENT-AE-002": latent_ae_002,
+    "F-LATENT-CAUSAL-001": latent_causal_001,
+    "F-LATENT-KD-001": latent_kd_001,
 }
-"""What ``require`` of a section may name: each of ``latentforge.spec.sections.RUN_FALSIFIERS``."""
+"""What ``require`` of a section may name: each of ``latentforge.spec.fields.RUN_FALSIFIERS``."""
 
 
 def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:

@@ -17,16 +17,19 @@ from latentforge.memory import HostMemory, KnownModel, MeasuredMemory, MemoryPla
 from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.estimate import (
     Answering,
+    continuations_memory,
     distill_memory,
     score_memory,
     student_shape,
     teacher_memory,
     teacher_shape,
 )
+from latentforge.memory.latent import latent_memory
 from latentforge.memory.plan import gib
 from latentforge.spec.identity import RunIdentity
+from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 from latentforge.spec.run import RunDir
-from latentforge.spec.sections import AutoencoderSpec, DistillSpec, ScoreSpec, TeacherSpec
+from latentforge.spec.sections import DistillSpec, ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import teacher_of
 from latentforge.teachers.protocol import behind
 from latentforge.train import effective
@@ -51,9 +54,14 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
         device = "cpu" if codec.device == "cpu" else there
         chunk = int(data.get("chunk", 1))
         return autoencoder_memory(codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device)
+    if identity.kind == "latent":
+        return _latent_plan(run, identity, length=length, chunk=int(data["chunk"]), vocab_size=vocab_size, there=there)
     answering = Answering.of(teacher_of(run), _teacher(run), device=there)
     if identity.kind == "score":
         return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)
+    if identity.kind == "continuations":
+        rows = _section(ContinuationsSpec, identity.spec["continuations"]).batch_size
+        return continuations_memory(answering, rows=rows, length=length)
     distill = _section(DistillSpec, identity.spec["distill"])
     if run.has_input("student_init"):
         student = KnownModel.of_folder(run.input_path("student_init"))
@@ -63,6 +71,21 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     beside = live or (identity.spec["profile"] == "smoke" and answering.place == "process")
     device = "cpu" if distill.device == "cpu" else there
     return distill_memory(distill, answering if beside else None, student, length=length, device=device, live=live)
+
+
+def _latent_plan(
+    run: RunDir, identity: RunIdentity, *, length: int, chunk: int, vocab_size: int, there: str
+) -> MemoryPlan:
+    """The plan of a latent student, whose codec is what the run that trained it was asked for."""
+    spec = _section(LatentSpec, identity.spec["latent"])
+    trained, asked = run.input_run("codec"), run.input_run("continuations") if spec.continues else None
+    assert trained is not None  # a codec comes of a run alone
+    codec = _section(AutoencoderSpec, trained.load_identity().spec["autoencoder"])
+    drawn = 0
+    if asked is not None:
+        drawn = spec.sample_continuations or int(asked.load_identity().spec["continuations"]["count"])
+    device = "cpu" if spec.device == "cpu" else there
+    return latent_memory(spec, codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device, drawn=drawn)
 
 
 def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory | None = None) -> None:

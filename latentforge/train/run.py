@@ -92,6 +92,10 @@ def _run(run: RunDir, log: EventLog) -> MemoryPlan | None:
         from latentforge.train.score import run as recipe
     elif identity.kind == "autoencoder":
         from latentforge.train.autoencoder import run as recipe
+    elif identity.kind == "continuations":
+        from latentforge.train.continuations import run as recipe
+    elif identity.kind == "latent":
+        from latentforge.train.latent import run as recipe
     else:
         from latentforge.train.distill import run as recipe
     recipe(run, log)

@@ -19,17 +19,16 @@ from latentforge.memory import (
     pipeline_memory,
     pipeline_peak,
 )
+from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.codec import codec_activation_bytes, codec_parameters
 from latentforge.memory.estimate import (
-    activation_bytes,
-    attention_bytes,
     student_shape,
     teacher_shape,
     training_terms,
 )
 from latentforge.memory.plan import GIB
+from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.resolve import recipe_names, resolve_pipeline
-from latentforge.spec.sections import AutoencoderSpec
 from latentforge.verdicts import Outcome
 
 

@@ -10,7 +10,7 @@ import pytest
 from latentforge.contracts.load import load_contracts
 from latentforge.contracts.runner import check_falsifier
 from latentforge.events import Event
-from latentforge.spec.sections import RUN_FALSIFIERS
+from latentforge.spec.fields import RUN_FALSIFIERS
 from latentforge.train.falsifiers import REQUIRABLE, judge
 from latentforge.train.optimiser import warmup_cosine
 from latentforge.train.tally import percent
@@ -41,7 +41,11 @@ def good_events() -> list[Event]:
             {
                 "name": "ready",
                 "state": "end",
-                "requested": {"distill": dict(ASKED), "autoencoder": {"steps": 6}},
+                "requested": {
+                    "distill": dict(ASKED),
+                    "autoencoder": {"steps": 6},
+                    "latent": {"steps": 6, "text_weight": 1.0, "token_kd_weight": 0.5, "sample_weight": 0.0},
+                },
                 "effective": {"distill": dict(ASKED), "predictions_per_sequence": 7},
             },
         )
@@ -60,6 +64,10 @@ def good_events() -> list[Event]:
     accuracy = {"name": "token_accuracy", "value": 0.9961, "tokens": 95, "padding": 5, "places": 100}
     told += [("metric", {**codec, **accuracy})]
     told += [("metric", {**codec, "name": "latent_kl", "value": 0.6, "by_dimension": [0.6, 0.7]})]
+    causal = {"name": "change_before_a_chunk", "value": 0.0, "after": 0.4, "places": 5}
+    told += [("metric", {"model": "latent", "step": 6, "split": "heldout", **causal})]
+    for name, start, end in (("val_text", 5.0, 3.0), ("val_token_kd", 2.0, 1.5)):
+        told += [("metric", _metric("latent", name, 0, start)), ("metric", _metric("latent", name, 6, end))]
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
     told.append(("checkpoint", {"step": 3, **weight}))
     told.append(("checkpoint", {"step": 6, "product": True, **weight}))
@@ -112,6 +120,10 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("F-LATENT-AE-001", "metric", {"name": "token_accuracy"}, {"tokens": 0, "padding": 100}, "of 0 held-out tokens"),
     ("F-LATENT-AE-001", "metric", {"name": "token_accuracy"}, {"value": float("nan")}, "nan% < 99.5%"),
+    ("F-LATENT-CAUSAL-001", "metric", {"name": "change_before_a_chunk"}, {"value": 1e-9}, "before by 1e-09"),
+    ("F-LATENT-CAUSAL-001", "metric", {"name": "change_before_a_chunk"}, {"value": float("nan")}, "before by nan"),
+    ("F-LATENT-KD-001", "metric", {"name": "val_text", "step": 6}, {"value": 5.0}, "text 5.0000 <= 5.0000"),
+    ("F-LATENT-KD-001", "metric", {"name": "val_token_kd", "step": 6}, {"value": float("nan")}, "2.0000 <= nan"),
     (
         "F-LATENT-AE-002",
         "metric",

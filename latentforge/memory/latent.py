@@ -1,0 +1,93 @@
+"""Closed-form memory of the runs of a latent student: its own, and that in which a teacher goes on with the text."""
+
+from __future__ import annotations
+
+from latentforge.memory.activations import activation_bytes, attention_bytes
+from latentforge.memory.codec import LOGIT_ROWS, codec_parameters
+from latentforge.memory.plan import MemoryPlan, Term, runtime
+from latentforge.memory.shape import ModelShape
+from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
+
+_CODED = 8
+"""Copies of a chunk's K embedded tokens that the codec holds while it encodes without a gradient."""
+
+
+def latent_parameters(spec: LatentSpec, *, chunk: int, latent: int, vocab_size: int) -> int:
+    """The parameters of a latent student: table, backbone over chunks, energy head and token head."""
+    student, width = spec.student, spec.student.hidden
+    linear, norm = (width + 1) * width, 2 * width
+    compress = (chunk * width + 1) * 2 * width + (2 * width + 1) * width + norm
+    block = norm + (2 * width + 1) * width + linear + 2 * linear + linear
+    head = (student.noise + 1) * width + norm + linear + norm + student.head_blocks * block
+    head += norm + linear + (width + 1) * latent + (width if spec.tempered_weight > 0 else 0)
+    tokens = width + linear + norm + _decoder(spec, student.token_layers) if student.token_layers else 0
+    return vocab_size * width + compress + _decoder(spec, student.layers) + head + tokens
+
+
+def latent_memory(
+    spec: LatentSpec, codec: AutoencoderSpec, *, chunk: int, length: int, vocab_size: int, device: str, drawn: int
+) -> MemoryPlan:
+    """The plan of a run that trains a latent student on rows of ``length`` tokens beside a frozen codec.
+
+    ``drawn`` are the continuations that a visit of a chunk uses (0: none).
+    """
+    rows = spec.micro_batch_size or spec.batch_size
+    chunks, tokens = rows * length // chunk, rows * length
+    count = latent_parameters(spec, chunk=chunk, latent=codec.latent, vocab_size=vocab_size)
+    frozen = codec_parameters(codec, chunk=chunk, vocab_size=vocab_size)
+    encoded = chunks * max(1, drawn) * chunk * codec.width * 4 * _CODED
+    width = 2 if spec.precision == "bf16" else 4
+    signals = sum(weight > 0 for weight in (spec.text_weight, spec.sample_weight, spec.tempered_weight))
+    return MemoryPlan(
+        "latent",
+        (
+            Term("student", count * width),
+            Term("codec", 4 * frozen + encoded),
+            Term("states", count * (8 + 4 + (4 + 2 if spec.precision == "bf16" else 0))),
+            Term("activations", _activations(spec, chunk=chunk, chunks=chunks, tokens=tokens)),
+            Term("energy", max(1, signals) * _energy(spec, codec.latent, chunks)),
+            Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
+            Term("attention", attention_bytes(_shape(spec, spec.student.layers), rows, length // chunk)),
+            runtime(device),
+        ),
+    )
+
+
+def continuation_bytes(spec: ContinuationsSpec, *, length: int, rows: int) -> int:
+    """The most that the store of ``rows`` rows of ``length`` tokens takes on disk, before it is packed."""
+    return 4 * rows * length * spec.count * len(spec.temperatures) + 4096 * (rows // 64 + 1)
+
+
+def _activations(spec: LatentSpec, *, chunk: int, chunks: int, tokens: int) -> int:
+    """What is kept between forward and backward, with one layer's worth for the gradients in flight."""
+    student, width = spec.student, spec.student.hidden
+    number = 2 if spec.precision == "bf16" else 4
+    layers = activation_bytes(_shape(spec, student.layers), chunks, spec.precision)
+    layers += activation_bytes(_shape(spec, max(1, student.token_layers)), tokens, spec.precision)
+    drawn = chunks * spec.draws * (student.noise + width * (4 + 14 * student.head_blocks + 4))
+    kept = layers + number * (drawn + chunks * width * (3 * chunk + 8) + tokens * width * 6)
+    # One layer at a time is computed again; its input is all that is kept of the others.
+    return kept * 2 // 3 if spec.activation_checkpointing else kept * 3 // 2
+
+
+def _energy(spec: LatentSpec, latent: int, chunks: int) -> int:
+    """Samples twice (as drawn, and about their middle), draws, and the distances with their slopes."""
+    pairs = spec.draws * (spec.draws + spec.samples)
+    return 4 * chunks * (3 * (spec.samples + spec.draws) * latent + 5 * pairs)
+
+
+def _decoder(spec: LatentSpec, layers: int) -> int:
+    shape = _shape(spec, layers)
+    return layers * shape.layer_parameters + shape.hidden
+
+
+def _shape(spec: LatentSpec, layers: int) -> ModelShape:
+    student = spec.student
+    return ModelShape.qwen3(
+        1,
+        layers=layers,
+        hidden=student.hidden,
+        heads=student.heads,
+        kv_heads=student.kv_heads,
+        intermediate=student.intermediate,
+    )

@@ -1,0 +1,57 @@
+"""What the sections of a pipeline file are made of: bounded values, and the checks that several sections share."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Profile = Literal["smoke", "full"]
+Seed = Annotated[int, Field(ge=0, lt=2**53)]
+Count = Annotated[int, Field(ge=1, lt=2**53)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+RUN_FALSIFIERS = (
+    "F-DISTILL-SMOKE-001",
+    "F-DISTILL-SMOKE-002",
+    "F-DISTILL-PIPELINE-001",
+    "F-DISTILL-CANARY-001",
+    "F-EFFECTIVE-CONFIG-001",
+    "F-EFFECTIVE-LR-001",
+    "F-BATCH-ROWS-001",
+    "F-ARTEFACT-SIZE-001",
+    "F-ARTEFACT-MOVED-001",
+    "F-KERNEL-NOJIT-001",
+    "F-TEACHER-COVERAGE-001",
+    "F-LATENT-AE-001",
+    "F-LATENT-AE-002",
+    "F-LATENT-CAUSAL-001",
+    "F-LATENT-KD-001",
+)
+"""What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``require`` of a section may name."""
+
+
+class Section(BaseModel):
+    """A frozen table of a pipeline file; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def check_attention(what: str, hidden: int, heads: int, kv_heads: int) -> None:
+    """Refuse (ValueError) a width that its heads do not share."""
+    if hidden % heads or (hidden // heads) % 2:
+        raise ValueError(f"{what}: hidden {hidden} does not split into {heads} heads of an even size")
+    if heads % kv_heads:
+        raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
+
+
+def check_falsifiers(require: tuple[str, ...]) -> None:
+    """Refuse (ValueError) a falsifier that no run can judge of itself."""
+    for falsifier in require:
+        if falsifier not in RUN_FALSIFIERS:
+            near = get_close_matches(falsifier, RUN_FALSIFIERS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(RUN_FALSIFIERS)
+            raise ValueError(f"require names {falsifier!r}, a falsifier that no run can judge; {hint}")

@@ -1,0 +1,65 @@
+"""What would show that a latent student learnt nothing, or saw what it was to predict: pure functions over events."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from latentforge.train.reading import Events, heldout_metric, ready_of, verdict_of
+from latentforge.verdicts import Verdict
+
+MODEL = "latent"
+SIGNALS = {
+    "text_weight": "val_text",
+    "sample_weight": "val_sample",
+    "tempered_weight": "val_tempered",
+    "token_ce_weight": "val_token_ce",
+    "token_kd_weight": "val_token_kd",
+    "kl_weight": "val_kl",
+    "mse_weight": "val_mse",
+    "ce_weight": "val_ce",
+}
+"""The held-out loss of each signal by the weight that switches it on."""
+
+
+def latent_causal_001(events: Events) -> Verdict:
+    """F-LATENT-CAUSAL-001: on held-out text, another chunk changes nothing before it, and something after it."""
+    name = "F-LATENT-CAUSAL-001"
+    found = [e.fields for e in events if e.kind == "metric" and e.fields.get("name") == "change_before_a_chunk"]
+    steps = asked_steps(events)
+    if steps is None or not found or found[-1]["step"] != steps:
+        return verdict_of(events, name, None, "change_before_a_chunk after the last step is not in the events")
+    before, after, places = float(found[-1]["value"]), float(found[-1]["after"]), found[-1]["places"]
+    measured = {"before": before, "after": after, "places": places}
+    if not after > 0:
+        text = f"another chunk changes nothing at all ({places} places): whether the student is causal does not show"
+        return verdict_of(events, name, None, text, measured)
+    text = f"another chunk at {places} places changes what comes before by {before:.3g}, what follows by {after:.3g}"
+    return verdict_of(events, name, before == 0.0, text, measured)
+
+
+def latent_kd_001(events: Events) -> Verdict:
+    """F-LATENT-KD-001: the held-out loss of each signal that is switched on is lower at the end than before step 1."""
+    name = "F-LATENT-KD-001"
+    asked, steps = ready_of(events).get("requested", {}).get(MODEL, {}), asked_steps(events)
+    wanted = [metric for weight, metric in SIGNALS.items() if asked.get(weight, 0) > 0]
+    measured: dict[str, Any] = {}
+    rose, told = [], []
+    for metric in wanted:
+        found = heldout_metric(events, metric, MODEL)
+        if len(found) < 2 or (found[0][0], found[-1][0]) != (0, steps):
+            return verdict_of(events, name, None, f"{metric} before step 1 and after step {steps} is not in the events")
+        first, last = found[0][1], found[-1][1]
+        measured[metric] = [first, last]
+        fell = math.isfinite(first) and math.isfinite(last) and last < first
+        told.append(f"{metric.removeprefix('val_')} {first:.4f} {'>' if fell else '<='} {last:.4f}")
+        rose += [] if fell else [metric]
+    if not wanted:
+        return verdict_of(events, name, None, "no signal is in the events")
+    return verdict_of(events, name, not rose, f"held out, before and after: {', '.join(told)}", measured)
+
+
+def asked_steps(events: Events) -> int | None:
+    """The steps that the run was asked for, or None where it never became ready."""
+    found: int | None = ready_of(events).get("requested", {}).get(MODEL, {}).get("steps")
+    return found

@@ -1,0 +1,135 @@
+"""A pipeline through a latent student: which runs it has, what they mean, and what of it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from latentforge.errors import RefusedError
+from latentforge.spec.capabilities import wanted_of
+from latentforge.spec.pipeline import PlannedRun, effective_pipeline, external_paths, pipeline_runs
+from latentforge.spec.resolve import resolve_pipeline
+
+FILE = """
+seed = 7
+through = "latent"
+[data]
+vocab_size = 320
+chunk = 4
+"""
+SAMPLED = ["latent.sample_weight=1.0"]
+
+
+def spec_file(tmp_path: Path, more: str = "") -> str:
+    path = tmp_path / "p.toml"
+    path.write_text(FILE + more)
+    return str(path)
+
+
+def planned(tmp_path: Path, *changes: str) -> dict[str, PlannedRun]:
+    spec, _notes = effective_pipeline(resolve_pipeline(spec_file(tmp_path), env={}, overrides=changes).spec)
+    digests = {one.path: "0" * 64 for one in external_paths(spec)}
+    return {run.role: run for run in pipeline_runs(spec, digests=digests, code="c" * 64, lock="d" * 64)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "roles"),
+    [
+        ([], ["data", "autoencoder", "latent"]),
+        (["latent.token_kd_weight=1.0"], ["data", "teacher", "score", "autoencoder", "latent"]),
+        (SAMPLED, ["data", "teacher", "continuations", "autoencoder", "latent"]),
+        (
+            [*SAMPLED, "latent.token_kd_weight=1.0", "latent.beside=true"],
+            ["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent"],
+        ),
+        (["latent.beside=true", "teacher.model=/t"], ["data", "score", "autoencoder", "distill", "latent"]),
+        (["through=distill"], ["data", "teacher", "score", "distill"]),
+    ],
+)
+def test_there_is_a_run_for_what_a_signal_needs_and_no_other(
+    tmp_path: Path, changes: list[str], roles: list[str]
+) -> None:
+    runs = planned(tmp_path, *changes)
+    assert list(runs) == roles
+    spec = resolve_pipeline(spec_file(tmp_path), env={}, overrides=changes).spec
+    assert set(wanted_of(spec)["kinds"]) == set(roles)
+
+
+def test_the_students_run_takes_what_its_signals_are_made_of(tmp_path: Path) -> None:
+    runs = planned(tmp_path, *SAMPLED, "latent.token_kd_weight=1.0", "latent.beside=true")
+    ids = {role: f"run:{run.run_id}" for role, run in runs.items()}
+    assert runs["latent"].identity.inputs == {
+        "data": ids["data"],
+        "codec": ids["autoencoder"],
+        "teacher": ids["teacher"],
+        "targets": ids["score"],
+        "continuations": ids["continuations"],
+        "beside": ids["distill"],
+    }
+    assert runs["continuations"].identity.inputs == {"data": ids["data"], "teacher": ids["teacher"]}
+    assert runs["continuations"].identity.spec["continuations"]["count"] == 8
+    plain = planned(tmp_path)["latent"].identity
+    assert plain.inputs.keys() == {"data", "codec"}
+
+
+def test_a_student_of_plain_text_needs_the_teachers_tokenizer_alone(tmp_path: Path) -> None:
+    spec = resolve_pipeline(spec_file(tmp_path), env={}, overrides=["teacher.model=/t", "distill.student.init=/s"]).spec
+    assert [(one.path, one.purpose) for one in external_paths(spec)] == [("/t", "tokenizer")]
+    sampled = resolve_pipeline(spec_file(tmp_path), env={}, overrides=["teacher.model=/t", *SAMPLED]).spec
+    assert [(one.path, one.purpose) for one in external_paths(sampled)] == [("/t", "model")]
+
+
+def test_the_operators_names_set_the_last_run(tmp_path: Path) -> None:
+    env = {"STEPS": "7", "BATCH_SIZE": "3", "LR": "1e-4", "T": "2", "ALPHA": "0.3"}
+    resolved = resolve_pipeline(spec_file(tmp_path), env=env)
+    latent = resolved.spec.latent
+    assert (latent.steps, latent.batch_size, latent.learning_rate, latent.token_temperature) == (7, 3, 1e-4, 2.0)
+    assert (latent.token_ce_weight, latent.token_kd_weight) == (0.3, 0.7)
+    assert resolved.spec.distill.steps == 500
+    with pytest.raises(RefusedError, match="STUDENT_INIT='/s' is of a token-level student"):
+        resolve_pipeline(spec_file(tmp_path), env={"STUDENT_INIT": "/s"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["data.documents=chat", "data.chunk=1"], "a latent student needs text, no answers"),
+        (["latent.text_weight=0"], "nothing would train the head that draws chunks"),
+        (["latent.token_ce_weight=0"], "the token head would not be trained"),
+        (["latent.student.token_layers=0"], "there is no token head"),
+        (["latent.sample_weight=1", "continuations.temperatures=[0.5]"], r"T = 1, and continuations.temperatures"),
+        (["latent.tempered_weight=1"], "hold none"),
+        ([*SAMPLED, "latent.samples=100"], "shared out evenly among the 8 continuations .* set latent.samples = 96"),
+        ([*SAMPLED, "latent.sample_continuations=9", "latent.samples=9"], "9 is more than continuations.count = 8"),
+        (["continuations.temperatures=[1.0, 1.5]"], "continuations.temperatures"),
+        (["latent.alpha=2"], "latent.alpha"),
+        (["latent.student.heads=3"], "does not split into 3 heads"),
+        (["latent.micro_batch_size=17"], "micro_batch_size 17 is larger than batch_size 16"),
+        (["latent.require=['F-LATENT-KD-01']"], "did you mean 'F-LATENT-KD-001'"),
+        (["latent.beside=true", "distill.on_policy=0.5"], "what the student writes is not cut into chunks"),
+        (["through=distill", "distill.cross_tokenizer=true", "teacher.model=/t"], "the padding of chunks is no text"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_when_it_is_read(tmp_path: Path, changes: list[str], words: str) -> None:
+    with pytest.raises(RefusedError, match=words):
+        resolve_pipeline(spec_file(tmp_path), env={}, overrides=changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["latent.token_kd_weight=1", "latent.token_temperature=2"], "token_temperature = 2 is not in score.temper"),
+        ([*SAMPLED, "teacher.backend=store", "teacher.store=/s", "teacher.model=/t"], "can continue a raw text"),
+        (
+            ["latent.token_kd_weight=1", "teacher.backend=venice", "teacher.model=/t"],
+            "latent.token_kd_weight = 1 needs a teacher that can score",
+        ),
+        (["profile=full", "data.corpus=/c"], "there is no canary of a latent student"),
+    ],
+)
+def test_what_the_teacher_cannot_give_is_refused_when_it_is_planned(
+    tmp_path: Path, changes: list[str], words: str
+) -> None:
+    with pytest.raises(RefusedError, match=words):
+        planned(tmp_path, *changes)
