@@ -111,17 +111,22 @@ class Description:
         """Refuse where one of the values that are asked (None: not asked) is not the store's; ``instead`` is the next
         thing to do.
         """
-        for name, wanted in asked.items():
-            if wanted is None:
-                continue
-            have = getattr(self, name)
-            if name == "temperatures":
-                have, wanted = list(have), [float(t) for t in wanted]
-            elif name == "identity":
-                have, wanted = dict(have), dict(cast(Mapping[str, Any], wanted))
-            if have == wanted:
-                continue
-            if name == "identity":
-                field = next(n for n in sorted({*have, *wanted}) if have.get(n) != wanted.get(n))
-                name, have, wanted = f"teacher {field}", have.get(field), wanted.get(field)
-            raise RefusedError(f"{path} was made for {name} {have!r}, not for {wanted!r}", next=instead)
+        require(self, path, instead, **asked)
+
+
+def require(description: object, path: Path, instead: str, **asked: Any) -> None:
+    """Refuse where one of the values that are asked (None: not asked) is not what a store was made for."""
+    for name, wanted in asked.items():
+        if wanted is None:
+            continue
+        have = getattr(description, name)
+        if name == "temperatures":
+            have, wanted = list(have), [float(t) for t in wanted]
+        elif name == "identity":
+            have, wanted = dict(have), dict(cast(Mapping[str, Any], wanted))
+        if have == wanted:
+            continue
+        if name == "identity":
+            field = next(n for n in sorted({*have, *wanted}) if have.get(n) != wanted.get(n))
+            name, have, wanted = f"teacher {field}", have.get(field), wanted.get(field)
+        raise RefusedError(f"{path} was made for {name} {have!r}, not for {wanted!r}", next=instead)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from latentforge.errors import RefusedError
-from latentforge.targets import upkeep
 from latentforge.targets.connection import journals, told
-from latentforge.targets.description import Description
 
 PAGE_BYTES = 1024
 """A row takes whole pages beyond its first; of larger ones the last would stand half empty."""
@@ -22,8 +20,11 @@ class ExistsError(RefusedError):
     """A store is there already, perhaps since another process made it a moment ago."""
 
 
-def make(path: Path, description: Description, policy: upkeep.Policy) -> None:
-    """Write an empty store to ``path``; ExistsError where there is one, FailedError where it has no room."""
+def make(path: Path, description: bytes, create_tables: Callable[[sqlite3.Connection], None]) -> None:
+    """Write an empty store to ``path``; ExistsError where there is one, FailedError where it has no room.
+
+    ``description`` (JSON) is what it says of itself in its table ``meta``; ``create_tables`` makes the others.
+    """
     with _alone_in(path.parent):
         if path.exists():
             raise ExistsError(f"{path} exists already")
@@ -35,8 +36,8 @@ def make(path: Path, description: Description, policy: upkeep.Policy) -> None:
             connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
             with connection:
                 connection.execute("CREATE TABLE meta (value TEXT NOT NULL)")
-                connection.execute("INSERT INTO meta VALUES (?)", (description.canonical.decode(),))
-                upkeep.create_tables(connection, policy)
+                connection.execute("INSERT INTO meta VALUES (?)", (description.decode(),))
+                create_tables(connection)
             connection.close()
         except sqlite3.DatabaseError as error:
             fresh.unlink(missing_ok=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy.typing as npt
 import zstandard
 
 from latentforge.errors import RefusedError
-from latentforge.targets import exact, packing, row_lft1
+from latentforge.targets import exact, packing, row_lft1, sealing
 from latentforge.targets.exact import ExactLevels
 from latentforge.targets.levels import CountLevels, GradedLevels, Levels
 
@@ -24,8 +22,6 @@ GRADED = GradedLevels(finest=1.0 / 768.0, coarsest=1.0 / 16.0)
 # magic, levels (0 graded, 1 counts, 2 not rounded), mixed, temperatures, positions, k, entries, unique ids, two
 # parameters of the levels, bytes of the four compressed streams
 _HEAD = struct.Struct("<4sBBHIIIIddIIII")
-_CHECK = 16
-_ZSTD_LEVEL = 3
 _MASS_TOLERANCE = 1e-3
 
 
@@ -92,7 +88,7 @@ def pack_row(key: bytes, targets: SequenceTargets, *, levels: Levels | ExactLeve
         shape, streams, bits = exact.pack(targets.ids, targets.logprobs, targets.tails)
     else:
         shape, streams, bits = packing.pack(targets.ids, targets.logprobs, targets.tails, levels)
-    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=False, write_checksum=False)
+    compressor = sealing.compressor()
     frames = [compressor.compress(stream.tobytes()) for stream in streams]
     kind, parameters = 0, (0.0, 0.0)
     if isinstance(levels, ExactLevels):
@@ -114,7 +110,7 @@ def pack_row(key: bytes, targets: SequenceTargets, *, levels: Levels | ExactLeve
         *(len(frame) for frame in frames),
     )
     body = b"".join([*frames, bits.tobytes()])
-    return head + _checksum(key, head, body) + body
+    return head + sealing.checksum(key, head, body) + body
 
 
 def unpack_row(
@@ -126,15 +122,15 @@ def unpack_row(
         if parts is None or len(parts[2]) != len(temperatures):
             raise _damaged(key)
         return SequenceTargets(parts[0], parts[1], dict(zip(temperatures, parts[2], strict=True)))
-    begin = _HEAD.size + _CHECK
+    begin = _HEAD.size + sealing.CHECK_BYTES
     head, body = value[: _HEAD.size], memoryview(value)[begin:]
-    if len(value) < begin or value[_HEAD.size : begin] != _checksum(key, head, body):
+    if len(value) < begin or value[_HEAD.size : begin] != sealing.checksum(key, head, body):
         raise _damaged(key)
     magic, kind, mixed, n_temperatures, positions, k, entries, unique, first, second, *sizes = _HEAD.unpack(head)
     if magic != MAGIC or kind > 2 or n_temperatures != len(temperatures):
         raise RefusedError(f"row {key.hex()[:12]}… is of another format ({magic!r}, {n_temperatures} temperatures)")
     shape = packing.Shape(positions, k, entries, unique, bool(mixed), temperatures)
-    decompressor = _decompressor()
+    decompressor = sealing.decompressor()
     streams, at = [], 0
     try:
         for size, length in zip(sizes, exact.lengths(shape) if kind == 2 else shape.lengths, strict=True):
@@ -151,7 +147,6 @@ def unpack_row(
     return SequenceTargets(ids, logprobs, dict(zip(temperatures, tails, strict=True)))
 
 
-_PER_THREAD = threading.local()
 _LADDERS: dict[tuple[int, float, float], Levels] = {}
 
 
@@ -163,27 +158,11 @@ def _levels(kind: int, first: float, second: float) -> Levels:
 
 
 def _damaged(key: bytes) -> RefusedError:
-    return RefusedError(
-        f"row {key.hex()[:12]}… of the store of targets is damaged (checksum)",
-        next="latentforge targets check STORE --drop, then score again: only what is missing is asked",
-    )
+    again = "latentforge targets check STORE --drop, then score again: only what is missing is asked"
+    return sealing.damaged(key, "targets", again)
 
 
 def _outside(logprobs: npt.NDArray[Any], tail: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
     outside = np.exp(tail.astype(np.float64))
     inside = np.exp(logprobs.astype(np.float64) / temperature).sum(axis=1)
     return np.asarray(outside / (inside + outside))
-
-
-def _checksum(key: bytes, head: bytes, body: bytes | memoryview) -> bytes:
-    digest = hashlib.sha256(key + head)  # the processors in question have instructions for it
-    digest.update(body)
-    return digest.digest()[:_CHECK]
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    # One a thread: making one costs half of what decompressing a row does, and it must not be shared.
-    if not hasattr(_PER_THREAD, "decompressor"):
-        _PER_THREAD.decompressor = zstandard.ZstdDecompressor()
-    found: zstandard.ZstdDecompressor = _PER_THREAD.decompressor
-    return found

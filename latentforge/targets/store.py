@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -127,7 +128,8 @@ class TargetStore:
             seed=seed,
             rounding=rounding,
         )
-        make(path, description, upkeep.Policy.checked(ttl_seconds, max_bytes, levels))
+        policy = upkeep.Policy.checked(ttl_seconds, max_bytes, levels)
+        make(path, description.canonical, partial(upkeep.create_tables, policy=policy))
         return cls.open(path, readonly=False, clock=clock)
 
     @classmethod
