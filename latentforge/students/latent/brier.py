@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
+from latentforge.students.latent.bootstrap import check_interval, interval, resampled_sums
 from latentforge.students.latent.chunks import absorbed
 
 ORDERS = 4
@@ -49,8 +50,8 @@ def sample_scores(samples: Tensor, truth: Tensor) -> Tensor:
     ``truth`` int64 [B, 4] or longer is the text's own continuation. Unbiased: the mean over all draws and all pairs.
     """
     draws = _check(samples, truth)
-    hits = _same_so_far(samples, truth[:, None])
-    alike = torch.cat([_same_so_far(x[:, :, None], x[:, None]).sum((1, 2)) for x in samples.split(_block(draws))])
+    hits = same_so_far(samples, truth[:, None])
+    alike = torch.cat([same_so_far(x[:, :, None], x[:, None]).sum((1, 2)) for x in samples.split(_block(draws))])
     return 2 * hits.double().mean(1) - (alike - draws).double() / (draws * (draws - 1))
 
 
@@ -68,7 +69,7 @@ def token_scores(truth_logprobs: Tensor, samples: Tensor, collisions: Tensor) ->
             f"collisions are {list(collisions.shape)}, samples {list(samples.shape)}; both are [B, N, 4]"
         )
     right = truth_logprobs[:, :ORDERS].double().cumsum(1).exp()
-    alike = torch.cat([_same_so_far(x[:, :, None], x[:, None]).sum(2) for x in samples.split(_block(draws))])
+    alike = torch.cat([same_so_far(x[:, :, None], x[:, None]).sum(2) for x in samples.split(_block(draws))])
     # How many draws, itself among them, agree with each before its token of an order: all before the first.
     before = torch.cat([torch.full_like(alike[..., :1], draws), alike[..., :-1]], dim=-1)
     together = ((before - 1) * collisions[..., :ORDERS].double()).sum(1) / (draws * (draws - 1))
@@ -92,47 +93,31 @@ def brier_lm(
         raise RefusedError(
             f"scores {list(scores.shape)}: finite numbers [B, {ORDERS}] of at least one context are needed"
         )
-    if not 0 < confidence < 1 or resamples < 2:
-        raise RefusedError(
-            f"confidence = {confidence}, resamples = {resamples}: a share below 1 and at least 2 are needed"
-        )
-    member = torch.arange(len(scores)) if groups is None else torch.unique(groups, return_inverse=True)[1]
-    count = int(member.max()) + 1
-    sums = torch.zeros(count, ORDERS + 1, dtype=torch.float64)
-    sums.index_add_(0, member, torch.cat([scores.double(), torch.ones(len(scores), 1).double()], dim=1))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(resamples, ORDERS, dtype=torch.float64)
-    for number in range(resamples):
-        again = sums[torch.randint(count, (count,), generator=generator)].sum(0)
-        drawn[number] = again[:-1] / again[-1]
+    check_interval(confidence, resamples)
+    sums = resampled_sums(scores, groups=groups, resamples=resamples, seed=seed)
+    drawn = sums[:, :-1] / sums[:, -1:]
     values = torch.tensor([_combined(orders) for orders in drawn.tolist()], dtype=torch.float64)
-    edge = (1 - confidence) / 2
     orders = scores.double().mean(0).tolist()
-    return BrierLM(
-        _combined(orders),
-        float(values.quantile(edge)),
-        float(values.quantile(1 - edge)),
-        float(values.std()),
-        tuple(orders),
-        tuple(drawn.std(0).tolist()),
-        len(scores),
-    )
+    whole = interval(_combined(orders), values, confidence)
+    return BrierLM(*whole, tuple(orders), tuple(drawn.std(0).tolist()), len(scores))
 
 
 def roll_out(draw: DrawAfter, truth: Tensor, *, chunk: int, draws: int, eos_id: int | None = None) -> Tensor:
     """``draws`` continuations of four tokens of each context, int64 [B, draws, 4], by ``chunk`` tokens a step.
 
-    ``truth`` int64 [B, 4]. Where one chunk is shorter than that, each draw goes on after its own tokens, as long as
-    they agree with the text or with another draw of the context: what follows otherwise changes no score and is -1.
-    What follows ``eos_id`` in a draw is ``eos_id`` again: an ended text is one outcome.
+    ``truth`` int64 [B, 4], or [B, M, 4] where draws are compared with M texts. Where one chunk is shorter than that,
+    each draw goes on after its own tokens, as long as they agree with a text or with another draw of the context: what
+    follows otherwise changes no score and is -1. What follows ``eos_id`` in a draw is ``eos_id`` again: an ended text
+    is one outcome.
     """
     contexts = len(truth)
+    texts = truth if truth.ndim == 3 else truth[:, None]
     context = torch.arange(contexts).repeat_interleave(draws)
     number = torch.arange(draws).repeat(contexts)
     found = draw(context, torch.empty(len(context), 0, dtype=torch.int64), number)
     while found.shape[1] < ORDERS:
         found = found if eos_id is None else absorbed(found, eos_id)
-        going = _still_matters(found.reshape(contexts, draws, -1), truth).reshape(-1)
+        going = _still_matters(found.reshape(contexts, draws, -1), texts).reshape(-1)
         after = torch.full((len(found), chunk), -1, dtype=torch.int64)
         if eos_id is not None:
             ended = found[:, -1] == eos_id
@@ -156,7 +141,7 @@ def _check(samples: Tensor, truth: Tensor) -> int:
     return samples.shape[1]
 
 
-def _same_so_far(left: Tensor, right: Tensor) -> Tensor:
+def same_so_far(left: Tensor, right: Tensor) -> Tensor:
     """bool [..., 4]: whether the first 1, 2, 3, 4 tokens of both agree."""
     return (left[..., :ORDERS] == right[..., :ORDERS]).cumprod(-1).bool()
 
@@ -166,10 +151,10 @@ def _block(draws: int) -> int:
     return max(1, 2**20 // draws**2)
 
 
-def _still_matters(found: Tensor, truth: Tensor) -> Tensor:
-    """bool [B, N] of ``found`` [B, N, j]: whether draw n equals the text so far, or another draw."""
+def _still_matters(found: Tensor, texts: Tensor) -> Tensor:
+    """bool [B, N] of ``found`` [B, N, j]: whether draw n equals a text of [B, M, 4] so far, or another draw."""
     alike = (found[:, :, None] == found[:, None]).all(-1).sum(-1) > 1
-    return alike | (found == truth[:, None, : found.shape[2]]).all(-1)
+    return alike | (found[:, :, None] == texts[:, None, :, : found.shape[2]]).all(-1).any(-1)
 
 
 def _combined(orders: list[float]) -> float:

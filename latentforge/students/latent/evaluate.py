@@ -17,7 +17,7 @@ from latentforge.students.latent.session import LatentModel
 
 
 class Continuations(NamedTuple):
-    """M contexts of a batch of rows: ``samples`` int64 [M, N, 4] drawn after each, ``truth`` int64 [M, 4] of the text;
+    """M contexts, row by row: ``samples`` int64 [M, N, 4] drawn after each, ``truth`` int64 [M, 4] of the text;
     ``rows`` and ``places`` int64 [M] say which, the state after chunk ``places`` of that row. On the CPU."""
 
     samples: Tensor
@@ -28,13 +28,20 @@ class Continuations(NamedTuple):
 
 @torch.no_grad()
 def continuations(
-    model: LatentModel, chunks: Tensor, *, draws: int, seed: int = 0, most_rows: int = 4096
+    model: LatentModel,
+    chunks: Tensor,
+    *,
+    draws: int,
+    seed: int = 0,
+    most_rows: int = 4096,
+    beside: Tensor | None = None,
 ) -> Continuations:
     """``draws`` (N) continuations of four tokens after each chunk of rows ``chunks`` int64 [B, C, K], at temperature 1.
 
     A context is a chunk after which the row holds four more places; what follows the end of the text there is EOS
     again, in samples too. The context of a place is the row up to it. For K < 4 a draw goes on after its own tokens.
-    ``seed`` and a context's row and place key its draws. At most ``most_rows`` texts are computed at once.
+    ``seed`` and a context's row and place key its draws. At most ``most_rows`` texts are computed at once. Where draws
+    are compared with those of a teacher too, ``beside`` int64 [M, R, 4] are these, of the same contexts in this order.
 
     Scores: ``brier_lm(sample_scores(found.samples, found.truth), groups=found.rows)``.
     """
@@ -44,14 +51,28 @@ def continuations(
     if chunks.shape[1] <= ahead:
         raise RefusedError(f"rows of {chunks.shape[1]} chunks of {model.chunk}: no chunk has {ORDERS} tokens after it")
     size = max(1, most_rows // draws)
+    places = chunks.shape[1] - ahead
+    if beside is not None and len(beside) != len(chunks) * places:
+        raise RefusedError(f"beside holds draws of {len(beside)} contexts, the rows have {len(chunks) * places}")
+    texts = None if beside is None else beside.unflatten(0, (-1, places))
     parts = [
-        _of_rows(model, chunks[start : start + size], start, ahead, draws, seed)
+        _of_rows(
+            model,
+            chunks[start : start + size],
+            start,
+            ahead,
+            draws,
+            seed,
+            None if texts is None else texts[start : start + size],
+        )
         for start in range(0, len(chunks), size)
     ]
     return Continuations(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _of_rows(model: LatentModel, chunks: Tensor, start: int, ahead: int, draws: int, seed: int) -> Continuations:
+def _of_rows(
+    model: LatentModel, chunks: Tensor, start: int, ahead: int, draws: int, seed: int, beside: Tensor | None
+) -> Continuations:
     """The contexts of a block of rows, the first of which is number ``start``: place after place, with a cache."""
     count, length, _ = chunks.shape
     holds, cache = valid(chunks, model.eos_id), StateCache()
@@ -63,9 +84,10 @@ def _of_rows(model: LatentModel, chunks: Tensor, start: int, ahead: int, draws: 
         rows = torch.arange(start, start + count)
         seeds = seed + (rows * length + place) * draws
         here = _AfterPlace(model, states, cache, seeds, place)
-        samples = roll_out(here, truth, chunk=model.chunk, draws=draws, eos_id=model.eos_id)
+        texts = truth if beside is None else torch.cat([truth[:, None], beside[:, place]], dim=1)
+        samples = roll_out(here, texts, chunk=model.chunk, draws=draws, eos_id=model.eos_id)
         found.append((samples, truth, rows, torch.full((count,), place)))
-    return Continuations(*(torch.cat(part) for part in zip(*found, strict=True)))
+    return Continuations(*(torch.stack(part, dim=1).flatten(0, 1) for part in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)
