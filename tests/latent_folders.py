@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging as transformers_logging
 
 from latentforge.data.corpus import documents
 from latentforge.data.tokenizer import Tokenizer, copy_tokenizer, train_bpe
@@ -66,11 +67,11 @@ def _batches(rows: Tensor, size: int, steps: int) -> list[Tensor]:
     return [rows[torch.randint(len(rows), (size,), generator=generator)] for _ in range(steps)]
 
 
-def _codec(rows: Tensor, tokenizer: Tokenizer, folder: Path, steps: int = 150) -> None:
+def _codec(rows: Tensor, tokenizer: Tokenizer, folder: Path, steps: int = 80) -> None:
     codec = new_codec(CodecShape(VOCABULARY, CHUNK, latent=32, width=32, inner=64), seed=1)
     optimiser = torch.optim.AdamW(codec.parameters(), lr=1e-2)
     objective = CodecObjective(0.1, 0.1, 0.001, 0.5)
-    for step, batch in enumerate(_batches(rows, 16, steps)):
+    for step, batch in enumerate(_batches(rows, 8, steps)):
         optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         chunks = chunked(batch, CHUNK).flatten(0, 1)
         codec_loss(codec, chunks, valid(chunks, tokenizer.eos_id), objective, noise_of(1, step)).loss.backward()
@@ -80,10 +81,10 @@ def _codec(rows: Tensor, tokenizer: Tokenizer, folder: Path, steps: int = 150) -
     copy_tokenizer(tokenizer.folder, folder)
 
 
-def _latent(rows: Tensor, tokenizer: Tokenizer, codec_folder: Path, folder: Path, steps: int = 60) -> None:
+def _latent(rows: Tensor, tokenizer: Tokenizer, codec_folder: Path, folder: Path, steps: int = 40) -> None:
     codec = Codec.open(codec_folder)
     shape = LatentShape(VOCABULARY, CHUNK, 32, DecoderShape(2, 64, 4, 2, 96), head_blocks=1, noise=16, tempered=True)
-    student = LatentStudent.new(shape, seed=1, energy=EnergySettings(draws=4, samples=8))
+    student = LatentStudent.new(shape, seed=1, energy=EnergySettings(draws=2, samples=4))
     optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3)
     for step, batch in enumerate(_batches(rows, 8, steps)):
         chunks = chunked(batch, CHUNK)
@@ -112,5 +113,6 @@ def _token(rows: Tensor, tokenizer: Tokenizer, folder: Path, steps: int = 60) ->
         F.cross_entropy(student.logits(batch), labels).backward()
         optimiser.step()
         optimiser.zero_grad()
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     copy_tokenizer(tokenizer.folder, folder)
