@@ -12,14 +12,15 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
 from latentforge.students.causal import Student, model_from_folder
-from latentforge.students.latent.generate import Keys
+from latentforge.students.latent.requests import Keys
+from latentforge.students.latent.scoring import check_texts, token_logprobs
 
 _APART = 1 << 40
 """Between the positions of two draws of one place: beyond any text's length, so that no draw shares its noise."""
 
 
 class TokenModel:
-    """A ``ChunkModel`` (see ``latent.generate``) of a transformers causal LM: a chunk is one token.
+    """A ``ChunkModel`` (see ``latent.requests``) of a transformers causal LM: a chunk is one token.
 
     Its head knows every temperature: a draw by ``latent_decode`` is exact at any T in (0, 1] and the likeliest token at
     0, so rejection and voting work but are of no use. Each text begins after an EOS, where a document does in training.
@@ -73,19 +74,39 @@ class TokenModel:
         return TokenSession(self, texts)
 
     @torch.no_grad()
-    def tokens_after(self, states: Tensor, keys: Keys, temperature: float) -> Tensor:
+    def tokens_after(
+        self, states: Tensor, keys: Keys, temperature: float, top_k: int | None = None, top_p: float | None = None
+    ) -> Tensor:
         """A token int64 [N] after each of ``states`` [N, d]; -1 where the logits are not finite."""
         head = self.student.model.get_output_embeddings()
         return latent_decode(
             states,
             head.weight,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seeds=keys.seeds.to(self.device),
             positions=keys.positions.to(self.device),
             bias=head.bias,
             vocab=self.vocab_size,
             backend=self.kernel_backend,
         ).ids
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """See ``latent.scoring.Scorer``: all texts in one pass of the layers, after an EOS each."""
+        check_texts(self, texts)
+        lengths = [len(text) for text in texts]
+        tokens = torch.full((len(texts), 1 + max(lengths, default=0)), self.eos_id)
+        for row, text in enumerate(texts):
+            tokens[row, 1 : 1 + len(text)] = text
+        tokens = tokens.to(self.device)
+        states = self.student.model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        there = (torch.arange(tokens.shape[1] - 1) < torch.tensor(lengths).unsqueeze(1)).to(self.device)
+        head = self.student.model.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[: self.vocab_size]
+        found = token_logprobs(states[there], head.weight[: self.vocab_size], tokens[:, 1:][there], bias)
+        return list(found.cpu().split(lengths))
 
 
 class TokenSession:
@@ -122,7 +143,7 @@ class TokenSession:
         return states
 
     def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
-        """See ``latent.generate.Session``: the first draw of a place is that of its seed and position."""
+        """See ``latent.requests.Session``: the first draw of a place is that of its seed and position."""
         numbers = torch.arange(first, first + count) * _APART
         each = Keys(
             keys.seeds.unsqueeze(1).expand(-1, count).flatten(),
@@ -131,18 +152,34 @@ class TokenSession:
         states = self._state[rows.to(self._state.device)].repeat_interleave(count, 0)
         return self.model.tokens_after(states, each, temperature).reshape(len(rows), count, 1)
 
-    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
-        """See ``latent.generate.Session``: a chunk that is begun is one that is there, the others are drawn."""
+    def complete(
+        self,
+        rows: Tensor,
+        keys: Keys,
+        begun: Tensor,
+        lengths: Tensor,
+        temperature: Tensor,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
+        """See ``latent.requests.Session``: a chunk that is begun is one that is there, the others are drawn."""
         chosen = begun.to(self._state.device)
         for one in temperature.unique().tolist():
             same = ((temperature == one) & (lengths == 0)).nonzero().squeeze(-1)
             if len(same):
-                drawn = self.draw(rows[same], Keys(keys.seeds[same], keys.positions[same]), 0, 1, one)
-                chosen[same.to(chosen.device)] = drawn[:, 0]
+                states = self._state[rows[same].to(self._state.device)]
+                some = Keys(keys.seeds[same], keys.positions[same])
+                drawn = self.model.tokens_after(states, some, one, top_k, top_p)
+                chosen[same.to(chosen.device)] = drawn.unsqueeze(1)
         return chosen
 
+    @torch.no_grad()
+    def logprobs(self, rows: Tensor, begun: Tensor, place: int) -> Tensor:
+        """See ``latent.requests.Session``: the one place of a chunk follows from the text alone."""
+        return self.model.student.head(self._state[rows.to(self._state.device)]).float().log_softmax(-1)
+
     def keep(self, rows: Tensor) -> None:
-        """See ``latent.generate.Session``."""
+        """See ``latent.requests.Session``."""
         rows = rows.to(self._state.device)
         if len(rows) == len(self._state) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
             return
@@ -152,7 +189,7 @@ class TokenSession:
 
     @torch.no_grad()
     def advance(self, chunks: Tensor) -> None:
-        """See ``latent.generate.Session``: one step of the model, or all of them without a cache."""
+        """See ``latent.requests.Session``: one step of the model, or all of them without a cache."""
         added = chunks.to(self._state.device)
         self._tokens = torch.cat([self._tokens, added], dim=1)
         self._present = torch.cat([self._present, torch.ones_like(added, dtype=torch.bool)], dim=1)

@@ -15,9 +15,11 @@ from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
 from latentforge.students.latent.codec import DESCRIPTION as CODEC
 from latentforge.students.latent.folder import WEIGHTS
-from latentforge.students.latent.generate import ChunkModel
+from latentforge.students.latent.scoring import Scorer
 from latentforge.students.latent.session import LatentModel
 from latentforge.students.latent.student import DESCRIPTION as STUDENT
+from latentforge.students.token_session import TokenModel
+from latentforge.teachers.folder import check_model_folder
 
 CODEC_FOLDER = "codec"
 _CONFIG = "config.json"
@@ -29,11 +31,12 @@ _GET_ONE = "name the folder of a latent or distill run, or its out/student"
 class Writer:
     """A model with its tokenizer, ready to write.
 
-    ``digests`` are sha256 (hex) by name: ``student``, ``tokenizer`` and, of a latent student, ``codec``;
-    ``parameters`` counts the numbers of student and codec.
+    ``digests`` are sha256 (hex) by name: ``student`` and ``codec`` of their weights' files (of a token-level student,
+    which has no codec, of all of its tensors), ``tokenizer`` of tokenizer.json. ``parameters`` counts the numbers of
+    student and codec.
     """
 
-    model: ChunkModel
+    model: Scorer
     tokenizer: Tokenizer
     kind: Literal["latent", "token"]
     digests: dict[str, str]
@@ -53,7 +56,7 @@ def open_writer(path: Path, *, device: str = "cpu", cache: bool = True, kernel_b
     _check_inventory(folder)
     if (folder / STUDENT).is_file():
         return _latent(folder, place, cache, kernel_backend)
-    raise RefusedError(f"{folder} holds a token-level student, which this version cannot write with")
+    return _token(folder, place, cache, kernel_backend)
 
 
 def _latent(folder: Path, device: torch.device, cache: bool, kernel_backend: str) -> Writer:
@@ -83,6 +86,23 @@ def _latent(folder: Path, device: torch.device, cache: bool, kernel_backend: str
         raise RefusedError(f"{folder}: {tokenizer.vocab_size} tokens, and a student of {model.vocab_size}")
     digests = {"student": student.digest, "codec": coder.digest, "tokenizer": tokenizer.sha256}
     return Writer(model, tokenizer, "latent", digests, _numbers(model.student) + _numbers(model.codec), folder)
+
+
+def _token(folder: Path, device: torch.device, cache: bool, kernel_backend: str) -> Writer:
+    if _pickles(folder) and not list(folder.glob("*.safetensors")):
+        raise _no_weights(folder)
+    found = check_model_folder(folder)
+    tokenizer = Tokenizer.open(folder)
+    model = TokenModel.open(
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        device=str(device),
+        cache=cache,
+        kernel_backend=kernel_backend,
+    )
+    digests = {"student": found.weights_sha256, "tokenizer": tokenizer.sha256}
+    return Writer(model, tokenizer, "token", digests, _numbers(model.student), folder)
 
 
 def _numbers(module: nn.Module) -> int:

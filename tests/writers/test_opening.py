@@ -41,6 +41,24 @@ def test_a_latent_student_writes_from_wherever_in_its_run_it_is_opened(folders: 
     assert found.tokens
 
 
+def test_a_token_level_student_writes_in_the_same_way(folders: Folders, tmp_path: Path) -> None:
+    writer = open_writer(folders.token)
+    assert (writer.kind, writer.model.chunk, writer.model.vocab_size) == ("token", 1, VOCABULARY)
+    assert set(writer.digests) == {"student", "tokenizer"}
+    (found,) = generate(writer.model, [Request((5, 6, 7), 12, 1, Sampling("head", 0.5))])
+    assert found.tokens
+    copy = Path(shutil.copytree(folders.token / "out/student", tmp_path / "somewhere"))
+    assert open_writer(copy, cache=False).digests == writer.digests
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Pwned()))
+    with pytest.raises(RefusedError, match=r"no model\.safetensors; it has pytorch_model\.bin, a pickle"):
+        open_writer(copy)
+    (copy / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(RefusedError, match=r"model\.safetensors is truncated"):
+        open_writer(copy)
+
+
 def test_a_copy_anywhere_is_the_same_writer_and_a_cache_changes_nothing(folders: Folders, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folders.latent / "out/student", tmp_path / "somewhere"))
     requests = [Request((5, 6, 7, 8, 9), 30, seed) for seed in range(3)]

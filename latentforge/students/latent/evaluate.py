@@ -12,7 +12,7 @@ from latentforge.errors import RefusedError
 from latentforge.students.latent.backbone import StateCache
 from latentforge.students.latent.brier import ORDERS, roll_out
 from latentforge.students.latent.chunks import absorbed, chunked, valid
-from latentforge.students.latent.generate import Keys
+from latentforge.students.latent.requests import Keys
 from latentforge.students.latent.session import LatentModel
 
 

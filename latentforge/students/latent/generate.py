@@ -10,49 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentforge.errors import FailedError, LatentForgeError, RefusedError
 from latentforge.students.latent.chunks import absorbed
-from latentforge.students.latent.tempered import Drawn, check_temperature, exact, vote
+from latentforge.students.latent.requests import ChunkModel, Keys, Request, Sampling, Session, check_request
+from latentforge.students.latent.tempered import Drawn, exact, vote
 
 Finish = Literal["eos", "length", "failed"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a chunk is chosen, and with it the temperature that is possible.
-
-    ``head``: one draw; below temperature 1 of a head that was trained on tempered text, at 0 (the likeliest chunk) of
-    one that is ``greedy``. ``exact``: rejection, any temperature in (0, 1], at most ``draws`` draws a chunk. ``vote``:
-    of ``draws`` draws, temperature 1/n or 0, the most frequent. Tokens of a chunk that a prompt has begun are drawn one
-    by one at ``temperature``.
-    """
-
-    method: Literal["head", "exact", "vote"] = "head"
-    temperature: float = 1.0
-    draws: int = 200
-
-    def __post_init__(self) -> None:
-        if self.method not in ("head", "exact", "vote"):
-            raise RefusedError(f"method = {self.method!r} is none of head, exact, vote")
-        if self.method == "head" and not 0 <= self.temperature <= 1:
-            raise RefusedError(f"temperature = {self.temperature}: one draw of a head knows temperatures from 0 to 1")
-        if self.method != "head":
-            check_temperature(self.method, self.temperature, self.draws)
-
-
-@dataclass(frozen=True)
-class Request:
-    """``prompt`` token ids, none of them the end of a text; at most ``max_new_tokens`` follow; ``seed`` any int64."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    seed: int = 0
-    sampling: Sampling = Sampling()
 
 
 class Piece(NamedTuple):
@@ -76,73 +44,11 @@ class Generated(NamedTuple):
     draws: int
 
 
-class Keys(NamedTuple):
-    """What keys the noise of R rows: ``seeds`` of their requests and the ``positions`` of their chunk in the text, both
-    int64 [R]."""
+class _Cut(NamedTuple):
+    """The tokens that one is drawn from: the ``top_k`` likeliest, and of these the fewest whose share is ``top_p``."""
 
-    seeds: Tensor
-    positions: Tensor
-
-
-class Session(Protocol):
-    """A batch of texts in the model, each at the place where its next chunk is to be chosen."""
-
-    def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
-        """Draws number ``first`` to ``first + count - 1`` of the next chunk of ``rows`` int64 [R]: int64 [R, count, K].
-
-        Each depends on its row's text and key and on its number alone. Refused at a temperature that the model does not
-        know. A place without an answer (logits that are not finite) is -1.
-        """
-        ...
-
-    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
-        """Next chunks int64 [R, K] of ``rows``, beginning with the first ``lengths`` [R] tokens of ``begun`` [R, K] and
-        completed one token after the other at ``temperature`` [R], 0 for the likeliest."""
-        ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with ``rows`` int64 [R] alone, in this order: row r is from now on what row ``rows[r]`` was."""
-        ...
-
-    def advance(self, chunks: Tensor) -> None:
-        """Add a chunk int64 [B, K] to each text."""
-        ...
-
-    def join(self, other: Session) -> None:
-        """Add the texts of another session of the same model after these; the other one is not used again."""
-        ...
-
-
-class ChunkModel(Protocol):
-    """A model that writes chunks of ``chunk`` tokens; a text ends with ``eos_id``, ids are below ``vocab_size``."""
-
-    @property
-    def chunk(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def tempered(self) -> bool:
-        """Whether one draw of its head knows temperatures below 1."""
-        ...
-
-    @property
-    def greedy(self) -> bool:
-        """Whether one draw of its head at temperature 0 is the likeliest chunk."""
-        ...
-
-    @property
-    def completes(self) -> bool:
-        """Whether it can complete a chunk that a prompt has begun."""
-        ...
-
-    def begin(self, texts: Sequence[Tensor]) -> Session:
-        """A session of the beginnings ``texts``, int64 [C, K] each, C of 0 or more and not the same in all."""
-        ...
+    top_k: int | None
+    top_p: float | None
 
 
 @dataclass
@@ -205,7 +111,7 @@ class Batch:
         for number, request in requests.items():
             if any(text.number == number for text in self._texts):
                 raise RefusedError(f"request {number} is under way")
-            _check(self._model, number, request)
+            check_request(self._model, number, request)
         if not requests:
             return
         size = self._model.chunk
@@ -259,55 +165,25 @@ class Batch:
             self._chosen = None if self._chosen is None else self._chosen[rows]
 
 
-def _check(model: ChunkModel, number: int, request: Request) -> None:
-    if request.max_new_tokens < 1:
-        raise RefusedError(f"request {number}: max_new_tokens = {request.max_new_tokens} is less than 1")
-    if not -(2**63) <= request.seed < 2**63:
-        raise RefusedError(f"request {number}: seed = {request.seed} is no 64-bit integer")
-    for place, token in enumerate(request.prompt):
-        if not 0 <= token < model.vocab_size:
-            raise RefusedError(f"request {number}: token {token} at place {place} is no id below {model.vocab_size}")
-        if token == model.eos_id:
-            raise RefusedError(
-                f"request {number}: token {token} at place {place} of the prompt is the end of a text",
-                next="leave the end-of-text token out of the prompt",
-            )
-    sampling = request.sampling
-    if sampling.method == "head" and sampling.temperature == 0 and not model.greedy:
-        raise RefusedError(
-            f"request {number}: temperature = {sampling.temperature}: one draw of this head knows temperatures above 0",
-            next="vote with temperature 0 for the most frequent chunk",
-        )
-    if sampling.method == "head" and sampling.temperature != 1 and not model.tempered:
-        raise RefusedError(
-            f"request {number}: temperature = {sampling.temperature}: one draw of this head knows temperature 1 alone",
-            next="take the method exact or vote, or train with tempered samples",
-        )
-    if len(request.prompt) % model.chunk and not model.completes:
-        raise RefusedError(
-            f"request {number}: a prompt of {len(request.prompt)} tokens begins a chunk of {model.chunk}, and this "
-            "student has no token head to complete it",
-            next=f"give a prompt of a multiple of {model.chunk} tokens, or train with token_layers = 1",
-        )
-
-
 def _choose(model: ChunkModel, session: Session, texts: list[_Text]) -> Drawn:
     """The next chunk of each text; the texts of one way of sampling are drawn for together."""
     chunks = torch.full((len(texts), model.chunk), -1, dtype=torch.int64)
     settled, made = torch.ones(len(texts), dtype=torch.bool), torch.zeros(len(texts), dtype=torch.int64)
-    groups: dict[Sampling | None, list[int]] = {}
+    groups: dict[Sampling | _Cut, list[int]] = {}
     for row, text in enumerate(texts):
-        groups.setdefault(None if text.begun else text.request.sampling, []).append(row)
-    for sampling, members in groups.items():
+        sampling = text.request.sampling
+        one_by_one = bool(text.begun) or sampling.method == "tokens"
+        groups.setdefault(_Cut(sampling.top_k, sampling.top_p) if one_by_one else sampling, []).append(row)
+    for way, members in groups.items():
         rows = torch.tensor(members)
         keys = Keys(
             torch.tensor([texts[row].request.seed for row in members]),
             torch.tensor([texts[row].position for row in members]),
         )
-        if sampling is None:
-            chunks[rows] = _complete(model, session, rows, keys, [texts[row] for row in members])
+        if isinstance(way, _Cut):
+            chunks[rows] = _complete(model, session, rows, keys, [texts[row] for row in members], way)
         else:
-            found = _draw(model, session, rows, keys, sampling)
+            found = _draw(model, session, rows, keys, way)
             chunks[rows], settled[rows], made[rows] = found.chunks, found.settled, found.made
     return Drawn(chunks, settled, made, made)
 
@@ -329,13 +205,14 @@ def _draw(model: ChunkModel, session: Session, members: Tensor, keys: Keys, samp
     return Drawn(draw(torch.arange(len(members)), 0, 1)[:, 0], ones.bool(), ones, ones)
 
 
-def _complete(model: ChunkModel, session: Session, rows: Tensor, keys: Keys, texts: list[_Text]) -> Tensor:
+def _complete(model: ChunkModel, session: Session, rows: Tensor, keys: Keys, texts: list[_Text], cut: _Cut) -> Tensor:
     begun = torch.full((len(texts), model.chunk), model.eos_id)
     for row, text in enumerate(texts):
         begun[row, : len(text.begun)] = torch.tensor(text.begun)
     lengths = torch.tensor([len(text.begun) for text in texts])
     temperature = torch.tensor([text.request.sampling.temperature for text in texts])
-    return absorbed(session.complete(rows, keys, begun, lengths, temperature).cpu(), model.eos_id)
+    found = session.complete(rows, keys, begun, lengths, temperature, cut.top_k, cut.top_p)
+    return absorbed(found.cpu(), model.eos_id)
 
 
 def _piece(model: ChunkModel, text: _Text, chunk: Tensor, made: int, settled: bool) -> Piece:

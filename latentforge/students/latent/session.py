@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
 from latentforge.students.latent.backbone import StateCache, lengthened, unused
 from latentforge.students.latent.chunks import valid
 from latentforge.students.latent.codec import Codec
-from latentforge.students.latent.generate import Keys
 from latentforge.students.latent.noise import head_noise
+from latentforge.students.latent.requests import Keys
+from latentforge.students.latent.scoring import check_texts, token_logprobs
 from latentforge.students.latent.student import LatentStudent
 
 
 class LatentModel:
-    """A ``ChunkModel`` (see ``generate``) of a student and the codec that it was trained with.
+    """A ``ChunkModel`` (see ``requests``) of a student and the codec that it was trained with.
 
     Each text begins where a document does in training: after a chunk that holds an EOS and nothing else. With
     ``cache`` false the whole text is computed anew at each step, with the same result and in more time; that is there
@@ -87,6 +89,24 @@ class LatentModel:
         found = self.codec.decode(latents, backend=self.kernel_backend)
         return found.unflatten(0, (len(states), count))
 
+    @torch.no_grad()
+    def score(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """See ``scoring.Scorer``: all texts in one pass of the backbone, their chunks through the token head."""
+        check_texts(self, texts)
+        lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+        count = -(-int(lengths.max()) // self.chunk) if len(texts) else 0
+        tokens = torch.full((len(texts), (1 + count) * self.chunk), self.eos_id)
+        for row, text in enumerate(texts):
+            tokens[row, self.chunk : self.chunk + len(text)] = text
+        holds = torch.arange(tokens.shape[1]) < self.chunk + lengths.unsqueeze(1)
+        holds[:, 1 : self.chunk] = False  # before a text there is a chunk that holds an EOS alone
+        chunks, there = (one.to(self.device).unflatten(1, (1 + count, self.chunk)) for one in (tokens, holds))
+        states = self.student.states(chunks[:, :-1], there[:, :-1])
+        needed = there[:, 1:].any(-1)
+        hidden = self.student.token_rows(states[needed], chunks[:, 1:][needed])[there[:, 1:][needed]]
+        found = token_logprobs(hidden, self.student.table.weight, chunks[:, 1:][there[:, 1:]])
+        return list(found.cpu().split(lengths.tolist()))
+
 
 class LatentSession:
     """Texts of unequal length end at the same place: what stands before a shorter one is padding, which is not seen."""
@@ -113,12 +133,21 @@ class LatentSession:
         return found
 
     def draw(self, rows: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:
-        """See ``generate.Session``."""
+        """See ``requests.Session``."""
         return self.model.draw_after(self._state[rows.to(self._state.device)], keys, first, count, temperature)
 
     @torch.no_grad()
-    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
-        """See ``generate.Session``: a pass through the token head for each token."""
+    def complete(
+        self,
+        rows: Tensor,
+        keys: Keys,
+        begun: Tensor,
+        lengths: Tensor,
+        temperature: Tensor,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
+        """See ``requests.Session``: a pass through the token head for each token."""
         device, size = self._state.device, self.model.chunk
         states, chunks, lengths = self._state[rows.to(device)], begun.to(device), lengths.to(device)
         for place in range(int(lengths.min()), size):
@@ -131,6 +160,8 @@ class LatentSession:
                     hidden[same.to(device)],
                     self.model.student.table.weight.detach(),
                     temperature=one,
+                    top_k=top_k,
+                    top_p=top_p,
                     seeds=keys.seeds[same].to(device),
                     positions=(keys.positions[same] * size + place).to(device),
                     backend=self.model.kernel_backend,
@@ -139,8 +170,15 @@ class LatentSession:
             chunks[:, place] = torch.where(place >= lengths, chosen, chunks[:, place])
         return chunks
 
+    @torch.no_grad()
+    def logprobs(self, rows: Tensor, begun: Tensor, place: int) -> Tensor:
+        """See ``requests.Session``."""
+        device = self._state.device
+        hidden = self.model.student.token_rows(self._state[rows.to(device)], begun.to(device))[:, place]
+        return F.linear(hidden, self.model.student.table.weight).float().log_softmax(-1)
+
     def keep(self, rows: Tensor) -> None:
-        """See ``generate.Session``."""
+        """See ``requests.Session``."""
         rows = rows.to(self._state.device)
         if len(rows) == len(self._state) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
             return
@@ -152,7 +190,7 @@ class LatentSession:
             self._chunks, self._holds = self._chunks[:, first:], self._holds[:, first:]
 
     def join(self, other: LatentSession) -> None:
-        """See ``generate.Session``."""
+        """See ``requests.Session``."""
         if self._cache is not None and other._cache is not None:
             self._cache.join(other._cache)
         length = max(self._chunks.shape[1], other._chunks.shape[1])  # 0 with a cache: all of them were computed
@@ -163,7 +201,7 @@ class LatentSession:
 
     @torch.no_grad()
     def advance(self, chunks: Tensor) -> None:
-        """See ``generate.Session``: one step of the backbone, or all of them without a cache."""
+        """See ``requests.Session``: one step of the backbone, or all of them without a cache."""
         added = chunks.to(self._state.device).unsqueeze(1)
         self._chunks = torch.cat([self._chunks, added], dim=1)
         self._holds = torch.cat([self._holds, valid(added, self.model.eos_id)], dim=1)

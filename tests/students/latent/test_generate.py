@@ -57,7 +57,16 @@ class StandInSession:
         pairs = zip(texts, which.tolist(), strict=True)
         return torch.tensor([[self.model.next_of(text, one) for one in draws] for text, draws in pairs])
 
-    def complete(self, rows: Tensor, keys: Keys, begun: Tensor, lengths: Tensor, temperature: Tensor) -> Tensor:
+    def complete(
+        self,
+        rows: Tensor,
+        keys: Keys,
+        begun: Tensor,
+        lengths: Tensor,
+        temperature: Tensor,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
         found = begun.clone()
         for at, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
             text = self.texts[row] + begun[at, :length].tolist()
