@@ -14,6 +14,7 @@ from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.api import kd_loss
 from latentforge.kernels.decode import latent_decode
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
+from latentforge.students.latent.chunks import chunked, valid
 
 IGNORE = -100
 # Settings with which an architecture changes its logits after the last layer; the loss here would not see that.
@@ -59,17 +60,27 @@ class RowUse:
     ce_alone: float
 
 
+@dataclass(frozen=True)
+class Padding:
+    """How rows are padded in which each document begins at a multiple of ``chunk`` tokens: what follows the first
+    ``eos_id`` of a chunk is no text (see ``students.latent.chunks``)."""
+
+    chunk: int
+    eos_id: int
+
+
 class Student(nn.Module):
-    """A causal LM that is trained on every row of what it is given.
+    """A causal LM that is trained on every row of what it is given, but those whose next token is ``padding``.
 
     ``vocab_size`` counts real tokens: logits are computed for these alone, so padding rows of the embedding are never
-    predicted.
+    predicted. ``padding`` None says that there is none.
     """
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, padding: Padding | None = None) -> None:
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.padding = padding
         _refuse_rescaled_logits(model)
         rows = int(model.get_output_embeddings().weight.shape[0])
         if rows < vocab_size:
@@ -94,9 +105,10 @@ class Student(nn.Module):
 
         With ``use`` rows differ in what they are trained on, and ``targets`` are of the taught rows alone, in their
         order. ``denominator`` counts the valid predictions of the whole optimiser step. Refused where the targets are
-        not of exactly these rows: a part of a batch is never trained in silence.
+        not of exactly these rows: a part of a batch is never trained in silence. Rows of padding have targets too, of
+        which nothing is trained.
         """
-        labels = tokens[:, 1:].reshape(-1)
+        labels = self.labels(tokens)
         settings = {"temperature": temperature, "denominator": denominator, "backend": kernel_backend}
         if use is not None:
             return self._by_use(tokens, labels, targets, use, ce_weight, kd_weight, settings)
@@ -160,6 +172,13 @@ class Student(nn.Module):
             if kd_share > 0 and targets is not None:
                 kd, kd_rows = kd + part.kd, kd_rows + int((counted[index] & told(targets)[place[index]]).sum())
         return LossParts(loss, ce, kd if kd_rows else torch.full_like(kd, torch.nan), rows, ce_rows, kd_rows)
+
+    def labels(self, tokens: Tensor) -> Tensor:
+        """What the rows of ``tokens`` int64 [B, L] predict, int64 [B·(L-1)]: ``IGNORE`` where that is padding."""
+        if self.padding is None:
+            return tokens[:, 1:].reshape(-1)
+        text = valid(chunked(tokens, self.padding.chunk), self.padding.eos_id).flatten(1)
+        return tokens.masked_fill(~text, IGNORE)[:, 1:].reshape(-1)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Fresh logits [B·(L-1), vocab_size], row-major: row (b, i) predicts token i + 1 of ``tokens`` [B, L]."""

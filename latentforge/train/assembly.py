@@ -38,7 +38,7 @@ from latentforge.train.feed import Feed
 from latentforge.train.loop import Objective, Trainer
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.optimiser import MasterOptimiser
-from latentforge.train.setting import training_batch
+from latentforge.train.setting import padding_of, training_batch
 from latentforge.train.stopping import stop_requested
 from latentforge.train.supply import Supply
 from latentforge.train.teaching import in_force
@@ -207,7 +207,8 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
         clip_norm=spec.clip_norm,
     )
     objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
-    return Trainer(Student(model, job.data.vocab_size), optimiser, objective, micro_batch_size=spec.micro_batch_size)
+    student = Student(model, job.data.vocab_size, padding_of(job.data))
+    return Trainer(student, optimiser, objective, micro_batch_size=spec.micro_batch_size)
 
 
 def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:

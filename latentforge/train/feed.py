@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from latentforge.students.causal import Student, told
+from latentforge.students.causal import IGNORE, Student, told
 from latentforge.teachers.prefetch import Prefetcher, interruptible
 from latentforge.train.loop import Lesson
 from latentforge.train.onpolicy import OnPolicy, written_fields
@@ -109,7 +109,7 @@ class Feed:
             written = self.on_policy.write(student, own, step, len(data))
             more, seconds = self._judged(own, written, fields)
             lessons, waited = chain(lessons, more), waited + seconds
-        return Given(tokens, _counted(lessons, fields), waited, fields)
+        return Given(tokens, _counted(lessons, fields, student), waited, fields)
 
     def _shares(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The sequences of the data, and those that the student continues: the last of the batch."""
@@ -174,10 +174,13 @@ def _spend(fields: dict[str, Any], seconds: float) -> None:
     fields["target_wait_seconds"] += seconds
 
 
-def _counted(lessons: Iterable[Lesson], fields: dict[str, Any]) -> Iterator[Lesson]:
+def _counted(lessons: Iterable[Lesson], fields: dict[str, Any], student: Student) -> Iterator[Lesson]:
     for lesson in lessons:
         if lesson.targets is not None:
+            text = student.labels(lesson.tokens) != IGNORE
+            if lesson.use is not None:  # its targets are of the taught rows alone
+                text = text[lesson.use.taught]
             heard = told(lesson.targets)
-            fields["target_rows"] += int(heard.sum())
-            fields["silent_rows"] += int((~heard).sum())
+            fields["target_rows"] += int((heard & text).sum())
+            fields["silent_rows"] += int((~heard & text).sum())
         yield lesson

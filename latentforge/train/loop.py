@@ -54,7 +54,7 @@ class StepResult:
     ``micro_batches`` holds the sequences of each forward pass; ``ce`` is the mean over the ``ce_rows`` that had a
     label, ``kd`` over the ``kd_rows`` that had targets and None where there were none (``kd_rows`` is None where none
     were wanted); ``batch_sha256`` is that of the batch's tokens in their order; ``compiles`` what was compiled since
-    the step before.
+    the step before; ``padding`` the predictions of the batch that are none, None where rows are not padded.
     """
 
     loss: float
@@ -71,6 +71,7 @@ class StepResult:
     compiles: tuple[Compiles, ...] = ()
     ce_rows: int = 0
     kd_rows: int | None = None
+    padding: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,7 +105,8 @@ class Trainer:
         """
         began = time.perf_counter()
         wanted = self.objective
-        denominator = int((tokens[:, 1:] != IGNORE).sum())
+        labels = self.student.labels(tokens)
+        denominator = int((labels != IGNORE).sum())
         learning_rate = self.optimiser.set_learning_rate(step)
         self.student.train()
         rows, ce_rows, kd_rows, loss, ce, kd = 0, 0, 0, 0.0, 0.0, 0.0
@@ -143,6 +145,7 @@ class Trainer:
             compiles=tuple(self.watch.drain()),
             ce_rows=ce_rows,
             kd_rows=kd_rows if wants_targets else None,
+            padding=None if self.student.padding is None else len(labels) - denominator,
         )
 
     def pass_over(self, lesson: Lesson, denominator: int) -> LossParts:
@@ -178,6 +181,8 @@ def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model:
     """Say what one step did, with every value that was in force; ``step`` counts from 1, ``fields`` are more of it."""
     if result.kd_rows is not None:
         fields = {"kd_rows": result.kd_rows, **fields}
+    if result.padding is not None:
+        fields = {"padding": result.padding, **fields}
     log_compiles(log, result.compiles, step=step, model=model)
     log.step(
         step,
@@ -231,7 +236,7 @@ def rehearse(trainer: Trainer, tokens: Tensor, targets_of: TargetsOf | None) -> 
         for part in parts.values():
             wants_targets = targets_of is not None and wanted.kd_weight > 0
             lesson = Lesson(part, targets_of(part) if wants_targets else None)
-            found = trainer.pass_over(lesson, int((tokens[:, 1:] != IGNORE).sum()))
+            found = trainer.pass_over(lesson, int((student.labels(tokens) != IGNORE).sum()))
             if found.loss.requires_grad:
                 found.loss.backward()
     student.zero_grad(set_to_none=True)
@@ -251,7 +256,7 @@ def evaluate(
     seen = hashlib.sha256()
     for tokens in batches:
         seen.update(bytes_of(tokens))
-        labels = tokens[:, 1:].reshape(-1)
+        labels = student.labels(tokens)
         targets = None if targets_of is None else targets_of(tokens)
         parts = kd_loss(
             student.logits(tokens),

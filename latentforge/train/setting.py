@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from latentforge.data.order import BatchOrder
-from latentforge.data.shards import PackedShard
+from latentforge.data.shards import PackedShard, ShardSet
 from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.students.causal import Padding
 
 EVALUATION_ROWS = 32
 """Sequences of a forward pass when nothing is trained."""
@@ -62,6 +63,11 @@ def choose_kernel(
         return "cpu", None
     except LatentForgeError as error:
         return "reference", f"the loss runs on 'reference' (torch), which is slower: {error}"
+
+
+def padding_of(data: ShardSet) -> Padding | None:
+    """How the data's rows are padded; None where its documents follow each other."""
+    return Padding(data.chunk, data.eos_id) if data.chunk > 1 else None
 
 
 def training_batch(shard: PackedShard, order: BatchOrder, step: int, device: torch.device) -> Tensor:

@@ -19,7 +19,14 @@ from latentforge.train.flops import training_flops
 from latentforge.train.loop import Objective, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import save_model, start_digests
-from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
+from latentforge.train.setting import (
+    choose_device,
+    choose_kernel,
+    evaluation_batches,
+    fit_threads,
+    padding_of,
+    training_batch,
+)
 from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
 
 WEIGHT_DECAY = 0.01
@@ -44,7 +51,7 @@ def run(run: RunDir, log: EventLog) -> None:
         predictions = data.sequence_length - 1
         flops = spec.steps * training_flops(model, predictions, spec.batch_size * predictions)
         fit_threads(flops / spec.steps)
-        teacher = Student(model, data.vocab_size).to(device)
+        teacher = Student(model, data.vocab_size, padding_of(data)).to(device)
         optimiser = MasterOptimiser(
             model,
             learning_rate=spec.learning_rate,
