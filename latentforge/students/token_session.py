@@ -12,6 +12,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
 from latentforge.students.causal import Student, model_from_folder
+from latentforge.students.latent.backbone import lengthened, unused
 from latentforge.students.latent.requests import Keys
 from latentforge.students.latent.scoring import check_texts, token_logprobs
 
@@ -186,6 +187,33 @@ class TokenSession:
         self._tokens, self._present, self._state = self._tokens[rows], self._present[rows], self._state[rows]
         if self._layers is not None:
             self._layers.batch_select_indices(rows)
+        if not self._windowed():
+            first = unused(self._present)
+            self._present, self._tokens = self._present[:, first:], self._tokens[:, first:]
+            for layer in [] if self._layers is None else self._layers.layers:
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+    def join(self, other: TokenSession) -> None:
+        """See ``latent.requests.Session``: before the shorter texts there is padding, which is not seen. RefusedError
+        where a layer keeps a window of the text alone."""
+        if self._windowed():
+            raise RefusedError("a model with sliding windows cannot take texts into a batch that is under way")
+        length = max(self._present.shape[1], other._present.shape[1])
+        self._present = torch.cat([lengthened(one._present, length, 1) for one in (self, other)])
+        self._state = torch.cat([self._state, other._state])
+        if self._layers is None:
+            self._tokens = torch.cat([lengthened(one._tokens, length, 1) for one in (self, other)])
+            return
+        self._tokens = self._tokens.new_empty(len(self._state), 0)
+        for mine, theirs in zip(self._layers.layers, other._layers.layers, strict=True):
+            mine.keys = torch.cat([lengthened(one.keys, length, -2) for one in (mine, theirs)])
+            mine.values = torch.cat([lengthened(one.values, length, -2) for one in (mine, theirs)])
+
+    def _windowed(self) -> bool:
+        """Whether a layer keeps something else than all that it has seen."""
+        from transformers.cache_utils import DynamicLayer
+
+        return self._layers is not None and any(type(layer) is not DynamicLayer for layer in self._layers.layers)
 
     @torch.no_grad()
     def advance(self, chunks: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from latentforge.errors import RefusedError
 from latentforge.kernels.noise import gumbel
 from latentforge.students.causal import ModelShape, new_model
-from latentforge.students.latent.generate import Keys, Request, Sampling, generate
+from latentforge.students.latent.generate import Batch, Keys, Request, Sampling, generate
 from latentforge.students.token_session import TokenModel
 
 EOS, VOCABULARY = 0, 40
@@ -115,3 +115,39 @@ def test_a_folder_writes_what_its_model_writes(tmp_path: Path) -> None:
     several.save_pretrained(tmp_path / "several")
     with pytest.raises(RefusedError, match=r"eos_token_id = \[0, 1\] does not say which"):
         TokenModel.open(tmp_path / "several")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_texts_that_join_and_leave_a_batch_are_those_by_themselves(cache: bool) -> None:
+    asked = dict(enumerate(requests()))
+    one = model(cache=cache)
+    batch, found = Batch(one), {number: list[int]() for number in asked}
+    order, steps = [1, 0, 2, 3], 0  # the longest prompt joins a shorter one, and shorter ones join it
+    while order or len(batch):
+        if order and steps % 3 == 0:
+            batch.join({order[0]: asked[order.pop(0)]})
+        for piece in batch.step():
+            found[piece.request] += piece.tokens
+        steps += 1
+    for number, tokens in found.items():
+        assert tokens == list(generate(one, [asked[number]])[0].tokens)
+
+
+def test_a_batch_that_never_ends_holds_no_more_than_its_texts_do() -> None:
+    batch = Batch(model())
+    for number in range(20):
+        batch.join({number: Request(prompt(4), 4)})
+        batch.step()
+        batch.step()
+    assert batch._session._layers.get_seq_length() <= 1 + 4 + 4 + 1  # type: ignore
+
+
+def test_a_model_with_sliding_windows_takes_no_text_into_a_batch_under_way() -> None:
+    whole = causal()
+    whole.config.layer_types, whole.config.sliding_window = ["full_attention", "sliding_attention"], 4
+    whole.model.has_sliding_layers = True
+    batch = Batch(TokenModel(whole, VOCABULARY, EOS))
+    batch.join({0: Request(prompt(4), 4)})
+    batch.step()
+    with pytest.raises(RefusedError, match="sliding windows"):
+        batch.join({1: Request(prompt(4), 4)})
