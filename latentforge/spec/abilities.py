@@ -48,13 +48,24 @@ class Need:
 
 def needs_of(spec: PipelineSpec) -> tuple[Need, ...]:
     """What the runs of a pipeline ask of their teacher."""
-    found = _needs_of_latent(spec) if spec.through == "latent" else []
-    return (*found, *(_needs_of_distill(spec) if spec.distils else ()))
+    found: list[Need] = []
+    if _chats(spec):
+        found.append(Need("chat", "data.documents = 'chat'", "set data.documents = 'corpus'"))
+    if spec.through == "latent":
+        found += _needs_of_latent(spec)
+    if spec.distils:
+        found += _needs_of_distill(spec)
+    return tuple(found)
+
+
+def _chats(spec: PipelineSpec) -> bool:
+    """Whether the text is a chat API's answers, which come with their rows: none is scored afterwards."""
+    return spec.data.documents == "chat"
 
 
 def _needs_of_latent(spec: PipelineSpec) -> list[Need]:
     latent, found = spec.latent, []
-    for name in ("token_kd_weight", "kl_weight"):
+    for name in () if _chats(spec) else ("token_kd_weight", "kl_weight"):
         if (weight := getattr(latent, name)) > 0:
             other = f"set latent.{name} = 0, or use a backend that scores (vllm-remote, hf)"
             found.append(Need("score", f"latent.{name} = {weight:g}", other))
@@ -69,16 +80,13 @@ def _needs_of_latent(spec: PipelineSpec) -> list[Need]:
 
 def _needs_of_distill(spec: PipelineSpec) -> list[Need]:
     distill, found = spec.distill, []
-    chats = spec.data.documents == "chat"
-    if chats:
-        found.append(Need("chat", "data.documents = 'chat'", "set data.documents = 'corpus'"))
-    elif distill.kd_weight > 0 or distill.targets == "store":
+    if not _chats(spec) and (distill.kd_weight > 0 or distill.targets == "store"):
         other = "set data.documents = 'chat' to train on its answers, or use a backend that scores (vllm-remote, hf)"
         found.append(Need("score", f"distill.targets = {distill.targets!r}", other))
     if distill.on_policy > 0:
         other = "set distill.on_policy = 0, or use a backend that scores (vllm-remote, hf)"
         found.append(Need("score", f"distill.on_policy = {distill.on_policy:g}", other))
-    if spec.score.mode == "sample" and distill.targets == "store" and not chats:
+    if spec.score.mode == "sample" and distill.targets == "store" and not _chats(spec):
         found.append(Need("logits", "score.mode = 'sample'", "set score.mode = 'topk', or teacher.backend = 'hf'"))
     if distill.temperature != 1.0 and distill.targets == "live":
         other = "set distill.temperature = 1, or teacher.backend = 'hf'"
@@ -100,7 +108,7 @@ def check_abilities(spec: PipelineSpec) -> None:
                 f"{can} alone",
                 next=need.instead,
             )
-    if spec.data.documents == "chat":
+    if _chats(spec):
         _check_chat(spec)
 
 

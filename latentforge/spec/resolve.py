@@ -136,7 +136,37 @@ def _laid(
     for field, value, source in flags:  # what is typed wins over the names of a backend, too
         if field != "teacher.backend":
             values[field], origins[field] = value, Origin(source)
+    if "EPOCHS" in env and not alone:
+        _lay_epochs(values, origins, env, str(through or PipelineSpec.model_fields["through"].default))
     return values, origins
+
+
+def _lay_epochs(values: dict[str, Any], origins: dict[str, Origin], env: Mapping[str, str], trained: str) -> None:
+    """``EPOCHS`` in steps of the pipeline's last run, ``trained``: as often through all of the training rows."""
+    field, shown, source = f"{trained}.steps", f"EPOCHS={env['EPOCHS']!r}", origin_of(env, "EPOCHS")
+    epochs = _scalar(env["EPOCHS"], field, shown, _noun(source))
+    if epochs < 1:
+        raise RefusedError(f"{shown} is less than 1 ({_noun(source)}; spec field {field})")
+    other = origins.get(field, Origin("default"))
+    if other.source not in ("default", "file"):
+        raise RefusedError(f"{shown} and {other} both say how long {trained} is trained", next="give one of them")
+    rows = values.get("data.train_sequences")
+    size = values.get(f"{trained}.batch_size", _default(f"{trained}.batch_size"))
+    if not isinstance(rows, int) or not isinstance(size, int) or size < 1:
+        raise RefusedError(
+            f"{shown} is so many times all training rows, and data.train_sequences does not say how many there are",
+            next="give --set data.train_sequences=1000, or STEPS in place of EPOCHS",
+        )
+    values[field] = epochs * -(-rows // size)
+    origins[field] = Origin(source, f"{epochs} times {rows} rows, {size} a step")
+
+
+def _default(field: str) -> Any:
+    model: Any = PipelineSpec
+    *parents, last = field.split(".")
+    for parent in parents:
+        model = model.model_fields[parent].annotation
+    return model.model_fields[last].default
 
 
 def _read(recipe: str) -> tuple[str, dict[str, Any]]:

@@ -269,15 +269,13 @@ class PipelineSpec(Section):
     @property
     def has_teacher(self) -> bool:
         """Whether any run takes more of a teacher than its tokenizer."""
-        return self.distils or self.scores or self.continues or (self.through == "latent" and self.latent.takes_rows)
+        asked = self.distils or self.scores or self.continues or self.data.documents == "chat"
+        return asked or (self.through == "latent" and self.latent.takes_rows)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError(f"secrets = {list(self.secrets)} names one twice")
-        if self.through != "distill" and self.data.documents == "chat":
-            who = "codec" if self.through == "autoencoder" else "latent student"
-            raise ValueError(f"through = {self.through!r} with data.documents = 'chat': a {who} needs text, no answers")
         if self.through == "latent":
             self._latent_agrees()
         if self.has_teacher:

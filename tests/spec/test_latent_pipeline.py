@@ -80,6 +80,32 @@ def test_a_student_of_plain_text_needs_the_teachers_tokenizer_alone(tmp_path: Pa
     assert [(one.path, one.purpose) for one in external_paths(sampled)] == [("/t", "model")]
 
 
+def test_the_answers_of_a_chat_are_a_latent_students_text_and_rows(tmp_path: Path) -> None:
+    chat = ["data.documents=chat", "teacher.backend=venice", "teacher.model=/t", "score.k=20"]
+    runs = planned(tmp_path, *chat, "latent.token_kd_weight=1.0")
+    assert list(runs) == ["data", "autoencoder", "latent"]
+    assert runs["data"].identity.spec["teacher"]["backend"] == "venice"
+    assert runs["latent"].identity.inputs["targets"] == f"run:{runs['data'].run_id}"
+    assert list(planned(tmp_path, *chat, "through=autoencoder")) == ["data", "autoencoder"]
+
+
+@pytest.mark.parametrize("through", ["latent", "autoencoder", "distill"])
+def test_epochs_are_steps_of_the_last_run_through_all_rows(tmp_path: Path, through: str) -> None:
+    rows = ["data.train_sequences=33", f"through={through}"]
+    resolved = resolve_pipeline(spec_file(tmp_path), env={"EPOCHS": "3", "BATCH_SIZE": "8"}, overrides=rows)
+    assert getattr(resolved.spec, through).steps == 3 * 5
+    assert str(resolved.origins[f"{through}.steps"]) == "environment EPOCHS (3 times 33 rows, 8 a step)"
+    for name, value, words in [
+        ("EPOCHS", "0", "EPOCHS='0' is less than 1"),
+        ("EPOCHS", "one", "EPOCHS='one' is not a whole number"),
+        ("STEPS", "9", f"EPOCHS='3' and environment STEPS both say how long {through} is trained"),
+    ]:
+        with pytest.raises(RefusedError, match=words):
+            resolve_pipeline(spec_file(tmp_path), env={"EPOCHS": "3", name: value}, overrides=rows)
+    with pytest.raises(RefusedError, match=r"data\.train_sequences does not say how many"):
+        resolve_pipeline(spec_file(tmp_path), env={"EPOCHS": "3"}, overrides=rows[1:])
+
+
 def test_the_operators_names_set_the_last_run(tmp_path: Path) -> None:
     env = {"STEPS": "7", "BATCH_SIZE": "3", "LR": "1e-4", "T": "2", "ALPHA": "0.3"}
     resolved = resolve_pipeline(spec_file(tmp_path), env=env)
@@ -94,7 +120,6 @@ def test_the_operators_names_set_the_last_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["data.documents=chat", "data.chunk=1"], "a latent student needs text, no answers"),
         (["latent.text_weight=0"], "nothing would train the head that draws chunks"),
         (["latent.token_ce_weight=0"], "the token head would not be trained"),
         (["latent.student.token_layers=0"], "there is no token head"),
@@ -124,6 +149,10 @@ def test_what_cannot_be_trained_is_refused_when_it_is_read(tmp_path: Path, chang
         (
             ["latent.token_kd_weight=1", "teacher.backend=venice", "teacher.model=/t"],
             "latent.token_kd_weight = 1 needs a teacher that can score",
+        ),
+        (
+            ["data.documents=chat", "teacher.backend=venice", "teacher.model=/t", "score.k=20", *SAMPLED],
+            "latent.sample_weight = 1 needs a teacher that can continue a raw text",
         ),
         (["profile=full", "data.corpus=/c"], "there is no canary of a latent student"),
     ],
