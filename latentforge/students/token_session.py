@@ -98,7 +98,9 @@ class TokenModel:
         """See ``latent.scoring.Scorer``: all texts in one pass of the layers, after an EOS each."""
         check_texts(self, texts)
         lengths = [len(text) for text in texts]
-        tokens = torch.full((len(texts), 1 + max(lengths, default=0)), self.eos_id)
+        if not sum(lengths):
+            return [torch.zeros(0) for _ in texts]
+        tokens = torch.full((len(texts), 1 + max(lengths)), self.eos_id)
         for row, text in enumerate(texts):
             tokens[row, 1 : 1 + len(text)] = text
         tokens = tokens.to(self.device)

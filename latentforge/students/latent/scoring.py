@@ -116,4 +116,4 @@ def token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | N
         F.linear(some, weight, bias).float().log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
         for some, wanted in zip(hidden.split(rows), ids.split(rows), strict=True)
     ]
-    return torch.cat(found) if found else torch.zeros(0)
+    return torch.cat(found)

@@ -94,7 +94,9 @@ class LatentModel:
         """See ``scoring.Scorer``: all texts in one pass of the backbone, their chunks through the token head."""
         check_texts(self, texts)
         lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
-        count = -(-int(lengths.max()) // self.chunk) if len(texts) else 0
+        if not int(lengths.sum()):
+            return [torch.zeros(0) for _ in texts]
+        count = -(-int(lengths.max()) // self.chunk)
         tokens = torch.full((len(texts), (1 + count) * self.chunk), self.eos_id)
         for row, text in enumerate(texts):
             tokens[row, self.chunk : self.chunk + len(text)] = text
