@@ -32,6 +32,19 @@ class ModelShape:
     intermediate: int
 
 
+def shape_of(model: Any) -> ModelShape | None:
+    """The size of a causal LM; None where its layers are not counted so (no SwiGLU, heads that are not the width)."""
+    config = model.config
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    found = [getattr(config, name, None) for name in names]
+    if not all(type(one) is int for one in found):
+        return None
+    shape = ModelShape(*found)
+    width = getattr(config, "head_dim", None) or shape.hidden // shape.heads
+    gated = sum(name.endswith("gate_proj") for name, _ in model.named_modules())
+    return shape if width * shape.heads == shape.hidden and gated == shape.layers else None
+
+
 class LossParts(NamedTuple):
     """``loss`` is differentiable and already divided by the step's denominator; ``ce`` and ``kd`` are its detached
     parts, unweighted (``kd`` is NaN without targets); ``rows`` predictions went into them, of which ``ce_rows`` had a

@@ -1,4 +1,4 @@
-"""What a model says of given tokens: log-probabilities without logits of all rows, and bits a byte of text."""
+"""What a model says of rows of text, as they stand in the data: the log-probability of each token."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from latentforge.errors import RefusedError
 from latentforge.students.causal import Student
 from latentforge.students.latent.chunks import valid
+from latentforge.students.latent.scoring import token_logprobs
 from latentforge.students.latent.student import LatentStudent
 
-_NUMBERS = 1 << 24  # logits that are made at once
-
 
 @torch.no_grad()
-def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Log-probability fp32 [N] of ``labels`` int64 [N] by the product of ``hidden`` [N, H] with ``weight`` [V, H]."""
-    size = max(1, _NUMBERS // len(weight))
-    parts = [
-        F.linear(states, weight, bias).float().log_softmax(-1).gather(1, wanted.unsqueeze(1)).squeeze(1)
-        for states, wanted in zip(hidden.split(size), labels.split(size), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def token_logprobs(student: Student, tokens: Tensor, *, window: int | None = None) -> Tensor:
+def row_logprobs(student: Student, tokens: Tensor, *, window: int | None = None) -> Tensor:
     """fp32 [B, L - 1]: log-probability of each token but the first of rows int64 [B, L], given all before it.
 
     Rows longer than ``window`` inputs are read by windows of that size, each half of the one before further on: no
@@ -46,7 +33,7 @@ def token_logprobs(student: Student, tokens: Tensor, *, window: int | None = Non
         end = min(start + size, length - 1)
         states = student.hidden(tokens[:, start:end]).unflatten(0, (len(tokens), -1))[:, done - start :]
         labels = tokens[:, done + 1 : end + 1]
-        parts.append(label_logprobs(states.flatten(0, 1), weight, labels.flatten(), bias=bias).reshape(labels.shape))
+        parts.append(token_logprobs(states.flatten(0, 1), weight, labels.flatten(), bias).reshape(labels.shape))
         done, start = end, start + max(1, size // 2)
     return torch.cat(parts, dim=1)
 
@@ -60,7 +47,7 @@ def chunk_logprobs(student: LatentStudent, chunks: Tensor, eos_id: int) -> Tenso
     states = student.states(chunks[:, :-1], valid(chunks[:, :-1], eos_id)).flatten(0, 1)
     later = chunks[:, 1:].flatten(0, 1)
     hidden = student.token_rows(states, later).flatten(0, 1)
-    return label_logprobs(hidden, student.table.weight, later.flatten()).reshape(chunks[:, 1:].shape)
+    return token_logprobs(hidden, student.table.weight, later.flatten()).reshape(chunks[:, 1:].shape)
 
 
 def output_layer(student: Student) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from latentforge.kernels.decode import latent_decode
 from latentforge.students.causal import Student
 from latentforge.students.latent.brier import ORDERS
 from latentforge.students.latent.chunks import absorbed
-from latentforge.students.likelihood import output_layer, token_logprobs
+from latentforge.students.likelihood import output_layer, row_logprobs
 
 _NUMBERS = 1 << 24  # probabilities that are made at once
 
@@ -76,7 +76,7 @@ def _of_rows(
     """The contexts of a block of rows, the first of which is number ``start``: place after place, with a cache."""
     count, length, size = chunks.shape
     device = student.model.get_output_embeddings().weight.device
-    known = token_logprobs(student, chunks.flatten(1).to(device)).cpu()
+    known = row_logprobs(student, chunks.flatten(1).to(device)).cpu()
     numbers, cache, found = torch.arange(start, start + count), None, []
     for place in range(length - ahead):
         read = student.model.base_model(input_ids=chunks[:, place].to(device), past_key_values=cache, use_cache=True)

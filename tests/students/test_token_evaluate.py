@@ -10,7 +10,7 @@ from latentforge.errors import RefusedError
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.students.latent.brier import BrierLM, brier_lm, sample_scores, token_scores
 from latentforge.students.latent.evaluate import continuations
-from latentforge.students.likelihood import chunk_logprobs, label_logprobs, token_logprobs
+from latentforge.students.likelihood import chunk_logprobs, row_logprobs
 from latentforge.students.token_evaluate import TokenContinuations, token_continuations
 
 from .known_model import markov_model
@@ -113,8 +113,8 @@ def test_blocks_of_rows_change_nothing() -> None:
 def test_likelihood_is_that_of_the_whole_row_and_by_windows_that_of_what_a_window_shows() -> None:
     student, text = small(), torch.randint(1, 40, (2, 30), generator=torch.Generator().manual_seed(8))
     wanted = student.logits(text).log_softmax(-1).gather(1, text[:, 1:].reshape(-1, 1)).reshape(2, 29)
-    assert torch.allclose(token_logprobs(student, text), wanted, atol=1e-5)
-    found = token_logprobs(student, text, window=8)
+    assert torch.allclose(row_logprobs(student, text), wanted, atol=1e-5)
+    found = row_logprobs(student, text, window=8)
     assert torch.allclose(found[:, :8], wanted[:, :8], atol=1e-5)
     assert found.shape == wanted.shape
     last = student.logits(text[:, 20:29])  # a window of inputs 20 to 27 gives tokens 25 to 28
@@ -125,7 +125,7 @@ def test_likelihood_is_that_of_the_whole_row_and_by_windows_that_of_what_a_windo
 def test_a_source_has_its_own_entropy_by_windows_too() -> None:
     model = source()
     text = rows_of(model, 8, 64)
-    found = token_logprobs(Student(markov_model(model.rows), 6), text, window=16)
+    found = row_logprobs(Student(markov_model(model.rows), 6), text, window=16)
     assert torch.allclose(found.double().exp(), model.rows[text[:, :-1], text[:, 1:]], atol=1e-5)
 
 
@@ -144,9 +144,8 @@ def test_the_token_head_says_the_chain_of_conditionals() -> None:
 
 def test_rows_without_a_prediction_are_refused() -> None:
     with pytest.raises(RefusedError, match="rows of 1 tokens"):
-        token_logprobs(small(), torch.ones(2, 1, dtype=torch.int64))
+        row_logprobs(small(), torch.ones(2, 1, dtype=torch.int64))
     with pytest.raises(RefusedError, match="window = 1"):
-        token_logprobs(small(), torch.ones(2, 9, dtype=torch.int64), window=1)
+        row_logprobs(small(), torch.ones(2, 9, dtype=torch.int64), window=1)
     with pytest.raises(RefusedError, match="rows of 1 chunks of 4"):
         token_continuations(small(), torch.ones(2, 1, 4, dtype=torch.int64), eos_id=EOS, draws=2)
-    assert label_logprobs(torch.zeros(1, 3), torch.zeros(5, 3), torch.tensor([2])).exp() == pytest.approx(0.2)
