@@ -38,7 +38,7 @@ ENTRIES = {
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
-    "bench": Entry("latentforge.cli.bench", "Measure teachers side by side."),
+    "bench": Entry("latentforge.cli.bench", "Measure teachers and students side by side."),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
     "targets": Entry("latentforge.cli.targets", "Look into a store of teacher targets, check it, keep it in bounds."),
     "capabilities": Entry(

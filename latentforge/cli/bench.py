@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentforge.cli.bench_generate import generate
 from latentforge.verdicts.exitcode import ExitCode
 
 if TYPE_CHECKING:
     from latentforge.spec.dotenv import Environment
     from latentforge.teachers.scenarios import Name, Scenario
 
-app = typer.Typer(no_args_is_help=True, help="Measure teachers side by side.")
+app = typer.Typer(no_args_is_help=True, help="Measure teachers and students side by side.")
 
 
 @app.callback()
 def _group() -> None:
-    """Measure teachers side by side."""
+    """Measure teachers and students side by side."""
+
+
+app.command()(generate)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from latentforge.spec.bench import BenchSpec
 from latentforge.spec.fields import (
     Count,
     EnvironmentName,
@@ -243,6 +244,7 @@ class PipelineSpec(Section):
     autoencoder: AutoencoderSpec = AutoencoderSpec()
     continuations: ContinuationsSpec = ContinuationsSpec()
     latent: LatentSpec = LatentSpec()
+    bench: BenchSpec = BenchSpec()
     secrets: tuple[EnvironmentName, ...] = Field(
         (),
         max_length=16,

@@ -1,0 +1,57 @@
+"""The section of a pipeline that says how the student's writing is measured, and what must hold of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from latentforge.spec.fields import Count, Positive, Section
+
+
+class BenchSpec(Section):
+    """How ``latentforge bench generate`` measures a student that writes, and the gates that it must pass.
+
+    A gate that is absent is not asked; one that is set and fails, or whose value is not known, fails the bench.
+    """
+
+    max_tokens: Count = Field(64, description="tokens written after each prompt, fewer where a text ends before")
+    temperature: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    method: Literal["head", "exact", "vote", "tokens"] = Field(
+        "head", description="how a chunk is chosen: one draw, by rejection, the most frequent of many, or by tokens"
+    )
+    draws: Count = Field(200, description="methods 'exact' and 'vote': draws a chunk, at most or exactly")
+    top_k: Count | None = Field(None, description="method 'tokens': the likeliest tokens that one is drawn from")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="method 'tokens': of these the fewest that have this share"
+    )
+    batch: Count = Field(1, description="prompts written together")
+    repeats: Annotated[int, Field(ge=1, le=1000)] = Field(3, description="rounds in which everybody has a turn")
+    min_tokens_per_second: Positive | None = Field(None, description="gate: produced tokens/s, the rounds' median")
+    max_p95_first_chunk_s: Positive | None = Field(None, description="gate: seconds to the first chunk of a text")
+    max_p95_chunk_s: Positive | None = Field(None, description="gate: seconds from a chunk to the next one")
+    min_hit_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="gate: share of the run's answers that a cache gave, 0.8 say; of a run after warm-up"
+    )
+    max_peak_memory_gb: Positive | None = Field(
+        None, description="gate: peak of process and GPU together in GB of 10^9 bytes, 100 say"
+    )
+
+    @property
+    def gates(self) -> dict[str, float]:
+        """The gates that are set, by their field's name."""
+        names = (
+            "min_tokens_per_second",
+            "max_p95_first_chunk_s",
+            "max_p95_chunk_s",
+            "min_hit_rate",
+            "max_peak_memory_gb",
+        )
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _cut_by_tokens_alone(self) -> Self:
+        for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
+            if value is not None and self.method != "tokens":
+                raise ValueError(f"{name} = {value} with method = {self.method!r}: method 'tokens' alone knows it")
+        return self

@@ -1,0 +1,157 @@
+"""One bench from end to end: who takes part, the prompts in tokens, the turns, the verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from os import getloadavg
+from pathlib import Path
+
+import torch
+
+from latentforge.errors import RefusedError
+from latentforge.kernels.bench.machine import this_machine
+from latentforge.kernels.bench.run import code_identity
+from latentforge.spec.bench import BenchSpec
+from latentforge.students.latent.requests import ChunkModel, Sampling
+from latentforge.writers.bench.contestants import Engine, TransformersGenerate
+from latentforge.writers.bench.cost import flops_per_token
+from latentforge.writers.bench.gates import Seen, judge
+from latentforge.writers.bench.hits import Hits
+from latentforge.writers.bench.memory import Meter, Peak
+from latentforge.writers.bench.quality import Quality
+from latentforge.writers.bench.report import Entrant, Report, here
+from latentforge.writers.bench.turns import Asked, Contestant, measure
+from latentforge.writers.opening import Writer, open_writer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured: the ``student`` that the gates judge, those ``beside`` it, and whether transformers writes with
+    the token-level ones too. ``quality`` is by the sha256 of a student's weights."""
+
+    student: Path
+    beside: tuple[Path, ...]
+    transformers: bool
+    prompts: tuple[str, ...]
+    seed: int
+    device: str
+    hits: Hits | None
+    quality: dict[str, Quality]
+
+
+@dataclass(frozen=True)
+class _Entered:
+    """A contestant, with the writer that it writes with."""
+
+    contestant: Contestant
+    role: str
+    named: Path
+    writer: Writer
+
+
+def run(work: Work, asked: BenchSpec, *, tell: Callable[[str], None] = lambda line: None) -> Report:
+    """Open, measure and judge; RefusedError before anything is measured where a contestant cannot take part."""
+    entered = _enter(work)
+    device = entered[0].writer.model.device
+    turns = Asked(
+        _tokens(work.prompts, entered[0].writer),
+        asked.max_tokens,
+        Sampling(asked.method, asked.temperature, asked.draws, asked.top_k, asked.top_p),
+        asked.batch,
+        asked.repeats,
+        work.seed,
+    )
+    started, load, meter = datetime.now(UTC), getloadavg()[0], Meter(device)
+    measured = measure([one.contestant for one in entered], turns, meter, tell=tell)
+    peaks = Peak.largest([one.peak for one in measured])
+    peak = peaks._replace(process=max(peaks.process, meter.process))
+    entrants = [
+        Entrant(
+            found,
+            one.role,
+            str(one.named),
+            one.writer.digests,
+            one.writer.parameters,
+            one.writer.model.chunk,
+            flops_per_token(one.writer.model, turns, found.turns[0].texts),
+            work.quality.get(one.writer.digests["student"]),
+        )
+        for one, found in zip(entered, measured, strict=True)
+    ]
+    return Report(
+        here=here(this_machine(device), torch.get_num_threads(), load, started, code_identity()),
+        asked=turns,
+        prompts_sha256=sha256("\n".join(work.prompts).encode()).hexdigest(),
+        tokenizer_sha256=entered[0].writer.tokenizer.sha256,
+        entrants=entrants,
+        peak=peak,
+        hits=work.hits,
+        gates=asked.gates,
+        verdicts=judge(asked, Seen.of(measured[0], peak, work.hits)),
+    )
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """A prompt a line, blank lines left out; RefusedError where there are none."""
+    make_one = "--prompts FILE, a text file with a prompt a line"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RefusedError(f"--prompts {path} cannot be read: {why}", next=make_one) from None
+    found = tuple(line for line in lines if line.strip())
+    if not found:
+        raise RefusedError(f"--prompts {path} holds no prompt", next=make_one)
+    return found
+
+
+def _enter(work: Work) -> list[_Entered]:
+    names = _Names()
+    entered: list[_Entered] = []
+    for path in (work.student, *work.beside):
+        writer = open_writer(path, device=work.device)
+        if entered and writer.tokenizer.sha256 != entered[0].writer.tokenizer.sha256:
+            raise RefusedError(
+                f"{path} writes in tokens of another tokenizer than {work.student}: tokens/s of the two cannot be "
+                "compared",
+                next="take students of one data run",
+            )
+        name = names.next(_called(writer.model, writer.kind))
+        entered.append(_Entered(Engine(name, writer.model), writer.kind, path, writer))
+    if not work.transformers:
+        return entered
+    token_level = [one for one in entered if one.role == "token"]
+    if not token_level:
+        raise RefusedError(
+            "transformers writes token after token, and no token-level student is named",
+            next="--beside RUN, a distill run of the same data",
+        )
+    for one in token_level:
+        theirs = TransformersGenerate(
+            names.next("transformers"), one.writer.folder, one.writer.tokenizer.eos_id, one.writer.model.device
+        )
+        entered.append(_Entered(theirs, "transformers", one.named, one.writer))
+    return entered
+
+
+def _called(model: ChunkModel, kind: str) -> str:
+    return f"latent, K = {model.chunk}" if kind == "latent" else "token-level"
+
+
+class _Names:
+    """Each name once: the second of a kind is numbered."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, int] = {}
+
+    def next(self, name: str) -> str:
+        self._given[name] = count = self._given.get(name, 0) + 1
+        return name if count == 1 else f"{name} ({count})"
+
+
+def _tokens(prompts: Sequence[str], writer: Writer) -> tuple[tuple[int, ...], ...]:
+    encode = writer.tokenizer.backend.encode
+    return tuple(tuple(encode(prompt, add_special_tokens=False).ids) for prompt in prompts)
