@@ -300,6 +300,11 @@ class PipelineSpec(Section):
             )
         if not latent.continues:
             return
+        if drawn.rows is not None and latent.text_weight == 0 and latent.student.token_layers == 0:
+            raise ValueError(
+                f"continuations.rows = {drawn.rows} with latent.text_weight = 0 and no token head: the other rows "
+                "would teach nothing"
+            )
         used = latent.sample_continuations or drawn.count
         if used > drawn.count:
             raise ValueError(f"latent.sample_continuations = {used} is more than continuations.count = {drawn.count}")

@@ -81,11 +81,37 @@ def device_record(device: torch.device) -> dict[str, Any]:
     return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process held (resident set; on a GPU that of its allocator added).
+_EARLIER = [0]
+"""The peak of what :func:`take_peak` has told since a run began."""
 
-    Counted from the last time that the kernel was told to forget it: what ran in this process before is not this run's.
-    """
+
+def forget_peak() -> None:
+    """From now on count the peak of a new run: what ran in this process before is not its."""
+    _EARLIER[0] = 0
+    _forget()
+
+
+def take_peak() -> int:
+    """The most memory held since the last time that this was asked; the run's own peak is kept."""
+    found = _peak_now()
+    _EARLIER[0] = max(_EARLIER[0], found)
+    _forget()
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held since its run began (resident set, and that of a GPU's allocator)."""
+    return max(_EARLIER[0], _peak_now())
+
+
+def _forget() -> None:
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_now() -> int:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
         resident = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), resident)

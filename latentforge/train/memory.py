@@ -126,10 +126,7 @@ def begin_measuring() -> int:
     # What was freed and is kept by glibc would be taken again, and hide as much of what the run takes.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    effective.forget_peak()
     return effective.memory_in_use()
 
 

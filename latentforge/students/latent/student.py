@@ -20,6 +20,7 @@ from latentforge.students.latent.energy import EnergySettings, energy_score
 from latentforge.students.latent.folder import WEIGHTS, read_description, read_weights, write_folder
 from latentforge.students.latent.head import EnergyHead
 from latentforge.students.latent.noise import TrainingNoise
+from latentforge.students.latent.original import VectorLoss, VectorSignal, vector_loss
 from latentforge.students.latent.token_head import TokenHead
 
 DESCRIPTION = "student.json"
@@ -95,7 +96,7 @@ class StudentRecord:
 class LatentLoss(NamedTuple):
     """``loss`` is differentiable and already divided by the step's denominators. Its detached parts are unweighted:
     ``energy`` by the name of the signal, ``token_ce`` and ``token_kd`` (NaN where nothing was asked). ``rows`` counts
-    the rows of each energy signal, ``tokens`` those of the token head.
+    the rows of each energy signal, ``tokens`` those of the token head; ``vector`` are the parts of a vector signal.
     """
 
     loss: Tensor
@@ -104,6 +105,7 @@ class LatentLoss(NamedTuple):
     token_kd: Tensor
     rows: dict[str, int]
     tokens: int
+    vector: VectorLoss | None = None
 
 
 class LatentStudent(nn.Module):
@@ -220,6 +222,7 @@ class LatentStudent(nn.Module):
         *,
         energy: Mapping[str, EnergySignal],
         tokens: TokenSignal | None = None,
+        vector: VectorSignal | None = None,
         kernel_backend: str = "auto",
     ) -> LatentLoss:
         """The loss of ``chunks`` int64 [B, C, K] under each signal; the first chunk of a row is not predicted.
@@ -227,7 +230,7 @@ class LatentStudent(nn.Module):
         ``seeds`` int64 [B] make the noise: a row's loss does not depend on the batch around it. The energy score is
         computed in fp32, the token head's loss without logits of all rows.
         """
-        if not energy and tokens is None:
+        if not energy and tokens is None and vector is None:
             raise RefusedError("there is no signal: nothing would be trained", next="give an energy or a token signal")
         if chunks.shape[1] < 2:
             raise RefusedError(f"chunks are {list(chunks.shape)}: at least two are needed to predict one")
@@ -253,6 +256,11 @@ class LatentStudent(nn.Module):
                 backend=kernel_backend,
             )
             loss, token_ce, token_kd = loss + found.loss, found.ce, found.kd
+        as_vector = None
+        if vector is not None:
+            drawn = self._drawn_once(states, noise)
+            as_vector = vector_loss(vector, drawn, labels, ignore_index=IGNORE, backend=kernel_backend)
+            loss = loss + as_vector.loss
         return LatentLoss(
             loss,
             {name: part.detach() for name, part in parts.items()},
@@ -260,6 +268,7 @@ class LatentStudent(nn.Module):
             token_kd,
             {name: int(signal.given.sum()) for name, signal in energy.items()},
             int((labels != IGNORE).sum()) if tokens is not None else 0,
+            as_vector,
         )
 
     def _energy_part(self, states: Tensor, signal: EnergySignal, noise: TrainingNoise) -> Tensor:
@@ -289,6 +298,11 @@ class LatentStudent(nn.Module):
         temperature = None if signal.temperature is None else signal.temperature[chosen]
         drawn = self.draw_latents(states[chosen], uniform, temperature)
         return energy_score(drawn, samples.flatten(1, 2), self.energy.alpha).sum() / signal.denominator
+
+    def _drawn_once(self, states: Tensor, noise: TrainingNoise) -> Tensor:
+        """A latent fp32 [B, C-1, l] after each of ``states``."""
+        uniform = noise.uniform([states.shape[1]] * len(states), 1, self.shape.noise)
+        return self.draw_latents(states.flatten(0, 1), uniform).reshape(*states.shape[:2], -1)
 
     def _token_states(self, states: Tensor, chunks: Tensor) -> Tensor:
         """The token head's hidden states [B * (L-1), d] of all L = C * K tokens of a row but its first.

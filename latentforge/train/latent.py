@@ -1,0 +1,311 @@
+"""Recipe of the run kind ``latent``: a student of K tokens a step, from text and what a teacher says of it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import ShardSet
+from latentforge.errors import RefusedError
+from latentforge.events import EventLog, read_events
+from latentforge.spec.latent import LatentSpec
+from latentforge.spec.run import RunDir, write_record
+from latentforge.students.causal import cast_weights
+from latentforge.students.latent.backbone import DecoderShape
+from latentforge.students.latent.causality import changes
+from latentforge.students.latent.chunks import chunked, valid
+from latentforge.students.latent.codec import Codec
+from latentforge.students.latent.energy import EnergySettings
+from latentforge.students.latent.flops import latent_training
+from latentforge.students.latent.student import LatentShape, LatentStudent
+from latentforge.targets.continuations import ContinuationStore
+from latentforge.train import effective
+from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
+from latentforge.train.falsifiers import judge
+from latentforge.train.keeping import go_on, keep_checkpoint
+from latentforge.train.latent_falsifiers import MODEL
+from latentforge.train.latent_lessons import Teaching
+from latentforge.train.latent_products import save_writer, written
+from latentforge.train.latent_trainer import HeldOut, LatentTrainer
+from latentforge.train.loop import log_compiles, log_step
+from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.products import start_digests
+from latentforge.train.resume import open_predecessor
+from latentforge.train.score import teacher_folder
+from latentforge.train.setting import choose_device, choose_kernel, fit_threads, training_batch
+from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+
+CHECKPOINTS = {MODEL: ""}
+CAUSAL_ROWS = 4
+"""Held-out rows in which chunks are changed."""
+
+
+def run(run: RunDir, log: EventLog) -> None:
+    """Train the student, from its start or its predecessor's last checkpoint; measure, save, judge."""
+    with ExitStack() as held:
+        _run(run, log, held)
+
+
+def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
+    identity = run.load_identity()
+    spec = LatentSpec.model_validate_json(json.dumps(identity.spec["latent"]))
+    seed = int(identity.spec["seed"])
+
+    with log.phase("load"):
+        data = ShardSet.open(run.input_path("data"))
+        data.verify()
+        device = choose_device(spec.device, section="latent")
+        kernel, slow = choose_kernel(device, PRECISIONS[spec.precision], op="linear_kd_loss", also=("latent_decode",))
+        codec = open_codec(run, data).to(device)
+        teaching = open_teaching(run, spec, codec, data, kernel, held)
+        student = new_student(spec, codec, seed=seed).to(device)
+        chunks = data.sequence_length // data.chunk
+        cost = latent_training(
+            student.shape,
+            codec.shape,
+            positions=chunks,
+            energy_draws=spec.draws * len(teaching.weights),
+            encoded=1.0 + teaching.used * len(teaching.temperatures),
+            token_head=teaching.has_tokens,
+        )
+        flops = cost.total * spec.steps * spec.batch_size * (data.sequence_length - data.chunk)
+        fit_threads(flops / spec.steps)
+        optimiser = MasterOptimiser(
+            student,
+            learning_rate=spec.learning_rate,
+            weight_decay=spec.weight_decay,
+            warmup_steps=spec.warmup_steps,
+            steps=spec.steps,
+            clip_norm=spec.clip_norm,
+        )
+        trainer = LatentTrainer(student, optimiser, teaching, seed=seed, micro_batch_size=spec.micro_batch_size)
+        order = BatchOrder(len(data.train), spec.batch_size, seed)
+        start = start_digests(optimiser, student)
+        earlier = open_predecessor(run, log, CHECKPOINTS)
+    if slow:
+        log.warning(slow)
+    for sentence in teaching.notes:
+        log.say(sentence)
+
+    in_force = values_in_force(run, spec, trainer, order, data, device)
+    effective.record(
+        run,
+        effective=in_force,
+        device=effective.device_record(device),
+        kernel_backend=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops={MODEL: flops},
+    )
+    effective.require_same(MODEL, identity.spec, in_force)
+    if device.type != "cpu":
+        with log.phase("rehearse"):
+            trainer.rehearse(data, training_batch(data.train, order, 0, device))
+    trainer.watch.drain()
+    log.ready(requested=identity.spec, effective=in_force)
+
+    checkpoint = earlier.checkpoints.get(MODEL) if earlier is not None else None
+    first = 0
+    before: HeldOut | None = None
+    if earlier is not None and checkpoint is not None:
+        go_on(earlier, checkpoint, optimiser, log, model=MODEL, steps=spec.steps)
+        first = checkpoint.step
+        keep_checkpoint(run, log, CHECKPOINTS[MODEL], student, optimiser, model=MODEL, step=first, start=start)
+    else:
+        if earlier is not None:
+            log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+        with log.phase("evaluate"):
+            before = trainer.held_out(data)
+        say_held_out(log, before, step=0)
+
+    effective.take_peak()
+    with log.phase("train"), deferred_stop():
+        for step in range(first, spec.steps):
+            covered = covered_rows(teaching, order, step)
+            done = trainer.step(step, training_batch(data.train, order, step, device), covered)
+            log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
+            signal, last = stop_requested(), step + 1 == spec.steps
+            if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
+                log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
+            if last or signal is not None or (step + 1) % spec.checkpoint_every == 0:
+                keep_checkpoint(
+                    run, log, CHECKPOINTS[MODEL], student, optimiser, model=MODEL, step=step + 1, start=start
+                )
+            if signal is not None:
+                raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {MODEL}; checkpoint written")
+
+    with log.phase("evaluate"):
+        after = trainer.held_out(data)
+        rows = torch.from_numpy(data.heldout.rows(np.arange(min(CAUSAL_ROWS, len(data.heldout))))).to(device)
+        text = chunked(rows, data.chunk)
+        change = changes(student, text, valid(text, data.eos_id))
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
+    say_held_out(log, after, step=spec.steps)
+    of = {"step": spec.steps, "split": "heldout", "model": MODEL}
+    log.emit(
+        "metric", name="change_before_a_chunk", value=change.before, after=change.after, places=change.places, **of
+    )
+
+    with log.phase("save"):
+        run.out.mkdir(exist_ok=True)
+        save_writer(run, log, student, optimiser, data, start=start, step=spec.steps)
+        write_record(run.out / "samples.json", written(run.out / "student", data, device))
+        reports = {"initial": None if before is None else vars(before), "final": vars(after)}
+        causality = {"before": change.before, "after": change.after, "places": change.places}
+        record = {"steps": spec.steps, "flops": {MODEL: flops}, "heldout": reports, "causality": causality}
+        write_record(run.out / "metrics.json", record)
+    log.say(f"flops {flops / 1e12:.2f} TFLOP")
+    for verdict in judge(read_events(run.events_file), spec.require):
+        log.verdict(verdict)
+
+
+def open_codec(run: RunDir, data: ShardSet) -> Codec:
+    """The codec of the input ``codec``, frozen; refused where it is not one of this data's chunks and tokens."""
+    folder = run.input_path("codec") / "codec"
+    codec = Codec.open(folder, tokenizer_sha256=data.tokenizer_sha256)
+    for name, wanted in (("chunk", data.chunk), ("vocab_size", data.vocab_size)):
+        found = getattr(codec.shape, name)
+        if found != wanted:
+            raise RefusedError(f"{folder}: {name} = {found}, and the data's is {wanted}")
+    return codec
+
+
+def new_student(spec: LatentSpec, codec: Codec, *, seed: int) -> LatentStudent:
+    """The student before its first step; it writes the codec's chunks, latents and tokens."""
+    asked, shape = spec.student, codec.shape
+    decoder = DecoderShape(asked.layers, asked.hidden, asked.heads, asked.kv_heads, asked.intermediate)
+    student = LatentStudent.new(
+        LatentShape(
+            shape.vocab_size,
+            shape.chunk,
+            shape.latent,
+            decoder,
+            head_blocks=asked.head_blocks,
+            noise=asked.noise,
+            token_layers=asked.token_layers,
+            tempered=spec.tempered_weight > 0,
+        ),
+        seed=seed,
+        energy=EnergySettings(spec.alpha, spec.draws, spec.samples),
+    )
+    cast_weights(student, PRECISIONS[spec.precision])
+    student.requires_grad_(not asked.frozen)
+    if spec.activation_checkpointing:
+        student.checkpoint_activations()
+    return student
+
+
+def open_teaching(
+    run: RunDir, spec: LatentSpec, codec: Codec, data: ShardSet, kernel: str, held: ExitStack
+) -> Teaching:
+    """The signals and what they are made of; refused where a row of the data is missing. ``held`` closes stores."""
+    rows = continued = covered = None
+    notes: list[str] = []
+    if spec.takes_rows:
+        rows = held.enter_context(open_stored(run, teacher_folder(run)))
+        require_rows(rows.store, data)
+        notes += rows.notes
+    if spec.continues:
+        source = run.input_run("continuations")
+        assert source is not None  # continuations come of a run alone
+        path = source.out / "continuations.sqlite"
+        continued = held.enter_context(ContinuationStore.open(path, chunk=data.chunk, eos_id=data.eos_id))
+        covered = source.load_identity().spec["continuations"]["rows"]
+        notes.append(require_continued(continued, data, covered))
+    return Teaching(
+        spec,
+        codec,
+        eos_id=data.eos_id,
+        kernel=kernel,
+        rows=rows,
+        continued=continued,
+        covered=covered,
+        notes=tuple(notes),
+    )
+
+
+def require_continued(store: ContinuationStore, data: ShardSet, covered: int | None) -> str:
+    """Refuse a store that lacks a row that is to be continued, else say what it has."""
+    wanted = min(covered or len(data.train), len(data.train))
+    rows = [(data.train, number) for number in range(wanted)]
+    rows += [(data.heldout, number) for number in range(len(data.heldout))]
+    found = store.coverage(store.key(shard.rows([number])[0]) for shard, number in rows)
+    if found.present < found.total:
+        raise RefusedError(
+            f"{store.path.name} holds continuations of {found} of the rows",
+            next="go on with the continuations run:  latentforge dispatch go --attempt next",
+        )
+    made, temperatures = store.made, ", ".join(f"{one:g}" for one in store.made.temperatures)
+    share = "all" if wanted == len(data.train) else f"the first {wanted} of {len(data.train)}"
+    return f"{made.count} continuations a chunk at T = {temperatures}, of {share} training rows"
+
+
+def covered_rows(teaching: Teaching, order: BatchOrder, step: int) -> Tensor | None:
+    """Which rows of a step's batch were continued, bool [B]; None: all."""
+    if teaching.covered is None:
+        return None
+    return torch.from_numpy(order.indices(step) < teaching.covered)
+
+
+def say_held_out(log: EventLog, value: HeldOut, *, step: int) -> None:
+    """Say held-out values as events: the weighted loss, and each signal's own."""
+    log.metric("val_loss", value.loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
+    for name, part in value.parts.items():
+        log.metric(f"val_{name}", part, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
+    log.say(f"{'initial_loss' if step == 0 else 'final_loss'}={value.loss:.4f} (held-out, step {step})")
+
+
+def values_in_force(
+    run: RunDir, spec: LatentSpec, trainer: LatentTrainer, order: BatchOrder, data: ShardSet, device: torch.device
+) -> dict[str, object]:
+    """Every value of the spec as the objects that will run hold it."""
+    student, optimiser, teaching = trainer.student, trainer.optimiser, trainer.teaching
+    config = student.backbone.decoder.model.config
+    batch = training_batch(data.train, order, 0, device)
+    size = min(trainer.micro_batch_size or len(batch), len(batch))
+    weights = {name: getattr(teaching.spec, name) for name in LatentSpec.model_fields if name.endswith("_weight")}
+    return {
+        "profile": run.load_identity().spec["profile"],
+        "seed": trainer.seed,
+        MODEL: {
+            "student": {
+                "layers": len(student.backbone.decoder.model.layers),
+                "hidden": student.table.embedding_dim,
+                "heads": config.num_attention_heads,
+                "kv_heads": config.num_key_value_heads,
+                "intermediate": config.intermediate_size,
+                "head_blocks": len(student.head.blocks),
+                "noise": student.head.noise_size,
+                "token_layers": 0 if student.token_head is None else len(student.token_head.decoder.model.layers),
+                "frozen": not any(p.requires_grad for p in student.parameters()),
+            },
+            "alpha": student.energy.alpha,
+            "draws": student.energy.draws,
+            "samples": student.energy.samples,
+            **weights,
+            "sample_continuations": teaching.used or spec.sample_continuations,
+            "token_temperature": teaching.spec.token_temperature,
+            "steps": spec.steps,
+            "batch_size": len(batch),
+            "micro_batch_size": size,
+            "learning_rate": optimiser.peak_learning_rate,
+            "warmup_steps": spec.warmup_steps,
+            "weight_decay": optimiser.weight_decay,
+            "clip_norm": optimiser.clip_norm,
+            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[student.table.weight.dtype],
+            "activation_checkpointing": student.head.checkpointing,
+            "device": student.table.weight.device.type,
+            "checkpoint_every": spec.checkpoint_every,
+            "beside": run.has_input("beside"),
+            "require": list(spec.require),
+        },
+        "chunk": student.shape.chunk,
+        "latent_size": student.shape.latent,
+        "predictions_per_sequence": batch.shape[1] - student.shape.chunk,
+        "micro_batches": -(-len(batch) // size),
+        "parameters": sum(p.numel() for p in student.parameters()),
+    }
