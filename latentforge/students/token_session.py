@@ -13,6 +13,7 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
 from latentforge.students.causal import Student, model_from_folder
 from latentforge.students.latent.backbone import lengthened, unused
+from latentforge.students.latent.beginning import begun
 from latentforge.students.latent.requests import Keys
 from latentforge.students.latent.scoring import check_texts, token_logprobs
 
@@ -71,8 +72,11 @@ class TokenModel:
         return found
 
     def begin(self, texts: Sequence[Tensor]) -> TokenSession:
-        """A session of the beginnings ``texts``, int64 [C, 1] each: all are computed in one pass."""
-        return TokenSession(self, texts)
+        """A session of the beginnings ``texts``, int64 [C, 1] each."""
+        layers = getattr(self.student.model.config, "layer_types", None) or []
+        if any(one != "full_attention" for one in layers):  # windows of different texts cannot be joined
+            return TokenSession(self, texts)
+        return begun(texts, lambda some: TokenSession(self, some))
 
     @torch.no_grad()
     def tokens_after(

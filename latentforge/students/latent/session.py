@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from latentforge.errors import RefusedError
 from latentforge.kernels.decode import latent_decode
 from latentforge.students.latent.backbone import StateCache, lengthened, unused
+from latentforge.students.latent.beginning import begun
 from latentforge.students.latent.chunks import valid
 from latentforge.students.latent.codec import Codec
 from latentforge.students.latent.noise import head_noise
@@ -74,8 +75,8 @@ class LatentModel:
         return self.student.table.weight.device
 
     def begin(self, texts: Sequence[Tensor]) -> LatentSession:
-        """A session of the beginnings ``texts``, int64 [C, K] each: all are computed in one pass."""
-        return LatentSession(self, texts)
+        """A session of the beginnings ``texts``, int64 [C, K] each."""
+        return begun(texts, lambda some: LatentSession(self, some))
 
     @torch.no_grad()
     def draw_after(self, states: Tensor, keys: Keys, first: int, count: int, temperature: float) -> Tensor:

@@ -19,15 +19,16 @@ from latentforge.students.token_session import TokenModel
 from .conftest import EOS, VOCABULARY, p_value, untrained_model
 
 
-def token_level() -> TokenModel:
-    model = new_model(ModelShape(2, 32, 4, 2, 48), vocab_size=VOCABULARY, positions=64, eos_id=EOS, seed=3)
+def token_level(layers: int = 2, width: int = 32, *, cache: bool = True) -> TokenModel:
+    shape = ModelShape(layers, width, heads=width // 8, kv_heads=width // 16, intermediate=48)
+    model = new_model(shape, vocab_size=VOCABULARY, positions=64, eos_id=EOS, seed=3)
     with torch.no_grad():
         for weight in model.model.layers.parameters():
             if weight.dim() > 1:
                 weight.mul_(10)
         model.lm_head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
         model.lm_head.weight[EOS] *= 0.3
-    return TokenModel(model, VOCABULARY, EOS)
+    return TokenModel(model, VOCABULARY, EOS, cache=cache)
 
 
 MODELS = {
