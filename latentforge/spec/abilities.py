@@ -19,7 +19,7 @@ CHAT_K = 20
 
 ABILITIES: dict[Backend, frozenset[Ability]] = {
     "hf": frozenset({"score", "sample", "logits"}),
-    "fixture": frozenset({"score", "logits"}),
+    "fixture": frozenset({"score", "sample", "logits"}),
     "store": frozenset({"score"}),
     "openai": frozenset({"score", "sample", "chat"}),
     "vllm-remote": frozenset({"score", "sample", "chat"}),

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
+from latentforge.kernels.noise import gumbel
 from latentforge.kernels.targets import DenseTargets, TopKTargets
+from latentforge.targets.continued import Ids
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.topk import sequence_rows, topk_rows
+from latentforge.teachers.continuing import Contexts, Continuing
 from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
 
 _PEAK = 8.0
@@ -28,8 +32,8 @@ class FixtureTeacher:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Scores, and dense logits at any T."""
-        return frozenset({"score", "logits"})
+        """Scores, continues texts, and gives dense logits at any T."""
+        return frozenset({"score", "sample", "logits"})
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -76,6 +80,27 @@ class FixtureTeacher:
         for number, tokens in enumerate(sequences):
             logits = self.logits(torch.from_numpy(np.asarray(tokens)).unsqueeze(0))
             yield number, sequence_rows(*topk_rows(logits, k, temperatures), sequences=1)[0]
+
+    def continuations(self, sequences: Sequence[Tokens], asked: Continuing) -> Iterator[tuple[int, dict[float, Ids]]]:
+        """The chunks drawn after each chunk of each sequence, in order (see :class:`Continuer`)."""
+        for number, tokens in enumerate(sequences):
+            row = Contexts.of(tokens, asked)
+            drawn = {t: self._chunks(row, tokens, t, asked) for t in asked.temperatures}
+            yield number, row.spread(drawn, tokens, asked)
+
+    def _chunks(self, row: Contexts, tokens: Tokens, temperature: float, asked: Continuing) -> npt.NDArray[np.int64]:
+        """What is drawn after each context, int64 [R, contexts, K]."""
+        key = torch.tensor(asked.key(tokens, temperature))
+        last = torch.from_numpy(row.text[row.ends - 1]).expand(asked.count, -1)
+        places = []
+        for place in range(asked.chunk):
+            # This teacher looks at the last token alone.
+            asked_of = torch.stack([last.flatten(), torch.zeros_like(last).flatten()], dim=1)
+            logits = self.logits(asked_of).view(*last.shape, -1)
+            positions = torch.from_numpy(asked.positions(row.chunks, place))[..., None]
+            last = (logits / temperature + gumbel(key, positions, torch.arange(self._vocab_size))).argmax(-1)
+            places.append(last)
+        return np.asarray(torch.stack(places, dim=-1).numpy())
 
     def close(self) -> None:
         """Nothing is held."""

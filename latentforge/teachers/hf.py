@@ -13,8 +13,10 @@ from torch import Tensor
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import DenseTargets, TopKTargets
+from latentforge.targets.continued import Ids
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.topk import sequence_rows, topk_rows
+from latentforge.teachers.continuing import Continuing
 from latentforge.teachers.folder import ModelFolder, check_model_folder
 from latentforge.teachers.loading import Dtype, Kept, load_model
 from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_temperature, check_tokens
@@ -71,8 +73,8 @@ class HFTeacher:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Scores, and dense logits at any T."""
-        return frozenset({"score", "logits"})
+        """Scores, continues texts, and gives dense logits at any T."""
+        return frozenset({"score", "sample", "logits"})
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -158,6 +160,14 @@ class HFTeacher:
             batch = torch.from_numpy(np.stack([np.asarray(tokens) for tokens in sequences[begin:end]]))
             ids, logprobs, tails = self.topk(batch, k=k, temperatures=temperatures)
             yield from enumerate(sequence_rows(ids, logprobs, tails, sequences=end - begin), start=begin)
+
+    def continuations(self, sequences: Sequence[Tokens], asked: Continuing) -> Iterator[tuple[int, dict[float, Ids]]]:
+        """The chunks drawn after each chunk of each sequence, in order (see :class:`Continuer`); one row at a time, so
+        that what is drawn for it does not depend on the others."""
+        from latentforge.teachers.hf_continuing import continue_row
+
+        for number, tokens in enumerate(sequences):
+            yield number, continue_row(self, tokens, asked)
 
     def close(self) -> None:
         """Let the weights go."""

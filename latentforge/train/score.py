@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from latentforge.data.shards import ShardSet
-from latentforge.errors import FailedError, RefusedError
+from latentforge.errors import FailedError
 from latentforge.events import EventLog
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import ScoreSpec, TeacherSpec
@@ -32,6 +32,7 @@ from latentforge.train.across import align, crosses
 from latentforge.train.asked import AskedLog
 from latentforge.train.data import checked_path
 from latentforge.train.memory import require_return
+from latentforge.train.taking_over import take_over
 from latentforge.train.teaching import idleness, in_force, report_precision
 
 
@@ -67,8 +68,9 @@ def run(run: RunDir, log: EventLog) -> None:
         for note in dict.fromkeys((*said, *teacher.notes)):
             log.say(note)
         run.out.mkdir(parents=True, exist_ok=True)
-        take_over(run, teacher, spec, log)
-        with open_for_scoring(run.out / "targets.sqlite", teacher, spec) as store:
+        open_store = partial(open_for_scoring, teacher=teacher, spec=spec)
+        take_over(run, log, "targets.sqlite", open_store)
+        with open_store(run.out / "targets.sqlite") as store:
             if store.reader == "numpy" and store.rounding == "fine":
                 log.warning("rows are read in numpy, several times slower: the extension is missing or stale")
             new, agreement, reached = fill(store, teacher, asked_of, spec, log, asked)
@@ -162,34 +164,6 @@ def teacher_folder(run: RunDir) -> Path:
     if run.input_run("teacher") is not None:
         return run.input_path("teacher") / "model"
     return checked_path(run, "teacher") or run.input_path("teacher")
-
-
-def take_over(run: RunDir, teacher: Scorer, spec: ScoreSpec, log: EventLog) -> None:
-    """Copy what an earlier attempt stored, so that its rows need not be scored again; its own folder is not touched.
-
-    Rows that were damaged are dropped, and a store that cannot be read at all is left behind: both are said.
-    """
-    store = run.out / "targets.sqlite"
-    earlier = run.predecessor()
-    while earlier is not None and earlier.path.is_dir() and not (earlier.out / store.name).is_file():
-        earlier = earlier.predecessor()
-    if store.exists() or earlier is None or not earlier.path.is_dir():
-        return
-    # The journal comes along: it holds the rows that were committed last, and opening the copy takes them in.
-    for name in (f"{store.name}-wal", store.name):
-        if (earlier.out / name).is_file():
-            shutil.copyfile(earlier.out / name, run.out / name)
-    try:
-        with open_for_scoring(store, teacher, spec) as copied:
-            damaged = copied.drop_damaged()
-    except RefusedError as error:
-        log.warning(f"the store of {earlier.run} is not taken over: {error}")
-        for path in run.out.glob(f"{store.name}*"):
-            path.unlink()
-        return
-    log.say(f"takes over the store of {earlier.run}")
-    if damaged:
-        log.warning(f"{damaged} rows of {earlier.run} were damaged and are scored again")
 
 
 def open_for_scoring(path: Path, teacher: Scorer, spec: ScoreSpec) -> TargetStore:
