@@ -40,6 +40,9 @@ class TokenModel:
         self.student = Student(model, vocab_size).requires_grad_(False).eval()
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.cache, self.kernel_backend = cache, kernel_backend
+        from latentforge.students.stepping import can_step
+
+        self.steps = can_step(self.student.model.base_model)
 
     @classmethod
     def open(
@@ -130,19 +133,30 @@ class TokenSession:
             present[row, length - len(text) - 1 :] = True
         self._tokens, self._present = tokens.to(model.device), present.to(model.device)
         self._layers: Any = None
+        if model.cache and model.steps:
+            from latentforge.students.stepping import growing_cache
+
+            self._layers = growing_cache()
         self._state = self._states()
 
     def _states(self) -> Tensor:
         """The last state of each text, [B, d]: of the tokens that were not computed yet, or of all without a cache."""
-        settings: dict[str, Any] = {}
+        base, tokens = self.model.student.model.base_model, self._tokens
+        mask = positions = None
         if not bool(self._present.all()):
-            positions = (self._present.long().cumsum(1) - 1).clamp(min=0)
-            settings = {
-                "attention_mask": self._present,
-                "position_ids": positions[:, -self._tokens.shape[1] :],
-            }
-        found = self.model.student.model.base_model(
-            input_ids=self._tokens, past_key_values=self._layers, use_cache=self.model.cache, **settings
+            mask = self._present
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if self.model.cache and self.model.steps and tokens.shape[1] == 1:
+            from latentforge.students.stepping import step
+
+            self._tokens = tokens[:, :0]
+            return step(base, base.embed_tokens(tokens), self._layers, mask, positions)[:, 0]
+        found = base(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._layers,
+            use_cache=self.model.cache,
         )
         if self.model.cache:
             self._layers, self._tokens = found.past_key_values, self._tokens[:, :0]
@@ -219,7 +233,11 @@ class TokenSession:
         """Whether a layer keeps something else than all that it has seen."""
         from transformers.cache_utils import DynamicLayer
 
-        return self._layers is not None and any(type(layer) is not DynamicLayer for layer in self._layers.layers)
+        from latentforge.students.stepping import GrowingLayer
+
+        if self._layers is None:
+            return False
+        return any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in self._layers.layers)
 
     @torch.no_grad()
     def advance(self, chunks: Tensor) -> None:

@@ -78,11 +78,31 @@ def test_a_cache_changes_nothing() -> None:
 
 
 def test_a_step_with_a_cache_computes_one_position() -> None:
-    lengths: list[int] = []
+    rows: list[int] = []
     one = model()
-    one.student.model.model.layers[0].register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    up = one.student.model.model.layers[0].mlp.up_proj
+    up.register_forward_pre_hook(lambda _, given: rows.append(given[0].numel() // 32))
     generate(one, [Request(prompt(9), 4)])
-    assert lengths == [10, 1, 1, 1]
+    assert rows == [10, 1, 1, 1]
+
+
+def test_another_architecture_writes_by_transformers_own_steps() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=EOS, **settings))
+        for weight in llama.parameters():
+            torch.nn.init.normal_(weight, std=0.6)
+    one = TokenModel(llama, VOCABULARY, EOS)
+    assert not one.steps
+    greedy = [Request(prompt(n), 20, sampling=Sampling("head", 0.0)) for n in (3, 7)]
+    for request, found in zip(greedy, generate(one, greedy), strict=True):
+        given = torch.tensor([[EOS, *request.prompt]])
+        wanted = llama.generate(given, max_new_tokens=20, do_sample=False, pad_token_id=EOS)
+        assert list(found.tokens) == wanted[0, given.shape[1] :].tolist()
+    assert len(set(found.tokens)) > 3
 
 
 def test_draws_of_one_place_are_numbered_and_differ() -> None:

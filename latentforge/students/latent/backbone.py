@@ -60,8 +60,12 @@ class Decoder(nn.Module):
         self, vectors: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
     ) -> Tensor:
         """[B, C, d] of ``vectors`` [B, C, d], after the last norm. ``mask`` bool [B, past + C] is false where nothing
-        is to be seen; ``positions`` int64 [B, C]; ``cache`` is a transformers cache, which is extended.
+        is to be seen; ``positions`` int64 [B, C]; ``cache`` is one of ``stepping.growing_cache``, which is extended.
         """
+        if cache is not None and vectors.shape[1] == 1 and not torch.is_grad_enabled():
+            from latentforge.students.stepping import step
+
+            return step(self.model, vectors, cache, mask, positions)
         found: Tensor = self.model(
             inputs_embeds=vectors,
             attention_mask=mask,
@@ -90,9 +94,9 @@ class StateCache:
     """What the layers keep of chunks already seen, and which of those were there (bool [B, past])."""
 
     def __init__(self) -> None:
-        from transformers import DynamicCache
+        from latentforge.students.stepping import growing_cache
 
-        self.layers: Any = DynamicCache()
+        self.layers: Any = growing_cache()
         self.present: Tensor | None = None
 
     def __len__(self) -> int:
@@ -124,17 +128,15 @@ class StateCache:
         self.present = torch.cat([lengthened(self.present, length, 1), lengthened(other.present, length, 1)])
 
     def _set(self, layers: list[tuple[Tensor, Tensor]]) -> None:
-        from transformers import DynamicCache
+        from latentforge.students.stepping import growing_cache
 
-        self.layers = DynamicCache(layers)
+        self.layers = growing_cache(layers)
 
     def copy(self, rows: Tensor) -> StateCache:
         """A cache of its own of the texts ``rows`` int64 [R] of the batch; one may come more than once."""
-        from transformers import DynamicCache
-
         found = StateCache()
         if self.present is not None:
-            found.layers = DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in self.layers.layers])
+            found._set([(layer.keys[rows], layer.values[rows]) for layer in self.layers.layers])
             found.present = self.present[rows]
         return found
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from latentforge.kernels.noise import philox_words, unit_interval
+from latentforge.kernels.noise import philox_blocks, philox_words, unit_interval
 
 _APART = 1 << 33
 """Beyond the ids of any vocabulary: a token drawn with the same seed and position shares no bit with a latent."""
@@ -20,9 +22,21 @@ def head_noise(seeds: Tensor, positions: Tensor, samples: int, size: int, *, fir
     The same bits on every device, in any batch; sample s is the same however many are drawn. ``first`` is the number
     of the first one, so that more can be drawn later.
     """
+    if seeds.device.type == "cpu":
+        begin, end = first * size, (first + samples) * size
+        blocks = (_APART >> 2) + np.arange(begin >> 2, (end + 3) >> 2)
+        words = philox_blocks(seeds.numpy(), positions.numpy(), blocks).reshape(len(seeds), -1)
+        found = _unit_interval(words[:, begin & 3 :][:, : end - begin]) - np.float32(0.5)
+        return torch.from_numpy(found).unflatten(1, (samples, size))
     number = torch.arange(first, first + samples, device=seeds.device).unsqueeze(-1)
     ids = _APART + number * size + torch.arange(size, device=seeds.device)
     return unit_interval(philox_words(seeds[:, None, None], positions[:, None, None], ids)) - 0.5
+
+
+def _unit_interval(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
+    """``kernels.noise.unit_interval``, of the same bits."""
+    high, low = (words >> 16).astype(np.float32), (words & 0xFFFF).astype(np.float32)
+    return (high * np.float32(65536.0) + (low + np.float32(0.5))) * np.float32(2.0**-32)
 
 
 class TrainingNoise:

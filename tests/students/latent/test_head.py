@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentforge.errors import RefusedError
+from latentforge.kernels.noise import philox_words, unit_interval
 from latentforge.students.latent.energy import energy_score
 from latentforge.students.latent.head import EnergyHead
 from latentforge.students.latent.noise import TrainingNoise, head_noise
@@ -118,3 +119,13 @@ def test_training_noise_of_a_row_does_not_depend_on_its_batch() -> None:
         assert float(uniform.abs().max()) <= 0.5
         assert abs(float(uniform.var()) - 1 / 12) < 0.005
         assert abs(float(normal.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize(("samples", "size", "first"), [(1, 64, 0), (3, 7, 2), (2, 5, 1), (200, 64, 0), (1, 1, 3)])
+def test_noise_on_the_host_has_the_bits_of_the_definition(samples: int, size: int, first: int) -> None:
+    seeds, positions = torch.tensor([-5, 2**62, 7, -(2**63)]), torch.tensor([0, 3, 2**33 + 1, 2**40])
+    numbers = torch.arange(first * size, (first + samples) * size).reshape(samples, size)
+    words = philox_words(seeds[:, None, None], positions[:, None, None], (1 << 33) + numbers)
+    found = head_noise(seeds, positions, samples, size, first=first)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, unit_interval(words) - 0.5)
