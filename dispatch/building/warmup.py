@@ -57,6 +57,8 @@ def kernels(ask: Ask, machine: Machine) -> tuple[str, ...]:
         distill = spec.distill
         rows = "topk" if distill.targets == "store" else "dense"
         wanted.append(f"cpu/kd_loss.{distill.precision}.{rows}.{distill.direction}")
+    if spec.benches:
+        wanted.append("cpu/latent_decode.fp32.float")
     return tuple(dict.fromkeys(wanted))
 
 

@@ -84,7 +84,9 @@ class _Found:
         passed = sorted(kin.id for kin in kin_runs if kin.state == "finished" and kin.outcome == "pass")
         # Runs that train the final student, or vouch for that, are never taken over from other code.
         self.kin = (
-            next((run for run in passed if run not in ids), None) if planned.kind not in ("distill", "latent") else None
+            next((run for run in passed if run not in ids), None)
+            if planned.kind not in ("distill", "latent", "bench")
+            else None
         )
         mine = next((kin for kin in kin_runs if kin.id == self.run), None)
         self.stale = stale_canary(mine, facts) if planned.role == "canary" and self.state.passed else None

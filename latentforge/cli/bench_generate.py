@@ -22,8 +22,11 @@ def generate(
         list[Path] | None, typer.Option(metavar="RUN", help="Another student of the same data; may be repeated.")
     ] = None,
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Also transformers' own generate, with each token-level student.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--transformers/--no-transformers", help="Also transformers' own generate, with each token-level student."
+        ),
+    ] = None,
     prompts: Annotated[Path, typer.Option(metavar="FILE", help="A prompt a line.")] = Path("prompts.txt"),
     spec: Annotated[
         str | None, typer.Option(metavar="FILE", help="A pipeline whose [bench] says how, and the gates.")
@@ -39,7 +42,7 @@ def generate(
     batch: Annotated[int | None, typer.Option(help="Prompts written together.  [1]")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds in which everybody has a turn.  [3]")] = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; each next one has the next.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.  [auto]")] = None,
     run: Annotated[
         Path | None, typer.Option("--run", metavar="RUN", help="Whose teacher's cache counts.  [LATENT's own run]")
     ] = None,
@@ -71,6 +74,8 @@ def generate(
 
     asked = _asked(
         spec,
+        transformers=transformers,
+        device=device,
         max_tokens=max_tokens,
         temperature=temperature,
         method=method,
@@ -86,12 +91,10 @@ def generate(
         max_peak_memory_gb=max_peak_memory_gb,
     )
     work = Work(
-        student,
-        tuple(beside or ()),
-        transformers,
+        (str(student), student),
+        tuple((str(one), one) for one in beside or ()),
         _prompts(prompts),
         seed,
-        device,
         _hits(run, student),
         read_quality(quality) if quality is not None else {},
     )

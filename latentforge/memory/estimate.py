@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from latentforge.memory.activations import activation_bytes, attention_bytes
+from latentforge.memory.bench import pipeline_bench_memory
 from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
@@ -217,7 +218,18 @@ def pipeline_memory(
     if spec.through == "latent":
         drawn = (spec.latent.sample_continuations or spec.continuations.count) if spec.continues else 0
         plans["latent"] = latent_memory(spec.latent, spec.autoencoder, drawn=drawn, **sizes)
+    if spec.benches:
+        token = _student(spec, teacher, student) if spec.distils else None
+        plans["bench"] = pipeline_bench_memory(spec, token, vocab_size=tokens, device=device)
     return plans
+
+
+def _student(spec: PipelineSpec, teacher: KnownModel | None, student: KnownModel | None) -> KnownModel:
+    """What is known of the token-level student: its folder's, or its shape with the data's vocabulary."""
+    if spec.distill.student.init is not None:
+        return student or KnownModel()
+    width = teacher.vocabulary if teacher is not None and spec.teacher.model is not None else None
+    return KnownModel.of_shape(student_shape(spec.distill.student, width or spec.data.vocab_size))
 
 
 def _of_teacher_and_student(
@@ -238,14 +250,16 @@ def _of_teacher_and_student(
         plans["continuations"] = continuations_memory(answering, rows=spec.continuations.batch_size, length=length)
     if not spec.distils:
         return plans
-    if spec.distill.student.init is None:
-        width = teacher.vocabulary if spec.teacher.model is not None else None
-        student = KnownModel.of_shape(student_shape(spec.distill.student, width or spec.data.vocab_size))
     live = spec.distill.targets != "store" or spec.distill.on_policy > 0
     # With a store a full run never loads its teacher; a smoke run does, to show what it would have written.
     beside = live or (spec.profile == "smoke" and answering.place == "process")
     plans["distill"] = distill_memory(
-        spec.distill, answering if beside else None, student or KnownModel(), length=length, device=device, live=live
+        spec.distill,
+        answering if beside else None,
+        _student(spec, teacher, student),
+        length=length,
+        device=device,
+        live=live,
     )
     return plans
 

@@ -10,11 +10,18 @@ from latentforge.spec.fields import Count, Positive, Section
 
 
 class BenchSpec(Section):
-    """How ``latentforge bench generate`` measures a student that writes, and the gates that it must pass.
+    """How a student that writes is measured, by ``latentforge bench generate`` and by a pipeline's bench run, and the
+    gates that it must pass.
 
-    A gate that is absent is not asked; one that is set and fails, or whose value is not known, fails the bench.
+    A gate that is absent is not asked; one that is set and fails, or whose value is not known, fails the bench. A
+    pipeline in which one is set has a bench run after its student's.
     """
 
+    measure: bool = Field(False, description="a bench run after the student's, also where no gate is set")
+    prompts: Count = Field(8, description="pieces of held-out text that a bench run lets the student go on with")
+    prompt_tokens: Count = Field(16, description="tokens of such a piece, at most; whole chunks of them")
+    transformers: bool = Field(False, description="also transformers' own generate, with each token-level student")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     max_tokens: Count = Field(64, description="tokens written after each prompt, fewer where a text ends before")
     temperature: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     method: Literal["head", "exact", "vote", "tokens"] = Field(
@@ -50,7 +57,12 @@ class BenchSpec(Section):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @model_validator(mode="after")
-    def _cut_by_tokens_alone(self) -> Self:
+    def _method_knows_the_rest(self) -> Self:
+        if self.method == "exact" and self.temperature == 0:
+            raise ValueError("temperature = 0 with method = 'exact': a rejection knows temperatures above 0")
+        times = 1 / self.temperature if self.temperature else 1.0
+        if self.method == "vote" and abs(times - round(times)) > 1e-6:
+            raise ValueError(f"temperature = {self.temperature} with method = 'vote', which knows 0 and 1/n")
         for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
             if value is not None and self.method != "tokens":
                 raise ValueError(f"{name} = {value} with method = {self.method!r}: method 'tokens' alone knows it")

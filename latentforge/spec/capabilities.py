@@ -41,6 +41,7 @@ def wanted_of(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
         "autoencoder": (spec.through in ("autoencoder", "latent"), spec.autoencoder.require),
         "distill": (spec.distils, spec.distill.require),
         "latent": (spec.through == "latent", spec.latent.require),
+        "bench": (spec.benches, ()),
     }
     kinds = [kind for kind, (wanted, _) in made.items() if wanted]
     require = [falsifier for kind in kinds for falsifier in made[kind][1]]

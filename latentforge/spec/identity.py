@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from latentforge.errors import RefusedError
 from latentforge.spec.canonical import canonical_bytes
 
-Kind = Literal["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent"]
+Kind = Literal["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent", "bench"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RUN_ID = re.compile(r"([a-z]+)-([0-9a-f]{20})")
 SCHEMA = 1

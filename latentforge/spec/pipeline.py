@@ -18,7 +18,7 @@ from latentforge.spec.teacher import DENSE_BACKENDS, answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
 
-Role = Literal["data", "teacher", "score", "continuations", "autoencoder", "canary", "distill", "latent"]
+Role = Literal["data", "teacher", "score", "continuations", "autoencoder", "canary", "distill", "latent", "bench"]
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,8 @@ def _wanted(spec: PipelineSpec) -> Iterator[_Wanted]:
         yield from _distilled(spec, external)
     if spec.through == "latent":
         yield _latent_of(spec, external)
+    if spec.benches:
+        yield _bench_of(spec)
 
 
 def _crosses(spec: PipelineSpec) -> bool:
@@ -301,6 +303,14 @@ def _latent_of(spec: PipelineSpec, external: _Externals) -> _Wanted:
     if spec.latent.beside:
         inputs["beside"] = "distill"
     return "latent", {"profile": spec.profile, "seed": spec.seed, "latent": _json(spec.latent)}, inputs
+
+
+def _bench_of(spec: PipelineSpec) -> _Wanted:
+    student: Role = "latent" if spec.through == "latent" else "distill"
+    inputs: _Sources = {"data": "data", "student": student}
+    if spec.distils and student != "distill":
+        inputs["beside"] = "distill"
+    return "bench", {"profile": spec.profile, "seed": spec.seed, "bench": _json(spec.bench)}, inputs
 
 
 def _json(section: Any) -> dict[str, Any]:

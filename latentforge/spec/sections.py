@@ -274,6 +274,11 @@ class PipelineSpec(Section):
         asked = self.distils or self.scores or self.continues or self.data.documents == "chat"
         return asked or (self.through == "latent" and self.latent.takes_rows)
 
+    @property
+    def benches(self) -> bool:
+        """Whether the student is measured as it writes, by a run after its own."""
+        return self.bench.measure or bool(self.bench.gates)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if len(set(self.secrets)) != len(self.secrets):
@@ -284,6 +289,8 @@ class PipelineSpec(Section):
             self._teacher_agrees()
         if self.distils:
             self._distill_agrees()
+        if self.benches:
+            self._bench_agrees()
         return self
 
     def _latent_agrees(self) -> None:
@@ -312,6 +319,31 @@ class PipelineSpec(Section):
             raise ValueError(
                 f"latent.samples = {latent.samples} cannot be shared out evenly among the {used} continuations of a "
                 f"visit; set latent.samples = {used * max(1, latent.samples // used)}"
+            )
+
+    def _bench_agrees(self) -> None:
+        bench = self.bench
+        asked = "bench.measure = true" if bench.measure else f"bench.{next(iter(bench.gates))}"
+        if self.through == "autoencoder":
+            raise ValueError(f"{asked} with through = 'autoencoder': a codec writes nothing that could be measured")
+        if bench.prompt_tokens < self.data.chunk:
+            raise ValueError(f"bench.prompt_tokens = {bench.prompt_tokens} is less than a chunk of {self.data.chunk}")
+        if bench.transformers and not self.distils:
+            raise ValueError(
+                "bench.transformers = true, and no token-level student is trained; set latent.beside = true"
+            )
+        if self.through != "latent":
+            return
+        if bench.method == "head" and bench.temperature != 1.0 and self.latent.tempered_weight == 0.0:
+            raise ValueError(
+                f"bench.temperature = {bench.temperature:g} with bench.method = 'head': one draw of a student without "
+                "latent.tempered_weight knows temperature 1 alone"
+            )
+        if bench.method == "head" and bench.temperature == 0.0:
+            raise ValueError("bench.temperature = 0 with bench.method = 'head': a latent student votes for it")
+        if bench.method == "tokens" and self.latent.student.token_layers == 0:
+            raise ValueError(
+                "bench.method = 'tokens' with latent.student.token_layers = 0: there is no token head to write by"
             )
 
     def _teacher_agrees(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
 from latentforge.memory import HostMemory, KnownModel, MeasuredMemory, MemoryPlan, admission
+from latentforge.memory.bench import bench_memory
 from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.estimate import (
     Answering,
@@ -26,6 +27,7 @@ from latentforge.memory.estimate import (
 )
 from latentforge.memory.latent import latent_memory
 from latentforge.memory.plan import gib
+from latentforge.spec.bench import BenchSpec
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 from latentforge.spec.run import RunDir
@@ -56,6 +58,8 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
         return autoencoder_memory(codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device)
     if identity.kind == "latent":
         return _latent_plan(run, identity, length=length, chunk=int(data["chunk"]), vocab_size=vocab_size, there=there)
+    if identity.kind == "bench":
+        return _bench_plan(run, identity, there)
     answering = Answering.of(teacher_of(run), _teacher(run), device=there)
     if identity.kind == "score":
         return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)
@@ -86,6 +90,18 @@ def _latent_plan(
         drawn = spec.sample_continuations or int(asked.load_identity().spec["continuations"]["count"])
     device = "cpu" if spec.device == "cpu" else there
     return latent_memory(spec, codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device, drawn=drawn)
+
+
+def _bench_plan(run: RunDir, identity: RunIdentity, there: str) -> MemoryPlan:
+    """The plan of a bench of the students that the run's inputs hold."""
+    spec, student = _section(BenchSpec, identity.spec["bench"]), run.input_path("student") / "student"
+    latent, token = None, student
+    if (student / "student.json").is_file():
+        latent = sum(file.stat().st_size for file in student.rglob("*.safetensors"))
+        token = run.input_path("beside") / "student" if run.has_input("beside") else None
+    known = KnownModel.of_folder(token) if token is not None else None
+    device = "cpu" if spec.device == "cpu" else there
+    return bench_memory(latent=latent, token=known, transformers=spec.transformers, device=device)
 
 
 def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory | None = None) -> None:

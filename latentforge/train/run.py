@@ -96,6 +96,8 @@ def _run(run: RunDir, log: EventLog) -> MemoryPlan | None:
         from latentforge.train.continuations import run as recipe
     elif identity.kind == "latent":
         from latentforge.train.latent import run as recipe
+    elif identity.kind == "bench":
+        from latentforge.train.bench import run as recipe
     else:
         from latentforge.train.distill import run as recipe
     recipe(run, log)

@@ -42,5 +42,5 @@ def _positions(asked: Asked, texts: Sequence[Text]) -> float:
 
 def _shape(model: TokenModel) -> ModelShape | None:
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    found = [getattr(model.student.model.config, name, None) for name in names]
-    return ModelShape(*found) if all(type(one) is int for one in found) else None
+    found = [one for name in names if type(one := getattr(model.student.model.config, name, None)) is int]
+    return ModelShape(*found) if len(found) == len(names) else None

@@ -15,8 +15,8 @@ _RESET_PEAK = "5"  # proc(5), clear_refs: the resident peak of a process counts 
 class Peak(NamedTuple):
     """Bytes: resident of this ``process``, all that was loaded before included, and allocated by torch on a ``gpu``.
 
-    ``own`` says whether the process's is that of the turn; where the system cannot begin a count anew, it is that of
-    the process since its start.
+    ``own`` says whether the process's is that of the turn; where the count does not begin anew, it is that of the
+    process since its start.
     """
 
     process: int
@@ -36,18 +36,21 @@ class Peak(NamedTuple):
 
 
 class Meter:
-    """Peaks of turns on ``device``, and of the process as a whole."""
+    """Peaks of turns on ``device``, and of the process as a whole.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    With ``anew`` false the process's peak is never counted anew, for the sake of somebody else who counts it.
+    """
+
+    def __init__(self, device: torch.device, *, anew: bool = True) -> None:
+        self._device, self._anew = device, anew
         self._own = False
         self._before = _process_peak()
 
     def begin(self) -> None:
         """Count from now on."""
         self._before = max(self._before, _process_peak())
-        self._own = _begin_anew()
-        if self._device.type == "cuda":
+        self._own = self._anew and _begin_anew()
+        if self._anew and self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def end(self) -> Peak:

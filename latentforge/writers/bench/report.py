@@ -158,18 +158,17 @@ def table(report: Report) -> list[str]:
     on = machine.processor if machine.device == "cpu" else f"{machine.device}, {machine.processor}"
     many = "s" if report.here.threads != 1 else ""
     load = f"load {report.here.load[0]:.1f} before, {report.here.load[1]:.1f} after"
-    how = (
-        asked.sampling.method
-        if asked.sampling.method == "head"
-        else f"{asked.sampling.method}, {asked.sampling.draws} draws"
-    )
-    rows = [("", "tokens/s", "", "student/this", "steps/s", "first chunk", "chunk (p50 / p95)", "peak", "produced")]
+    sampling = asked.sampling
+    how = f"{sampling.method}, {sampling.draws} draws" if sampling.method in ("exact", "vote") else sampling.method
+    rows: list[tuple[str, ...]] = [
+        ("", "tokens/s", "", "student/this", "steps/s", "first chunk", "chunk (p50 / p95)", "peak", "produced")
+    ]
     rows += [_row(report, one) for one in report.entrants]
     wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"{on}, {machine.cores} processors, {report.here.threads} thread{many}, torch {machine.torch}; {load}",
         f"{len(asked.prompts)} prompts, at most {asked.max_tokens} tokens each, {asked.batch} at a time, "
-        f"T = {asked.sampling.temperature:g} ({how}); median of {asked.repeats} rounds in turns (least–greatest)",
+        f"T = {sampling.temperature:g} ({how}); median of {asked.repeats} rounds in turns (least–greatest)",
         "",
     ]
     for row in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from os import getloadavg
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.bench.machine import this_machine
 from latentforge.kernels.bench.run import code_identity
 from latentforge.spec.bench import BenchSpec
+from latentforge.spec.canonical import canonical_sha256
 from latentforge.students.latent.requests import ChunkModel, Sampling
 from latentforge.writers.bench.contestants import Engine, TransformersGenerate
 from latentforge.writers.bench.cost import flops_per_token
@@ -29,17 +29,18 @@ from latentforge.writers.opening import Writer, open_writer
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured: the ``student`` that the gates judge, those ``beside`` it, and whether transformers writes with
-    the token-level ones too. ``quality`` is by the sha256 of a student's weights."""
+    """What is measured: the ``student`` that the gates judge and those ``beside`` it, each by the name under which it
+    is reported and its folder. A prompt is a text, or token ids. ``quality`` is by the sha256 of a student's weights.
+    With ``own_peaks`` the process's peak of memory is counted anew for each turn.
+    """
 
-    student: Path
-    beside: tuple[Path, ...]
-    transformers: bool
-    prompts: tuple[str, ...]
+    student: tuple[str, Path]
+    beside: tuple[tuple[str, Path], ...]
+    prompts: tuple[str | tuple[int, ...], ...]
     seed: int
-    device: str
     hits: Hits | None
     quality: dict[str, Quality]
+    own_peaks: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class _Entered:
 
     contestant: Contestant
     role: str
-    named: Path
+    named: str
     writer: Writer
 
 
 def run(work: Work, asked: BenchSpec, *, tell: Callable[[str], None] = lambda line: None) -> Report:
     """Open, measure and judge; RefusedError before anything is measured where a contestant cannot take part."""
-    entered = _enter(work)
+    entered = _enter(work, asked)
     device = entered[0].writer.model.device
     turns = Asked(
         _tokens(work.prompts, entered[0].writer),
@@ -64,7 +65,7 @@ def run(work: Work, asked: BenchSpec, *, tell: Callable[[str], None] = lambda li
         asked.repeats,
         work.seed,
     )
-    started, load, meter = datetime.now(UTC), getloadavg()[0], Meter(device)
+    started, load, meter = datetime.now(UTC), getloadavg()[0], Meter(device, anew=work.own_peaks)
     measured = measure([one.contestant for one in entered], turns, meter, tell=tell)
     peaks = Peak.largest([one.peak for one in measured])
     peak = peaks._replace(process=max(peaks.process, meter.process))
@@ -72,7 +73,7 @@ def run(work: Work, asked: BenchSpec, *, tell: Callable[[str], None] = lambda li
         Entrant(
             found,
             one.role,
-            str(one.named),
+            one.named,
             one.writer.digests,
             one.writer.parameters,
             one.writer.model.chunk,
@@ -84,7 +85,7 @@ def run(work: Work, asked: BenchSpec, *, tell: Callable[[str], None] = lambda li
     return Report(
         here=here(this_machine(device), torch.get_num_threads(), load, started, code_identity()),
         asked=turns,
-        prompts_sha256=sha256("\n".join(work.prompts).encode()).hexdigest(),
+        prompts_sha256=canonical_sha256(turns.prompts),
         tokenizer_sha256=entered[0].writer.tokenizer.sha256,
         entrants=entrants,
         peak=peak,
@@ -108,20 +109,20 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return found
 
 
-def _enter(work: Work) -> list[_Entered]:
+def _enter(work: Work, asked: BenchSpec) -> list[_Entered]:
     names = _Names()
     entered: list[_Entered] = []
-    for path in (work.student, *work.beside):
-        writer = open_writer(path, device=work.device)
+    for named, path in (work.student, *work.beside):
+        writer = open_writer(path, device=asked.device)
         if entered and writer.tokenizer.sha256 != entered[0].writer.tokenizer.sha256:
             raise RefusedError(
-                f"{path} writes in tokens of another tokenizer than {work.student}: tokens/s of the two cannot be "
+                f"{named} writes in tokens of another tokenizer than {work.student[0]}: tokens/s of the two cannot be "
                 "compared",
                 next="take students of one data run",
             )
         name = names.next(_called(writer.model, writer.kind))
-        entered.append(_Entered(Engine(name, writer.model), writer.kind, path, writer))
-    if not work.transformers:
+        entered.append(_Entered(Engine(name, writer.model), writer.kind, named, writer))
+    if not asked.transformers:
         return entered
     token_level = [one for one in entered if one.role == "token"]
     if not token_level:
@@ -152,6 +153,8 @@ class _Names:
         return name if count == 1 else f"{name} ({count})"
 
 
-def _tokens(prompts: Sequence[str], writer: Writer) -> tuple[tuple[int, ...], ...]:
+def _tokens(prompts: Sequence[str | tuple[int, ...]], writer: Writer) -> tuple[tuple[int, ...], ...]:
     encode = writer.tokenizer.backend.encode
-    return tuple(tuple(encode(prompt, add_special_tokens=False).ids) for prompt in prompts)
+    return tuple(
+        tuple(encode(prompt, add_special_tokens=False).ids) if isinstance(prompt, str) else prompt for prompt in prompts
+    )
