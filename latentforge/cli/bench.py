@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentforge.cli.bench_generate import generate
+from latentforge.cli.bench_quality import quality
 from latentforge.verdicts.exitcode import ExitCode
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def _group() -> None:
 
 
 app.command()(generate)
+app.command()(quality)
 
 
 @app.command()

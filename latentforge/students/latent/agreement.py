@@ -19,10 +19,10 @@ from latentforge.students.latent.brier import ORDERS, same_so_far
 
 
 class Agreement(NamedTuple):
-    """``value`` is the mean over orders 1 to 4 of D as a share of the teacher's own sum Q^2, in percent, with its
-    bootstrap interval ``low`` to ``high`` and standard ``error``: 0 is the teacher itself, 100 a student that says
-    nothing, more one that is sure of something else. ``orders`` are D1 to D4 as they are, with ``order_errors``, and
-    ``teacher`` the sums of Q^2 that they are shares of; over ``contexts`` contexts."""
+    """``value`` is D1 + .. + D4 as a share of the teacher's own sums Q^2, in percent, with its bootstrap interval
+    ``low`` to ``high`` and standard ``error``: 0 is the teacher itself, 100 a student that says nothing, more one that
+    is sure of something else. ``orders`` are D1 to D4 as they are, with ``order_errors``, and ``teacher`` the sums of
+    Q^2 of each; over ``contexts`` contexts."""
 
     value: float
     low: float
@@ -59,21 +59,17 @@ def agreement(
     own = _alike(teacher, teacher)
     far = _alike(samples, samples) - 2 * _alike(samples, teacher) + own
     sums = resampled_sums(torch.cat([far, own], dim=1), groups=groups, resamples=resamples, seed=seed)
-    distances, selves = far.mean(0), own.mean(0)
-    if not bool((selves > 0).all()):
+    selves = own.mean(0)
+    if not float(selves.sum()) > 0:
         raise RefusedError(
-            f"no two draws of the teacher agree in {len(samples)} contexts: its own sum of squares is not measured",
+            f"no two draws of the teacher agree in {len(samples)} contexts: there is nothing to agree with",
             next="make more draws, or take more rows",
         )
-    drawn = sums[:, : 2 * ORDERS] / sums[:, -1:]
-    resampled = _share(drawn[:, :ORDERS], drawn[:, ORDERS:].clamp_min(float(selves.min()) / 100))
-    whole = interval(float(_share(distances, selves)), resampled, confidence)
-    errors = drawn[:, :ORDERS].std(0)
-    return Agreement(*whole, tuple(distances.tolist()), tuple(errors.tolist()), tuple(selves.tolist()), len(samples))
-
-
-def _share(distances: Tensor, selves: Tensor) -> Tensor:
-    return 100 * (distances / selves).mean(-1)
+    distances, whole = sums[:, :ORDERS], sums[:, ORDERS : 2 * ORDERS].sum(1)
+    shares = 100 * distances[whole > 0].sum(1) / whole[whole > 0]
+    found = interval(100 * float(far.mean(0).sum() / selves.sum()), shares, confidence)
+    errors = (distances / sums[:, -1:]).std(0)
+    return Agreement(*found, tuple(far.mean(0).tolist()), tuple(errors.tolist()), tuple(selves.tolist()), len(samples))
 
 
 def _alike(left: Tensor, right: Tensor) -> Tensor:
