@@ -39,6 +39,7 @@ ENTRIES = {
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
     "bench": Entry("latentforge.cli.bench", "Measure teachers and students side by side."),
+    "serve": Entry("latentforge.cli.serve", "Serve a student over HTTP, as OpenAI's completions.", single=True),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),
     "targets": Entry("latentforge.cli.targets", "Look into a store of teacher targets, check it, keep it in bounds."),
     "capabilities": Entry(
@@ -57,6 +58,10 @@ _EXTRAS = {
     "safetensors": "train",
     "numpy": "train",
     "zstandard": "train",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 
 

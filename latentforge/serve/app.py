@@ -1,0 +1,197 @@
+"""The endpoints: OpenAI's completions and models, /generate of our own, health, readiness and figures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from latentforge import __version__
+from latentforge.serve.answers import Completion, Generation, Served, encoded
+from latentforge.serve.asking import CompletionAsk, GenerateAsk, StreamOptions, parse
+from latentforge.serve.engine import Engine
+from latentforge.serve.guard import App, Guard, Measured
+from latentforge.serve.limits import Limits
+from latentforge.serve.measures import Measures
+from latentforge.serve.preparing import completion_choices, deadline_of, generate_choice
+from latentforge.serve.refusing import Refusal, error_body
+from latentforge.serve.talking import EventStream, Gone, read_body, while_connected
+from latentforge.serve.texts import Choice, Conversation
+
+PATHS = ("/", "/v1/completions", "/v1/models", "/generate", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
+_UNREAD = 60.0  # seconds after its deadline until a stream that nobody reads is given up
+_REFUSED = {code: {"description": f"`error.param` names what is wrong: {why}"} for code, why in (
+    (400, "a field"), (401, "the key"), (413, "the body's length"), (429, "the queue is full"), (503, "not ready")
+)}  # fmt: skip
+Answer = TypeVar("Answer")
+
+
+class Service:
+    """What the endpoints share: the engine, under the ``name`` that clients know."""
+
+    def __init__(self, engine: Engine, limits: Limits, measures: Measures, name: str) -> None:
+        self.engine, self.limits, self.measures, self.name = engine, limits, measures, name
+        self._created = int(time.time())
+
+    @property
+    def served(self) -> Served:
+        """The writer by its name; a Refusal where it is not ready."""
+        return Served(self.engine.writer, self.name, self._created)
+
+    async def begin(
+        self, asked: CompletionAsk | GenerateAsk, began: float, choices: Callable[[], list[Choice]]
+    ) -> Conversation:
+        """Ask for the texts of a request that arrived at ``began``."""
+        until = began + deadline_of(asked, self.limits)
+        # Prompts become tokens beside the loop: a long one takes a while.
+        found = await asyncio.to_thread(choices)
+        conversation = Conversation(self.engine, found, until)
+        self.measures.prompt_tokens.inc(sum(len(one.request.prompt) for one in found))
+        return conversation
+
+    async def whole(self, request: Request, conversation: Conversation, answer: Awaitable[Answer]) -> Answer:
+        """The answer, unless the client leaves before; then the work on it ends too."""
+        try:
+            return await while_connected(request.receive, answer)
+        finally:
+            conversation.close()
+
+    def events(self, conversation: Conversation, answer: Completion | Generation) -> EventStream:
+        """The answer as a stream."""
+        seconds = self.limits.deadline + _UNREAD
+        return EventStream(encoded(answer.events()), close=conversation.close, seconds=seconds)
+
+
+def build(service: Service, *, key: str | None, hosts: list[str] | None, origins: list[str]) -> App:
+    """The whole application, with figures, CORS and key around its endpoints."""
+    app = FastAPI(
+        title="LatentForge",
+        version=__version__,
+        description="Writes text with a student of K tokens a step, or of one. Errors are OpenAI's: `{error: {message, "
+        "type, param, code}}`; `param` is the field to mend.",
+        redoc_url=None,
+    )
+    _routes(app, service)
+    _errors(app)
+    _document(app)
+    guarded = Guard(app, key=key, hosts=hosts)
+    shared = CORSMiddleware(
+        guarded,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+    )
+    return Measured(shared, service.measures, PATHS)
+
+
+def _routes(app: FastAPI, service: Service) -> None:
+    @app.get("/")
+    async def about() -> dict[str, Any]:
+        """What this server is."""
+        about = {"name": "latentforge", "version": __version__, "status": service.engine.state, "model": service.name}
+        return {**about, **(service.served.facts() if service.engine.state == "ready" else {})}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """That the process is alive, whatever it is busy with."""
+        return {"status": "alive"}
+
+    @app.get("/ready", responses={503: {"description": "not ready"}})
+    async def ready() -> JSONResponse:
+        """Whether texts can be asked for: 503 while the model is loaded, and once the server is stopping."""
+        state = service.engine.state
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(await asyncio.to_thread(service.measures.text), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The served model, as OpenAI lists it."""
+        return {"object": "list", "data": [service.served.card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """The served model, by its name."""
+        _check_name(service, name)
+        return service.served.card()
+
+    @app.post("/v1/completions", responses=_REFUSED, openapi_extra=_body(CompletionAsk))
+    async def completions(request: Request) -> Response:
+        """OpenAI's completions: one or several texts after each prompt, whole or as server-sent events."""
+        began = time.monotonic()
+        body = await read_body(request, service.limits.max_body)
+        asked = await asyncio.to_thread(parse, CompletionAsk, body)
+        _check_name(service, asked.model)
+        served = service.served
+        conversation = await service.begin(
+            asked, began, lambda: completion_choices(asked, served.writer, service.limits)
+        )
+        answer = Completion(asked, served, conversation)
+        if asked.stream:
+            return service.events(conversation, answer)
+        return JSONResponse(await service.whole(request, conversation, answer.whole()))
+
+    @app.post("/generate", responses=_REFUSED, openapi_extra=_body(GenerateAsk))
+    async def generate(request: Request) -> Response:
+        """A text after a prompt with all that is known of it, whole or as server-sent events."""
+        began = time.monotonic()
+        body = await read_body(request, service.limits.max_body)
+        asked = await asyncio.to_thread(parse, GenerateAsk, body)
+        served = service.served
+        conversation = await service.begin(
+            asked, began, lambda: [generate_choice(asked, served.writer, service.limits)]
+        )
+        answer = Generation(served, conversation)
+        if asked.stream:
+            return service.events(conversation, answer)
+        return JSONResponse(await service.whole(request, conversation, answer.finish()))
+
+
+def _check_name(service: Service, name: str) -> None:
+    if name != service.name:
+        message = f"there is no such model; this server has {service.name}"
+        raise Refusal(404, message, field="model", code="model_not_found")
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> JSONResponse:
+        return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_so(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(Gone)
+    async def gone(_: Request, __: Gone) -> Response:
+        return Response(status_code=499)  # nobody reads it; it is counted
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> JSONResponse:
+        return JSONResponse(error_body(500, "the server could not answer", code="broken"), 500)
+
+
+def _body(kind: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _document(app: FastAPI) -> None:
+    """Add the bodies to /docs: they are read here, not by FastAPI, whose own errors would repeat whole bodies."""
+    found = app.openapi()
+    schemas = found.setdefault("components", {}).setdefault("schemas", {})
+    for kind in (CompletionAsk, GenerateAsk, StreamOptions):
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema.pop("$defs", None)
+        schemas[kind.__name__] = schema
