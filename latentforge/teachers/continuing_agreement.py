@@ -22,6 +22,7 @@ from latentforge.kernels.noise import gumbel
 from latentforge.targets.continued import Ids
 from latentforge.targets.row import SequenceTargets
 from latentforge.teachers.continuing import Contexts, Continuing
+from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
 from latentforge.teachers.protocol import Tokens
 
@@ -29,6 +30,7 @@ TOLERANCE = {"float32": 4e-3, "bfloat16": 0.5, "float16": 0.1}
 """Nats by which a drawn token may lie below the best one when it is computed again, in other shapes."""
 DEVIATIONS = 5.0
 """Standard deviations from what is expected of a served teacher's draws."""
+_NO_ROWS = ("no-logprobs", "collapsed", "refused-request", "too-few", "shifted")
 _K = 20
 _DRAWS = 8
 _SURPRISE = 4.0
@@ -50,11 +52,16 @@ class DrawsAgreement:
     unit: Literal["nats", "deviations"]
 
 
-def check_draws(teacher: Any, rows: Rows, asked: Continuing) -> DrawsAgreement:
-    """Compare, at the first, a middle and the last context of each row; FailedError where it differs."""
+def check_draws(teacher: Any, rows: Rows, asked: Continuing) -> DrawsAgreement | None:
+    """Compare, at the first, a middle and the last context of each row; FailedError where it differs.
+
+    None of a server that draws and does not score: there is nothing to compare with.
+    """
     if isinstance(teacher, HFTeacher):
         found = _drawn_again(teacher, rows, asked)
         tolerance = TOLERANCE[teacher.dtype]
+    elif not _scores(teacher):
+        return None
     else:
         found = _as_likely(teacher, rows, asked)
         tolerance = DEVIATIONS
@@ -65,6 +72,16 @@ def check_draws(teacher: Any, rows: Rows, asked: Continuing) -> DrawsAgreement:
             next=_NEXT,
         )
     return found
+
+
+def _scores(teacher: Any) -> bool:
+    """Whether the teacher gives rows of a text; a server is asked."""
+    try:
+        return "score" in teacher.capabilities and bool(teacher.limits)
+    except TeacherFailure as failure:
+        if failure.kind in _NO_ROWS:
+            return False
+        raise
 
 
 def _places(row: Contexts) -> list[int]:

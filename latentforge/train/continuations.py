@@ -128,6 +128,8 @@ def fill(
         if new:
             with log.phase("verify"):
                 agreement = check_draws(teacher, sampled(store, data, spec.rows, sample=_CHECKED_ROWS), question)
+            if agreement is None:
+                log.warning("the teacher does not score texts: what it drew could not be compared with anything")
         else:
             log.warning("every row was in the store: the teacher was not asked, and nothing was compared")
     except TeacherFailure:

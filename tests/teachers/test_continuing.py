@@ -196,7 +196,7 @@ class Served:
     """The same teacher as something that answers from elsewhere: it draws and scores, and gives no logits."""
 
     def __init__(self, teacher: HFTeacher) -> None:
-        self.limits, self.vocab_size = teacher.limits, teacher.vocab_size
+        self.capabilities, self.limits, self.vocab_size = frozenset({"score"}), teacher.limits, teacher.vocab_size
         self.score, self.continuations = teacher.score, teacher.continuations
 
 

@@ -16,12 +16,15 @@ from torch import Tensor
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.kernels.targets import TopKTargets
+from latentforge.targets.continued import Ids
 from latentforge.targets.row import SequenceTargets
+from latentforge.teachers.continuing import Continuing
 from latentforge.teachers.failures import public_url
 from latentforge.teachers.http.chat import ChatAnswer, chat_body, parse_chat
 from latentforge.teachers.http.client import HttpClient
+from latentforge.teachers.http.continuing import continue_texts, find_form
 from latentforge.teachers.http.flow import FlowControl
-from latentforge.teachers.http.probe import ServerFacts, ask, attempt, probe
+from latentforge.teachers.http.probe import ServerFacts, ask, attempt, find_model, probe
 from latentforge.teachers.http.rows import Question, padded
 from latentforge.teachers.http.vocabulary import compare_served
 from latentforge.teachers.protocol import Capability, Limits, TeacherIdentity, Tokens, check_tokens
@@ -61,6 +64,7 @@ class OpenAITeacher:
         self._rows = max(vocab_size, rows or 0)
         self._k = k
         self._facts: ServerFacts | None = None
+        self._continues: Callable[..., Iterator[tuple[int, dict[float, Ids]]]] | None = None
         self._lock = threading.Lock()
         self._padding = 0
 
@@ -133,8 +137,8 @@ class OpenAITeacher:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Declared: *score* and *chat*, or *chat* alone; :attr:`facts` proves the first."""
-        return frozenset({"chat"}) if self.chat_only else frozenset({"score", "chat"})
+        """Declared: *score*, *sample* and *chat*, or *chat* alone; :attr:`facts` proves the first."""
+        return frozenset({"chat"}) if self.chat_only else frozenset({"score", "sample", "chat"})
 
     @property
     def identity(self) -> TeacherIdentity:
@@ -189,6 +193,18 @@ class OpenAITeacher:
         questions = [self._question(tokens, k) for tokens in sequences]
         asks: list[Callable[[int], SequenceTargets]] = [partial(self._ask, question, k) for question in questions]
         yield from self.flow.each(asks, tokens=[question.charged for question in questions])
+
+    def continuations(self, sequences: Sequence[Tokens], asked: Continuing) -> Iterator[tuple[int, dict[float, Ids]]]:
+        """The chunks drawn after each chunk of each sequence (see :class:`Continuer`): a request a context, several at
+        a time. The server draws by seeds of ours, with a noise of its own."""
+        with self._lock:
+            if self._continues is None:
+                served = attempt(self.flow, partial(find_model, self.client, self.model))
+                sizes = {"vocab_size": self._vocab_size, "rows": self._rows}
+                form = find_form(self.client, self.flow, self.model, **sizes)
+                self._compare()
+                self._continues = partial(continue_texts, form=form, max_tokens=served.max_tokens, **sizes)
+        yield from self._continues(self.client, self.flow, self.model, sequences, asked)
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """Top-k rows of ``tokens`` int64 ``[B, L]`` with their rest mass, on the device of ``tokens``; T = 1 only."""

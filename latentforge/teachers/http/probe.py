@@ -115,7 +115,7 @@ def _form(
     failures: list[TeacherFailure] = []
     for form in get_args(Form):
         try:
-            found = _tried(flow, partial(ask, client, model, question, form), question.charged, _EXPECTED)
+            found = tried(flow, partial(ask, client, model, question, form), question.charged, _EXPECTED)
         except TeacherFailure as failure:
             if failure.kind != "malformed":
                 raise
@@ -156,7 +156,7 @@ def _max_k(client: HttpClient, flow: FlowControl, model: str, question: Question
 
     def takes(k: int) -> tuple[bool, int | None]:
         asked = replace(short, k=k)
-        found = _tried(flow, lambda: ask(client, model, asked, form), asked.charged, ("too-few", "refused-request"))
+        found = tried(flow, lambda: ask(client, model, asked, form), asked.charged, ("too-few", "refused-request"))
         if not isinstance(found, TeacherFailure):
             return True, None
         if found.kind == "too-few":
@@ -179,10 +179,10 @@ def _number(pattern: str, failure: TeacherFailure) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _tried(flow: FlowControl, call: Callable[[], Answer], tokens: int, expected: tuple[str, ...]) -> Any:
+def tried(flow: FlowControl, call: Callable[[], Any], tokens: int, expected: tuple[str, ...]) -> Any:
     """The answer, or a failure of a kind that is an answer too: the server was asked what it may not be able to do."""
 
-    def once() -> Answer | TeacherFailure:
+    def once() -> Any:
         try:
             return call()
         except TeacherFailure as failure:

@@ -16,7 +16,9 @@ from latentforge.kernels.targets import TopKTargets
 from latentforge.memory import KnownModel
 from latentforge.memory.engine import EngineSetting, pinned_kv_bytes
 from latentforge.spec.sections import TeacherSpec
+from latentforge.targets.continued import Ids
 from latentforge.targets.row import SequenceTargets
+from latentforge.teachers.continuing import Continuing
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.folder import check_model_folder
 from latentforge.teachers.http.client import HttpClient
@@ -167,14 +169,13 @@ class ServedTeacher:
         self, sequences: Sequence[Tokens], *, k: int, temperatures: tuple[float, ...]
     ) -> Iterator[tuple[int, SequenceTargets]]:
         """As the client's; a server that has ended meanwhile is told with its last lines."""
-        if not sequences:
-            return
-        server = self.server
-        try:
-            yield from self.client.score(sequences, k=k, temperatures=temperatures)
-        except TeacherFailure:
-            server.check_alive()
-            raise
+        if sequences:
+            yield from self._each(lambda: self.client.score(sequences, k=k, temperatures=temperatures))
+
+    def continuations(self, sequences: Sequence[Tokens], asked: Continuing) -> Iterator[tuple[int, dict[float, Ids]]]:
+        """As the client's."""
+        if sequences:
+            yield from self._each(lambda: self.client.continuations(sequences, asked))
 
     def targets(self, tokens: Tensor, *, temperature: float, k: int | None = None) -> TopKTargets:
         """As the client's."""
@@ -193,6 +194,14 @@ class ServedTeacher:
 
     def __exit__(self, *reason: object) -> None:
         self.close()
+
+    def _each(self, ask: Callable[[], Iterator[T]]) -> Iterator[T]:
+        server = self.server
+        try:
+            yield from ask()
+        except TeacherFailure:
+            server.check_alive()
+            raise
 
     def _while_it_runs(self, ask: Callable[[], T]) -> T:
         server = self.server
