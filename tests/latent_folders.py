@@ -81,7 +81,7 @@ def _codec(rows: Tensor, tokenizer: Tokenizer, folder: Path, steps: int = 80) ->
     copy_tokenizer(tokenizer.folder, folder)
 
 
-def _latent(rows: Tensor, tokenizer: Tokenizer, codec_folder: Path, folder: Path, steps: int = 40) -> None:
+def _latent(rows: Tensor, tokenizer: Tokenizer, codec_folder: Path, folder: Path, steps: int = 25) -> None:
     codec = Codec.open(codec_folder)
     shape = LatentShape(VOCABULARY, CHUNK, 32, DecoderShape(2, 64, 4, 2, 96), head_blocks=1, noise=16, tempered=True)
     student = LatentStudent.new(shape, seed=1, energy=EnergySettings(draws=2, samples=4))

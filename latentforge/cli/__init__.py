@@ -38,6 +38,7 @@ ENTRIES = {
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind."),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
+    "generate": Entry("latentforge.cli.generate", "Write text with a student that was trained here.", single=True),
     "bench": Entry("latentforge.cli.bench", "Measure teachers and students side by side."),
     "serve": Entry("latentforge.cli.serve", "Serve a student over HTTP, as OpenAI's completions.", single=True),
     "kernels": Entry("latentforge.cli.kernels", "Measure the kernels on this machine."),

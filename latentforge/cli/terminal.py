@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import sys
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
 
 def print_json(value: Any) -> None:
@@ -31,11 +32,20 @@ def size(count: int) -> str:
 
 
 class Passing:
-    """A line that shows what is being done and disappears; nothing at all where output is no terminal."""
+    """A line that shows what is being done and disappears; nothing at all where its stream is no terminal."""
 
-    def __init__(self, *, active: bool = True) -> None:
+    def __init__(self, *, active: bool = True, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
         self._shown = False
-        self._active = active and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._active = active and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+
+    def __enter__(self) -> Passing:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
 
     @property
     def columns(self) -> int:
@@ -45,13 +55,13 @@ class Passing:
     def show(self, text: str) -> None:
         """Replace the line."""
         if self._active:
-            sys.stdout.write("\r\x1b[2K" + text[: self.columns - 1])
-            sys.stdout.flush()
+            self._stream.write("\r\x1b[2K" + text[: self.columns - 1])
+            self._stream.flush()
             self._shown = True
 
     def clear(self) -> None:
         """Remove the line."""
         if self._shown:
-            sys.stdout.write("\r\x1b[2K")
-            sys.stdout.flush()
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
             self._shown = False

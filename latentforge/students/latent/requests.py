@@ -37,7 +37,10 @@ class Sampling:
         if self.method not in METHODS:
             raise RefusedError(f"method = {self.method!r} is none of {', '.join(METHODS)}")
         if self.method == "head" and not 0 <= self.temperature <= 1:
-            raise RefusedError(f"temperature = {self.temperature}: one draw of a head knows temperatures from 0 to 1")
+            raise RefusedError(
+                f"temperature = {self.temperature}: one draw of a head knows temperatures from 0 to 1",
+                next="take the method tokens for a higher one",
+            )
         if self.method in ("exact", "vote"):
             check_temperature(self.method, self.temperature, self.draws)
         for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
@@ -171,7 +174,10 @@ def check_request(model: ChunkModel, number: int, request: Request) -> None:
             next="take the method exact or vote, or train with tempered samples",
         )
     if sampling.top_k is not None and sampling.top_k > model.vocab_size:
-        raise RefusedError(f"request {number}: top_k = {sampling.top_k} is more than the {model.vocab_size} tokens")
+        raise RefusedError(
+            f"request {number}: top_k = {sampling.top_k} is more than the {model.vocab_size} tokens",
+            next="leave it out",
+        )
     if sampling.method == "tokens" and not model.completes:
         raise RefusedError(
             f"request {number}: method = 'tokens': this student has no token head, so no probabilities of tokens",
