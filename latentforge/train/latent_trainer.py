@@ -32,7 +32,11 @@ class LatentStep:
 
     def fields(self) -> dict[str, float | int]:
         """What a step's event says of it beside ``result``."""
-        said = {name: value for name, value in self.parts.items() if name not in ("token_ce", "token_kd")}
+        # A step's own ``ce`` and ``kd`` are the token head's.
+        named = {"ce": "decoded_ce", "kl": "decoded_kl"}
+        said = {
+            named.get(name, name): value for name, value in self.parts.items() if name not in ("token_ce", "token_kd")
+        }
         chunks = {f"{name}_chunks": count for name, count in self.counts.energy.items()}
         return {**said, **chunks, "padding": self.counts.padding}
 

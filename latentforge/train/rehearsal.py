@@ -72,6 +72,20 @@ def tiny_codec_events(*, collapsed: bool = False) -> list[Event]:
     return read_events(_tiny_codec_run(collapsed).events_file)
 
 
+@cache
+def tiny_latent_run(*, frozen: bool = False) -> RunDir:
+    """The latent run of ``tiny-latent``, trained once a process; what it is made from is shared. ``frozen``: a student
+    that learns nothing."""
+    planted = ("latent.student.frozen=true", "latent.steps=4") if frozen else ()
+    spec = resolve_pipeline("tiny-latent", env={}, overrides=planted).spec
+    return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["latent"]
+
+
+def tiny_latent_events(*, frozen: bool = False) -> list[Event]:
+    """The events of :func:`tiny_latent_run`."""
+    return read_events(tiny_latent_run(frozen=frozen).events_file)
+
+
 def small_trainer(
     *,
     learning_rate: float = 3e-3,

@@ -1,0 +1,235 @@
+"""A run of kind ``latent``: what it leaves, that it resumes as if it had not stopped, and what judges it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentforge.events import read_events
+from latentforge.spec.resolve import resolve_pipeline
+from latentforge.spec.run import LaunchRecord, RunDir
+from latentforge.spec.sections import PipelineSpec
+from latentforge.students.latent.student import LatentStudent
+from latentforge.train import latent
+from latentforge.train.checkpoint import load_checkpoint
+from latentforge.train.inprocess import execute_pipeline, plan
+from latentforge.train.run import execute
+from latentforge.verdicts import ExitCode
+from latentforge.writers.opening import open_writer
+
+STEPS = 6
+MakeRun = Callable[..., RunDir]
+
+
+def short_spec(*changes: str) -> PipelineSpec:
+    """``tiny-latent`` for a few steps, on little text, without a gate on what is learnt."""
+    short = [
+        "data.train_sequences=64",
+        "data.heldout_sequences=8",
+        "teacher.steps=4",
+        "continuations.rows=32",
+        "autoencoder.steps=20",
+        "autoencoder.require=[]",
+        f"latent.steps={STEPS}",
+        "latent.checkpoint_every=4",
+        "latent.batch_size=8",
+        "latent.require=[]",
+    ]
+    return resolve_pipeline("tiny-latent", env={}, overrides=[*short, *changes]).spec
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs that a student is made from, made once."""
+    root = tmp_path_factory.mktemp("prepared")
+    execute_pipeline(short_spec(), root, through="autoencoder", text=io.StringIO())
+    return root / "runs"
+
+
+@pytest.fixture
+def make_run(prepared: Path, tmp_path: Path) -> MakeRun:
+    runs = tmp_path / "runs"
+    shutil.copytree(prepared, runs)
+
+    def make(*changes: str, attempt: int = 1, predecessor: RunDir | None = None) -> RunDir:
+        planned = plan(short_spec(*changes))[-1]
+        identity = planned.identity.at_attempt(attempt)
+        before = predecessor.run if predecessor else None
+        return RunDir.create(
+            runs, identity, LaunchRecord(identity.run_id, planned.kin, planned.resolved, predecessor=before)
+        )
+
+    return make
+
+
+def run_here(folder: RunDir) -> tuple[ExitCode, str]:
+    text = io.StringIO()
+    return execute(folder.path, text=text), text.getvalue()
+
+
+def steps(run: RunDir) -> dict[int, dict[str, Any]]:
+    return {e.fields["step"]: e.fields for e in read_events(run.events_file) if e.kind == "step"}
+
+
+def metrics(run: RunDir, name: str) -> list[dict[str, Any]]:
+    return [e.fields for e in read_events(run.events_file) if e.kind == "metric" and e.fields["name"] == name]
+
+
+def test_it_leaves_a_folder_that_writes_each_signal_measured_and_every_value_in_force(make_run: MakeRun) -> None:
+    run = make_run()
+    code, text = run_here(run)
+    assert code is ExitCode.PASS, text
+    writer = open_writer(run.path)
+    assert (writer.kind, writer.model.chunk, writer.model.tempered, writer.model.completes) == ("latent", 2, True, True)
+    copied, trained = run.out / "student" / "codec", run.input_path("codec") / "codec"
+    assert (copied / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+    requested = run.load_identity().spec["latent"]
+    effective = json.loads(run.effective_file.read_text())["effective"]["latent"]
+    assert effective.keys() == requested.keys()
+    open_to_choice = {"device": "auto", "micro_batch_size": None, "sample_continuations": None}
+    assert {**effective, **open_to_choice} == requested
+
+    for name in ("val_loss", "val_text", "val_sample", "val_tempered", "val_token_ce", "val_token_kd"):
+        first, last = metrics(run, name)
+        assert (first["step"], last["step"], first["rows_sha256"]) == (0, STEPS, last["rows_sha256"])
+    (causal,) = metrics(run, "change_before_a_chunk")
+    assert causal["value"] == 0 < causal["after"]
+    for made in steps(run).values():
+        assert made["rows"] + made["padding"] == 8 * 30
+        assert made["rows"] == made["denominator"]
+        assert made["text_chunks"] == 8 * 15
+    # Half of the rows were continued, of which some end inside.
+    assert 0 < sum(made["sample_chunks"] for made in steps(run).values()) < STEPS * 8 * 15 * 0.7
+    peaks = [e.fields for e in read_events(run.events_file) if e.kind == "memory" and "epoch" in e.fields]
+    assert peaks
+    assert all(made["epoch_peak_bytes"] > 50 << 20 for made in peaks)
+    record = json.loads((run.out / "metrics.json").read_text())
+    assert record["heldout"]["final"]["parts"].keys() >= {"text", "sample", "tempered", "token_ce", "token_kd"}
+    told = json.loads((run.out / "samples.json").read_text())
+    assert all(one.keys() == {"prompt", "text", "latent"} and one["latent"] for one in told)
+    assert "F-ARTEFACT-MOVED-001 PASS" in text
+
+
+def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_run()
+    assert run_here(whole)[0] is ExitCode.PASS
+
+    # Stopped by a signal after step 3, which is no multiple of checkpoint_every.
+    stopped = make_run(attempt=2)
+    asked = iter([None] * 2 + ["SIGTERM"])
+    monkeypatch.setattr(latent, "stop_requested", lambda: next(asked))
+    assert run_here(stopped)[0] is ExitCode.UNKNOWN
+    monkeypatch.undo()
+    resumed = make_run(attempt=3, predecessor=stopped)
+    code, text = run_here(resumed)
+    assert code is ExitCode.PASS, text
+    assert "resumes from step 3" in text
+    weights = [(run.out / "student" / "model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert weights[0] == weights[1]
+    ends = [load_checkpoint(run.checkpoints / f"step-{STEPS:06d}") for run in (whole, resumed)]
+    assert all(torch.equal(ends[0].moments[name], ends[1].moments[name]) for name in ends[0].moments)
+    losses = [{step: made["loss"] for step, made in steps(run).items()} for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert [found["step"] for found in metrics(resumed, "val_text")] == [0, STEPS]
+
+
+def test_micro_batches_and_activations_computed_again_change_nothing_but_memory(make_run: MakeRun) -> None:
+    found = []
+    for changes in ((), ("latent.micro_batch_size=3", "latent.activation_checkpointing=true")):
+        run = make_run(*changes, "latent.steps=2")
+        code, text = run_here(run)
+        assert code is ExitCode.PASS, text
+        found.append([(made["loss"], made["text"], made["sample"], made["kd"]) for made in steps(run).values()])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_student_in_bf16_has_fp32_masters_and_is_saved_as_it_was_trained(make_run: MakeRun) -> None:
+    run = make_run("latent.precision=bf16")
+    code, text = run_here(run)
+    assert code is ExitCode.PASS, text
+    checkpoint = load_checkpoint(run.checkpoints / f"step-{STEPS:06d}")
+    assert {weight.dtype for weight in checkpoint.weights.values()} == {torch.float32}
+    student = LatentStudent.open(run.out / "student")
+    for name, weight in student.state_dict().items():
+        if name in checkpoint.weights:
+            assert torch.equal(weight, checkpoint.weights[name].bfloat16().float()), name
+
+
+def test_the_first_latentforges_losses_are_there_and_are_trained_alone_where_they_are_asked_for(
+    make_run: MakeRun,
+) -> None:
+    alone = ["text", "sample", "tempered", "token_ce", "token_kd"]
+    off = [f"latent.{name}_weight=0" for name in alone]
+    of_old = ["latent.mse_weight=1", "latent.ce_weight=1", "latent.kl_weight=1", "latent.student.token_layers=0"]
+    run = make_run(*off, *of_old, "latent.steps=30", "latent.require=['F-LATENT-KD-001', 'F-LATENT-CAUSAL-001']")
+    code, text = run_here(run)
+    assert code is ExitCode.PASS, text
+    assert "F-LATENT-KD-001 PASS" in text
+    for name in ("val_mse", "val_ce", "val_kl"):
+        first, last = metrics(run, name)
+        assert last["value"] < first["value"]
+    assert not metrics(run, "val_text")
+
+
+def test_a_frozen_student_fails_what_it_is_judged_by(make_run: MakeRun) -> None:
+    run = make_run("latent.student.frozen=true", "latent.steps=2", "latent.require=['F-LATENT-KD-001']")
+    code, text = run_here(run)
+    assert code is ExitCode.FAIL
+    assert "F-LATENT-KD-001 FAIL" in text
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_nothing_updated(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = latent.LatentTrainer._pass
+
+    def planted(self: Any, lesson: Any) -> Any:
+        found = real(self, lesson)
+        return found._replace(loss=found.loss * float("nan")) if self.student.training else found
+
+    monkeypatch.setattr(latent.LatentTrainer, "_pass", planted)
+    code, text = run_here(make_run())
+    assert code is ExitCode.FAIL
+    assert "loss is nan at step 1; nothing was updated" in text
+
+
+def test_a_signal_that_was_not_computed_refuses_the_step(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = latent.Teaching.lesson
+
+    def forgets(self: Any, *arguments: Any) -> Any:
+        found = real(self, *arguments)
+        found.energy.pop("sample", None)
+        return found
+
+    monkeypatch.setattr(latent.Teaching, "lesson", forgets)
+    code, text = run_here(make_run("latent.steps=2"))
+    assert code is ExitCode.FAIL
+    assert "were trained; the step is refused" in text
+
+
+def test_continuations_of_other_rows_are_refused_before_the_first_step(make_run: MakeRun) -> None:
+    run = make_run("latent.steps=2")
+    source = run.input_run("continuations")
+    assert source is not None
+    import sqlite3
+
+    connection = sqlite3.connect(source.out / "continuations.sqlite")
+    with connection:
+        connection.execute("DELETE FROM rows WHERE rowid = 3")
+    connection.close()
+    (source.artifacts_file).unlink()
+    code, text = run_here(run)
+    assert code is ExitCode.REFUSED
+    assert "continuations.sqlite holds continuations of" in text
+    assert not steps(run)
