@@ -108,8 +108,8 @@ class _Root:
     """Root mean square norms over ``size`` numbers. Constants are tensors: a number in Python costs two operations."""
 
     def __init__(self, size: int, epsilon: float, device: torch.device) -> None:
-        self.root = torch.tensor(math.sqrt(size), device=device)
-        self.floor = torch.tensor(math.sqrt(size * epsilon), device=device)
+        self.root = torch.full((), math.sqrt(size), device=device)
+        self.floor = torch.full((), math.sqrt(size * epsilon), device=device)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()

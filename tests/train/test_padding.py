@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentforge.events import Event, read_events
 from latentforge.kernels.targets import DenseTargets
+from latentforge.spec.sections import PipelineSpec
 from latentforge.students.causal import IGNORE, Padding, RowUse, Student
 from latentforge.teachers.fixture import FixtureTeacher
 from latentforge.train import assembly
@@ -148,7 +149,8 @@ def events_of(root: Path) -> dict[str, list[Event]]:
     spec = short_spec(steps=3, checkpoint_every=3, warmup_steps=0, require=())
     data = spec.data.model_copy(update={"chunk": 8, "corpus": str(root / "short.jsonl")})
     teacher = spec.teacher.model_copy(update={"steps": 3, "warmup_steps": 0})
-    runs = execute_pipeline(spec.model_copy(update={"data": data, "teacher": teacher}), root, text=io.StringIO())
+    chunked = spec.model_copy(update={"data": data, "teacher": teacher})
+    runs = execute_pipeline(PipelineSpec.model_validate(chunked.model_dump()), root, text=io.StringIO())
     return {name: read_events(run.events_file) for name, run in runs.items()}
 
 
