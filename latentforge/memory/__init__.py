@@ -1,8 +1,9 @@
 """Memory arithmetic: parameters of a decoder, the need of each run term by term, the margins of a host."""
 
+from latentforge.memory.activations import kv_bytes
 from latentforge.memory.admission import Admission, Condition, admission
 from latentforge.memory.cache import CacheShape
-from latentforge.memory.estimate import kv_bytes, pipeline_memory, pipeline_peak
+from latentforge.memory.estimate import pipeline_memory, pipeline_peak
 from latentforge.memory.host import HostMemory
 from latentforge.memory.known import KnownModel
 from latentforge.memory.measured import MeasuredMemory

@@ -40,3 +40,10 @@ def attention_bytes(shape: ModelShape, rows: int, length: int) -> int:
     """Bytes of one layer's scores in fp32, kept twice (scores and softmax), for ``rows`` sequences of the length that
     is really used, never of the longest position that the model admits."""
     return 2 * 4 * rows * shape.heads * length * length
+
+
+def kv_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
+    """Bytes of the keys and values that a teacher keeps for ``tokens`` tokens (``width`` bytes a number) while it goes
+    on with a text, here or as a server; one in process that answers whole rows keeps none.
+    """
+    return 2 * shape.layers * shape.kv_width * width * tokens

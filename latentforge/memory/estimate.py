@@ -11,6 +11,7 @@ from typing import Any, Literal
 from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.bench import pipeline_bench_memory
 from latentforge.memory.codec import autoencoder_memory
+from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.latent import latent_memory
@@ -22,14 +23,6 @@ from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, Te
 _WIDTH = {"fp32": 4, "bf16": 2}
 Place = Literal["process", "engine", "nowhere"]
 TWIN = "F-DISTILL-SMOKE-002"
-
-
-def kv_bytes(shape: ModelShape, tokens: int, width: int = 2) -> int:
-    """Bytes of the keys and values that a serving teacher keeps for ``tokens`` tokens (``width`` bytes a number).
-
-    A teacher in process answers whole rows and keeps none.
-    """
-    return 2 * shape.layers * shape.kv_width * width * tokens
 
 
 def training_terms(
@@ -148,12 +141,6 @@ def score_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
     return MemoryPlan("score", (*terms, runtime(teacher.device)), tuple(unknown), *teacher.load)
 
 
-def continuations_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
-    """The plan of a run in which a teacher goes on with ``rows`` sequences of ``length`` tokens at a time."""
-    terms, unknown = teacher.terms(rows, length, copies=3)
-    return MemoryPlan("continuations", (*terms, runtime(teacher.device)), tuple(unknown), *teacher.load)
-
-
 def distill_memory(
     spec: DistillSpec, teacher: Answering | None, student: KnownModel, *, length: int, device: str, live: bool
 ) -> MemoryPlan:
@@ -247,7 +234,9 @@ def _of_teacher_and_student(
     if spec.scores or (spec.distils and spec.distill.targets == "store"):
         plans["score"] = score_memory(answering, rows=spec.score.batch_size, length=length)
     if spec.continues:
-        plans["continuations"] = continuations_memory(answering, rows=spec.continuations.batch_size, length=length)
+        plans["continuations"] = continuations_memory(
+            answering, spec.continuations, chunk=spec.data.chunk, length=length
+        )
     if not spec.distils:
         return plans
     live = spec.distill.targets != "store" or spec.distill.on_policy > 0

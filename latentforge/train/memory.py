@@ -16,9 +16,9 @@ from latentforge.events import EventLog
 from latentforge.memory import HostMemory, KnownModel, MeasuredMemory, MemoryPlan, admission
 from latentforge.memory.bench import bench_memory
 from latentforge.memory.codec import autoencoder_memory
+from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.estimate import (
     Answering,
-    continuations_memory,
     distill_memory,
     score_memory,
     student_shape,
@@ -64,8 +64,8 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     if identity.kind == "score":
         return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)
     if identity.kind == "continuations":
-        rows = _section(ContinuationsSpec, identity.spec["continuations"]).batch_size
-        return continuations_memory(answering, rows=rows, length=length)
+        asked = _section(ContinuationsSpec, identity.spec["continuations"])
+        return continuations_memory(answering, asked, chunk=int(data.get("chunk", 1)), length=length)
     distill = _section(DistillSpec, identity.spec["distill"])
     if run.has_input("student_init"):
         student = KnownModel.of_folder(run.input_path("student_init"))

@@ -13,8 +13,13 @@ import torch
 from latentforge.data import ShardSet
 from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.noise import gumbel
+from latentforge.memory import KnownModel
+from latentforge.memory.continuing import continuations_memory
+from latentforge.memory.estimate import Answering
+from latentforge.spec.latent import ContinuationsSpec
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.targets.continued import Ids
+from latentforge.teachers import hf_continuing
 from latentforge.teachers.continuing import Contexts, Continuing
 from latentforge.teachers.continuing_agreement import check_draws
 from latentforge.teachers.continuing_store import continue_all, continued_rows, coverage, sampled
@@ -134,6 +139,29 @@ def test_padding_is_not_seen(teacher: HFTeacher) -> None:
     assert contexts[0].text.tolist() == contexts[1].text.tolist() == [rows[0, 0], EOS, *rows[0, 3:12]]
     assert contexts[0].ends.tolist() == [5, 8, 11]
     assert (all_of(teacher, rows[:1])[0][1.0][0] == -1).all(), "nothing goes on after the end of a document"
+
+
+def test_the_cache_is_as_large_as_the_plan_of_the_run_says(
+    teacher: HFTeacher, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    compute = hf_continuing._Decoder.states
+
+    def measured(self: Any, ids: Any, cache: Any, *others: Any) -> Any:
+        found = compute(self, ids, cache, *others)
+        sizes.append(sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers))
+        return found
+
+    monkeypatch.setattr(hf_continuing._Decoder, "states", measured)
+    all_of(teacher, whole_rows(1))
+    answering = Answering(KnownModel.of_folder(teacher_folder), "process", "fp32", "cpu")
+    spec = ContinuationsSpec(count=ASKED.count, temperatures=ASKED.temperatures)
+    plan = continuations_memory(answering, spec, chunk=ASKED.chunk, length=6 * ASKED.chunk)
+    (planned,) = (term.bytes for term in plan.terms if term.name == "kv")
+    # A layer's old cache is there while it grows, in the plan: half as much again, of two layers.
+    assert 1.4 * max(sizes) < planned < 1.8 * max(sizes)
+    more = continuations_memory(answering, spec, chunk=ASKED.chunk, length=12 * ASKED.chunk)
+    assert more.bytes > plan.bytes
 
 
 def test_rows_longer_than_the_model_has_positions_are_refused(teacher: HFTeacher) -> None:
