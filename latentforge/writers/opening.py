@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from latentforge.data.special import special_tokens
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
@@ -31,6 +32,7 @@ _GET_ONE = "name the folder of a latent or distill run, or its out/student"
 class Writer:
     """A model with its tokenizer, ready to write.
 
+    ``before`` are the ids that begin each text, as in training: the BOS that the tokenizer puts there, if any.
     ``digests`` are sha256 (hex) by name: ``student`` and ``codec`` of their weights' files (of a token-level student,
     which has no codec, of all of its tensors), ``tokenizer`` of tokenizer.json. ``parameters`` counts the numbers of
     student and codec.
@@ -42,6 +44,12 @@ class Writer:
     digests: dict[str, str]
     parameters: int
     folder: Path
+    before: tuple[int, ...] = ()
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """The ids of a prompt, as a document that begins so has them; no special token is parsed in it."""
+        found: list[int] = self.tokenizer.backend.encode_batch_fast([prompt], add_special_tokens=False)[0].ids
+        return (*self.before, *found)
 
 
 def open_writer(path: Path, *, device: str = "cpu", cache: bool = True, kernel_backend: str = "auto") -> Writer:
@@ -85,7 +93,9 @@ def _latent(folder: Path, device: torch.device, cache: bool, kernel_backend: str
     if model.vocab_size < tokenizer.vocab_size:
         raise RefusedError(f"{folder}: {tokenizer.vocab_size} tokens, and a student of {model.vocab_size}")
     digests = {"student": student.digest, "codec": coder.digest, "tokenizer": tokenizer.sha256}
-    return Writer(model, tokenizer, "latent", digests, _numbers(model.student) + _numbers(model.codec), folder)
+    return Writer(
+        model, tokenizer, "latent", digests, _numbers(model.student) + _numbers(model.codec), folder, _before(tokenizer)
+    )
 
 
 def _token(folder: Path, device: torch.device, cache: bool, kernel_backend: str) -> Writer:
@@ -102,7 +112,12 @@ def _token(folder: Path, device: torch.device, cache: bool, kernel_backend: str)
         kernel_backend=kernel_backend,
     )
     digests = {"student": found.weights_sha256, "tokenizer": tokenizer.sha256}
-    return Writer(model, tokenizer, "token", digests, _numbers(model.student), folder)
+    return Writer(model, tokenizer, "token", digests, _numbers(model.student), folder, _before(tokenizer))
+
+
+def _before(tokenizer: Tokenizer) -> tuple[int, ...]:
+    # The end of the text before, which begins a text for some tokenizers, is what a model starts from anyway.
+    return tuple(one for one in special_tokens(tokenizer.folder, tokenizer).before if one != tokenizer.eos_id)
 
 
 def _numbers(module: nn.Module) -> int:

@@ -122,12 +122,10 @@ def _requests(writer: Writer, prompts: Sequence[str], wish: Wish) -> list[Reques
             f"{writer.folder}: this student has no token head, so no probabilities of tokens to compare texts by",
             next="leave beam, best-of and scores out, or train with token_layers = 1",
         )
-    encode = writer.tokenizer.backend.encode
     sampling = GREEDY if wish.beam is not None else wish.sampling
     found = []
     for number, prompt in enumerate(prompts):
-        ids = tuple(encode(prompt, add_special_tokens=False).ids)
-        found.append(Request(ids, wish.max_tokens, wish.seed + number, sampling))
+        found.append(Request(writer.encode(prompt), wish.max_tokens, wish.seed + number, sampling))
         check_request(writer.model, number, found[-1])
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from latentforge.data.tokenizer import EOS, Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
 from latentforge.students.latent.codec import Codec, CodecShape, new_codec
@@ -65,6 +66,17 @@ def test_a_copy_anywhere_is_the_same_writer_and_a_cache_changes_nothing(folders:
     first = open_writer(folders.latent)
     assert open_writer(copy).digests == first.digests
     assert generate(open_writer(copy, cache=False).model, requests) == generate(first.model, requests)
+
+
+def test_a_prompt_begins_as_the_documents_of_its_tokenizer_do(copied: Path) -> None:
+    plain = open_writer(copied).encode("def <|endoftext|>")
+    student = copied / "out/student"
+    other = Tokenizer.open(student)
+    assert plain == tuple(next(other.encode(["def <|endoftext|>"]))[1][:-1].tolist())
+    config = json.loads((student / "tokenizer_config.json").read_text())
+    for bos, before in (("a", (other.backend.token_to_id("a"),)), (EOS, ())):
+        _redescribe(student / "tokenizer_config.json", **{**config, "add_bos_token": True, "bos_token": bos})
+        assert open_writer(copied).encode("def <|endoftext|>") == (*before, *plain)
 
 
 class Pwned:
