@@ -100,7 +100,7 @@ def generate(
     )
     make_folder(out)
     with Progress() as progress:
-        report = run_bench(work, asked, tell=progress.tell)
+        report = run_bench(work, asked, tell=lambda line, done, total: progress.tell(line))
     file = write_report(report, out)
     picture = file.with_suffix(".png")
     draw(report, picture)

@@ -6,7 +6,7 @@ import json
 import shutil
 import statistics
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from latentforge.data.shards import ShardSet
 from latentforge.errors import RefusedError
@@ -35,10 +35,12 @@ def run(run: RunDir, log: EventLog) -> None:
         data = ShardSet.open(run.input_path("data"))
         data.verify()
         device = choose_device(spec.device, section=KIND)
-        student = run.input_path("student") / "student"
+        taught, student = _source(run, "student"), run.input_path("student") / "student"
         weights = sum(file.stat().st_size for file in student.rglob("*.safetensors"))
         fit_threads(spec.batch * weights / 2.0)  # two operations a weight of four bytes
-        others = tuple((_name(run, one), run.input_path(one) / "student") for one in ("beside",) if run.has_input(one))
+        others: tuple[tuple[str, Path], ...] = ()
+        if run.has_input("beside"):
+            others = ((_source(run, "beside").run, run.input_path("beside") / "student"),)
         prompts = held_out_prompts(data, spec.prompts, spec.prompt_tokens)
     in_force = {
         "profile": identity.spec["profile"],
@@ -50,8 +52,8 @@ def run(run: RunDir, log: EventLog) -> None:
     log.ready(requested=identity.spec, effective=in_force)
 
     with log.phase("measure"):
-        work = Work((_name(run, "student"), student), others, prompts, seed, hits_of(run.path), {}, own_peaks=False)
-        report = measure(work, spec, tell=_teller(log))
+        work = Work((taught.run, student), others, prompts, seed, hits_of(taught.path), {}, own_peaks=False)
+        report = measure(work, spec, tell=lambda line, done, total: log.progress("measure", done, total))
     for one in report.entrants:
         _say(log, one)
     for line in table(report):
@@ -85,22 +87,10 @@ def held_out_prompts(data: ShardSet, count: int, tokens: int) -> tuple[tuple[int
     )
 
 
-def _name(run: RunDir, name: str) -> str:
+def _source(run: RunDir, name: str) -> RunDir:
     source = run.input_run(name)
     assert source is not None  # students come of runs alone
-    return source.run
-
-
-def _teller(log: EventLog) -> Any:
-    """Progress: a sign of life for each turn."""
-    turns = 0
-
-    def tell(line: str) -> None:
-        nonlocal turns
-        turns += 1
-        log.progress("measure", turns, turns)
-
-    return tell
+    return source
 
 
 def _say(log: EventLog, one: Entrant) -> None:

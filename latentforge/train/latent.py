@@ -149,6 +149,9 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     log.emit(
         "metric", name="change_before_a_chunk", value=change.before, after=change.after, places=change.places, **of
     )
+    if teaching.rows is not None or teaching.continued is not None:
+        # What a store lacks ends the run: no teacher was asked for anything.
+        log.emit("metric", name="teacher", value=0, **of | {"split": "train"}, teacher_hit_rate=1.0)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)

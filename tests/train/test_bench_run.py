@@ -56,12 +56,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _made(root: Path, *changes: str) -> tuple[RunDir, RunDir, list[dict[str, Any]], str]:
-    """The latent run, the bench run, its verdicts and its log."""
+    """The student's run, the bench run, its verdicts and its log."""
     text = io.StringIO()
     runs = execute_pipeline(_spec(*changes), root, text=text)
     bench = runs["bench"]
     events = read_events(bench.events_file)
-    return runs["latent"], bench, [e.fields for e in events if e.kind == "verdict"], text.getvalue()
+    return (
+        runs.get("latent", runs["distill"]),
+        bench,
+        [e.fields for e in events if e.kind == "verdict"],
+        text.getvalue(),
+    )
 
 
 def test_the_student_that_was_measured_comes_with_its_report_and_verdicts(root: Path) -> None:
@@ -85,6 +90,13 @@ def test_a_gate_that_cannot_be_passed_fails_the_run(root: Path) -> None:
     outcomes = [(one["falsifier"], one["outcome"]) for one in verdicts]
     assert outcomes == [("F-BENCH-LATENCY-001", "fail"), ("F-BENCH-CACHE-001", "unknown")]
     assert read_events(bench.events_file)[-1].fields["code"] == ExitCode.FAIL
+
+
+def test_a_student_that_is_fed_from_a_store_has_a_hit_rate_of_one(root: Path) -> None:
+    student, _, verdicts, _ = _made(root, "through=distill", "bench.min_hit_rate=0.8")
+    assert [(one["falsifier"], one["outcome"], one["text"]) for one in verdicts] == [
+        ("F-BENCH-CACHE-001", "pass", f"hit rate 100.0% >= 80.0% of the answers of {student.run}")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -150,15 +150,20 @@ def _run(runs: Path, kind: str, number: int, inputs: dict[str, str], rates: list
     return run
 
 
-def test_a_hit_rate_is_the_last_one_said_and_the_lowest_of_the_runs_that_a_run_builds_on(tmp_path: Path) -> None:
+def test_a_hit_rate_is_the_last_that_a_run_says_of_itself(tmp_path: Path) -> None:
+    filled = _run(tmp_path, "score", 2, {}, [0.0])
+    distill = _run(tmp_path, "distill", 3, {"targets": filled.run}, [0.1, 0.95])
+    assert hits_of(distill.path) == Hits(0.95, distill.run)
+
+
+def test_of_a_run_that_says_none_it_is_the_lowest_of_those_that_it_is_made_from(tmp_path: Path) -> None:
     data = _run(tmp_path, "data", 1, {}, [])
-    score = _run(tmp_path, "score", 2, {"data": data.run}, [0.1, 0.9])
-    distill = _run(tmp_path, "distill", 3, {"data": data.run, "targets": score.run}, [])
-    assert hits_of(distill.path) == Hits(0.9, score.run)
+    score = _run(tmp_path, "score", 2, {"data": data.run}, [0.9])
+    lower = _run(tmp_path, "continuations", 4, {"data": data.run}, [0.3])
+    latent = _run(tmp_path, "latent", 5, {"data": data.run, "targets": score.run, "continuations": lower.run}, [])
+    bench = _run(tmp_path, "bench", 6, {"student": latent.run}, [])
+    assert hits_of(latent.path) == hits_of(bench.path) == Hits(0.3, lower.run)
     assert hits_of(data.path) is None
-    lower = _run(tmp_path, "score", 4, {}, [0.3])
-    both = _run(tmp_path, "distill", 5, {"targets": score.run, "more": lower.run}, [0.95])
-    assert hits_of(both.path) == Hits(0.3, lower.run)
 
 
 def test_a_folder_that_is_no_run_has_no_hit_rate(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +21,11 @@ class Hits:
 
 
 def hits_of(path: Path) -> Hits | None:
-    """The lowest hit rate of the run at ``path`` and of those that it builds on, where they lie beside it.
+    """The hit rate that the run at ``path`` says of its own answers; else the lowest of the runs that it is made from,
+    where they lie beside it, or of those that these are made from.
 
-    None where none of them had a cache that counted. A run that filled an empty cache has a low rate: after warm-up is
-    the next run's. RefusedError where ``path`` is no run's folder.
+    None where none of them says one. A student that is fed from a store has a rate of 1: the runs that filled the store
+    were the warm-up. RefusedError where ``path`` is no run's folder.
     """
     try:
         start = RunDir(path.expanduser().resolve())
@@ -35,22 +35,21 @@ def hits_of(path: Path) -> Hits | None:
         ) from None
     if not start.events_file.is_file():
         raise RefusedError(f"{path} has no {start.events_file.name}: a hit rate is read from a run's events")
-    found = [Hits(rate, run.run) for run in _with_inputs(start) if (rate := _last_rate(run)) is not None]
-    return min(found, key=lambda one: one.rate, default=None)
+    level = [start]
+    while level:
+        found = [Hits(rate, run.run) for run in level if (rate := _last_rate(run)) is not None]
+        if found:
+            return min(found, key=lambda one: one.rate)
+        level = [one for run in level for one in _inputs(run)]
+    return None
 
 
-def _with_inputs(start: RunDir) -> Iterator[RunDir]:
-    """A run and all that it builds on, as far as they are there; each once."""
-    waiting, seen = [start], set[str]()
-    while waiting:
-        run = waiting.pop()
-        if run.run in seen or not run.events_file.is_file():
-            continue
-        seen.add(run.run)
-        yield run
-        if run.launch_file.is_file():
-            inputs = (run.input_run(name) for name in run.load_launch().resolved)
-            waiting += [one for one in inputs if one is not None]
+def _inputs(run: RunDir) -> list[RunDir]:
+    """The runs that a run was made from, as far as they are there; one that it only stands beside is none of them."""
+    if not run.launch_file.is_file():
+        return []
+    found = [run.input_run(name) for name in run.load_launch().resolved if name != "beside"]
+    return [one for one in found if one is not None and one.events_file.is_file()]
 
 
 def _last_rate(run: RunDir) -> float | None:

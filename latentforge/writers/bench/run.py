@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import getloadavg
@@ -23,7 +23,7 @@ from latentforge.writers.bench.hits import Hits
 from latentforge.writers.bench.memory import Meter, Peak
 from latentforge.writers.bench.quality import Quality
 from latentforge.writers.bench.report import Entrant, Report, here
-from latentforge.writers.bench.turns import Asked, Contestant, measure
+from latentforge.writers.bench.turns import Asked, Contestant, Tell, measure
 from latentforge.writers.opening import Writer, open_writer
 
 
@@ -53,7 +53,7 @@ class _Entered:
     writer: Writer
 
 
-def run(work: Work, asked: BenchSpec, *, tell: Callable[[str], None] = lambda line: None) -> Report:
+def run(work: Work, asked: BenchSpec, *, tell: Tell = lambda line, done, total: None) -> Report:
     """Open, measure and judge; RefusedError before anything is measured where a contestant cannot take part."""
     entered = _enter(work, asked)
     device = entered[0].writer.model.device

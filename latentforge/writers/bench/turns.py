@@ -16,6 +16,10 @@ Clock = Callable[[], float]
 """Seconds, from wherever they are counted."""
 
 
+Tell = Callable[[str, int, int], None]
+"""Hears who is at work, and how many turns of how many are over."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What each contestant does in a turn: ``max_tokens`` after each prompt (token ids), ``batch`` prompts at a time.
@@ -128,21 +132,24 @@ def measure(
     meter: Meter,
     *,
     clock: Clock = time.perf_counter,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = lambda line, done, total: None,
 ) -> list[Measured]:
     """A turn of everybody that is not counted, then ``asked.repeats`` rounds, each second one in the opposite order.
 
     An error of a contestant ends it all: texts that nobody wrote have no speed.
     """
     found = [Measured(one.name) for one in contestants]
+    done, total = 0, len(contestants) * (1 + asked.repeats)
     for one in contestants:
-        tell(f"{one.name}: first turn")
+        tell(f"{one.name}: first turn", done, total)
         _turn(one, asked, meter, clock)
+        done += 1
     pairs = list(zip(contestants, found, strict=True))
     for number in range(asked.repeats):
         for one, kept in pairs if number % 2 == 0 else pairs[::-1]:
-            tell(f"{one.name}: round {number + 1} of {asked.repeats}")
+            tell(f"{one.name}: round {number + 1} of {asked.repeats}", done, total)
             kept.turns.append(_turn(one, asked, meter, clock))
+            done += 1
     return found
 
 
