@@ -162,12 +162,10 @@ class HFTeacher:
             yield from enumerate(sequence_rows(ids, logprobs, tails, sequences=end - begin), start=begin)
 
     def continuations(self, sequences: Sequence[Tokens], asked: Continuing) -> Iterator[tuple[int, dict[float, Ids]]]:
-        """The chunks drawn after each chunk of each sequence, in order (see :class:`Continuer`); one row at a time, so
-        that what is drawn for it does not depend on the others."""
-        from latentforge.teachers.hf_continuing import continue_row
+        """The chunks drawn after each chunk of each sequence, in order (see :class:`Continuer`)."""
+        from latentforge.teachers.hf_continuing import continue_rows
 
-        for number, tokens in enumerate(sequences):
-            yield number, continue_row(self, tokens, asked)
+        yield from continue_rows(self, sequences, asked)
 
     def close(self) -> None:
         """Let the weights go."""

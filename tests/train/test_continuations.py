@@ -21,12 +21,10 @@ from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.targets.store import MissingError
-from latentforge.teachers import hf_continuing
 from latentforge.teachers.continuing import Continuing
 from latentforge.teachers.continuing_store import continued_rows
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
-from latentforge.teachers.hf_continuing import continue_row
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
@@ -98,16 +96,17 @@ def assert_same_rows(done: dict[str, RunDir], run: RunDir) -> None:
 @contextmanager
 def stopped_after(rows: int, stop: Callable[[], Any]) -> Iterator[None]:
     """``stop`` is called in place of drawing one row more than so many."""
-    left = [rows]
+    left, drawn = [rows], HFTeacher.continuations
 
-    def draw(*args: Any) -> Any:
-        if not left[0]:
-            stop()
-        left[0] -= 1
-        return continue_row(*args)
+    def draw(*asked: Any) -> Iterator[Any]:
+        for found in drawn(*asked):
+            if not left[0]:
+                stop()
+            left[0] -= 1
+            yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_continuing, "continue_row", draw)
+        patch.setattr(HFTeacher, "continuations", draw)
         yield
 
 
