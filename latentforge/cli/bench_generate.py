@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,9 @@ def generate(
             "--transformers/--no-transformers", help="Also transformers' own generate, with each token-level student."
         ),
     ] = None,
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="A prompt a line.")] = Path("prompts.txt"),
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help='A prompt a line (.jsonl: {"prompt": …}); -: standard input.')
+    ] = Path("prompts.txt"),
     spec: Annotated[
         str | None, typer.Option(metavar="FILE", help="A pipeline whose [bench] says how, and the gates.")
     ] = None,
@@ -71,6 +74,7 @@ def generate(
     from latentforge.writers.bench.report import make_folder, write_report
     from latentforge.writers.bench.run import Work
     from latentforge.writers.bench.run import run as run_bench
+    from latentforge.writers.prompts import prompts_in
 
     asked = _asked(
         spec,
@@ -93,7 +97,7 @@ def generate(
     work = Work(
         (str(student), student),
         tuple((str(one), one) for one in beside or ()),
-        _prompts(prompts),
+        prompts_in(prompts, sys.stdin.buffer, flag="--prompts"),
         seed,
         _hits(run, student),
         read_quality(quality) if quality is not None else {},
@@ -132,12 +136,6 @@ def _told(error: Any) -> str:
     """One of pydantic's errors, with the flag that it is about where it is about one."""
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"--{error['loc'][0].replace('_', '-')} {error['input']}: {message}" if error["loc"] else message
-
-
-def _prompts(path: Path) -> tuple[str, ...]:
-    from latentforge.writers.bench.run import read_prompts
-
-    return read_prompts(path)
 
 
 def _hits(run: Path | None, student: Path) -> Any:

@@ -9,8 +9,6 @@ from typing import BinaryIO
 
 from latentforge.errors import RefusedError
 
-_ONE_A_LINE = "--file FILE with a prompt in each line, --file - for standard input"
-
 
 def checked_arguments(prompts: Sequence[str]) -> tuple[str, ...]:
     """Prompts that were typed; RefusedError where one is not UTF-8 (Python hands on such bytes as surrogates)."""
@@ -30,11 +28,13 @@ def piped_prompt(stream: BinaryIO) -> tuple[str, ...]:
     return (text.removesuffix("\n"),)
 
 
-def prompts_in(path: Path, stream: BinaryIO) -> tuple[str, ...]:
+def prompts_in(path: Path, stream: BinaryIO, *, flag: str = "--file") -> tuple[str, ...]:
     """A prompt of each line of a file, or of ``stream`` where the path is ``-``; empty lines hold none.
 
-    Lines of a .jsonl file are objects with the prompt as "prompt". RefusedError names the file and the line.
+    Lines of a .jsonl file are objects with the prompt as "prompt". RefusedError names the file, the ``flag`` that gave
+    it, and the line.
     """
+    one_a_line = f"{flag} FILE with a prompt in each line, {flag} - for standard input"
     if str(path) == "-":
         name, content = "standard input", stream.read()
     else:
@@ -42,7 +42,7 @@ def prompts_in(path: Path, stream: BinaryIO) -> tuple[str, ...]:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise RefusedError(f"--file {name} cannot be read: {error.strerror}", next=_ONE_A_LINE) from None
+            raise RefusedError(f"{flag} {name} cannot be read: {error.strerror}", next=one_a_line) from None
     # Not splitlines(): other characters that end a line somewhere are part of a prompt.
     lines = [line.removesuffix("\r") for line in _text(content, name).split("\n")]
     found = [
@@ -51,7 +51,7 @@ def prompts_in(path: Path, stream: BinaryIO) -> tuple[str, ...]:
         if line.strip()
     ]
     if not found:
-        raise RefusedError(f"--file {name} holds no prompt", next=_ONE_A_LINE)
+        raise RefusedError(f"{flag} {name} holds no prompt", next=one_a_line)
     return tuple(found)
 
 

@@ -54,6 +54,7 @@ def _mark(axes: Any, number: int, one: Entrant, of: Callable[[Quality], Score | 
         return False
     low = score.value if score.low is None else score.low
     high = score.value if score.high is None else score.high
-    errors = [[score.value - low], [high - score.value]]
+    # An interval of a bootstrap need not hold the value.
+    errors = [[max(0.0, score.value - low)], [max(0.0, high - score.value)]]
     axes.errorbar([one.flops_per_token], [score.value], yerr=errors, fmt="o", capsize=3, color=colour, label=label)
     return True

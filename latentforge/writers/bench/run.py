@@ -95,20 +95,6 @@ def run(work: Work, asked: BenchSpec, *, tell: Tell = lambda line, done, total: 
     )
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """A prompt a line, blank lines left out; RefusedError where there are none."""
-    make_one = "--prompts FILE, a text file with a prompt a line"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise RefusedError(f"--prompts {path} cannot be read: {why}", next=make_one) from None
-    found = tuple(line for line in lines if line.strip())
-    if not found:
-        raise RefusedError(f"--prompts {path} holds no prompt", next=make_one)
-    return found
-
-
 def _enter(work: Work, asked: BenchSpec) -> list[_Entered]:
     names = _Names()
     entered: list[_Entered] = []
@@ -154,7 +140,4 @@ class _Names:
 
 
 def _tokens(prompts: Sequence[str | tuple[int, ...]], writer: Writer) -> tuple[tuple[int, ...], ...]:
-    encode = writer.tokenizer.backend.encode
-    return tuple(
-        tuple(encode(prompt, add_special_tokens=False).ids) if isinstance(prompt, str) else prompt for prompt in prompts
-    )
+    return tuple(writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
