@@ -17,16 +17,19 @@ TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/c
 
 DISPATCH_TESTS := $(addprefix tests/,agent dispatch faults following preflight pulling)
 
-.PHONY: help setup smoke test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
+.PHONY: help setup smoke smoke-latent test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built  ## the environment in .venv: pinned packages, the built extension, the latentforge command
 
 smoke: setup  ## the main job on this machine: data, teacher, score, distill, verdict, evidence
 	@printf 'set-up took %s s (when it last ran)\n\n' "$$(cat $(VENV)/.seconds)"
 	@$(BIN)/latentforge dispatch go smoke --host local
+
+smoke-latent: setup  ## the main job of the latent line: also continuations, codec, a student of 4 tokens a step, its speed
+	@$(BIN)/latentforge dispatch go smoke-latent --host local
 
 # Each worker takes a module at a time (tests/conftest.py). The kernels' tests and those of the compute plane compute and
 # compile: two at a time, with a thread each (two threads on a core that is taken wait for each other at every small
@@ -65,6 +68,8 @@ soak: $(VENV)/.dev setup  ## the random tests, many times over; not part of CI. 
 clean:  ## remove the environment and everything that was built; runs/ stays
 	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include aliases.mk
 
 # --- how the environment is made -----------------------------------------------------------------------------------
 
