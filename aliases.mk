@@ -41,7 +41,7 @@ train-student: setup  ## the latent student of RECIPE, and all that it needs: al
 
 train-student-venice: setup  ## the same from the answers of Venice: TEACHER_REPO is the tokenizer of VENICE_MODEL
 	TEACHER_BACKEND=venice $(go) --set data.documents=chat --set score.k=20 --set latent.sample_weight=0 \
-	    --set latent.tempered_weight=0 $(student)
+	    --set latent.tempered_weight=0 --set bench.temperature=1 $(student)
 
 train-student-vllm-local: setup  ## the same from VLLM_LOCAL_MODEL, served by a vLLM that is started for it
 	TEACHER_BACKEND=vllm-local $(go) $(student)

@@ -56,6 +56,16 @@ def test_there_is_a_run_for_what_a_signal_needs_and_no_other(
     assert set(wanted_of(spec)["kinds"]) == set(roles)
 
 
+def test_up_to_its_codec_a_pipeline_has_no_more_runs_whatever_its_file_wants_of_the_student() -> None:
+    whole = resolve_pipeline("smoke-latent", env={}).spec
+    assert whole.benches
+    short = resolve_pipeline("smoke-latent", env={}, overrides=["through=autoencoder"]).spec
+    assert [one.role for one in pipeline_runs(short, digests={}, code="c" * 64, lock="d" * 64)] == [
+        "data",
+        "autoencoder",
+    ]
+
+
 def test_the_students_run_takes_what_its_signals_are_made_of(tmp_path: Path) -> None:
     runs = planned(tmp_path, *SAMPLED, "latent.token_kd_weight=1.0", "latent.beside=true")
     ids = {role: f"run:{run.run_id}" for role, run in runs.items()}

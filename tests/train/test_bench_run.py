@@ -127,7 +127,6 @@ def test_gates_are_no_part_of_what_the_student_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["through=autoencoder", "bench.measure=true"], "a codec writes nothing"),
         (["bench.measure=true", "latent.beside=false", "bench.transformers=true"], "no token-level student is trained"),
         (["bench.measure=true", "bench.temperature=0.5"], "without latent.tempered_weight knows temperature 1 alone"),
         (["bench.measure=true", "bench.method=vote", "bench.temperature=0.4"], "which knows 0 and 1/n"),
