@@ -150,12 +150,15 @@ class LatentSession:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """See ``requests.Session``: a pass through the token head for each token."""
+        """See ``requests.Session``: a position of the token head for each token."""
         device, size = self._state.device, self.model.chunk
         states, chunks, lengths = self._state[rows.to(device)], begun.to(device), lengths.to(device)
-        for place in range(int(lengths.min()), size):
-            # What stands at this place and after changes nothing in its row.
-            hidden = self.model.student.token_rows(states, chunks.clamp_min(0))[:, place].contiguous()
+        steps, least = self.model.student.token_steps(states), int(lengths.min())
+        for place in range(size):
+            hidden = steps.next()
+            if place < least:
+                steps.add(chunks[:, place])
+                continue
             chosen = torch.empty(len(rows), dtype=torch.int64, device=device)
             for one in temperature.unique().tolist():
                 same = (temperature == one).nonzero().squeeze(-1)
@@ -171,6 +174,7 @@ class LatentSession:
                 )
                 chosen[same.to(device)] = found.ids
             chunks[:, place] = torch.where(place >= lengths, chosen, chunks[:, place])
+            steps.add(chunks[:, place].clamp_min(0))
         return chunks
 
     @torch.no_grad()

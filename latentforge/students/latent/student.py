@@ -21,7 +21,7 @@ from latentforge.students.latent.folder import WEIGHTS, read_description, read_w
 from latentforge.students.latent.head import EnergyHead
 from latentforge.students.latent.noise import TrainingNoise
 from latentforge.students.latent.original import VectorLoss, VectorSignal, vector_loss
-from latentforge.students.latent.token_head import TokenHead
+from latentforge.students.latent.token_head import TokenHead, TokenSteps
 
 DESCRIPTION = "student.json"
 
@@ -207,12 +207,15 @@ class LatentStudent(nn.Module):
         on the tokens before k alone: what is not known yet may be any id.
         """
         if self.token_head is None:
-            raise RefusedError(
-                "this student has no token head: there are no probabilities of tokens",
-                next="train with token_layers = 1",
-            )
+            raise _without_token_head()
         found: Tensor = self.token_head(states, self.table(chunk))
         return found
+
+    def token_steps(self, states: Tensor) -> TokenSteps:
+        """The rows of ``token_rows`` one after the other, as a chunk after ``states`` [N, d] is written."""
+        if self.token_head is None:
+            raise _without_token_head()
+        return TokenSteps(self.token_head, self.table, states)
 
     def forward(
         self,
@@ -321,6 +324,12 @@ class LatentStudent(nn.Module):
         if self.token_head is not None:
             self.token_head.decoder.checkpoint_activations()
         self.head.checkpointing = True
+
+
+def _without_token_head() -> RefusedError:
+    return RefusedError(
+        "this student has no token head: there are no probabilities of tokens", next="train with token_layers = 1"
+    )
 
 
 def predicted(valid: Tensor) -> Tensor:

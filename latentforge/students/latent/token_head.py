@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from latentforge.students.latent.backbone import Decoder, DecoderShape
+from latentforge.students.latent.backbone import Decoder, DecoderShape, StateCache
 
 
 class TokenHead(nn.Module):
@@ -27,7 +27,33 @@ class TokenHead(nn.Module):
         """Hidden states [N, K, d] of ``states`` [N, d] and the chunk's ``embedded`` tokens [N, K, d]; row k predicts
         token k and has seen the tokens before it, so what stands at k and after changes nothing in it.
         """
-        first = self.start.expand(len(states), 1, -1)
-        before = torch.cat([first.to(embedded.dtype), embedded[:, :-1]], dim=1)
-        found: Tensor = self.decoder(before + self.state_norm(self.from_state(states)).unsqueeze(1))
+        before = torch.cat([self.first(states).to(embedded.dtype), embedded[:, :-1]], dim=1)
+        found: Tensor = self.decoder(before + self.context(states))
         return found
+
+    def first(self, states: Tensor) -> Tensor:
+        """What stands before the first token, [N, 1, d]."""
+        return self.start.expand(len(states), 1, -1)
+
+    def context(self, states: Tensor) -> Tensor:
+        """What each position is told of the text before the chunk, [N, 1, d] of ``states`` [N, d]."""
+        found: Tensor = self.state_norm(self.from_state(states))
+        return found.unsqueeze(1)
+
+
+class TokenSteps:
+    """The token head over one chunk after ``states`` [N, d], a token at a time: each position is computed once."""
+
+    def __init__(self, head: TokenHead, table: nn.Embedding, states: Tensor) -> None:
+        self._head, self._table = head, table
+        self._context, self._before = head.context(states), head.first(states)
+        self._cache = StateCache().layers
+
+    def next(self) -> Tensor:
+        """The hidden states [N, d] that predict the token after those that are there."""
+        found: Tensor = self._head.decoder(self._before.to(self._context.dtype) + self._context, cache=self._cache)
+        return found[:, 0]
+
+    def add(self, tokens: Tensor) -> None:
+        """Say what the token is that ``next`` predicted, int64 [N]."""
+        self._before = self._table(tokens).unsqueeze(1)

@@ -191,6 +191,21 @@ def test_a_token_row_has_seen_the_tokens_before_it_and_no_other() -> None:
         )
 
 
+@torch.no_grad()
+def test_rows_of_a_chunk_are_the_same_one_position_after_the_other() -> None:
+    model, rows = student(token_layers=2), []
+    states, chunk = torch.randn(5, 32), text(1, 5)[0]
+    model.token_head.decoder.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda _, given, __: rows.append(given[0].numel() // 32)
+    )
+    steps, found = model.token_steps(states), []
+    for tokens in chunk.unbind(1):
+        found.append(steps.next())
+        steps.add(tokens)
+    assert rows == [5] * chunk.shape[1]
+    assert torch.allclose(torch.stack(found, dim=1), model.token_rows(states, chunk), atol=1e-5)
+
+
 def head_logits(model: LatentStudent, chunks: Tensor) -> Tensor:
     """The token head's logits of every row that a teacher has, zeros before the second chunk."""
     states = model.states(chunks[:, :-1], everything(chunks[:, :-1]))
