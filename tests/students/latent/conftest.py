@@ -124,9 +124,13 @@ class MarkovSource:
         """fp64 [V, n, V]: position j's distribution after each token, whatever the tokens between are."""
         return torch.stack([torch.linalg.matrix_power(self.rows, j) for j in range(1, orders + 1)], dim=1)
 
-    def independent(self, orders: int = 4) -> Tensor:
-        """B1 .. Bn, fp64 [n], of a model that draws each position by itself: 2 sum P Q - sum Q^2, Q its product."""
-        marginals = self.marginals(orders)
+    def independent(self, orders: int = 4, power: float = 1.0) -> Tensor:
+        """B1 .. Bn, fp64 [n], of a model that draws each position by itself: 2 sum P Q - sum Q^2, Q its product.
+
+        With a ``power`` above 1 each position is sharper than it is in the text.
+        """
+        marginals = self.marginals(orders) ** power
+        marginals = marginals / marginals.sum(-1, keepdim=True)
         path, square, found = torch.eye(len(self.rows)).double(), torch.ones(len(self.rows)).double(), []
         for j in range(orders):
             path = (path @ self.rows) * marginals[:, j]

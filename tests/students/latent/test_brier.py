@@ -90,6 +90,18 @@ def test_independent_draws_by_position_lose_to_the_joint_distribution() -> None:
     assert independent.high < best.low
 
 
+def test_the_score_of_positions_drawn_by_themselves_is_no_bound_on_a_student_that_draws_them_sharper() -> None:
+    """Each order is proper, so the source has the most; of products of positions theirs is not the best."""
+    model = MarkovSource.peaked()
+    plain, sharper, best = (
+        100 * float(orders.prod()) ** 0.25
+        for orders in (model.independent(), model.independent(power=1.2), model.optimum())
+    )
+    assert plain == pytest.approx(3.52, abs=0.01)
+    assert sharper == pytest.approx(4.55, abs=0.01)
+    assert sharper < best
+
+
 def test_two_orders_below_zero_make_no_good_mark() -> None:
     """The planted fault of a bound on the product alone: here it is positive, with two orders below 0."""
     scores = torch.tensor([[0.5, -0.2, -0.1, 0.3], [0.4, -0.3, -0.2, 0.2]])
