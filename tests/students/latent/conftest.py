@@ -90,6 +90,19 @@ class MarkovSource:
         noise = gumbel(torch.tensor(seed), ids[:, None], ids[None]).double()
         return cls((sharpness * noise).softmax(-1))
 
+    def tempered(self, temperature: float) -> MarkovSource:
+        """The source of which each token is drawn at that temperature, given the one before it."""
+        rows = self.rows ** (1 / temperature)
+        return MarkovSource(rows / rows.sum(-1, keepdim=True))
+
+    def collisions(self, shares: Tensor, orders: int = 4) -> Tensor:
+        """How often two draws agree in their first 1 .. n tokens, fp64 [n], after tokens by ``shares`` [V]."""
+        agree, found = torch.ones(len(self.rows), dtype=torch.float64), []
+        for _ in range(orders):
+            agree = (self.rows**2) @ agree
+            found.append(shares @ agree)
+        return torch.stack(found)
+
     def stationary(self) -> Tensor:
         """Shares of the tokens in long texts, fp64 [V]."""
         return torch.linalg.matrix_power(self.rows, 4096)[0]
@@ -114,11 +127,7 @@ class MarkovSource:
 
     def optimum(self, orders: int = 4) -> Tensor:
         """B1 .. Bn of the source itself, fp64 [n]: the expected probability of what it says."""
-        agree, found = torch.ones(len(self.rows), dtype=torch.float64), []
-        for _ in range(orders):
-            agree = (self.rows**2) @ agree
-            found.append(self.stationary() @ agree)
-        return torch.stack(found)
+        return self.collisions(self.stationary(), orders)
 
     def marginals(self, orders: int = 4) -> Tensor:
         """fp64 [V, n, V]: position j's distribution after each token, whatever the tokens between are."""

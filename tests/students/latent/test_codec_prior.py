@@ -67,6 +67,5 @@ def test_positions_drawn_by_themselves_come_out_of_a_codec_of_the_text_as_if_dra
         assert float((decoded(codec, own) == own).double().mean()) > 0.97
         gained[text] = likelihood(decoded(codec, positions, noise=0.5)) - likelihood(positions)
     apart = likelihood(together) - likelihood(positions)
-    print(gained, apart)
     assert gained["source"] > 0.15 * apart
     assert gained["anything"] < 0.02 * apart

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentforge.students.latent.agreement import agreement
 from latentforge.students.latent.backbone import DecoderShape
 from latentforge.students.latent.brier import BrierLM, brier_lm, sample_scores
 from latentforge.students.latent.codec import Codec, CodecShape, Posterior, new_codec
@@ -75,8 +76,8 @@ def small() -> Task:
     )
 
 
-def known() -> Task:
-    """The source of 32 tokens with a codec that is trained on it, and 2000 contexts."""
+def known(text: str = "source") -> Task:
+    """The source of 32 tokens with a codec that is trained on it, or on "anything", and 2000 contexts."""
     codec: Codec = new_codec(CodecShape(32, CHUNK, 32, 64, 128), seed=1)
     source = MarkovSource.peaked()
     optimiser = torch.optim.AdamW(codec.parameters(), lr=3e-3)
@@ -84,7 +85,10 @@ def known() -> Task:
     for step in range(600):
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / 600)
         seeds = step * 10**6 + torch.arange(256)
-        chunks = source.draw(source.first(seeds), seeds, CHUNK)
+        if text == "source":
+            chunks = source.draw(source.first(seeds), seeds, CHUNK)
+        else:
+            chunks = (uniforms(seeds[:, None], torch.arange(CHUNK), torch.tensor(3)) * 32).long().clamp_max(31)
         codec_loss(codec, chunks, chunks >= 0, objective, noise_of(1, step)).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -171,3 +175,29 @@ def test_on_the_known_source_continuations_are_half_a_point_of_brierlm_above_tex
     for signal, one in found.items():
         print(f"{signal}: BrierLM {one.value:.2f} ({one.low:.2f} to {one.high:.2f}) of {best:.2f}")
     assert found["samples"].low > found["text"].high + 0.5
+
+
+@pytest.mark.soak
+def test_positions_drawn_by_themselves_are_caught_by_likelihood_and_by_brierlm_where_the_codec_saw_no_text() -> None:
+    """A codec of the text decodes what lies between two chunks as the likelier one, so it mends what was taught."""
+    found = {}
+    for text in ("source", "anything"):
+        task = known(text)
+        chunks = task.beginnings(4000, seed=7)
+        for signal in ("samples", "positions"):
+            student = trained(task, signal, 3000)
+            said = task.decode(drawn_by(student, chunks, 16))
+            bits = -task.source.rows[said[..., :-1], said[..., 1:]].log2().mean((1, 2))
+            away = agreement(said, task.continued(chunks, 16, seed=77))
+            score = quality(task, student)
+            found[text, signal] = bits, away, score
+            print(
+                f"codec of {text}, taught {signal}: BrierLM {score.value:.2f} ({score.low:.2f} to {score.high:.2f}), "
+                f"{away.value:.1f} % ({away.low:.1f} to {away.high:.1f}) from the source, "
+                f"{float(bits.mean()):.2f} bits a token after the first"
+            )
+        more = found[text, "positions"][0] - found[text, "samples"][0]
+        assert float(more.mean()) > 4 * float(more.std()) / len(more) ** 0.5
+    joint, alone = found["anything", "samples"], found["anything", "positions"]
+    assert joint[1].high < alone[1].low
+    assert joint[2].value > alone[2].high
