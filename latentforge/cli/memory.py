@@ -27,6 +27,7 @@ _MEANS = {
     "twin": "the twin that is trained without a teacher",
     "states": "gradients, moments, and fp32 masters of a bf16 student",
     "activations": "what the forward pass keeps",
+    "energy": "samples of the targets, draws of the head, and their distances",
     "logits": "rows of the vocabulary in fp32",
     "attention": "one layer's scores at the length that is run",
     "runtime": "the interpreter with torch; on a GPU its context",

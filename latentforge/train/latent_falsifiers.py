@@ -43,6 +43,9 @@ def latent_kd_001(events: Events) -> Verdict:
     name = "F-LATENT-KD-001"
     asked, steps = ready_of(events).get("requested", {}).get(MODEL, {}), asked_steps(events)
     wanted = [metric for weight, metric in SIGNALS.items() if asked.get(weight, 0) > 0]
+    other = _other_rows(events, wanted)
+    if other is not None:
+        return verdict_of(events, name, *other)
     measured: dict[str, Any] = {}
     rose, told = [], []
     for metric in wanted:
@@ -57,6 +60,15 @@ def latent_kd_001(events: Events) -> Verdict:
     if not wanted:
         return verdict_of(events, name, None, "no signal is in the events")
     return verdict_of(events, name, not rose, f"held out, before and after: {', '.join(told)}", measured)
+
+
+def _other_rows(events: Events, metrics: list[str]) -> tuple[bool | None, str] | None:
+    """Why the held-out values do not compare, as (passed, text); None where all are of the same rows."""
+    said = [e.fields for e in events if e.kind == "metric" and e.fields.get("name") in metrics]
+    rows = {fields.get("rows_sha256") for fields in said if fields.get("model") == MODEL}
+    if None in rows:
+        return None, "the events do not say on which held-out rows was measured"
+    return (False, f"measured on {len(rows)} different sets of held-out rows") if len(rows) > 1 else None
 
 
 def asked_steps(events: Events) -> int | None:

@@ -125,6 +125,13 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("F-LATENT-KD-001", "metric", {"name": "val_text", "step": 6}, {"value": 5.0}, "text 5.0000 <= 5.0000"),
     ("F-LATENT-KD-001", "metric", {"name": "val_token_kd", "step": 6}, {"value": float("nan")}, "2.0000 <= nan"),
     (
+        "F-LATENT-KD-001",
+        "metric",
+        {"name": "val_text", "step": 6},
+        {"rows_sha256": "easier rows"},
+        "measured on 2 different sets of held-out rows",
+    ),
+    (
         "F-LATENT-AE-002",
         "metric",
         {"name": "latent_kl"},

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +121,21 @@ def test_it_leaves_a_folder_that_writes_each_signal_measured_and_every_value_in_
     assert "F-ARTEFACT-MOVED-001 PASS" in text
 
 
-def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
+def kill_at(run: RunDir, step: int) -> None:
+    """Run a folder in a process of its own, and kill that once its events say that ``step`` was made."""
+    command = [sys.executable, "-m", "latentforge", "run", str(run.path)]
+    with open(run.log_file, "ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (run.events_file.is_file() and step in steps(run)):
+                assert process.poll() is None, run.log_file.read_text()
+                assert time.monotonic() < deadline, run.log_file.read_text()
+                time.sleep(0.005)
+        finally:
+            process.kill()
+
+
+def test_a_run_that_is_stopped_then_killed_and_resumed_ends_with_the_same_bits(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_run()
@@ -130,10 +147,13 @@ def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
     monkeypatch.setattr(latent, "stop_requested", lambda: next(asked))
     assert run_here(stopped)[0] is ExitCode.UNKNOWN
     monkeypatch.undo()
-    resumed = make_run(attempt=3, predecessor=stopped)
+    killed = make_run(attempt=3, predecessor=stopped)
+    kill_at(killed, 4)
+    assert "resumes from step 3" in killed.log_file.read_text()
+    resumed = make_run(attempt=4, predecessor=killed)
     code, text = run_here(resumed)
     assert code is ExitCode.PASS, text
-    assert "resumes from step 3" in text
+    assert f"of {killed.run}" in text
     weights = [(run.out / "student" / "model.safetensors").read_bytes() for run in (whole, resumed)]
     assert weights[0] == weights[1]
     ends = [load_checkpoint(run.checkpoints / f"step-{STEPS:06d}") for run in (whole, resumed)]
