@@ -38,8 +38,9 @@ def draw(report: Report, path: Path) -> None:
         if not any(known):
             axes.set_yticks([])
             axes.text(0.5, 0.5, "not known: --quality FILE\nnames no such value", ha="center", transform=axes.transAxes)
-        if entrants:
-            axes.legend(fontsize=8, loc="lower left")
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(f"{report.here.machine.processor}, {report.here.started}", fontsize=9)
     figure.savefig(path, dpi=110)
 
