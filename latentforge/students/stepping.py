@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Model
 from transformers.cache_utils import Cache, DynamicLayer
 
-_ROOM = 64
+_ROOM = 16
 """The fewest places that are set aside at a time for keys and values to come."""
 
 
@@ -60,10 +60,13 @@ class GrowingLayer(DynamicLayer):
 
 def growing_cache(layers: list[tuple[Tensor, Tensor]] | None = None) -> Cache:
     """A transformers cache of such layers, of the (keys, values) of each, or empty."""
-    found = Cache(layer_class_to_replicate=GrowingLayer)
-    for number, (keys, values) in enumerate(layers or []):
-        found.update(keys, values, number)
-    return found
+    if layers is None:
+        return Cache(layer_class_to_replicate=GrowingLayer)
+    held = [GrowingLayer() for _ in layers]
+    for layer, (keys, values) in zip(held, layers, strict=True):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return Cache(layers=held)
 
 
 def can_step(model: Any) -> bool:
