@@ -173,6 +173,8 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
         states = 16 if spec.distill.precision == "bf16" else 12
         students = 2 if TWIN in spec.distill.require else 1
         terms.append(Term("student", models.student.shape.parameters * (4 * students + states * _CHECKPOINTS)))
+    if spec.benches and spec.through == "distill" and models.student.shape is not None:
+        terms.append(Term("bench", 4 * models.student.shape.parameters))  # the student that it measured
     terms.append(Term("logs", runs * _RUN[0]))
     return tuple(terms), inodes + runs * _RUN[1], compiles
 
@@ -194,6 +196,8 @@ def _latent_terms(spec: PipelineSpec, models: Models, tokens: int) -> list[Term]
         count = latent_parameters(spec.latent, latent=spec.autoencoder.latent, **known)
         states = 16 if spec.latent.precision == "bf16" else 12
         terms.append(Term("latent student", count * (4 + states * _CHECKPOINTS) + 4 * codec))
+        if spec.benches:
+            terms.append(Term("bench", 4 * (count + codec)))
     return terms
 
 

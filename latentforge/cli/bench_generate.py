@@ -123,7 +123,12 @@ def _asked(spec: str | None, **flags: Any) -> BenchSpec:
     from latentforge.spec.bench import BenchSpec
     from latentforge.spec.resolve import resolve_pipeline
 
-    base = resolve_pipeline(spec).spec.bench if spec is not None else BenchSpec()
+    base = BenchSpec()
+    if spec is not None:
+        resolved = resolve_pipeline(spec)
+        if not any(field.startswith("bench.") for field in resolved.origins):
+            raise RefusedError(f"--spec {spec} sets nothing of [bench]", next="leave --spec out, or add a [bench]")
+        base = resolved.spec.bench
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return BenchSpec.model_validate(base.model_dump() | given)

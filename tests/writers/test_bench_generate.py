@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from latentforge.cli import main
+from latentforge.evidence.digests import file_sha256
 
 from ..latent_folders import CHUNK, Folders
 
@@ -90,6 +91,16 @@ def test_gates_of_a_pipeline_file_are_held_and_a_flag_goes_over_them(
     assert found == _written(place)
 
 
+def test_the_quality_of_a_student_is_found_by_its_weights(folders: Folders, place: Path) -> None:
+    digest = file_sha256(folders.latent / "out/student/model.safetensors")
+    score = {"value": 2.0, "low": 2.5, "high": 3.0}  # a bootstrap's interval need not hold the value
+    models = [{"digests": {"student": digest}, "brier_lm": score, "bits_per_byte": None}]
+    (place / "q.json").write_text(json.dumps({"models": models}))
+    assert _bench(folders.latent, "--beside", folders.token, "--quality", "q.json") == 0
+    latent, token = _written(place)["contestants"]
+    assert (latent["quality"], token["quality"]) == ({"brier_lm": score, "bits_per_byte": None}, None)
+
+
 def test_the_same_seed_writes_the_same_number_of_tokens_in_each_round_and_command(
     folders: Folders, place: Path
 ) -> None:
@@ -112,6 +123,8 @@ def test_the_same_seed_writes_the_same_number_of_tokens_in_each_round_and_comman
         (["--top-k", "5"], "method 'tokens' alone knows it"),
         (["--temperature", "0"], "temperature = 0"),
         (["--quality", "none.json"], "--quality none.json cannot be read"),
+        (["--quality", "others.json"], "--quality FILE is of other students"),
+        (["--spec", "tiny"], "--spec tiny sets nothing of [bench]"),
         (["--run", "."], "is no run's folder"),
         (["--out", "prompts.txt"], "--out prompts.txt cannot be made"),
         (["--beside", "nowhere"], "nowhere does not exist"),
@@ -122,6 +135,7 @@ def test_what_cannot_be_measured_is_refused_by_name_and_leaves_no_report(
     folders: Folders, place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     (place / "blank.txt").write_text("\n  \n")
+    (place / "others.json").write_text(json.dumps({"models": [{"digests": {"student": "0" * 64}}]}))
     if "other" in arguments:
         shutil.copytree(folders.token / "out/student", place / "other")
         tokenizer = json.loads((place / "other/tokenizer.json").read_text())

@@ -38,11 +38,14 @@ def read_quality(path: Path) -> dict[str, Quality]:
     """The qualities in a report, by the sha256 of the student's weights; RefusedError where it is no such report."""
     try:
         models = json.loads(path.read_bytes())["models"]
-        return {one["digests"]["student"]: _quality(one) for one in models}
+        found = {one["digests"]["student"]: _quality(one) for one in models}
     except OSError as error:
         raise RefusedError(f"--quality {path} cannot be read: {error.strerror}", next=_MAKE_ONE) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RefusedError(f"--quality {path} is no report of bench quality: {error!r}", next=_MAKE_ONE) from None
+    if not found:
+        raise RefusedError(f"--quality {path} names no model", next=_MAKE_ONE)
+    return found
 
 
 def _quality(model: dict[str, Any]) -> Quality:

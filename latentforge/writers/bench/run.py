@@ -56,6 +56,11 @@ class _Entered:
 def run(work: Work, asked: BenchSpec, *, tell: Tell = lambda line, done, total: None) -> Report:
     """Open, measure and judge; RefusedError before anything is measured where a contestant cannot take part."""
     entered = _enter(work, asked)
+    if work.quality and not any(one.writer.digests["student"] in work.quality for one in entered):
+        raise RefusedError(
+            "--quality FILE is of other students: none of its weights' digests is one of those that are measured here",
+            next=f"latentforge bench quality {work.student[0]} --data RUN --out FILE",
+        )
     device = entered[0].writer.model.device
     turns = Asked(
         _tokens(work.prompts, entered[0].writer),
