@@ -41,6 +41,25 @@ def show(
         print("\n".join(_told(resolved, notes)))
 
 
+@app.command()
+def explain(
+    field: Annotated[str | None, typer.Argument(help="A field or a table, like latent.mse_weight or latent.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what each field of a pipeline file means, with its default: all of them, or those of one table."""
+    from dataclasses import asdict
+
+    from latentforge.cli.terminal import accent, print_json
+    from latentforge.spec.explain import explained
+
+    found = explained(field)
+    if json:
+        print_json([asdict(one) for one in found])
+        return
+    for one in found:
+        print(f"{accent(one.field)} = {_toml(one.default)}" + (f"\n    {one.meaning}" if one.meaning else ""))
+
+
 def _told(resolved: ResolvedPipeline, notes: list[str]) -> list[str]:
     from latentforge.cli.terminal import accent
 

@@ -295,6 +295,11 @@ class PipelineSpec(Section):
 
     def _latent_agrees(self) -> None:
         latent, drawn = self.latent, self.continuations
+        if self.data.sequence_length < 2 * self.data.chunk:
+            raise ValueError(
+                f"data.sequence_length = {self.data.sequence_length} with data.chunk = {self.data.chunk}: a row of one "
+                "chunk has none before it that it could be predicted from"
+            )
         if latent.sample_weight > 0 and 1.0 not in drawn.temperatures:
             raise ValueError(
                 f"latent.sample_weight = {latent.sample_weight:g} is of continuations at T = 1, and "

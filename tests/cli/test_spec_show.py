@@ -76,3 +76,21 @@ def test_what_does_not_parse_is_refused_never_a_default(
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_field_is_explained_with_its_default_and_what_is_off_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spec", "explain", "latent"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    for field, why in (
+        ("mse_weight", "it blurs"),
+        ("ce_weight", "are mixed"),
+        ("kl_weight", "no chunk of the teacher"),
+    ):
+        at = told.index(f"latent.{field} = 0.0")
+        assert "of the first LatentForge, off" in told[at + 1]
+        assert why in told[at + 1]
+    assert main(["spec", "explain", "data.chunk", "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert (one["field"], one["default"]) == ("data.chunk", 1)
+    assert main(["spec", "explain", "latent.mse_wieght"]) == ExitCode.REFUSED
+    assert "did you mean 'latent.mse_weight'?" in capsys.readouterr().err

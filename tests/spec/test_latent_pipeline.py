@@ -130,6 +130,7 @@ def test_the_operators_names_set_the_last_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (["data.sequence_length=8", "data.chunk=8"], "a row of one chunk has none before it"),
         (["latent.text_weight=0"], "nothing would train the head that draws chunks"),
         (["latent.token_ce_weight=0"], "the token head would not be trained"),
         (["latent.student.token_layers=0"], "there is no token head"),
