@@ -21,17 +21,24 @@ from latentforge.serve.engine import Engine
 from latentforge.serve.guard import App, Guard, Measured
 from latentforge.serve.limits import Limits
 from latentforge.serve.measures import Measures
-from latentforge.serve.preparing import completion_choices, deadline_of, generate_choice
+from latentforge.serve.preparing import completion_choices, deadline_of, generate_choices
 from latentforge.serve.refusing import Refusal, error_body
 from latentforge.serve.talking import EventStream, Gone, read_body, while_connected
 from latentforge.serve.texts import Choice, Conversation
+from latentforge.writers.opening import Writer
 
 PATHS = ("/", "/v1/completions", "/v1/models", "/generate", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
 _UNREAD = 60.0  # seconds after its deadline until a stream that nobody reads is given up
-_REFUSED = {code: {"description": f"`error.param` names what is wrong: {why}"} for code, why in (
-    (400, "a field"), (401, "the key"), (413, "the body's length"), (429, "the queue is full"), (503, "not ready")
-)}  # fmt: skip
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    400: {"description": "a field is wrong: `error.param` names it"},
+    401: {"description": "the key is missing or wrong"},
+    413: {"description": "the body is too long"},
+    429: {"description": "the queue is full: `Retry-After` says when to come back"},
+    503: {"description": "not ready, or stopping"},
+}
+_SHORT = 8192  # bytes of a body
 Answer = TypeVar("Answer")
+Asked = TypeVar("Asked", CompletionAsk, GenerateAsk)
 
 
 class Service:
@@ -47,15 +54,30 @@ class Service:
         return Served(self.engine.writer, self.name, self._created)
 
     async def begin(
-        self, asked: CompletionAsk | GenerateAsk, began: float, choices: Callable[[], list[Choice]]
-    ) -> Conversation:
-        """Ask for the texts of a request that arrived at ``began``."""
-        until = began + deadline_of(asked, self.limits)
-        # Prompts become tokens beside the loop: a long one takes a while.
-        found = await asyncio.to_thread(choices)
-        conversation = Conversation(self.engine, found, until)
+        self, request: Request, kind: type[Asked], choices: Callable[[Asked, Writer, Limits], list[Choice]]
+    ) -> tuple[Asked, Served, Conversation]:
+        """Read what is asked for, and ask for its texts."""
+        began = time.monotonic()
+        body = await read_body(request, self.limits.max_body)
+
+        def prepare() -> tuple[Asked, Served, list[Choice]]:
+            asked = parse(kind, body)
+            if isinstance(asked, CompletionAsk):
+                self.check_name(asked.model)
+            served = self.served
+            return asked, served, choices(asked, served.writer, self.limits)
+
+        # A long prompt becomes tokens beside the loop; for a short one that takes longer than it does.
+        asked, served, found = prepare() if len(body) <= _SHORT else await asyncio.to_thread(prepare)
+        conversation = Conversation(self.engine, found, began + deadline_of(asked, self.limits))
         self.measures.prompt_tokens.inc(sum(len(one.request.prompt) for one in found))
-        return conversation
+        return asked, served, conversation
+
+    def check_name(self, name: str) -> None:
+        """A Refusal (404) where that is another model's."""
+        if name != self.name:
+            message = f"there is no such model; this server has {self.name}"
+            raise Refusal(404, message, field="model", code="model_not_found")
 
     async def whole(self, request: Request, conversation: Conversation, answer: Awaitable[Answer]) -> Answer:
         """The answer, unless the client leaves before; then the work on it ends too."""
@@ -123,20 +145,13 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """The served model, by its name."""
-        _check_name(service, name)
+        service.check_name(name)
         return service.served.card()
 
     @app.post("/v1/completions", responses=_REFUSED, openapi_extra=_body(CompletionAsk))
     async def completions(request: Request) -> Response:
         """OpenAI's completions: one or several texts after each prompt, whole or as server-sent events."""
-        began = time.monotonic()
-        body = await read_body(request, service.limits.max_body)
-        asked = await asyncio.to_thread(parse, CompletionAsk, body)
-        _check_name(service, asked.model)
-        served = service.served
-        conversation = await service.begin(
-            asked, began, lambda: completion_choices(asked, served.writer, service.limits)
-        )
+        asked, served, conversation = await service.begin(request, CompletionAsk, completion_choices)
         answer = Completion(asked, served, conversation)
         if asked.stream:
             return service.events(conversation, answer)
@@ -145,23 +160,11 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.post("/generate", responses=_REFUSED, openapi_extra=_body(GenerateAsk))
     async def generate(request: Request) -> Response:
         """A text after a prompt with all that is known of it, whole or as server-sent events."""
-        began = time.monotonic()
-        body = await read_body(request, service.limits.max_body)
-        asked = await asyncio.to_thread(parse, GenerateAsk, body)
-        served = service.served
-        conversation = await service.begin(
-            asked, began, lambda: [generate_choice(asked, served.writer, service.limits)]
-        )
+        asked, served, conversation = await service.begin(request, GenerateAsk, generate_choices)
         answer = Generation(served, conversation)
         if asked.stream:
             return service.events(conversation, answer)
         return JSONResponse(await service.whole(request, conversation, answer.finish()))
-
-
-def _check_name(service: Service, name: str) -> None:
-    if name != service.name:
-        message = f"there is no such model; this server has {service.name}"
-        raise Refusal(404, message, field="model", code="model_not_found")
 
 
 def _errors(app: FastAPI) -> None:

@@ -25,6 +25,8 @@ from latentforge.writers.opening import Writer
 
 End = Literal["eos", "length", "failed", "deadline", "stopping", "broken", "cancelled"]
 _numbers = itertools.count()
+_AT_ONCE = 8
+"""Texts that are told of a chunk before the loop looks for other requests."""
 
 
 @dataclass(eq=False)
@@ -72,6 +74,7 @@ class Engine:
         self._waiting: deque[Order] = deque()
         self._running: dict[int, Order] = {}
         self._scoring: deque[tuple[tuple[int, ...], Callable[[list[float] | None], None]]] = deque()
+        self._untold: deque[Event] = deque()
         self._writer: Writer | None = None
         self._stop_at: float | None = None
         self.failure: Exception | None = None
@@ -179,7 +182,8 @@ class Engine:
             batch, pieces = Batch(writer.model), []
         events += self._heard(pieces)
         if events:
-            self._tell(lambda: _hear(events))
+            self._untold.extend(events)
+            self._tell(self._hear)
         self._score(writer)
         return batch
 
@@ -262,7 +266,10 @@ class Engine:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to hear of it
             self._post(what)
 
-
-def _hear(events: Sequence[Event]) -> None:
-    for event in events:
-        event.order.hear(event)
+    def _hear(self) -> None:
+        """In the loop's thread: some at a time, so that other requests are read between them; in their order."""
+        for _ in range(min(_AT_ONCE, len(self._untold))):
+            event = self._untold.popleft()
+            event.order.hear(event)
+        if self._untold:
+            self._tell(self._hear)

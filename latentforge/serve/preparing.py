@@ -57,12 +57,12 @@ def _check_scored(asked: CompletionAsk, model: ChunkModel, field: str, wanted: b
         raise Refusal(400, f"{field} is known once a text is written: not with stream = true", field=field)
 
 
-def generate_choice(asked: GenerateAsk, writer: Writer, limits: Limits) -> Choice:
-    """The text of /generate; a Refusal names the field."""
+def generate_choices(asked: GenerateAsk, writer: Writer, limits: Limits) -> list[Choice]:
+    """The one text of /generate; a Refusal names the field."""
     sampling = _sampling(asked.method, float(asked.temperature), asked.draws, asked.top_k, asked.top_p, writer, limits)
     new = ("max_new_tokens", asked.max_new_tokens or min(GENERATE_TOKENS, limits.max_tokens))
     stops = asked.stop
-    return _choices(writer, limits, [asked.prompt], 1, new=new, seed=asked.seed, sampling=sampling, stops=stops)[0]
+    return _choices(writer, limits, [asked.prompt], 1, new=new, seed=asked.seed, sampling=sampling, stops=stops)
 
 
 def deadline_of(asked: CompletionAsk | GenerateAsk, limits: Limits) -> float:

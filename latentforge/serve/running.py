@@ -26,9 +26,9 @@ from latentforge.writers.opening import Writer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-_SWITCH = 0.0005
-"""Seconds after which the thread that computes lets the event loop run. At Python's 5 ms a request that waits for it a
-few times is slow for that alone."""
+_SWITCH = 0.0001
+"""Seconds after which the thread that computes lets the event loop run: it waits so long after each line that it sends,
+and at Python's 5 ms sixty-four streams would make everybody wait for a third of a second."""
 
 
 @dataclass(frozen=True)
