@@ -100,7 +100,7 @@ def _training(writer: Writer) -> float | None:
         return None
     try:
         flops = json.loads(effective.read_bytes()).get("flops", {})
-        found = flops.get("student", flops.get("teacher"))
+        found = next((flops[name] for name in ("latent", "student", "teacher") if name in flops), None)
     except (ValueError, AttributeError) as error:
         raise RefusedError(f"{effective} cannot be read: {error!r}", next="collect the run again") from None
     return None if found is None else float(found)

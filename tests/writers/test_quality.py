@@ -149,10 +149,11 @@ def test_a_comparison_at_unequal_cost_is_said_to_be_none_and_the_size_of_an_equa
 def test_training_costs_are_those_of_the_run(folders: Folders, data: ShardSet, tmp_path: Path) -> None:
     import shutil
 
-    run = tmp_path / "distill"
-    shutil.copytree(folders.token, run)
-    (run / "effective.json").write_text('{"flops": {"student": 1.5e9, "twin": 3e9}}')
-    assert cost_of(open_writer(run), positions=64, draws=1).training == 1.5e9
+    for number, (folder, told) in enumerate(((folders.token, "student"), (folders.latent, "latent"))):
+        run = tmp_path / told
+        shutil.copytree(folder, run)
+        (run / "effective.json").write_text(json.dumps({"flops": {told: 1.5e9 + number, "twin": 3e9}}))
+        assert cost_of(open_writer(run), positions=64, draws=1).training == 1.5e9 + number
     assert cost_of(open_writer(folders.token), positions=64, draws=1).training is None
 
 
