@@ -94,7 +94,7 @@ def unpack(key: bytes, value: bytes, *, temperatures: tuple[float, ...], vocab_s
     begin = _HEAD.size + sealing.CHECK_BYTES
     head, frame = value[: _HEAD.size], value[begin:]
     if len(value) < begin or value[_HEAD.size : begin] != sealing.checksum(key, head, frame):
-        raise sealing.damaged(key, "continuations", "run the continuations run again: it draws damaged rows anew")
+        raise sealing.damaged(key, "continuations", "the same with --attempt next: damaged rows are drawn anew")
     magic, size, many, given, count, chunk, length = _HEAD.unpack(head)
     kind = _kind(vocab_size)
     if magic != MAGIC or size != kind.itemsize or many != len(temperatures) or length != len(frame):

@@ -53,25 +53,23 @@ def continue_all(
     (:func:`check_draws`): nothing more is paid for where it fails. TeacherFailure leaves everything stored that was
     answered.
     """
-    wanted: dict[bytes, Tokens] = {}
-    total = new = 0
+    total = (len(data.train) if rows is None else rows) + len(data.heldout)
+    done = new = 0
     for block in continued_rows(data, rows):
         found = {store.key(tokens): tokens for tokens in block}
         present = store.present(found)
-        total += len(block)
         # One of equal rows is enough.
-        wanted |= {key: tokens for key, tokens in found.items() if key not in present}
-    done = total - len(wanted)
-    progress(done, total)
-    left = list(wanted.values())
-    for at in range(0, len(left), batch_size):
-        batch = left[at : at + batch_size]
-        for number, drawn in teacher.continuations(batch, asked):
-            if not new:
-                check_draws(teacher, [(batch[number], drawn)], asked)
-            new += store.put(batch[number], drawn)
-            done += 1
-            progress(done, total)
+        wanted = [tokens for key, tokens in found.items() if key not in present]
+        done += len(block) - len(wanted)
+        progress(done, total)
+        for at in range(0, len(wanted), batch_size):
+            batch = wanted[at : at + batch_size]
+            for number, drawn in teacher.continuations(batch, asked):
+                if not new:
+                    check_draws(teacher, [(batch[number], drawn)], asked)
+                new += store.put(batch[number], drawn)
+                done += 1
+                progress(done, total)
     return new
 
 

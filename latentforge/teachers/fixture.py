@@ -90,6 +90,8 @@ class FixtureTeacher:
 
     def _chunks(self, row: Contexts, tokens: Tokens, temperature: float, asked: Continuing) -> npt.NDArray[np.int64]:
         """What is drawn after each context, int64 [R, contexts, K]."""
+        if not len(row.chunks):
+            return np.empty((asked.count, 0, asked.chunk), np.int64)
         key = torch.tensor(asked.key(tokens, temperature))
         last = torch.from_numpy(row.text[row.ends - 1]).expand(asked.count, -1)
         places = []

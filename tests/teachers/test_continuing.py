@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from latentforge.data import ShardSet
 from latentforge.errors import FailedError, RefusedError
@@ -18,7 +20,7 @@ from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.estimate import Answering
 from latentforge.spec.latent import ContinuationsSpec
 from latentforge.targets.continuations import ContinuationStore
-from latentforge.targets.continued import Ids
+from latentforge.targets.continued import Ids, contexts
 from latentforge.teachers import hf_continuing
 from latentforge.teachers.continuing import Contexts, Continuing
 from latentforge.teachers.continuing_agreement import check_draws
@@ -332,3 +334,44 @@ def test_a_model_whose_cache_forgets_is_found_at_its_first_row_and_nothing_is_st
 def test_more_rows_than_there_are_is_refused(shards: ShardSet) -> None:
     with pytest.raises(RefusedError, match=r"continuations\.rows = 41: there are 40 training rows"):
         list(continued_rows(shards, 41))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_context_is_the_text_up_to_its_chunk_whatever_the_padding(data: st.DataObject) -> None:
+    chunk, chunks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
+    tokens = np.array(data.draw(st.lists(st.integers(0, 3), min_size=chunk * chunks, max_size=chunk * chunks)))
+    asked = Continuing(chunk, 2, (1.0, 0.5), EOS, 7)
+    row = Contexts.of(tokens, asked)
+    text: list[int] = []
+    wanted = []
+    for number, one in enumerate(tokens.reshape(chunks, chunk).tolist()):
+        text += one[: one.index(EOS) + 1] if EOS in one else one
+        if EOS not in one and number < chunks - 1:
+            wanted.append((number, list(text)))
+    assert [(n, row.text[:end].tolist()) for n, end in zip(row.chunks, row.ends, strict=True)] == wanted
+    ids = np.arange(2 * len(wanted) * chunk).reshape(2, len(wanted), chunk)
+    spread = row.spread(dict.fromkeys(asked.temperatures, ids), tokens, asked)[0.5]
+    assert spread.shape == (chunks - 1, 2, chunk)
+    for place, (number, _) in enumerate(wanted):
+        assert np.array_equal(spread[number], ids[:, place])
+    assert (spread[~contexts(tokens, chunk, EOS)] == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (12, 1), (4, 2)])
+def test_chunks_of_one_token_and_rows_of_one_chunk_are_no_special_case(
+    teacher: HFTeacher, tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    chunk, chunks = shape
+    asked = Continuing(chunk, 3, (1.0,), EOS, 7)
+    tokens = np.random.Generator(np.random.PCG64(1)).integers(1, 270, chunk * chunks)
+    for one in (teacher, FixtureTeacher(270)):
+        (found,) = all_of(one, tokens[None], asked)
+        assert found[1.0].shape == (chunks - 1, 3, chunk)
+        with create(tmp_path / f"{one.identity.model}.sqlite", one, asked) as store:
+            assert store.put(tokens, found)
+            kept = store.of(torch.from_numpy(tokens[None]), 1.0)
+        assert kept.ids.shape == (1, chunks - 1, 3, chunk)
+        assert bool(kept.given.all())
+        assert check_draws(one, [(tokens, found)], asked) is not None
+    assert same(all_of(teacher, tokens[None], asked)[0], by_itself(teacher, tokens, asked))

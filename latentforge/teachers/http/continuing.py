@@ -176,6 +176,7 @@ def continue_texts(
             next=f"set data.sequence_length = {max_tokens} or less",
         )
     flow.k = flow.k_low  # nothing is asked for that a rate limit could make smaller
+    sizes = {"vocab_size": vocab_size, "rows": rows}
     waiting, asks, charged, places = [], [], [], []
     drawn: list[dict[float, npt.NDArray[np.int64]]] = []
     for number, row in enumerate(contexts):
@@ -185,10 +186,9 @@ def continue_texts(
         for temperature in asked.temperatures:
             key = asked.key(sequences[number], temperature)
             for place, (chunk, end) in enumerate(zip(row.chunks.tolist(), row.ends.tolist(), strict=True)):
-                prompt = tuple(row.text[:end].tolist())
-                question = Beginning(prompt, temperature, _seed(key, chunk), asked, vocab_size, rows)
-                asks.append(partial(_asked, client, model, question, form))
-                charged.append(question.charged)
+                beginning = partial(Beginning, temperature=temperature, seed=_seed(key, chunk), asked=asked, **sizes)
+                asks.append(partial(_asked, client, model, form, beginning, row.text[:end]))
+                charged.append(end + asked.count * asked.chunk)
                 places.append((number, temperature, place))
     for number, left in enumerate(waiting):
         if not left:
@@ -201,8 +201,11 @@ def continue_texts(
             yield number, contexts[number].spread(drawn[number], sequences[number], asked)
 
 
-def _asked(client: HttpClient, model: str, question: Beginning, form: Form, _k: int) -> npt.NDArray[np.int64]:
-    return ask(client, model, question, form)
+def _asked(
+    client: HttpClient, model: str, form: Form, beginning: Callable[..., Beginning], text: Tokens, _k: int
+) -> npt.NDArray[np.int64]:
+    # The prompt is written out when it is sent: those of all contexts of a long row take a hundred times its own bytes.
+    return ask(client, model, beginning(prompt=tuple(text.tolist())), form)
 
 
 def _seed(key: int, chunk: int) -> int:
