@@ -17,7 +17,7 @@ TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/c
 
 DISPATCH_TESTS := $(addprefix tests/,agent dispatch faults following preflight pulling)
 
-.PHONY: help setup smoke smoke-latent test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
+.PHONY: help setup smoke smoke-latent sweep-ae test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ smoke: setup  ## the main job on this machine: data, teacher, score, distill, ve
 
 smoke-latent: setup  ## the main job of the latent line: also continuations, codec, a student of 4 tokens a step, its speed
 	@$(BIN)/latentforge dispatch go smoke-latent --host local
+
+KS ?= 1 2 4 8 16
+sweep-ae: setup  ## the codec for each K of KS, with a latent of 32 numbers a token: whether its tokens come back
+	@failed=0; for k in $(KS); do echo "K = $$k, latent = $$((32 * k))"; \
+	    $(BIN)/latentforge dispatch go autoencoder --set data.chunk=$$k --set autoencoder.latent=$$((32 * k)) || failed=1; \
+	done; exit $$failed
 
 # Each worker takes a module at a time (tests/conftest.py). The kernels' tests and those of the compute plane compute and
 # compile: two at a time, with a thread each (two threads on a core that is taken wait for each other at every small
