@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -89,9 +90,12 @@ def test_a_quantile_is_a_reading_that_so_many_do_not_exceed() -> None:
     assert quantile([], 0.5) is None
 
 
-def test_transformers_greedy_text_is_the_engines_own(folders: Folders) -> None:
-    """The same model, the same beginning, the same end: what is timed is the same work."""
-    folder = folders.token / "out/student"
+def test_transformers_greedy_text_is_the_engines_own(folders: Folders, tmp_path: Path) -> None:
+    """The same model, the same beginning, the same end: what is timed is the same work, whatever way of writing the
+    folder's generation_config.json suggests."""
+    folder = Path(shutil.copytree(folders.token / "out/student", tmp_path / "student"))
+    suggested = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "max_length": 7, "eos_token_id": 5}
+    (folder / "generation_config.json").write_text(json.dumps(suggested))
     model = TokenModel.open(folder)
     prompts = tuple(tuple(row[:n].tolist()) for row, n in zip(folders.rows[:3], (3, 9, 5), strict=True))
     asked = Asked(prompts, 12, Sampling("vote", 0.0, 3), batch=2, repeats=1)

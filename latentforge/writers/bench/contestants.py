@@ -59,8 +59,12 @@ class TransformersGenerate:
     """
 
     def __init__(self, name: str, folder: Path, eos_id: int, device: torch.device) -> None:
+        from transformers import GenerationConfig
+
         self.name = name
         self._model: Any = model_from_folder(folder).to(device).eval()
+        # What a folder suggests would fill in all that is not asked here: another way of writing.
+        self._model.generation_config = GenerationConfig()
         self._eos_id = eos_id
         self._device = device
 
@@ -77,7 +81,7 @@ class TransformersGenerate:
             torch.manual_seed(asked.seed + numbers.start)
             ids, mask = self._padded([asked.prompts[n] for n in numbers])
             arrivals = _Arrivals(clock, start)
-            sampling, draws = asked.sampling, dict[str, Any]()
+            sampling, draws = asked.sampling, dict[str, Any](do_sample=False)
             if sampling.temperature > 0:
                 draws = {"do_sample": True, "temperature": sampling.temperature}
                 draws |= {"top_k": sampling.top_k or 0, "top_p": 1.0 if sampling.top_p is None else sampling.top_p}
