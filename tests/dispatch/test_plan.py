@@ -65,6 +65,7 @@ def asks(checkout: Any) -> dict[str, Ask]:
         "box": asked("tiny", BOX, env={}, folder=checkout),
         "local": replace(asked("tiny", Host(name="local"), env={}, folder=checkout), unfit=None),
         "codec": asked("tiny-autoencoder", BOX, env={}, folder=checkout),
+        "latent": asked("tiny-latent", BOX, env={}, overrides=["latent.beside=true"], folder=checkout),
     }
 
 
@@ -100,6 +101,30 @@ def test_a_pipeline_for_a_codec_asks_no_teacher_and_says_its_own_memory_and_disk
     assert {"autoencoder.latent", "data.chunk", "through"} <= set(need.wanted["fields"])
     assert not any(field.startswith(("distill.", "score.", "teacher.")) for field in need.wanted["fields"])
     assert need.wanted["falsifiers"] == ("F-LATENT-AE-001", "F-LATENT-AE-002")
+
+
+def test_a_pipeline_for_a_latent_student_runs_what_its_signals_need_and_says_its_disk(asks: dict[str, Ask]) -> None:
+    ask, facts = asks["latent"], facts_of()
+    plan = plan_of(ask, facts)
+    made = ["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent"]
+    assert [name for name in wills(plan) if wills(plan)[name] == "run"] == ["build", *made, "collect"]
+    assert not plan.refusals
+    need = need_of(ask, facts)
+    assert need.wanted["kinds"] == tuple(made)
+    assert {"latent.sample_weight", "continuations.count", "distill.steps"} <= set(need.wanted["fields"])
+    assert {"F-LATENT-AE-001", "F-LATENT-CAUSAL-001", "F-LATENT-KD-001"} <= set(need.wanted["falsifiers"])
+    disk = [term.name for term in need.disk]
+    assert {"data", "codec", "continuations", "latent student", "teacher", "targets", "student", "logs"} <= set(disk)
+
+
+def test_of_other_code_what_a_latent_student_is_made_from_is_kept_and_the_student_is_not(asks: dict[str, Ask]) -> None:
+    planned = planned_of(asks["latent"])
+    kin = {
+        planned[role].kin: [{"id": f"{role}-" + "7" * 20, "identity": "{}", **PASSED}]
+        for role in ("continuations", "latent")
+    }
+    plan = plan_of(asks["latent"], facts_of(kin_runs=kin))
+    assert (wills(plan)["continuations"], wills(plan)["latent"]) == ("keep", "run")
 
 
 def test_a_codec_of_other_code_that_passed_is_kept(asks: dict[str, Ask]) -> None:

@@ -39,7 +39,7 @@ def test_a_machine_with_gpus_proves_every_kernel_one_without_what_its_pipeline_c
     assert gpu.run != cpu.run
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "tiny-autoencoder"])
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-autoencoder", "tiny-latent"])
 def test_the_kernels_that_a_plan_names_are_the_guards(checkout: Any, recipe: str) -> None:
     from latentforge.kernels.guard.table import table
     from latentforge.kernels.guard.warmup import Limits, look_in_child
