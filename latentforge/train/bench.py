@@ -56,6 +56,9 @@ def run(run: RunDir, log: EventLog) -> None:
         report = measure(work, spec, tell=lambda line, done, total: log.progress("measure", done, total))
     for one in report.entrants:
         _say(log, one)
+    if report.hits is not None:  # said here too: a copy of this run has no other run beside it
+        of = {"value": report.hits.rate, "teacher_hit_rate": report.hits.rate, "of": report.hits.run}
+        log.emit("metric", name="hit_rate", step=0, split=KIND, **of)
     for line in table(report):
         log.say(line)
 

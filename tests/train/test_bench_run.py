@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.verdicts import ExitCode
+from latentforge.writers.bench.hits import Hits, hits_of
 
 SHORT = [
     "through=latent",
@@ -92,11 +94,15 @@ def test_a_gate_that_cannot_be_passed_fails_the_run(root: Path) -> None:
     assert read_events(bench.events_file)[-1].fields["code"] == ExitCode.FAIL
 
 
-def test_a_student_that_is_fed_from_a_store_has_a_hit_rate_of_one(root: Path) -> None:
-    student, _, verdicts, _ = _made(root, "through=distill", "bench.min_hit_rate=0.8")
+def test_a_student_that_is_fed_from_a_store_has_a_hit_rate_of_one(root: Path, tmp_path: Path) -> None:
+    student, bench, verdicts, _ = _made(root, "through=distill", "bench.min_hit_rate=0.8")
     assert [(one["falsifier"], one["outcome"], one["text"]) for one in verdicts] == [
         ("F-BENCH-CACHE-001", "pass", f"hit rate 100.0% >= 80.0% of the answers of {student.run}")
     ]
+    copied = tmp_path / bench.run
+    copied.mkdir()
+    shutil.copy(bench.events_file, copied)
+    assert hits_of(copied) == Hits(1.0, bench.run)
 
 
 @pytest.mark.parametrize(
