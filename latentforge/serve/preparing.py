@@ -114,7 +114,7 @@ def _choices(
     seed = secrets.randbits(63) if seed is None else seed
     found: list[Choice] = []
     for number, prompt in enumerate(prompts):
-        ids = _tokens(writer, prompt)
+        ids = writer.encode(prompt) if isinstance(prompt, str) else prompt
         if len(ids) > limits.max_prompt:
             raise Refusal(
                 400,
@@ -129,13 +129,6 @@ def _choices(
             text = prompt if isinstance(prompt, str) else None
             found.append(Choice(writer.tokenizer, text, request, index=len(found), stops=stops))
     return found
-
-
-def _tokens(writer: Writer, prompt: Prompt) -> tuple[int, ...]:
-    if not isinstance(prompt, str):
-        return prompt
-    # A batch of one: other threads may run meanwhile.
-    return tuple(writer.tokenizer.backend.encode_batch_fast([prompt], add_special_tokens=False)[0].ids)
 
 
 def _check(model: ChunkModel, number: int, request: Request) -> None:

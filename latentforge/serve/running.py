@@ -194,5 +194,5 @@ class _Server(uvicorn.Server):
             return
         texts, grace = self._engine.stop(self._limits.grace), self._limits.grace
         again = "; once more ends it at once" if texts else ""
-        self._teller.tell("stopping", f"stopping: {texts} texts under way have {grace:g} s{again}", texts=texts)
+        self._teller.tell("stopping", f"stopping: what is under way ({texts}) has {grace:g} s{again}", texts=texts)
         self.should_exit = True

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -117,6 +118,14 @@ def test_a_seeded_request_is_the_same_alone_and_among_many(server: Running) -> N
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, list(range(8)) * 3)) == alone * 3
     assert len(set(alone)) > 6
+
+
+def test_a_prompt_begins_as_the_documents_of_its_tokenizer_do(writer: Writer) -> None:
+    asked = parse(CompletionAsk, json.dumps({"model": "tiny", "prompt": PROMPT}).encode())
+    after_bos = replace(writer, before=(7,))
+    (choice,) = completion_choices(asked, after_bos, Limits())
+    assert choice.request.prompt == (7, *ids(writer, PROMPT))
+    assert choice.prompt == PROMPT
 
 
 def test_no_seed_is_another_text_each_time(server: Running) -> None:
