@@ -78,6 +78,8 @@ class Description:
         rows = connection.query("SELECT value FROM meta")
         try:
             meta = json.loads(rows[0][0])
+            if "kind" in meta:
+                raise RefusedError(f"{path} is a store of {meta['kind']}, not of targets", next="name a score run's")
             if meta["schema"] not in (1, SCHEMA):
                 raise ValueError(f"schema {meta['schema']!r}")
             if meta.get("rounding", "fine") not in ("fine", "none"):

@@ -19,6 +19,7 @@ from latentforge.teachers.failures import TeacherFailure, public_url
 from latentforge.teachers.findings import Ability, Finding, Report
 from latentforge.teachers.http.chat import chat_body, parse_chat
 from latentforge.teachers.http.client import HttpClient
+from latentforge.teachers.http.continuing import find_form
 from latentforge.teachers.http.flow import FlowControl
 from latentforge.teachers.http.probe import ServedModel, ServerFacts, ask, probe, served_models
 from latentforge.teachers.http.rows import Question
@@ -294,11 +295,14 @@ class Check:
             return False, f"{failure.kind}{'' if failure.status is None else f', HTTP {failure.status}'}"
 
     def _samples(self, model: str) -> str:
-        prompt: Any = [5, 6, 7] if self.tokenizer is not None else "Once"
-        body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 1.0, "seed": 7}
+        if self.tokenizer is not None:
+            vocab = self.tokenizer.vocab_size
+            form = find_form(self.client, self.flow, model, vocab_size=vocab, rows=max(vocab, self.rows or 0))
+            return f"several chunks a prompt, as ids ({form})"
+        body = {"model": model, "prompt": "Once", "max_tokens": 4, "temperature": 1.0, "seed": 7}
         if _text(self.client.post("/completions", body)) is None:
             self.client.failure("malformed", "a continuation without text", status=200)
-        return ""
+        return "as text; whether ids come back is asked where the tokenizer's folder is named"
 
     def _chats(self, model: str) -> str:
         messages = [{"role": "user", "content": "Say yes."}]

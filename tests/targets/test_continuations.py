@@ -248,7 +248,7 @@ def test_a_sequence_that_was_not_continued_is_refused_never_silently_left_out(fi
 
 
 def test_one_kind_of_store_is_not_taken_for_the_other(filled: Path, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="does not say what it was made for"):
+    with pytest.raises(RefusedError, match="is a store of continuations, not of targets"):
         TargetStore.open(filled)
     with TargetStore.create(tmp_path / "targets.sqlite", IDENTITY, 4, [1.0], vocab_size=VOCABULARY) as store:
         path = store.path

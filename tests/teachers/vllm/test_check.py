@@ -73,6 +73,7 @@ def test_a_sound_server_passes_and_shows_what_it_can_do(
         "score": (True, True), "sample": (True, True), "logits": (False, False), "chat": (True, True),
     }  # fmt: skip
     assert "top-20 rows" in found["capabilities"]["chat"]["said"]
+    assert found["capabilities"]["sample"]["said"] == "several chunks a prompt, as ids (token_ids)"
 
 
 @pytest.mark.parametrize(
