@@ -192,8 +192,8 @@ def explained(error: Exception) -> LatentForgeError:
     where = "the same command with --debug shows where"
     if isinstance(error, LatentForgeError):
         return error
-    if isinstance(error, ModuleNotFoundError):
-        missing = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:  # transformers raises some without a name
+        missing = error.name.partition(".")[0]
         if missing in ("latentforge", "dispatch"):
             return LatentForgeError(f"this install lacks {error.name}", next=where, code=ExitCode.CRASHED)
         extra = _EXTRAS.get(missing)

@@ -192,8 +192,7 @@ class _Plain:
 
     def _print(self, text: str) -> None:
         self._passing.clear()
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)
 
 
 class _Json:

@@ -115,6 +115,17 @@ def test_an_expected_error_is_two_lines_with_its_own_code(
     )
 
 
+def test_a_failed_import_that_names_no_module_is_told_in_its_own_words(
+    planted: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lazily() -> None:  # as transformers does
+        raise ModuleNotFoundError("Could not import module 'Qwen3Model'.")
+
+    planted(lazily)
+    assert main(["planted"]) == ExitCode.CRASHED
+    assert "ModuleNotFoundError: Could not import module 'Qwen3Model'" in capsys.readouterr().err
+
+
 def test_debug_anywhere_on_the_line_shows_the_traceback(planted: Callable[..., None]) -> None:
     def refuse() -> None:
         raise RefusedError("no")

@@ -186,6 +186,14 @@ def test_nothing_is_written_into_the_students_folder(said: Any, folders: Folders
     assert content() == before
 
 
+@pytest.mark.parametrize("how", [(), ("--json",), ("--stream",)])
+def test_without_standard_output_it_ends_as_with_it(
+    said: Any, how: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as with  >&-
+    assert said("a", "--max-tokens", 3, *how)[::2] == (0, "")
+
+
 def started(folders: Folders) -> subprocess.Popen[bytes]:
     """A command that would write for long, when its first text is there."""
     command = [sys.executable, "-m", "latentforge", "generate", str(folders.latent), "--file", "-", "--stream"]

@@ -20,6 +20,9 @@ from latentforge.students.latent.chunks import absorbed
 from latentforge.students.latent.requests import ChunkModel, Keys, Request, Sampling, Session, check_request
 from latentforge.students.latent.tempered import Drawn, exact, vote
 
+_AT_ONCE = 1024
+"""Draws of a text in memory at once."""
+
 Finish = Literal["eos", "length", "failed"]
 
 
@@ -200,7 +203,7 @@ def _draw(model: ChunkModel, session: Session, members: Tensor, keys: Keys, samp
     if sampling.method == "exact":
         return exact(draw, temperature=wanted, seeds=seeds, positions=positions, limit=sampling.draws)
     if sampling.method == "vote":
-        return vote(draw, temperature=wanted, seeds=seeds, positions=positions, draws=sampling.draws)
+        return vote(draw, temperature=wanted, seeds=seeds, positions=positions, draws=sampling.draws, at_once=_AT_ONCE)
     ones = torch.ones(len(members), dtype=torch.int64)
     return Drawn(draw(torch.arange(len(members)), 0, 1)[:, 0], ones.bool(), ones, ones)
 

@@ -160,6 +160,13 @@ def test_greedy_takes_the_most_frequent_chunk_at_each_step() -> None:
     assert found.draws == 300
 
 
+def test_a_vote_of_many_draws_makes_them_in_parts() -> None:
+    model = StandIn()
+    many = Sampling("vote", 0.0, 2500)
+    assert generate(model, [Request(prompt(4), 4, sampling=many)])[0].draws == 2500
+    assert model.drawn == [1024, 1024, 452]
+
+
 def test_chunks_that_differ_after_their_end_alone_are_one_outcome() -> None:
     class Ending(StandIn):
         def next_of(self, text: list[int], which: int) -> list[int]:
