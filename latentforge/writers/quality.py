@@ -255,12 +255,11 @@ def _prompts(data: ShardSet, asked: Protocol) -> tuple[Texts, Texts]:
     for ``asked.chunks`` chunks. A beginning holds no end of a text: what follows would be another one."""
     begin, more = asked.prompt * data.chunk, asked.chunks * data.chunk
     rows = -(-(begin + more) // data.sequence_length)
-    last = len(data.heldout) - rows
+    starts = max(0, len(data.heldout) - rows + 1)
+    spread = [number * starts // asked.texts for number in range(min(asked.texts, starts))]
     prompts: list[tuple[int, ...]] = []
     real: list[tuple[int, ...]] = []
-    for number in range(last + 1):
-        # Steps of all over the shard, each row once.
-        row = (number * 7919) % (last + 1) if math.gcd(7919, last + 1) == 1 else number
+    for row in dict.fromkeys([*spread, *range(starts)]):
         stream = data.heldout.rows(list(range(row, row + rows))).flatten().tolist()
         prompt, text = stream[:begin], stream[begin : begin + more]
         if data.eos_id in prompt:

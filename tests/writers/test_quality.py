@@ -21,7 +21,7 @@ from latentforge.students.latent.requests import Sampling
 from latentforge.students.likelihood import row_logprobs
 from latentforge.students.token_session import TokenModel
 from latentforge.writers.opening import open_writer
-from latentforge.writers.quality import Protocol, Report, held_out, measure, teacher_folder
+from latentforge.writers.quality import Protocol, Report, _prompts, held_out, measure, teacher_folder
 from latentforge.writers.quality_cost import cost_of
 from latentforge.writers.quality_report import as_json, lines
 from latentforge.writers.rollout import Written, binned, places, write_in_window
@@ -155,6 +155,18 @@ def test_training_costs_are_those_of_the_run(folders: Folders, data: ShardSet, t
         (run / "effective.json").write_text(json.dumps({"flops": {told: 1.5e9 + number, "twin": 3e9}}))
         assert cost_of(open_writer(run), positions=64, draws=1).training == 1.5e9 + number
     assert cost_of(open_writer(folders.token), positions=64, draws=1).training is None
+
+
+def test_prompts_are_from_all_over_the_text_and_hold_no_end_of_one(folders: Folders, data: ShardSet) -> None:
+    prompts, real = _prompts(data, SMALL)
+    begin, more = SMALL.prompt * CHUNK, SMALL.chunks * CHUNK
+    rows = [one[:begin] for one in data.heldout.rows(list(range(32))).tolist()]
+    assert rows.index(list(prompts[-1])) - rows.index(list(prompts[0])) >= 16
+    for prompt, text in zip(prompts, real, strict=True):
+        whole = data.heldout.rows([rows.index(list(prompt))]).flatten().tolist()
+        assert data.eos_id not in prompt
+        assert list(text) == whole[begin : begin + len(text)]
+        assert len(text) == more or text[-1] == data.eos_id
 
 
 def test_the_rollout_tells_each_place_and_real_text_is_beside_it(report: Report) -> None:
