@@ -36,7 +36,7 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
     429: {"description": "the queue is full: `Retry-After` says when to come back"},
     503: {"description": "not ready, or stopping"},
 }
-_SHORT = 8192  # bytes of a body
+_SHORT = 512  # bytes of a body: its prompt is walked through once for each of up to 64 texts
 Answer = TypeVar("Answer")
 Asked = TypeVar("Asked", CompletionAsk, GenerateAsk)
 
