@@ -85,5 +85,5 @@ def phase_lines(views: dict[str, RunView]) -> list[str]:
     for run, view in views.items():
         if view.phases:
             parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in view.phases.items())
-            lines.append(f"  {run.partition('-')[0]:<11} {duration(view.seconds):>9}   {parts}")
+            lines.append(f"  {run.partition('-')[0]:<13} {duration(view.seconds):>9}   {parts}")
     return ["time of each phase:", *lines] if lines else []

@@ -34,6 +34,9 @@ class BenchSpec(Section):
     )
     batch: Count = Field(1, description="prompts written together")
     repeats: Annotated[int, Field(ge=1, le=1000)] = Field(3, description="rounds in which everybody has a turn")
+    quality_rows: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="held-out rows on which a bench run measures BrierLM and bits a byte too; 0: it does not"
+    )
     min_tokens_per_second: Positive | None = Field(None, description="gate: produced tokens/s, the rounds' median")
     max_p95_first_chunk_s: Positive | None = Field(None, description="gate: seconds to the first chunk of a text")
     max_p95_chunk_s: Positive | None = Field(None, description="gate: seconds from a chunk to the next one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,20 @@ from latentforge.errors import RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.bench import BenchSpec
 from latentforge.spec.run import RunDir, write_record
+from latentforge.students.latent.requests import Sampling
 from latentforge.train import effective
 from latentforge.train.setting import choose_device, fit_threads
 from latentforge.writers.bench.hits import hits_of
 from latentforge.writers.bench.plot import draw
+from latentforge.writers.bench.quality import Quality, qualities_in
 from latentforge.writers.bench.report import Entrant, table
 from latentforge.writers.bench.run import Work
 from latentforge.writers.bench.run import run as measure
 from latentforge.writers.bench.turns import quantile
+from latentforge.writers.opening import open_writer
+from latentforge.writers.quality import Protocol
+from latentforge.writers.quality import measure as measure_quality
+from latentforge.writers.quality_report import as_json, lines
 
 KIND = "bench"
 
@@ -50,9 +57,12 @@ def run(run: RunDir, log: EventLog) -> None:
     effective.record(run, effective=in_force, device=effective.device_record(device))
     effective.require_same(KIND, identity.spec, in_force)
     log.ready(requested=identity.spec, effective=in_force)
+    run.out.mkdir(exist_ok=True)
 
+    students = ((taught.run, student), *others)
+    qualities = _qualities(run, log, spec, data, students, seed) if spec.quality_rows else {}
     with log.phase("measure"):
-        work = Work((taught.run, student), others, prompts, seed, hits_of(taught.path), {}, own_peaks=False)
+        work = Work(students[0], others, prompts, seed, hits_of(taught.path), qualities, own_peaks=False)
         report = measure(work, spec, tell=lambda line, done, total: log.progress("measure", done, total))
     for one in report.entrants:
         _say(log, one)
@@ -63,13 +73,40 @@ def run(run: RunDir, log: EventLog) -> None:
         log.say(line)
 
     with log.phase("save"):
-        run.out.mkdir(exist_ok=True)
         write_record(run.out / "bench.json", report.as_json())
         draw(report, run.out / "bench.png")
         # The pipeline's product is what was measured: it comes home with the run that judged it.
         shutil.copytree(student, run.out / "student")
     for verdict in report.verdicts:
         log.verdict(replace(verdict, run=run.run))
+
+
+def _qualities(
+    run: RunDir, log: EventLog, spec: BenchSpec, data: ShardSet, students: Sequence[tuple[str, Path]], seed: int
+) -> dict[str, Quality]:
+    """How good the students are on held-out rows, by the sha256 of their weights: said, and kept in quality.json."""
+    asked = Protocol(
+        rows=spec.quality_rows,
+        texts=spec.prompts,
+        chunks=-(-spec.max_tokens // data.chunk),
+        prompt=max(1, spec.prompt_tokens // data.chunk),
+        seed=seed,
+        sampling=Sampling(spec.method, spec.temperature, spec.draws, spec.top_k, spec.top_p),
+    )
+    with log.phase("quality"):
+        writers = [(name, open_writer(folder, device=spec.device)) for name, folder in students]
+        found = measure_quality(writers, None, data, asked, tell=log.say)
+        content = as_json(found)
+        content["protocol"]["data"] = _source(run, "data").run  # where it lies is nobody else's matter
+        write_record(run.out / "quality.json", content)
+    for one in found.models:
+        of = {"step": 0, "split": "heldout", "model": one.name}
+        for name, value in (("brier_lm", one.brier_lm), ("bits_per_byte", one.bits_per_byte)):
+            if value is not None:
+                log.emit("metric", name=name, value=value.value, low=value.low, high=value.high, **of)
+    for line in lines(found):
+        log.say(line)
+    return qualities_in(content)
 
 
 def held_out_prompts(data: ShardSet, count: int, tokens: int) -> tuple[tuple[int, ...], ...]:

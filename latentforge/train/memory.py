@@ -14,7 +14,7 @@ import torch
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
 from latentforge.memory import HostMemory, KnownModel, MeasuredMemory, MemoryPlan, admission
-from latentforge.memory.bench import bench_memory
+from latentforge.memory.bench import bench_memory, quality_logits
 from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.estimate import (
@@ -59,7 +59,7 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     if identity.kind == "latent":
         return _latent_plan(run, identity, length=length, chunk=int(data["chunk"]), vocab_size=vocab_size, there=there)
     if identity.kind == "bench":
-        return _bench_plan(run, identity, there)
+        return _bench_plan(run, identity, length=length, vocab_size=vocab_size, there=there)
     answering = Answering.of(teacher_of(run), _teacher(run), device=there)
     if identity.kind == "score":
         return score_memory(answering, rows=_section(ScoreSpec, identity.spec["score"]).batch_size, length=length)
@@ -92,7 +92,7 @@ def _latent_plan(
     return latent_memory(spec, codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device, drawn=drawn)
 
 
-def _bench_plan(run: RunDir, identity: RunIdentity, there: str) -> MemoryPlan:
+def _bench_plan(run: RunDir, identity: RunIdentity, *, length: int, vocab_size: int, there: str) -> MemoryPlan:
     """The plan of a bench of the students that the run's inputs hold."""
     spec, student = _section(BenchSpec, identity.spec["bench"]), run.input_path("student") / "student"
     latent, token = None, student
@@ -101,7 +101,8 @@ def _bench_plan(run: RunDir, identity: RunIdentity, there: str) -> MemoryPlan:
         token = run.input_path("beside") / "student" if run.has_input("beside") else None
     known = KnownModel.of_folder(token) if token is not None else None
     device = "cpu" if spec.device == "cpu" else there
-    return bench_memory(latent=latent, token=known, transformers=spec.transformers, device=device)
+    logits = quality_logits(spec, length=length, vocab_size=vocab_size)
+    return bench_memory(latent=latent, token=known, transformers=spec.transformers, logits=logits, device=device)
 
 
 def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory | None = None) -> None:

@@ -87,6 +87,21 @@ def test_the_student_that_was_measured_comes_with_its_report_and_verdicts(root: 
     assert str(root) not in (bench.out / "bench.json").read_text()
 
 
+def test_quality_is_measured_beside_speed_where_rows_are_given(root: Path) -> None:
+    latent, bench, _, log = _made(root, "bench.measure=true", "bench.quality_rows=3")
+    report = json.loads((bench.out / "quality.json").read_bytes())
+    assert [one["kind"] for one in report["models"]] == ["latent", "token"]
+    assert report["protocol"]["data"].startswith("data-")
+    shown = json.loads((bench.out / "bench.json").read_bytes())["contestants"]
+    for model, contestant in zip(report["models"], shown, strict=True):
+        for name in ("brier_lm", "bits_per_byte"):
+            assert contestant["quality"][name]["value"] == model[name]["value"]
+    said = {(e.fields["name"], e.fields["model"]) for e in read_events(bench.events_file) if e.kind == "metric"}
+    assert {("brier_lm", latent.run), ("bits_per_byte", latent.run)} <= said
+    assert "BrierLM" in log
+    assert str(root) not in (bench.out / "quality.json").read_text()
+
+
 def test_a_gate_that_cannot_be_passed_fails_the_run(root: Path) -> None:
     _, bench, verdicts, _ = _made(root, "bench.max_p95_chunk_s=1e-9", "bench.min_hit_rate=0.8")
     outcomes = [(one["falsifier"], one["outcome"]) for one in verdicts]

@@ -37,8 +37,7 @@ class Quality:
 def read_quality(path: Path) -> dict[str, Quality]:
     """The qualities in a report, by the sha256 of the student's weights; RefusedError where it is no such report."""
     try:
-        models = json.loads(path.read_bytes())["models"]
-        found = {one["digests"]["student"]: _quality(one) for one in models}
+        found = qualities_in(json.loads(path.read_bytes()))
     except OSError as error:
         raise RefusedError(f"--quality {path} cannot be read: {error.strerror}", next=_MAKE_ONE) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -46,6 +45,12 @@ def read_quality(path: Path) -> dict[str, Quality]:
     if not found:
         raise RefusedError(f"--quality {path} names no model", next=_MAKE_ONE)
     return found
+
+
+def qualities_in(report: Any) -> dict[str, Quality]:
+    """The same of a report's content (``quality_report.as_json``); ValueError, TypeError, KeyError, AttributeError
+    where it is none."""
+    return {one["digests"]["student"]: _quality(one) for one in report["models"]}
 
 
 def _quality(model: dict[str, Any]) -> Quality:
