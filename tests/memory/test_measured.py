@@ -19,8 +19,10 @@ from latentforge.train.rehearsal import tiny_run
 
 @pytest.fixture(scope="module")
 def runs() -> list[Path]:
-    """The folders of the pipeline ``tiny``, run once."""
-    return sorted(tiny_run().path.parent.iterdir())
+    """The folders of the pipeline ``tiny``, run once; what else was rehearsed in this process lies beside them."""
+    last = tiny_run()
+    names = {last.run, *(ref["run"] for ref in last.load_launch().resolved.values() if "run" in ref)}
+    return sorted(last.path.parent / name for name in names)
 
 
 def test_each_run_says_what_it_was_planned_to_hold_and_what_it_held(runs: list[Path]) -> None:
