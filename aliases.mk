@@ -6,7 +6,8 @@
 #   STEPS EPOCHS      of the run that is trained, one of them       KD_W MSE_W CE_W   latent.{token_kd,mse,ce}_weight
 #   BATCH_SIZE        of the run that is trained                    PROMPT MAX_TOKENS TEMP TOP_P   of infer
 #   LATENT            folder of infer, serve and bench; the newest student below runs/   PORT   of a server
-#   RECIPE            recipe or file of the train- targets          PROMPTS_FILE      of bench
+#   RECIPE            recipe or file of the train- targets          DATA              data.corpus: for Venice, its prompts
+#   PROMPTS_FILE      of bench
 .PHONY: check-api toy train-ae train-student train-student-venice train-student-vllm-local train-student-vllm-remote \
         train-student-deepspeed train-student-deepspeed-zero3 serve-vllm-local infer serve bench test-e2e
 
@@ -21,7 +22,7 @@ override export PROMPT := $(value PROMPT)
 
 # $(call given,VARIABLE,words) are the words where the variable has a value, and nothing where it has none.
 given   = $(if $($(1)),$(2))
-codec   = $(call given,K,--set 'data.chunk=$(K)') $(call given,D,--set 'autoencoder.latent=$(D)') \
+codec   = $(call given,DATA,--set 'data.corpus=$(DATA)') $(call given,K,--set 'data.chunk=$(K)') $(call given,D,--set 'autoencoder.latent=$(D)') \
           $(call given,SEED,--set 'seed=$(SEED)')
 student = $(codec) $(call given,KD_W,--set 'latent.token_kd_weight=$(KD_W)') \
           $(call given,MSE_W,--set 'latent.mse_weight=$(MSE_W)') $(call given,CE_W,--set 'latent.ce_weight=$(CE_W)')

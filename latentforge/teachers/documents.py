@@ -165,7 +165,13 @@ class ChatTally:
     cut: int = 0
     other_cuts: int = 0
     refused: int = 0
+    refusal: str = ""  # the first one's own words
     dropped: Counter[Dropped] = field(default_factory=Counter)
+
+    def refuse(self, why: str) -> None:
+        """Count a prompt that got no answer."""
+        self.refusal = self.refusal or why
+        self.refused += 1
 
     def add(self, found: ChatDocument | Dropped) -> None:
         """Count one answer."""
@@ -187,7 +193,10 @@ class ChatTally:
         for reason, count in sorted(self.dropped.items()):
             said.append(f"{count} answers were dropped: {WHY[reason]}")
         if self.refused:
-            said.append(f"{self.refused} prompts were dropped: the server refused them, or its answer was not usable")
+            said.append(
+                f"{self.refused} prompts were dropped: the server refused them, or its answer was not usable; "
+                f"the first: {self.refusal}"
+            )
         if self.cut:
             said.append(f"{self.cut} answers were cut at their length: their end is the packing's, without a row")
         if self.other_cuts:

@@ -51,7 +51,7 @@ class _Maker:
             for number in range(len(prompts)):
                 answer = answers[number]
                 if isinstance(answer, TeacherFailure):
-                    self.tally.refused += 1
+                    self.tally.refuse(str(answer))
                     continue
                 found = self.reader.read(answer)
                 self.tally.add(found)

@@ -57,9 +57,9 @@ def test_every_target_of_the_first_is_there() -> None:
 
 
 def test_what_the_codecs_target_is_given_reaches_its_run(planned: Any) -> None:
-    values = planned("train-ae", "K=2", "D=64", "BATCH_SIZE=4", "EPOCHS=2", "SEED=5")
+    values = planned("train-ae", "DATA=texts.jsonl", "K=2", "D=64", "BATCH_SIZE=4", "EPOCHS=2", "SEED=5")
     assert (values["through"], values["data.chunk"], values["autoencoder.latent"]) == ("autoencoder", 2, 64)
-    assert (values["autoencoder.batch_size"], values["seed"]) == (4, 5)
+    assert (values["data.corpus"], values["autoencoder.batch_size"], values["seed"]) == ("texts.jsonl", 4, 5)
     assert values["autoencoder.steps"] == 2 * values["data.train_sequences"] // 4
 
 

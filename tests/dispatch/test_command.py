@@ -121,6 +121,18 @@ def test_a_corpus_that_cannot_be_enough_is_refused_before_any_run(laptop: Any) -
     assert not (laptop.home / "state").exists()
 
 
+def test_a_chat_is_asked_as_little_as_there_is_to_ask(laptop: Any) -> None:
+    (laptop.cwd / "a.jsonl").write_text('{"text": "Why?"}\n' * 2)
+    (laptop.cwd / "t").mkdir()
+    (laptop.cwd / "t" / "config.json").write_text('{"vocab_size": 4}')
+    (laptop.cwd / "t" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
+    chat = ("data.corpus=a.jsonl", "data.documents=chat", "teacher.model=t", "score.k=2")
+    wire = ("teacher.backend=openai", "teacher.url=http://127.0.0.1:9/v1")
+    done = laptop.cli("go", "tiny", "--dry-run", *(word for one in (*chat, *wire) for word in ("--set", one)))
+    assert "too small" not in done.stderr
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_teacher_that_does_not_fit_the_pipeline_is_refused_before_any_run(laptop: Any) -> None:
     def folder(name: str, tokens: str) -> None:
         (laptop.cwd / name).mkdir()

@@ -131,6 +131,14 @@ def test_a_tokenizer_that_is_not_the_apis_is_refused_after_the_first_answers() -
         tally.check()
 
 
+def test_of_prompts_that_got_no_answer_the_first_reason_is_said() -> None:
+    tally = ChatTally()
+    for why in ("max_tokens=256 is too many", "gone"):
+        tally.refuse(why)
+    assert tally.refused == 2
+    assert tally.sentences()[-1].endswith("the first: max_tokens=256 is too many")
+
+
 def test_packed_rows_have_the_targets_of_the_token_that_follows(tokenizer: Tokenizer) -> None:
     texts = ["the other", "return x=1", "def import the", "other the other the"]
     documents = [read(tokenizer, answer_of(tokenizer, text)) for text in texts]
