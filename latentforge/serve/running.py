@@ -177,15 +177,19 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """While it serves, signals ask to stop; none is raised again afterwards, since it was obeyed."""
+        """While it serves, signals ask to stop; none is raised again afterwards, since it was obeyed. Those that its
+        caller ignores, as under nohup, stay ignored."""
         loop = asyncio.get_running_loop()
-        for one in _SIGNALS:
+        before = {one: signal.getsignal(one) for one in _SIGNALS}
+        stopping = [one for one in _SIGNALS if before[one] != signal.SIG_IGN]
+        for one in stopping:
             loop.add_signal_handler(one, self._asked_to_stop)
         try:
             yield
         finally:
-            for one in _SIGNALS:
+            for one in stopping:
                 loop.remove_signal_handler(one)
+                signal.signal(one, before[one])
 
     def _asked_to_stop(self) -> None:
         if self.should_exit:

@@ -99,9 +99,6 @@ def test_a_prompt_of_any_characters_is_the_one_that_is_continued(folders: Any) -
     command = [str(BIN / "latentforge"), "generate", str(folders.latent), prompt, "--max-tokens", "7", "--seed", "3"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.stdout, again.returncode) == (again.stdout, 0)
-    refused = make("infer", **asked | {"TEMP": "-7"})
-    assert refused.returncode == 2
-    assert "temperature = -7" in refused.stderr
 
 
 def test_the_bench_of_a_student_is_measured_on_the_prompts_that_are_named(folders: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,9 @@ def started(folders: Folders) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "latentforge", "generate", str(folders.latent), "--file", "-", "--stream"]
     command += ["--max-tokens", "500", "--device", "cpu"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    # Whoever runs the tests may ignore Ctrl-C: a shell does so for what it starts in the background.
+    noticing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=noticing)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"def main(\n" * 3000)

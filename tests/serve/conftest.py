@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -75,6 +76,12 @@ class Running:
         return self.process.wait()
 
 
+def _as_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Whoever runs the tests may ignore Ctrl-C: a shell does so for what it starts in the background.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(folder: Path, *options: str, log: Path) -> Iterator[Running]:
     """A server of ``folder`` on a free port; killed at the end if it is still there."""
@@ -86,6 +93,7 @@ def running(folder: Path, *options: str, log: Path) -> Iterator[Running]:
             stderr=errors,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "SERVE_KEY": KEY},
+            preexec_fn=_as_under_nohup,
         )
     try:
         assert process.stdout is not None

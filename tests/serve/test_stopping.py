@@ -25,6 +25,7 @@ from .conftest import KEY, running
 
 def test_a_stop_finishes_what_is_under_way_and_takes_nothing_new(folders: Folders, tmp_path: Path) -> None:
     with running(folders.latent, "--grace", "300", log=tmp_path / "errors.txt") as server:
+        server.process.send_signal(signal.SIGHUP)  # ignored, since it was when the server was started
         body = {"prompt": "def", "max_new_tokens": 600, "seed": 1, "stream": True}
         with httpx2.stream("POST", server.url + "/generate", json=body, timeout=300) as answer:
             lines = answer.iter_lines()

@@ -177,7 +177,6 @@ def test_the_runs_of_such_a_pipeline_are_data_and_autoencoder_and_ask_no_teacher
     [
         (["data.chunk=3"], "sequence_length = 128 is not a multiple of chunk = 3"),
         (["through=distill", "distill.on_policy=0.5"], "data.chunk = 2 with distill.on_policy = 0.5"),
-        (["data.documents=chat", "data.chunk=1"], "a codec needs text"),
         (["autoencoder.require=['F-LATENT-AE-01']"], "did you mean 'F-LATENT-AE-001'"),
         (["autoencoder.latent=0"], "autoencoder.latent"),
         (["autoencoder.token_dropout=1.0"], "autoencoder.token_dropout"),
