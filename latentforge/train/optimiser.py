@@ -125,7 +125,8 @@ class MasterOptimiser:
         """Put back what :attr:`masters` and :meth:`moments` held, bit for bit."""
         for name, master in self.masters.items():
             master.copy_(masters[name])
-            if self.adamw is not None:
+            # One that had no gradient yet (a signal that no row so far had) has no moments either.
+            if self.adamw is not None and f"{name}/step" in moments:
                 found = {key: moments[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
                 where = {key: value.to(master.device) for key, value in found.items()}
                 self.adamw.state[master] = where

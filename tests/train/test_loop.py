@@ -14,7 +14,7 @@ from latentforge.kernels.targets import DenseTargets
 from latentforge.students.causal import IGNORE, LossParts
 from latentforge.train.checks import objective_arrives
 from latentforge.train.loop import evaluate, rehearse
-from latentforge.train.optimiser import DECAY_TO, warmup_cosine
+from latentforge.train.optimiser import DECAY_TO, MasterOptimiser, warmup_cosine
 from latentforge.train.rehearsal import LENGTH, SEQUENCES, fixture_targets, small_batch, small_trainer
 
 
@@ -151,3 +151,26 @@ def test_a_rehearsal_changes_nothing() -> None:
     assert plain[0] == after[0]
     assert all(torch.equal(a, b) for a, b in zip(plain[1], after[1], strict=True))
     assert torch.equal(plain[2], after[2])
+
+
+def test_a_parameter_that_had_no_gradient_yet_is_put_back_without_moments() -> None:
+    def made() -> tuple[torch.nn.ModuleDict, MasterOptimiser]:
+        torch.manual_seed(1)
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in ("used", "later")})
+        wanted = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 0, "steps": 4, "clip_norm": 1.0}
+        return model, MasterOptimiser(model, **wanted)
+
+    def train(model: torch.nn.ModuleDict, optimiser: MasterOptimiser, *names: str) -> None:
+        sum(model[name](torch.ones(3)).square().sum() for name in names).backward()
+        optimiser.collect()
+        optimiser.step()
+
+    whole, first = made()
+    train(whole, first, "used")
+    masters = {name: tensor.detach().clone() for name, tensor in first.masters.items()}
+    moments = {name: tensor.clone() for name, tensor in first.moments().items()}
+    resumed, second = made()
+    second.load(masters, moments)
+    for model, optimiser in ((whole, first), (resumed, second)):
+        train(model, optimiser, "used", "later")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole.parameters(), resumed.parameters(), strict=True))
