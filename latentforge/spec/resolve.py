@@ -142,7 +142,8 @@ def _laid(
 
 
 def _lay_epochs(values: dict[str, Any], origins: dict[str, Origin], env: Mapping[str, str], trained: str) -> None:
-    """``EPOCHS`` in steps of the pipeline's last run, ``trained``: as often through all of the training rows."""
+    """``EPOCHS`` in steps of the pipeline's last run, ``trained``: the fewest that go so often through all rows
+    (a batch goes on into the next epoch)."""
     field, shown, source = f"{trained}.steps", f"EPOCHS={env['EPOCHS']!r}", origin_of(env, "EPOCHS")
     epochs = _scalar(env["EPOCHS"], field, shown, _noun(source))
     if epochs < 1:
@@ -157,7 +158,7 @@ def _lay_epochs(values: dict[str, Any], origins: dict[str, Origin], env: Mapping
             f"{shown} is so many times all training rows, and data.train_sequences does not say how many there are",
             next="give --set data.train_sequences=1000, or STEPS in place of EPOCHS",
         )
-    values[field] = epochs * -(-rows // size)
+    values[field] = -(-epochs * rows // size)
     origins[field] = Origin(source, f"{epochs} times {rows} rows, {size} a step")
 
 
