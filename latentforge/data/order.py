@@ -41,6 +41,10 @@ class BatchOrder:
             filled += take
         return out
 
+    def visits(self, step: int) -> npt.NDArray[np.int64]:
+        """How often each row of the batch of ``step`` was in a batch before, int64 ``[batch_size]``."""
+        return (step * self.batch_size + np.arange(self.batch_size)) // self.n_sequences
+
     def epoch(self, step: int) -> float:
         """How many times all rows have been seen before ``step``."""
         return step * self.batch_size / self.n_sequences

@@ -104,7 +104,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     effective.require_same(MODEL, identity.spec, in_force)
     if device.type != "cpu":
         with log.phase("rehearse"):
-            trainer.rehearse(data, training_batch(data.train, order, 0, device))
+            trainer.rehearse(data, training_batch(data.train, order, 0, device), covered_rows(teaching, order, 0))
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
@@ -125,8 +125,8 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     effective.take_peak()
     with log.phase("train"), deferred_stop():
         for step in range(first, spec.steps):
-            covered = covered_rows(teaching, order, step)
-            done = trainer.step(step, training_batch(data.train, order, step, device), covered)
+            visits, covered = torch.from_numpy(order.visits(step)), covered_rows(teaching, order, step)
+            done = trainer.step(step, training_batch(data.train, order, step, device), visits=visits, covered=covered)
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
             signal, last = stop_requested(), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):

@@ -50,6 +50,11 @@ class Lesson:
     tokens: TokenSignal | None
     vector: VectorSignal | None
 
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a signal in it: rows that nothing was drawn for may have none."""
+        return bool(self.energy) or self.tokens is not None or self.vector is not None
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -120,10 +125,11 @@ class Teaching:
         """The weight of a part of the loss by its name."""
         return self.weights[part] if part in self.weights else float(getattr(self.spec, f"{part}_weight"))
 
-    def drawn(self, tokens: Tensor, *, turn: int, covered: Tensor | None = None) -> dict[str, Drawn]:
+    def drawn(self, tokens: Tensor, *, visits: Tensor | None = None, covered: Tensor | None = None) -> dict[str, Drawn]:
         """The continuations of ``tokens`` int64 [B, L] by signal: those whose turn it is, ``used`` of each context.
 
-        ``covered`` bool [B] says which rows were continued; None: all.
+        ``visits`` int64 [B] says how often each row was here before (None: never), so that all of its continuations are
+        used before one comes again; ``covered`` bool [B] which rows were continued (None: all).
         """
         found: dict[str, Drawn] = {}
         for name, temperature in self.temperatures.items():
@@ -133,11 +139,13 @@ class Teaching:
             ids = torch.full((*size, self.used, made.chunk), self.eos_id, device=tokens.device)
             given = torch.zeros(size, dtype=torch.bool, device=tokens.device)
             there = torch.ones(len(tokens), dtype=torch.bool) if covered is None else covered
+            first = torch.zeros(len(tokens), dtype=torch.int64) if visits is None else visits
+            turns = (first[:, None] * self.used + torch.arange(self.used)) % made.count
             if bool(there.any()):
                 at = there.nonzero().squeeze(-1).to(tokens.device)
                 told = self.continued.of(tokens[at], temperature)
-                turns = (torch.arange(self.used) + turn * self.used) % made.count
-                ids[at], given[at] = told.ids[:, :, turns.to(tokens.device)], told.given
+                whose = turns.to(tokens.device)[at, None, :, None].expand(-1, size[1], -1, made.chunk)
+                ids[at], given[at] = told.ids.gather(2, whose), told.given
             found[name] = Drawn(ids, given, temperature)
         return found
 

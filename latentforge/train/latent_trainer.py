@@ -70,8 +70,11 @@ class LatentTrainer:
         self.seed, self.micro_batch_size = seed, micro_batch_size
         self.watch = CompileWatch()
 
-    def step(self, step: int, tokens: Tensor, covered: Tensor | None = None) -> LatentStep:
-        """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0, ``covered`` as of ``Teaching.drawn``.
+    def step(
+        self, step: int, tokens: Tensor, *, visits: Tensor | None = None, covered: Tensor | None = None
+    ) -> LatentStep:
+        """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0, ``visits`` and ``covered`` are as of
+        ``Teaching.drawn``.
 
         Denominators count the whole batch before its first micro-batch. FailedError, with nothing updated, where a
         chunk or a token of it was not trained, or a number is not finite.
@@ -79,7 +82,7 @@ class LatentTrainer:
         began = time.perf_counter()
         learning_rate = self.optimiser.set_learning_rate(step)
         self.student.train()
-        drawn = self.teaching.drawn(tokens, turn=step, covered=covered)
+        drawn = self.teaching.drawn(tokens, visits=visits, covered=covered)
         counts = self.teaching.counts(tokens, drawn)
         seeds = row_seeds(self.seed, step, len(tokens))
         sizes: list[int] = []
@@ -131,7 +134,7 @@ class LatentTrainer:
         for block in evaluation_batches(data.heldout, self.student.table.weight.device):
             seen.update(bytes_of(block))
             for tokens in block.split(size):
-                drawn = self.teaching.drawn(tokens, turn=0)
+                drawn = self.teaching.drawn(tokens)
                 counts = self.teaching.counts(tokens, drawn)
                 found = self._pass(self.teaching.lesson(tokens, seeds[at : at + len(tokens)], drawn, counts))
                 at, tokens_seen = at + len(tokens), tokens_seen + counts.tokens
@@ -143,10 +146,10 @@ class LatentTrainer:
         loss = sum(self.teaching.weight_of(name) * value for name, value in means.items())
         return HeldOut(loss, self._in_their_units(means), tokens_seen, seen.hexdigest())
 
-    def rehearse(self, data: ShardSet, tokens: Tensor) -> None:
+    def rehearse(self, data: ShardSet, tokens: Tensor, covered: Tensor | None) -> None:
         """A step's and the held-out text's passes that change nothing: what a GPU loads at first use, it has then."""
         self.student.train()
-        drawn = self.teaching.drawn(tokens, turn=0, covered=torch.zeros(len(tokens), dtype=torch.bool))
+        drawn = self.teaching.drawn(tokens, covered=covered)
         counts = self.teaching.counts(tokens, drawn)
         seeds = row_seeds(self.seed, 0, len(tokens))
         for lesson in self.teaching.lessons(tokens, seeds, drawn, counts, self.micro_batch_size or len(tokens)):
@@ -158,6 +161,9 @@ class LatentTrainer:
         self.watch.drain()
 
     def _pass(self, lesson: Lesson) -> LatentLoss:
+        if not lesson.teaches:
+            unasked = torch.full((), torch.nan)
+            return LatentLoss(torch.zeros(()), {}, unasked, unasked, {}, 0)
         found: LatentLoss = self.student(
             lesson.chunks,
             lesson.valid,

@@ -11,11 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentforge.data.order import BatchOrder
 from latentforge.spec.latent import LatentSpec, LatentStudentSpec
+from latentforge.students.latent.backbone import DecoderShape
 from latentforge.students.latent.codec import CodecShape, new_codec
+from latentforge.students.latent.energy import EnergySettings
+from latentforge.students.latent.student import LatentShape, LatentStudent
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.targets.continued import contexts
 from latentforge.train.latent_lessons import Teaching, row_seeds
+from latentforge.train.latent_trainer import LatentTrainer
+from latentforge.train.optimiser import MasterOptimiser
 
 V, K, EOS, COUNT = 40, 2, 0, 4
 
@@ -43,21 +49,32 @@ def store(tmp_path: Path) -> Iterator[ContinuationStore]:
         yield found
 
 
-def teaching(store: ContinuationStore | None, *, covered: int | None = None, **weights: Any) -> Teaching:
-    spec = LatentSpec(student=LatentStudentSpec(), samples=4, **weights)
+def teaching(store: ContinuationStore | None, *, covered: int | None = None, **fields: Any) -> Teaching:
+    spec = LatentSpec(samples=4, **fields)
     codec = new_codec(CodecShape(V, K, 6, 8, 12), seed=1)
     return Teaching(spec, codec, eos_id=EOS, kernel="reference", rows=None, continued=store, covered=covered)
 
 
 def test_continuations_have_their_turn_one_visit_after_the_other(store: ContinuationStore) -> None:
     taught = teaching(store, sample_weight=1.0, sample_continuations=2)
-    used = [taught.drawn(text(), turn=turn)["sample"].ids[1, 0, :, 0].tolist() for turn in range(3)]
-    assert used == [[1, 2], [3, 4], [1, 2]]
+    visits = torch.tensor([0, 1, 2])
+    assert taught.drawn(text(), visits=visits)["sample"].ids[:, 0, :, 0].tolist() == [[1, 2], [3, 4], [1, 2]]
+
+
+def test_all_continuations_of_a_row_are_used_before_one_comes_again(store: ContinuationStore) -> None:
+    taught, order = teaching(store, sample_weight=1.0, sample_continuations=1), BatchOrder(3, 2, 7)
+    used: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(3 * COUNT):
+        rows = order.indices(step)
+        drawn = taught.drawn(text()[rows], visits=torch.from_numpy(order.visits(step)))["sample"]
+        for row, ids in zip(rows.tolist(), drawn.ids[:, 0, 0, 0].tolist(), strict=True):
+            used[row].append(ids)
+    assert set(map(tuple, used.values())) == {(1, 2, 3, 4, 1, 2, 3, 4)}
 
 
 def test_a_temperature_is_a_signal_of_its_own_and_they_share_the_weight(store: ContinuationStore) -> None:
     taught = teaching(store, sample_weight=1.0, tempered_weight=0.5)
-    drawn = taught.drawn(text(), turn=0)
+    drawn = taught.drawn(text())
     assert {name: one.temperature for name, one in drawn.items()} == {"sample": 1.0, "tempered_0.5": 0.5}
     assert drawn["tempered_0.5"].ids[1, 0, :, 0].tolist() == [11, 12, 13, 14]
     assert taught.weights == {"text": 1.0, "sample": 1.0, "tempered_0.5": 0.5}
@@ -72,7 +89,7 @@ def test_rows_that_were_not_continued_and_ends_of_documents_have_no_sample_and_a
     store: ContinuationStore,
 ) -> None:
     taught = teaching(store, sample_weight=1.0)
-    drawn = taught.drawn(text(), turn=0, covered=torch.tensor([True, False, True]))
+    drawn = taught.drawn(text(), covered=torch.tensor([True, False, True]))
     assert drawn["sample"].given.tolist() == [[True, False, True], [False] * 3, [True] * 3]
     counts = taught.counts(text(), drawn)
     assert counts.energy == {"text": 9, "sample": 5}
@@ -82,7 +99,7 @@ def test_rows_that_were_not_continued_and_ends_of_documents_have_no_sample_and_a
 
 def test_parts_of_a_batch_divide_by_the_whole_batch(store: ContinuationStore) -> None:
     taught = teaching(store, sample_weight=1.0)
-    drawn = taught.drawn(text(), turn=0)
+    drawn = taught.drawn(text())
     counts = taught.counts(text(), drawn)
     parts = list(taught.lessons(text(), row_seeds(1, 0, 3), drawn, counts, 2))
     assert [len(part.chunks) for part in parts] == [2, 1]
@@ -96,3 +113,20 @@ def test_the_noise_of_a_row_is_that_of_its_seed_step_and_place() -> None:
     assert torch.equal(row_seeds(7, 3, 2), seeds[:2])
     assert not torch.equal(row_seeds(7, 4, 4), seeds)
     assert not torch.equal(row_seeds(8, 3, 4), seeds)
+
+
+def test_rows_without_a_signal_of_their_own_teach_nothing_and_end_no_run(store: ContinuationStore) -> None:
+    one = {"text_weight": 0.0, "token_ce_weight": 0.0, "sample_weight": 1.0}
+    taught = teaching(store, student=LatentStudentSpec(token_layers=0), **one)
+    shape = LatentShape(V, K, 6, DecoderShape(1, 8, 2, 1, 12), head_blocks=1, noise=4, token_layers=0)
+    student = LatentStudent.new(shape, seed=1, energy=EnergySettings(1.0, 2, 4))
+    wanted = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 0, "steps": 2, "clip_norm": 1.0}
+    optimiser = MasterOptimiser(student, **wanted)
+    before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+    trainer = LatentTrainer(student, optimiser, taught, seed=1, micro_batch_size=1)
+    done = trainer.step(0, text(), covered=torch.tensor([False] * 3))
+    assert (done.counts.energy, done.result.loss, done.result.sequences) == ({"sample": 0}, 0.0, 3)
+    assert all(torch.equal(before[name], weight) for name, weight in student.named_parameters())
+    done = trainer.step(1, text(), covered=torch.tensor([False, True, False]))
+    assert done.counts.energy == {"sample": 3}
+    assert not torch.equal(before["table.weight"], student.table.weight)
