@@ -213,7 +213,7 @@ def _complete(model: ChunkModel, session: Session, rows: Tensor, keys: Keys, tex
     for row, text in enumerate(texts):
         begun[row, : len(text.begun)] = torch.tensor(text.begun)
     lengths = torch.tensor([len(text.begun) for text in texts])
-    temperature = torch.tensor([text.request.sampling.temperature for text in texts])
+    temperature = torch.tensor([text.request.sampling.temperature for text in texts], dtype=torch.float64)
     found = session.complete(rows, keys, begun, lengths, temperature, cut.top_k, cut.top_p)
     return absorbed(found.cpu(), model.eos_id)
 

@@ -41,8 +41,6 @@ class Sampling:
                 f"temperature = {self.temperature}: one draw of a head knows temperatures from 0 to 1",
                 next="take the method tokens for a higher one",
             )
-        if self.method in ("exact", "vote"):
-            check_temperature(self.method, self.temperature, self.draws)
         for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
             if value is not None and self.method != "tokens":
                 raise RefusedError(
@@ -50,8 +48,10 @@ class Sampling:
                     "tokens",
                     next="take the method tokens",
                 )
-        if self.method == "tokens":
-            DecodeSettings(1, self.temperature, self.top_k, self.top_p)
+        # Whatever the method: tokens of a chunk that a prompt has begun are drawn so.
+        DecodeSettings(1, self.temperature, self.top_k, self.top_p)
+        if self.method in ("exact", "vote"):
+            check_temperature(self.method, self.temperature, self.draws)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,12 @@ def test_a_student_without_a_token_head_refuses_a_begun_chunk_before_it_writes()
     assert len(generate(model(token_layers=0), [Request(prompt(4), 4)])[0].tokens) <= 4
 
 
+def test_the_lowest_temperature_is_one_of_a_begun_chunk_too() -> None:
+    """Rounded to fp32 it lies below the lowest that tokens are drawn at."""
+    (found,) = generate(model(tempered=True), [Request(prompt(5), 8, sampling=Sampling("head", 1e-4))])
+    assert len(found.tokens) == 8 or found.finish == "eos"
+
+
 def test_a_saved_student_writes_what_it_wrote_before_and_not_with_another_codec(tmp_path: Path) -> None:
     one = model()
     known = {"eos_id": EOS, "tokenizer_sha256": "a" * 64}
