@@ -88,6 +88,7 @@ Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 Method = Literal["head", "exact", "vote", "tokens"]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Zero = Annotated[Literal[0], BeforeValidator(lambda value: 0 if type(value) is float and value == 0 else value)]
 Count = Annotated[int, Field(ge=1)]
 Deadline = Annotated[float, Field(gt=0)]
 
@@ -119,8 +120,8 @@ class CompletionAsk(_Ask):
     echo: bool | None = Field(None, description="begin each text with its prompt")
     logprobs: Literal[0] | None = Field(None, description="0: of each token itself; its alternatives are not kept")
     suffix: None = Field(None, description="refused: the model writes on from a prompt alone")
-    presence_penalty: Literal[0] | None = Field(None, description="refused unless 0")
-    frequency_penalty: Literal[0] | None = Field(None, description="refused unless 0")
+    presence_penalty: Zero | None = Field(None, description="refused unless 0")
+    frequency_penalty: Zero | None = Field(None, description="refused unless 0")
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="refused unless empty")
     user: str | None = Field(None, description="accepted, and kept nowhere")
     method: Method | None = Field(None, description="not OpenAI's: how a chunk is chosen")
@@ -157,8 +158,15 @@ Ask = TypeVar("Ask", bound=_Ask)
 def parse(kind: type[Ask], body: bytes) -> Ask:
     """A request of its JSON; a Refusal (400) names the first field that is wrong."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return _parsed(kind, body)
+    except RecursionError:  # in reading it, or in showing what it holds
+        raise Refusal(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+def _parsed(kind: type[Ask], body: bytes) -> Ask:
+    try:
+        value = json.loads(body, object_pairs_hook=_object)
+    except ValueError as error:
         what = f": {error.msg} at place {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise Refusal(400, f"the body is not JSON{what}", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -168,6 +176,16 @@ def parse(kind: type[Ask], body: bytes) -> Ask:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a Refusal where a name is there twice: a proxy before this server may take the other value."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Refusal(400, f"{shown(name)} is there twice", field=name[:64], code="invalid_json")
+        found[name] = value
+    return found
 
 
 def _refuse_unknown(kind: type[_Ask], value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from latentforge.serve.guard import Receive, Send
@@ -25,7 +25,7 @@ class Gone(Exception):
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The JSON of a request; a Refusal: 413 where it is longer than ``limit`` bytes, 415 where it is no JSON, 408
-    where it does not arrive in time."""
+    where it does not arrive in time. Gone where the client leaves before its end."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a form of another site's page could send anything else without being asked
         raise Refusal(415, "the body's type is not application/json", field="Content-Type", code="media_type")
@@ -42,6 +42,8 @@ async def read_body(request: Request, limit: int) -> bytes:
                     break
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} s", code="slow_body") from None
+    except ClientDisconnect:
+        raise Gone from None
     if size > limit:
         raise Refusal(413, f"the body is longer than {limit} bytes", code="body_too_long")
     return b"".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from latentforge.serve.asking import CompletionAsk, parse
+from latentforge.serve.refusing import Refusal
 
 from .conftest import KEY, Running
 
@@ -139,6 +144,36 @@ def test_a_field_by_a_near_name_is_pointed_at(strict: Running) -> None:
 )
 def test_a_body_that_is_no_json_object_is_refused(strict: Running, body: bytes) -> None:
     refused(strict.post("/generate", body, **BEARER), 400, None)
+
+
+def test_a_name_that_is_there_twice_is_refused(strict: Running) -> None:
+    twice = b'{"prompt": "a", "max_new_tokens": 1, "prompt": "b"}'
+    assert "twice" in refused(strict.post("/generate", twice, **BEARER), 400, "prompt")
+
+
+def test_a_body_of_any_depth_is_refused_by_its_field_or_its_depth() -> None:
+    for depth in range(1, sys.getrecursionlimit() + 100):
+        nest = b"[" * depth + b"]" * depth
+        for body in (b'"prompt": [1, ' + nest + b"]", b'"prompt": "a", "user": ' + nest):
+            with pytest.raises(Refusal):
+                parse(CompletionAsk, b'{"model": "tiny", ' + body + b"}")
+
+
+def answered(server: Running, status: str) -> float:
+    """Requests that were answered so."""
+    families = text_string_to_metric_families(server.get("/metrics", **BEARER).text)
+    samples = [one for family in families for one in family.samples if one.name == "latentforge_requests_total"]
+    return sum(one.value for one in samples if one.labels["status"] == status)
+
+
+def test_a_client_that_leaves_before_its_body_is_there_is_no_error(strict: Running) -> None:
+    before = answered(strict, "499")
+    head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    address = httpx2.URL(strict.url)
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(f"{head}Authorization: Bearer {KEY}\r\n\r\n{{".encode())
+    while answered(strict, "499") == before:
+        assert answered(strict, "500") == 0
 
 
 def test_a_body_beyond_the_limit_is_413_and_another_type_415(strict: Running) -> None:
