@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -132,11 +133,15 @@ class Engine:
     def score(self, text: tuple[int, ...], hear: Callable[[list[float] | None], None]) -> None:
         """Tell ``hear``, in the loop's thread, the log-probability of each token of a text, or None where it cannot."""
         with self._changed:
-            self._scoring.append((text, hear))
-            self._changed.notify()
+            if self.ended.is_set():
+                self._tell(partial(hear, None))
+            else:
+                self._scoring.append((text, hear))
+                self._changed.notify()
 
     def stop(self, grace: float) -> int:
-        """Take nothing more, and be over when what is under way is, or after ``grace`` seconds; the texts under way."""
+        """Take nothing more and cut off, after ``grace`` seconds, what is under way then. Until then what was written
+        can still be scored. Returns how many texts are under way now."""
         with self._changed:
             self._stop_at = time.monotonic() + grace
             self._measures.ready.set(0)
@@ -154,14 +159,22 @@ class Engine:
         except Exception as error:
             self.failure = error
         finally:
-            self.ended.set()
+            with self._changed:
+                self.ended.set()
+                left = [hear for _, hear in self._scoring]
+            for hear in left:
+                self._tell(partial(hear, None))
             self._tell(self._on_change)
 
     def _wait(self) -> bool:
-        """Whether there is something to do, now that there may be; false when all is over."""
+        """Whether there is something to do, now that there may be; false when the time of a stop is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._busy() or self._stop_at is not None)
-            return self._busy()
+            while not self._busy():
+                left = math.inf if self._stop_at is None else self._stop_at - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
+            return True
 
     def _busy(self) -> bool:
         return bool(self._waiting or self._running or self._scoring)

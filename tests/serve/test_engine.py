@@ -143,7 +143,7 @@ def test_an_error_ends_the_texts_that_it_met_and_no_other(
     assert "this text breaks the step" in capfd.readouterr().err  # for who runs it, not for who asks
 
 
-def test_a_stop_lets_texts_finish_and_takes_no_more(bench: Callable[..., Bench]) -> None:
+def test_a_stop_lets_texts_finish_and_be_scored_and_takes_no_more(bench: Callable[..., Bench]) -> None:
     one = bench()
     (under_way,) = one.submit(one.order(4))
     one.model.drawing.acquire()
@@ -153,7 +153,13 @@ def test_a_stop_lets_texts_finish_and_takes_no_more(bench: Callable[..., Bench])
     assert (refusal.value.status, refusal.value.code) == (503, "stopping")
     one.model.let.release(10)
     assert one.hear(2)[1] == (under_way.number, 2, "length")
+    scores = queue.SimpleQueue[Any]()
+    one.engine.score((1, 2, 3), scores.put)  # the text is over, and its answer is not
+    assert scores.get(timeout=60) == [0.0, -1.0, -2.0]
+    one.engine.stop(0)
     assert one.engine.ended.wait(60)
+    one.engine.score((1, 2, 3), scores.put)
+    assert scores.get(timeout=60) is None
     assert one.engine.cut == 0
 
 
