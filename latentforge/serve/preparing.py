@@ -13,6 +13,7 @@ from latentforge.serve.texts import Choice
 from latentforge.students.latent.requests import ChunkModel, Request, Sampling, check_request
 from latentforge.students.latent.scoring import seed_of
 from latentforge.writers.opening import Writer
+from latentforge.writers.writing import usual_method
 
 DRAWS, COMPLETION_TOKENS, GENERATE_TOKENS = 200, 16, 128
 """Where a request names no number, or the server's limit where that is less; 16 is OpenAI's own default."""
@@ -83,14 +84,12 @@ def _sampling(
     writer: Writer,
     limits: Limits,
 ) -> Sampling:
-    """The asked method; else token after token where the student is one of tokens or a value needs it, a vote at
-    temperature 0, and one draw otherwise."""
+    """The asked method, else the usual one for these values."""
     draws = draws or min(DRAWS, limits.max_draws)
     if draws > limits.max_draws:
         raise Refusal(400, f"draws = {draws} is more than {limits.max_draws}", field="draws")
     top_p = None if top_p == 1 else top_p
-    by_token = writer.kind == "token" or top_k is not None or top_p is not None or temperature > 1
-    named = method or ("tokens" if by_token else "vote" if temperature == 0 else "head")
+    named = method or usual_method(writer, temperature, top_k, top_p)
     try:
         return Sampling(named, temperature, draws, top_k, top_p)
     except RefusedError as error:

@@ -76,7 +76,7 @@ def test_the_best_of_several_and_a_beam_say_nothing_before_they_know_their_text(
         assert isinstance(one, Written)
         assert one.scores is not None
         assert len(one.scores) == 8
-        assert one.score == max(one.scores) >= (alone.score or 0.0) - 1e-6
+        assert one.score == max(one.scores) >= (alone.score or 0.0) - 1e-4
     greedy = replace(wish(6, "tokens", 0.0), scores=True)
     beams = list(write(writer, PROMPTS, wish(6, beam=4)))
     assert all(isinstance(one, Written) for one in beams)
