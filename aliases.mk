@@ -7,7 +7,7 @@
 #   BATCH_SIZE        of the run that is trained                    PROMPT MAX_TOKENS TEMP TOP_P   of infer
 #   LATENT            folder of infer, serve and bench; the newest student below runs/   PORT   of a server
 #   RECIPE            recipe or file of the train- targets          DATA              data.corpus: for Venice, its prompts
-#   PROMPTS_FILE      of bench
+#   PROMPTS_FILE      of bench                                      RESULTS           folder of its report; results/ if not given
 .PHONY: check-api toy train-ae train-student train-student-venice train-student-vllm-local train-student-vllm-remote \
         train-student-deepspeed train-student-deepspeed-zero3 serve-vllm-local infer serve bench test-e2e
 
@@ -65,9 +65,9 @@ infer: setup  ## writes on from PROMPT with LATENT: MAX_TOKENS, TEMP, TOP_P, SEE
 serve: setup  ## an OpenAI-compatible server of LATENT on PORT of this machine
 	$(LATENTFORGE) serve '$(LATENT)' $(call given,PORT,--port '$(PORT)')
 
-bench: setup  ## how fast LATENT writes on from PROMPTS_FILE: MAX_TOKENS, TEMP, SEED
+bench: setup  ## how fast LATENT writes on from PROMPTS_FILE: MAX_TOKENS, TEMP, SEED, RESULTS
 	$(LATENTFORGE) bench generate '$(LATENT)' --prompts '$(PROMPTS_FILE)' $(call given,MAX_TOKENS,--max-tokens '$(MAX_TOKENS)') \
-	    $(call given,TEMP,--temperature '$(TEMP)') $(call given,SEED,--seed '$(SEED)')
+	    $(call given,TEMP,--temperature '$(TEMP)') $(call given,SEED,--seed '$(SEED)') $(call given,RESULTS,--out '$(RESULTS)')
 
 test-e2e: $(VENV)/.dev setup  ## the tests that go the whole line: dispatch, every run, verdicts, text
-	$(BIN)/python -m pytest $(wildcard tests/dispatch/test_whole_line.py tests/train/test_latent_line.py)
+	$(BIN)/python -m pytest tests/dispatch/test_whole_line.py tests/train/test_latent.py tests/train/test_bench_run.py

@@ -84,6 +84,13 @@ def test_a_teachers_target_takes_its_backend_and_the_signals_that_it_can_give(pl
     assert (remote["teacher.backend"], remote["teacher.url"]) == ("vllm-remote", "http://127.0.0.1:9/v1")
 
 
+def test_the_whole_lines_tests_are_there() -> None:
+    shown = make("test-e2e", "-n", "-o", f"{ROOT}/.venv/.dev", "-o", ".venv/.dev").stdout.splitlines()[-1]
+    files = [word for word in shown.split() if word.endswith(".py")]
+    assert len(files) > 1
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
 @pytest.mark.parametrize("target", ["train-student-deepspeed", "train-student-deepspeed-zero3"])
 def test_what_is_not_there_yet_says_so_and_fails(target: str) -> None:
     done = make(target)
@@ -103,9 +110,11 @@ def test_a_prompt_of_any_characters_is_the_one_that_is_continued(folders: Any) -
 
 def test_the_bench_of_a_student_is_measured_on_the_prompts_that_are_named(folders: Any, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("import os\n")
-    done = make("bench", LATENT=str(folders.latent), PROMPTS_FILE=str(tmp_path / "p.txt"), MAX_TOKENS="8")
+    where = {"PROMPTS_FILE": str(tmp_path / "p.txt"), "RESULTS": str(tmp_path / "out")}
+    done = make("bench", LATENT=str(folders.latent), MAX_TOKENS="8", **where)
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
+    assert [file.suffix for file in sorted((tmp_path / "out").iterdir())] == [".json", ".png"]
 
 
 def test_without_a_student_the_next_command_is_named(tmp_path: Path) -> None:
