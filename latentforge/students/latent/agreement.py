@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentforge.errors import RefusedError
 from latentforge.students.latent.bootstrap import check_interval, interval, resampled_sums
-from latentforge.students.latent.brier import ORDERS, same_so_far
+from latentforge.students.latent.brier import ORDERS, at_once, same_so_far
 
 
 class Agreement(NamedTuple):
@@ -74,8 +74,9 @@ def agreement(
 
 def _alike(left: Tensor, right: Tensor) -> Tensor:
     """fp64 [B, 4]: the share of pairs of different draws that agree in the first n tokens."""
-    blocks = zip(left.split(64), right.split(64), strict=True)
-    found = torch.cat([same_so_far(x[:, :, None], y[:, None]).double().sum((1, 2)) for x, y in blocks])
+    size = at_once(left.shape[1] * right.shape[1])
+    blocks = zip(left.split(size), right.split(size), strict=True)
+    found = torch.cat([same_so_far(x[:, :, None], y[:, None]).sum((1, 2)) for x, y in blocks]).double()
     if left is right:
         return (found - left.shape[1]) / (left.shape[1] * (left.shape[1] - 1))
     return found / (left.shape[1] * right.shape[1])

@@ -51,7 +51,7 @@ def sample_scores(samples: Tensor, truth: Tensor) -> Tensor:
     """
     draws = _check(samples, truth)
     hits = same_so_far(samples, truth[:, None])
-    alike = torch.cat([same_so_far(x[:, :, None], x[:, None]).sum((1, 2)) for x in samples.split(_block(draws))])
+    alike = torch.cat([same_so_far(x[:, :, None], x[:, None]).sum((1, 2)) for x in samples.split(at_once(draws**2))])
     return 2 * hits.double().mean(1) - (alike - draws).double() / (draws * (draws - 1))
 
 
@@ -69,7 +69,7 @@ def token_scores(truth_logprobs: Tensor, samples: Tensor, collisions: Tensor) ->
             f"collisions are {list(collisions.shape)}, samples {list(samples.shape)}; both are [B, N, 4]"
         )
     right = truth_logprobs[:, :ORDERS].double().cumsum(1).exp()
-    alike = torch.cat([same_so_far(x[:, :, None], x[:, None]).sum(2) for x in samples.split(_block(draws))])
+    alike = torch.cat([same_so_far(x[:, :, None], x[:, None]).sum(2) for x in samples.split(at_once(draws**2))])
     # How many draws, itself among them, agree with each before its token of an order: all before the first.
     before = torch.cat([torch.full_like(alike[..., :1], draws), alike[..., :-1]], dim=-1)
     together = ((before - 1) * collisions[..., :ORDERS].double()).sum(1) / (draws * (draws - 1))
@@ -146,9 +146,9 @@ def same_so_far(left: Tensor, right: Tensor) -> Tensor:
     return (left[..., :ORDERS] == right[..., :ORDERS]).cumprod(-1).bool()
 
 
-def _block(draws: int) -> int:
-    """Contexts whose pairs are compared at once: some 2^22 comparisons."""
-    return max(1, 2**20 // draws**2)
+def at_once(pairs: int) -> int:
+    """How many contexts, of ``pairs`` pairs of draws each, are compared at once: some 2^22 comparisons."""
+    return max(1, 2**20 // pairs)
 
 
 def _still_matters(found: Tensor, texts: Tensor) -> Tensor:

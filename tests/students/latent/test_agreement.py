@@ -9,7 +9,7 @@ from torch import Tensor
 from latentforge.errors import RefusedError
 from latentforge.students.latent.agreement import Agreement, agreement
 from latentforge.students.latent.bootstrap import ratio
-from latentforge.students.latent.brier import roll_out
+from latentforge.students.latent.brier import roll_out, same_so_far
 
 from .conftest import MarkovSource, uniforms
 
@@ -108,3 +108,19 @@ def test_a_ratio_is_that_of_the_sums_and_its_interval_covers_it() -> None:
     assert found.value == pytest.approx(2, abs=0.05)
     with pytest.raises(RefusedError, match="no ratio"):
         ratio(below, torch.zeros(200))
+
+
+def test_the_pairs_of_many_draws_are_not_compared_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 draws are allowed: 64 contexts of them at once would be 2^32 comparisons."""
+    largest = 0
+
+    def watched(left: Tensor, right: Tensor) -> Tensor:
+        nonlocal largest
+        found = same_so_far(left, right)
+        largest = max(largest, found.numel())
+        return found
+
+    monkeypatch.setattr("latentforge.students.latent.agreement.same_so_far", watched)
+    samples = torch.randint(3, (40, 300, 4))
+    agreement(samples, samples.flip(1))
+    assert 0 < largest <= 2**22
