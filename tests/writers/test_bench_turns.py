@@ -20,11 +20,13 @@ from latentforge.students.token_session import TokenModel
 from latentforge.verdicts import Outcome
 from latentforge.writers.bench import checks
 from latentforge.writers.bench.contestants import Engine, TransformersGenerate
+from latentforge.writers.bench.cost import flops_per_token
 from latentforge.writers.bench.gates import Seen, judge
 from latentforge.writers.bench.hits import Hits, hits_of
 from latentforge.writers.bench.memory import Meter, Peak
 from latentforge.writers.bench.quality import read_quality
 from latentforge.writers.bench.turns import Asked, Clock, Text, measure, quantile, ratios
+from latentforge.writers.opening import open_writer
 
 from ..latent_folders import Folders
 
@@ -212,3 +214,13 @@ def test_quality_is_found_by_the_weights_digest(tmp_path: Path) -> None:
 def test_each_gate_holds_and_its_planted_fault_is_seen(check, mutant: str) -> None:  # type: ignore[no-untyped-def]
     assert check().passed is True
     assert check(mutant=mutant).passed is False
+
+
+def test_a_model_whose_heads_are_not_its_width_has_no_cost_that_is_counted(folders: Folders) -> None:
+    model = open_writer(folders.token).model
+    assert isinstance(model, TokenModel)
+    asked = Asked(((1, 2),), 2, Sampling())
+    texts = [Text((3, 4), (0.1, 0.2), 2, 2)]
+    assert flops_per_token(model, asked, texts) is not None
+    model.student.model.config.head_dim *= 2
+    assert flops_per_token(model, asked, texts) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latentforge.students.causal import ModelShape
+from latentforge.students.causal import shape_of
 from latentforge.students.latent.flops import latent_inference, token_inference
 from latentforge.students.latent.requests import ChunkModel
 from latentforge.students.latent.session import LatentModel
@@ -26,7 +26,7 @@ def flops_per_token(model: ChunkModel, asked: Asked, texts: Sequence[Text]) -> f
         each = draws / drawn if drawn else 1.0
         chunks = max(1, round(positions / model.chunk))
         return latent_inference(model.student.shape, model.codec.shape, positions=chunks, draws=each).total
-    if isinstance(model, TokenModel) and (shape := _shape(model)) is not None:
+    if isinstance(model, TokenModel) and (shape := shape_of(model.student.model)) is not None:
         return token_inference(shape, vocab_size=model.vocab_size, positions=max(1, round(positions))).total
     return None
 
@@ -38,9 +38,3 @@ def _positions(asked: Asked, texts: Sequence[Text]) -> float:
         for prompt, text in zip(asked.prompts, texts, strict=True)
     )
     return before / sum(len(text.tokens) for text in texts)
-
-
-def _shape(model: TokenModel) -> ModelShape | None:
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    found = [one for name in names if type(one := getattr(model.student.model.config, name, None)) is int]
-    return ModelShape(*found) if len(found) == len(names) else None
