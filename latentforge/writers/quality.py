@@ -19,7 +19,7 @@ from latentforge.students.latent.bootstrap import Interval, ratio
 from latentforge.students.latent.brier import ORDERS, BrierLM, brier_lm, sample_scores, token_scores
 from latentforge.students.latent.chunks import chunked, valid
 from latentforge.students.latent.evaluate import continuations
-from latentforge.students.latent.requests import Sampling
+from latentforge.students.latent.requests import Request, Sampling, check_request, simplest
 from latentforge.students.latent.session import LatentModel
 from latentforge.students.likelihood import chunk_logprobs, row_logprobs
 from latentforge.students.token_evaluate import token_continuations
@@ -31,6 +31,7 @@ from latentforge.writers.rollout import Place, Texts, Written, as_json, places, 
 Tell = Callable[[str], None]
 _BLOCK = 4  # rows between two words on how far it is
 _APART = 1 << 40  # between the seeds of one measurement and the next
+_LARGEST = 1 << 62  # seed
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Protocol:
         for name, low in {"rows": 1, "draws": 2, "texts": 1, "chunks": 1, "prompt": 1}.items():
             if getattr(self, name) < low:
                 raise RefusedError(f"{name} = {getattr(self, name)} is less than {low}")
+        if not -_LARGEST <= self.seed < _LARGEST:
+            raise RefusedError(
+                f"seed = {self.seed} is not from -2^62 to below 2^62: the draws' own are counted from it"
+            )
 
 
 class HeldOut(NamedTuple):
@@ -147,6 +152,12 @@ def measure(
     _check(students, teacher, data)
     text = held_out(data, asked)
     prompts, real = _prompts(data, asked)
+    for _, writer in students:
+        for number, prompt in enumerate(prompts):
+            sampling = simplest(writer.model, asked.sampling)
+            check_request(
+                writer.model, number, Request(prompt, asked.chunks * data.chunk, asked.seed + number, sampling)
+            )
     drawn = None
     models = list(students)
     if teacher is not None:
@@ -244,9 +255,7 @@ def _written(writer: Writer, prompts: Texts, data: ShardSet, asked: Protocol, *,
     if is_teacher:  # to be compared with: as it was trained, at temperature 1
         model, window = _reader(writer)
         return write_in_window(model, prompts, new_tokens=new_tokens, seed=asked.seed, window=window)
-    sampling = asked.sampling
-    if writer.kind == "token":  # each temperature is one draw of its own head
-        sampling = Sampling("head", sampling.temperature)
+    sampling = simplest(writer.model, asked.sampling)
     return write(writer.model, prompts, new_tokens=new_tokens, seed=asked.seed, sampling=sampling)
 
 

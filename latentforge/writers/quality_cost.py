@@ -19,7 +19,7 @@ from latentforge.writers.opening import Writer
 class Cost:
     """Operations for a token at inference, reading a whole row of the data, with ``draws`` of the head a chunk; in
     training, those that the model's own run counted (its teacher's and its codec's are not among them). None where a
-    shape is not counted, or there is no run's folder around the model."""
+    shape is not counted, a latent student wrote token by token, or there is no run's folder around the model."""
 
     inference: float | None
     training: float | None
@@ -36,16 +36,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Equal:
-    """Two costs at inference: by what share the token-level student's is above the latent one's, and the ``matched``
-    size of one that costs as much, None where there is none."""
+    """Two costs at inference: by what share the token-level student's is above the latent one's, None where none is
+    beside it; and the ``matched`` size of one that costs as much, None where there is none."""
 
-    difference: float
+    difference: float | None
     matched: Matched | None
 
     @property
-    def holds(self) -> bool:
+    def holds(self) -> bool | None:
         """Whether the two are called equal."""
-        return abs(self.difference) <= TOLERANCE
+        return None if self.difference is None else abs(self.difference) <= TOLERANCE
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as data."""
@@ -56,11 +56,13 @@ class Equal:
 
 
 def cost_of(writer: Writer, *, positions: int, draws: float) -> Cost:
-    """The cost of a model that reads ``positions`` tokens and makes ``draws`` draws of each chunk."""
+    """The cost of a model that reads ``positions`` tokens and makes ``draws`` draws of each chunk, 0 where a latent one
+    draws its tokens one by one."""
     model, inference = writer.model, None
     if isinstance(model, LatentModel):
-        chunks = -(-positions // model.chunk)
-        inference = latent_inference(model.student.shape, model.codec.shape, positions=chunks, draws=draws).total
+        if draws > 0:
+            chunks = -(-positions // model.chunk)
+            inference = latent_inference(model.student.shape, model.codec.shape, positions=chunks, draws=draws).total
     elif isinstance(model, TokenModel):
         shape = shape_of(model.student.model)
         if shape is not None:
@@ -79,7 +81,7 @@ def compared(
         return None
     decoder = latent.model.student.shape.decoder
     like = ModelShape(decoder.layers, decoder.width, decoder.heads, decoder.kv_heads, decoder.intermediate)
-    difference = float("nan")
+    difference = None
     if other is not None and other_cost is not None:
         assert isinstance(other.model, TokenModel)
         if other_cost.inference is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +68,7 @@ def _costs(report: Report) -> list[str]:
     if equal is None:
         return []
     found = []
-    if not math.isnan(equal.difference):
+    if equal.difference is not None:
         verdict = "equal" if equal.holds else "NOT equal: the qualities above do not compare"
         found.append(f"inference of the token-level student costs {equal.difference:+.1%}: {verdict} (within 5 %)")
     if not equal.holds and equal.matched is not None:

@@ -38,7 +38,7 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class Written:
     """Texts after prompts: ``prompts`` and ``texts`` token ids, those of a text ending with an EOS where it ended;
-    ``draws`` of the head for each chunk, on average."""
+    ``draws`` of the head for each chunk, on average, 0 where tokens were drawn one by one."""
 
     prompts: Texts
     texts: Texts

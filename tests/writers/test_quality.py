@@ -268,3 +268,32 @@ def test_a_teachers_run_names_its_model(tmp_path: Path) -> None:
     (tmp_path / "out" / "model" / "config.json").write_text("{}")
     for path in (tmp_path, tmp_path / "out", tmp_path / "out" / "model"):
         assert teacher_folder(path) == tmp_path / "out" / "model"
+
+
+def test_a_student_that_writes_by_tokens_is_measured_and_its_cost_is_not_counted(
+    folders: Folders, data: ShardSet
+) -> None:
+    asked = Protocol(rows=2, draws=2, texts=2, chunks=2, prompt=2, sampling=Sampling("tokens", 1.0, top_k=5))
+    students = [("student", open_writer(folders.latent)), ("beside", open_writer(folders.token))]
+    found = measure(students, None, data, asked, tell=lambda _: None)
+    assert found.models[0].cost.inference is None
+    assert found.models[1].cost.inference is not None
+    assert as_json(found)["equal_compute"] is None
+
+
+def test_a_report_of_one_student_holds_no_number_that_json_lacks(folders: Folders, data: ShardSet) -> None:
+    asked = Protocol(rows=2, draws=2, texts=2, chunks=2, prompt=2)
+    found = measure([("student", open_writer(folders.latent))], None, data, asked, tell=lambda _: None)
+    equal = json.loads(json.dumps(as_json(found), allow_nan=False))["equal_compute"]
+    assert (equal["difference"], equal["equal"]) == (None, None)
+    assert f"hidden = {equal['matched']['shape']['hidden']}" in "\n".join(lines(found))
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(folders: Folders, data: ShardSet) -> None:
+    told: list[str] = []
+    asked = Protocol(rows=2, draws=2, texts=2, chunks=2, prompt=2, sampling=Sampling("head", 0.0))
+    with pytest.raises(RefusedError, match=r"temperature = 0.0: one draw of this head knows temperatures above 0"):
+        measure([("student", open_writer(folders.latent))], None, data, asked, tell=told.append)
+    assert told == []
+    with pytest.raises(RefusedError, match=f"seed = {2**63 - 1}"):
+        Protocol(seed=2**63 - 1)

@@ -148,6 +148,13 @@ class ChunkModel(Protocol):
         ...
 
 
+def simplest(model: ChunkModel, sampling: Sampling) -> Sampling:
+    """``sampling``, or one draw where that is exact at every temperature: a rejection or a vote is of no use there."""
+    if model.greedy and sampling.method in ("exact", "vote"):
+        return Sampling("head", sampling.temperature)
+    return sampling
+
+
 def check_request(model: ChunkModel, number: int, request: Request) -> None:
     """RefusedError, by ``number`` and value, where ``model`` cannot serve ``request``."""
     if request.max_new_tokens < 1:

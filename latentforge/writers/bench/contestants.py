@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentforge.students.causal import model_from_folder
 from latentforge.students.latent.generate import stream
-from latentforge.students.latent.requests import ChunkModel, Request, Sampling
+from latentforge.students.latent.requests import ChunkModel, Request, simplest
 from latentforge.writers.bench.turns import Asked, Clock, Text
 
 
@@ -31,9 +31,7 @@ class Engine:
         return [text for numbers in asked.batches() for text in self._batch(asked, numbers, clock)]
 
     def _batch(self, asked: Asked, numbers: range, clock: Clock) -> list[Text]:
-        sampling = asked.sampling
-        if self.model.greedy and sampling.method in ("exact", "vote"):
-            sampling = Sampling("head", sampling.temperature)
+        sampling = simplest(self.model, asked.sampling)
         requests = [Request(asked.prompts[n], asked.max_tokens, asked.seed + n, sampling) for n in numbers]
         tokens: list[list[int]] = [[] for _ in requests]
         arrivals: list[list[float]] = [[] for _ in requests]
