@@ -29,7 +29,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < value < math.inf:
                 option = "--" + field.name.replace("_", "-")
                 raise RefusedError(f"{option} {value:g} is not above 0", next=f"{option} {field.default:g}")
 

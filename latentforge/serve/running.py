@@ -43,7 +43,8 @@ class Place:
     def __post_init__(self) -> None:
         for origin in self.origins:
             parts = urlsplit(origin)
-            if f"{parts.scheme}://{parts.netloc}" != origin or parts.scheme not in ("http", "https"):
+            said = f"{parts.scheme}://{parts.netloc}"
+            if said != origin or not parts.netloc or parts.scheme not in ("http", "https"):
                 raise RefusedError(
                     f"--cors {origin!r} is no origin of a web page", next="--cors https://example.org, each by itself"
                 )
@@ -52,8 +53,9 @@ class Place:
         """A socket that listens there."""
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise RefusedError(f"--host {self.host}: {error.strerror}", next="--host 127.0.0.1") from None
+        except (OSError, UnicodeError) as error:
+            said = error.strerror if isinstance(error, OSError) else "no name of a machine"
+            raise RefusedError(f"--host {self.host}: {said}", next="--host 127.0.0.1") from None
         if self.key is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
             raise RefusedError(
                 f"--host {self.host}: without a key, whoever reaches this machine could ask",
@@ -63,6 +65,7 @@ class Place:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind(address)
+            found.listen()  # two that are bound and do not listen yet may have the same port
         except OSError as error:
             found.close()
             raise RefusedError(f"port {self.port} of {self.host}: {error.strerror}", next="--port 0") from None
@@ -152,6 +155,7 @@ async def _serve(
         raise CrashedError(f"the model could not be served: {type(engine.failure).__name__}") from engine.failure
     cut = f"; {engine.cut} texts were cut off after the grace time" if engine.cut else ""
     teller.tell("stopped", f"stopped{cut}", cut=engine.cut)
+    engine.stop(0)  # nobody is left who could want a text scored
 
 
 class _Server(uvicorn.Server):

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,26 @@ from .conftest import KEY, running
 
 
 def test_a_stop_finishes_what_is_under_way_and_takes_nothing_new(folders: Folders, tmp_path: Path) -> None:
-    with running(folders.latent, "--grace", "300", log=tmp_path / "errors.txt") as server:
+    """Of 32 texts: one by itself may be over before the signal arrives, where the machine is busy."""
+    log = tmp_path / "errors.txt"
+    options = ("--name", "tiny", "--grace", "300", "--deadline", "600")
+    with running(folders.latent, *options, log=log) as server:
         server.process.send_signal(signal.SIGHUP)  # ignored, since it was when the server was started
-        body = {"prompt": "def", "max_new_tokens": 600, "seed": 1, "stream": True}
-        with httpx2.stream("POST", server.url + "/generate", json=body, timeout=300) as answer:
+        body = {"model": "tiny", "prompt": "def", "max_tokens": 600, "seed": 1, "n": 32, "stream": True}
+        with httpx2.stream("POST", server.url + "/v1/completions", json=body, timeout=300) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            first = next(lines)
             server.process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert json.loads(rest[-2].removeprefix("data: "))["finish"] in ("length", "eos")
+            rest = [line.removeprefix("data: ") for line in (first, *lines) if line]
+        assert rest.pop() == "[DONE]"
+        ends = [choice["finish_reason"] for line in rest for choice in json.loads(line)["choices"]]
+        assert len([end for end in ends if end is not None]) == 32
+        assert {None, *ends} <= {None, "length", "stop"}
         assert server.wait() == 0
     assert [one["event"] for one in server.said] == ["listening", "ready", "stopping", "stopped"]
-    assert (server.said[2]["texts"], server.said[3]["cut"]) == (1, 0)
-    assert (tmp_path / "errors.txt").read_text() == ""
+    assert server.said[2]["texts"] >= 1
+    assert server.said[3]["cut"] == 0
+    assert log.read_text() == ""
 
 
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.soak)])
@@ -69,7 +74,8 @@ def test_what_is_not_over_within_the_grace_time_is_cut_off_and_told(
             server.process.send_signal(signal.SIGINT)
         assert server.wait() == 0
         asking.join()
-    assert server.said[-1] == {"event": "stopped", "cut": 1}
+    assert server.said[-1]["event"] == "stopped"
+    assert server.said[-1]["cut"] >= 1
     if not again:
         assert answers[0].status_code == 503
         assert answers[0].json()["error"]["code"] == "stopping"
@@ -96,9 +102,15 @@ def test_a_folder_that_is_not_what_it_says_is_refused_before_anything_is_served(
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(RefusedError, match="in use") as error:
+    with Place("127.0.0.1", 0, None, ()).bind() as taken, pytest.raises(RefusedError, match="in use") as error:
         Place("127.0.0.1", taken.getsockname()[1], None, ()).bind()
     assert error.value.next == "--port 0"
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+def test_a_host_that_is_no_name_is_refused(host: str) -> None:
+    with pytest.raises(RefusedError, match=f"--host {host}: "):
+        Place(host, 0, None, ()).bind()
 
 
 def test_other_machines_are_served_with_a_key_alone() -> None:
@@ -108,7 +120,9 @@ def test_other_machines_are_served_with_a_key_alone() -> None:
     Place("0.0.0.0", 0, KEY, ()).bind().close()
 
 
-@pytest.mark.parametrize("origin", ["*", "null", "example.org", "https://example.org/", "https://a https://b"])
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "example.org", "https://", "https://example.org/", "https://a https://b"]
+)
 def test_an_origin_is_one_of_a_web_page(origin: str) -> None:
     with pytest.raises(RefusedError, match=re.escape(repr(origin))):
         Place("127.0.0.1", 0, None, (origin,))
@@ -135,3 +149,4 @@ def test_limits_are_above_nothing() -> None:
         Limits(max_batch=0)
     with pytest.raises(RefusedError, match="--deadline nan is not above 0"):
         Limits(deadline=float("nan"))
+    assert Limits(max_tokens=10**400).max_tokens == 10**400
