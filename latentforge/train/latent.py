@@ -65,12 +65,13 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         teaching = open_teaching(run, spec, codec, data, kernel, held)
         student = new_student(spec, codec, seed=seed).to(device)
         chunks = data.sequence_length // data.chunk
+        sampled = len(teaching.temperatures) * teaching.continued_share(len(data.train))
         cost = latent_training(
             student.shape,
             codec.shape,
             positions=chunks,
-            energy_draws=spec.draws * len(teaching.weights),
-            encoded=1.0 + teaching.used * len(teaching.temperatures),
+            energy_draws=spec.draws * (len(teaching.weights) - len(teaching.temperatures) + sampled),
+            encoded=1.0 + teaching.used * sampled,
             token_head=teaching.has_tokens,
         )
         flops = cost.total * spec.steps * spec.batch_size * (data.sequence_length - data.chunk)

@@ -125,6 +125,10 @@ class Teaching:
         """The weight of a part of the loss by its name."""
         return self.weights[part] if part in self.weights else float(getattr(self.spec, f"{part}_weight"))
 
+    def continued_share(self, rows: int) -> float:
+        """The share of ``rows`` training rows that were continued."""
+        return 1.0 if self.covered is None else self.covered / rows
+
     def drawn(self, tokens: Tensor, *, visits: Tensor | None = None, covered: Tensor | None = None) -> dict[str, Drawn]:
         """The continuations of ``tokens`` int64 [B, L] by signal: those whose turn it is, ``used`` of each context.
 

@@ -19,6 +19,8 @@ from latentforge.events import read_events
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
+from latentforge.students.latent.codec import Codec
+from latentforge.students.latent.flops import latent_training
 from latentforge.students.latent.student import LatentStudent
 from latentforge.train import latent
 from latentforge.train.checkpoint import load_checkpoint
@@ -116,6 +118,16 @@ def test_it_leaves_a_folder_that_writes_each_signal_measured_and_every_value_in_
     assert all(made["epoch_peak_bytes"] > 50 << 20 for made in peaks)
     record = json.loads((run.out / "metrics.json").read_text())
     assert record["heldout"]["final"]["parts"].keys() >= {"text", "sample", "tempered", "token_ce", "token_kd"}
+    # Half of the rows were continued, four times at each of two temperatures.
+    cost = latent_training(
+        LatentStudent.open(run.out / "student").shape,
+        Codec.open(copied).shape,
+        positions=16,
+        energy_draws=4 * (1 + 2 / 2),
+        encoded=1 + 4 * 2 / 2,
+        token_head=True,
+    )
+    assert record["flops"]["latent"] == pytest.approx(cost.total * STEPS * 8 * 30)
     told = json.loads((run.out / "samples.json").read_text())
     assert all(one.keys() == {"prompt", "text", "latent"} and one["latent"] for one in told)
     assert "F-ARTEFACT-MOVED-001 PASS" in text

@@ -70,9 +70,16 @@ def latent_inference(shape: LatentShape, codec: CodecShape, *, positions: int, d
 
 
 def latent_training(
-    shape: LatentShape, codec: CodecShape, *, positions: int, energy_draws: int, encoded: float = 1.0, token_head: bool
+    shape: LatentShape,
+    codec: CodecShape,
+    *,
+    positions: int,
+    energy_draws: float,
+    encoded: float = 1.0,
+    token_head: bool,
 ) -> TokenCost:
-    """One token of a latent student in training, a chunk of it being drawn ``energy_draws`` (N) times by the head.
+    """One token of a latent student in training, a chunk of it being drawn ``energy_draws`` (N a signal) times by the
+    head, on average.
 
     ``encoded`` chunks are encoded for each chunk trained on, without a gradient: 1 for plain text, R more for R stored
     continuations. ``token_head`` says whether it is trained too.
