@@ -59,8 +59,8 @@ serve-vllm-local: setup  ## serves VLLM_LOCAL_MODEL with vLLM on PORT, for this 
 	$(LATENTFORGE) teacher serve "$${VLLM_LOCAL_MODEL:?names the folder of the model}" $(call given,PORT,--port '$(PORT)')
 
 infer: setup  ## writes on from PROMPT with LATENT: MAX_TOKENS, TEMP, TOP_P, SEED
-	@$(LATENTFORGE) generate '$(LATENT)' "$$PROMPT" $(call given,MAX_TOKENS,--max-tokens '$(MAX_TOKENS)') \
-	    $(call given,TEMP,--temperature '$(TEMP)') $(call given,TOP_P,--top-p '$(TOP_P)') $(call given,SEED,--seed '$(SEED)')
+	@$(LATENTFORGE) generate $(call given,MAX_TOKENS,--max-tokens '$(MAX_TOKENS)') $(call given,TEMP,--temperature '$(TEMP)') \
+	    $(call given,TOP_P,--top-p '$(TOP_P)') $(call given,SEED,--seed '$(SEED)') -- '$(LATENT)' "$$PROMPT"
 
 serve: setup  ## an OpenAI-compatible server of LATENT on PORT of this machine
 	$(LATENTFORGE) serve '$(LATENT)' $(call given,PORT,--port '$(PORT)')

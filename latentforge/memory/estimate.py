@@ -203,8 +203,8 @@ def pipeline_memory(
     if spec.through != "distill":
         plans["autoencoder"] = autoencoder_memory(spec.autoencoder, **sizes)
     if spec.through == "latent":
-        drawn = (spec.latent.sample_continuations or spec.continuations.count) if spec.continues else 0
-        plans["latent"] = latent_memory(spec.latent, spec.autoencoder, drawn=drawn, **sizes)
+        asked = spec.continuations if spec.continues else None
+        plans["latent"] = latent_memory(spec.latent, spec.autoencoder, continuations=asked, **sizes)
     if spec.benches:
         token = _student(spec, teacher, student) if spec.distils else None
         plans["bench"] = pipeline_bench_memory(spec, token, vocab_size=tokens, device=device)

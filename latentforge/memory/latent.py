@@ -25,27 +25,35 @@ def latent_parameters(spec: LatentSpec, *, chunk: int, latent: int, vocab_size: 
 
 
 def latent_memory(
-    spec: LatentSpec, codec: AutoencoderSpec, *, chunk: int, length: int, vocab_size: int, device: str, drawn: int
+    spec: LatentSpec,
+    codec: AutoencoderSpec,
+    *,
+    chunk: int,
+    length: int,
+    vocab_size: int,
+    device: str,
+    continuations: ContinuationsSpec | None,
 ) -> MemoryPlan:
     """The plan of a run that trains a latent student on rows of ``length`` tokens beside a frozen codec.
 
-    ``drawn`` are the continuations that a visit of a chunk uses (0: none).
+    ``continuations`` are what its sampled signals are made of (None: there are none).
     """
     rows = spec.micro_batch_size or spec.batch_size
+    drawn = 0 if continuations is None else spec.sample_continuations or continuations.count
+    signals = _energy_signals(spec, continuations)
     chunks, tokens = rows * length // chunk, rows * length
     count = latent_parameters(spec, chunk=chunk, latent=codec.latent, vocab_size=vocab_size)
     frozen = codec_parameters(codec, chunk=chunk, vocab_size=vocab_size)
     encoded = chunks * max(1, drawn) * chunk * codec.width * 4 * _CODED
     width = 2 if spec.precision == "bf16" else 4
-    signals = sum(weight > 0 for weight in (spec.text_weight, spec.sample_weight, spec.tempered_weight))
     return MemoryPlan(
         "latent",
         (
             Term("student", count * width),
             Term("codec", 4 * frozen + encoded),
             Term("states", count * (8 + 4 + (4 + 2 if spec.precision == "bf16" else 0))),
-            Term("activations", _activations(spec, chunk=chunk, chunks=chunks, tokens=tokens)),
-            Term("energy", max(1, signals) * _energy(spec, codec.latent, chunks)),
+            Term("activations", _activations(spec, chunk=chunk, chunks=chunks, tokens=tokens, signals=signals)),
+            Term("energy", signals * _energy(spec, codec.latent, chunks)),
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
             Term("attention", attention_bytes(_shape(spec, spec.student.layers), rows, length // chunk)),
             runtime(device),
@@ -58,13 +66,19 @@ def continuation_bytes(spec: ContinuationsSpec, *, length: int, rows: int) -> in
     return 4 * rows * length * spec.count * len(spec.temperatures) + 4096 * (rows // 64 + 1)
 
 
-def _activations(spec: LatentSpec, *, chunk: int, chunks: int, tokens: int) -> int:
+def _energy_signals(spec: LatentSpec, continuations: ContinuationsSpec | None) -> int:
+    """How often the head is drawn from for each chunk: once a signal, of which each temperature is one."""
+    below = 0 if continuations is None else sum(one < 1.0 for one in continuations.temperatures)
+    return max(1, (spec.text_weight > 0) + (spec.sample_weight > 0) + (below if spec.tempered_weight > 0 else 0))
+
+
+def _activations(spec: LatentSpec, *, chunk: int, chunks: int, tokens: int, signals: int) -> int:
     """What is kept between forward and backward, with one layer's worth for the gradients in flight."""
     student, width = spec.student, spec.student.hidden
     number = 2 if spec.precision == "bf16" else 4
     layers = activation_bytes(_shape(spec, student.layers), chunks, spec.precision)
     layers += activation_bytes(_shape(spec, max(1, student.token_layers)), tokens, spec.precision)
-    drawn = chunks * spec.draws * (student.noise + width * (4 + 14 * student.head_blocks + 4))
+    drawn = signals * chunks * spec.draws * (student.noise + width * (4 + 14 * student.head_blocks + 4))
     kept = layers + number * (drawn + chunks * width * (3 * chunk + 8) + tokens * width * 6)
     # One layer at a time is computed again; its input is all that is kept of the others.
     return kept * 2 // 3 if spec.activation_checkpointing else kept * 3 // 2

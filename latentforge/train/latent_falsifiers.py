@@ -42,7 +42,7 @@ def latent_kd_001(events: Events) -> Verdict:
     """F-LATENT-KD-001: the held-out loss of each signal that is switched on is lower at the end than before step 1."""
     name = "F-LATENT-KD-001"
     asked, steps = ready_of(events).get("requested", {}).get(MODEL, {}), asked_steps(events)
-    wanted = [metric for weight, metric in SIGNALS.items() if asked.get(weight, 0) > 0]
+    wanted = [name for weight, metric in SIGNALS.items() if asked.get(weight, 0) > 0 for name in _each(events, metric)]
     other = _other_rows(events, wanted)
     if other is not None:
         return verdict_of(events, name, *other)
@@ -60,6 +60,12 @@ def latent_kd_001(events: Events) -> Verdict:
     if not wanted:
         return verdict_of(events, name, None, "no signal is in the events")
     return verdict_of(events, name, not rose, f"held out, before and after: {', '.join(told)}", measured)
+
+
+def _each(events: Events, metric: str) -> list[str]:
+    """The metrics of a signal: one for each temperature of the tempered one, whose mean could hide one that rose."""
+    names = {str(e.fields.get("name")) for e in events if e.kind == "metric"}
+    return sorted(name for name in names if name.startswith(f"{metric}_") and metric == "val_tempered") or [metric]
 
 
 def _other_rows(events: Events, metrics: list[str]) -> tuple[bool | None, str] | None:

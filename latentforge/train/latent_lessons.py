@@ -103,8 +103,8 @@ class Teaching:
             below = [one for one in continued.made.temperatures if one < 1.0]
             for one in below:
                 # All of them at each visit: one head learns every temperature, and none comes more often.
-                self.weights[f"{TEMPERED}_{one:g}"] = spec.tempered_weight / len(below)
-                self.temperatures[f"{TEMPERED}_{one:g}"] = one
+                self.weights[f"{TEMPERED}_{one}"] = spec.tempered_weight / len(below)
+                self.temperatures[f"{TEMPERED}_{one}"] = one
         self.used = 0
         if self.temperatures:
             assert continued is not None

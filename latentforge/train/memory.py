@@ -85,11 +85,10 @@ def _latent_plan(
     trained, asked = run.input_run("codec"), run.input_run("continuations") if spec.continues else None
     assert trained is not None  # a codec comes of a run alone
     codec = _section(AutoencoderSpec, trained.load_identity().spec["autoencoder"])
-    drawn = 0
-    if asked is not None:
-        drawn = spec.sample_continuations or int(asked.load_identity().spec["continuations"]["count"])
+    drawn = None if asked is None else _section(ContinuationsSpec, asked.load_identity().spec["continuations"])
     device = "cpu" if spec.device == "cpu" else there
-    return latent_memory(spec, codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device, drawn=drawn)
+    sizes: dict[str, Any] = {"chunk": chunk, "length": length, "vocab_size": vocab_size, "device": device}
+    return latent_memory(spec, codec, continuations=drawn, **sizes)
 
 
 def _bench_plan(run: RunDir, identity: RunIdentity, *, length: int, vocab_size: int, there: str) -> MemoryPlan:

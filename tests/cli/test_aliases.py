@@ -99,11 +99,12 @@ def test_what_is_not_there_yet_says_so_and_fails(target: str) -> None:
 
 
 def test_a_prompt_of_any_characters_is_the_one_that_is_continued(folders: Any) -> None:
-    prompt = """it's "$HOME" `x` \\ %s"""
+    prompt = """--it's "$HOME" `x` \\ %s"""
     asked = {"LATENT": str(folders.latent), "PROMPT": prompt, "MAX_TOKENS": "7", "SEED": "3", "TEMP": "1"}
     done = make("infer", **asked)
     assert done.returncode == 0, done.stderr
-    command = [str(BIN / "latentforge"), "generate", str(folders.latent), prompt, "--max-tokens", "7", "--seed", "3"]
+    command = [str(BIN / "latentforge"), "generate", "--max-tokens", "7", "--seed", "3"]
+    command += ["--", str(folders.latent), prompt]
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.stdout, again.returncode) == (again.stdout, 0)
 

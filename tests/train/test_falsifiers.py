@@ -44,7 +44,13 @@ def good_events() -> list[Event]:
                 "requested": {
                     "distill": dict(ASKED),
                     "autoencoder": {"steps": 6},
-                    "latent": {"steps": 6, "text_weight": 1.0, "token_kd_weight": 0.5, "sample_weight": 0.0},
+                    "latent": {
+                        "steps": 6,
+                        "text_weight": 1.0,
+                        "token_kd_weight": 0.5,
+                        "sample_weight": 0.0,
+                        "tempered_weight": 0.5,
+                    },
                 },
                 "effective": {"distill": dict(ASKED), "predictions_per_sequence": 7},
             },
@@ -66,7 +72,8 @@ def good_events() -> list[Event]:
     told += [("metric", {**codec, "name": "latent_kl", "value": 0.6, "by_dimension": [0.6, 0.7]})]
     causal = {"name": "change_before_a_chunk", "value": 0.0, "after": 0.4, "places": 5}
     told += [("metric", {"model": "latent", "step": 6, "split": "heldout", **causal})]
-    for name, start, end in (("val_text", 5.0, 3.0), ("val_token_kd", 2.0, 1.5)):
+    tempered = [("val_tempered_0.5", 4.0, 3.5), ("val_tempered_0.7", 4.0, 3.0), ("val_tempered", 4.0, 3.25)]
+    for name, start, end in (("val_text", 5.0, 3.0), ("val_token_kd", 2.0, 1.5), *tempered):
         told += [("metric", _metric("latent", name, 0, start)), ("metric", _metric("latent", name, 6, end))]
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
     told.append(("checkpoint", {"step": 3, **weight}))
@@ -124,6 +131,8 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("F-LATENT-CAUSAL-001", "metric", {"name": "change_before_a_chunk"}, {"value": float("nan")}, "before by nan"),
     ("F-LATENT-KD-001", "metric", {"name": "val_text", "step": 6}, {"value": 5.0}, "text 5.0000 <= 5.0000"),
     ("F-LATENT-KD-001", "metric", {"name": "val_token_kd", "step": 6}, {"value": float("nan")}, "2.0000 <= nan"),
+    # One temperature that rose is not hidden by the mean of all.
+    ("F-LATENT-KD-001", "metric", {"name": "val_tempered_0.5", "step": 6}, {"value": 4.5}, "0.5 4.0000 <= 4.5000"),
     (
         "F-LATENT-KD-001",
         "metric",
