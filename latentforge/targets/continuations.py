@@ -197,21 +197,28 @@ class ContinuationStore:
 
     def of(self, tokens: Tensor, temperature: float) -> Continued:
         """What was drawn at ``temperature`` for each row of ``tokens`` int64 [B, L], on their device."""
-        if temperature not in self.made.temperatures:
-            known = ", ".join(f"{t:g}" for t in self.made.temperatures)
-            raise RefusedError(
-                f"{self.path.name} holds no continuations at T = {temperature:g}, but at {known}",
-                next=f"name {temperature:g} in continuations.temperatures",
-            )
+        return self.of_each(tokens, [temperature])[temperature]
+
+    def of_each(self, tokens: Tensor, temperatures: Sequence[float]) -> dict[float, Continued]:
+        """The same at several temperatures, by temperature; a row holds all of its own, and is read once."""
+        for temperature in temperatures:
+            if temperature not in self.made.temperatures:
+                known = ", ".join(f"{t:g}" for t in self.made.temperatures)
+                raise RefusedError(
+                    f"{self.path.name} holds no continuations at T = {temperature:g}, but at {known}",
+                    next=f"name {temperature:g} in continuations.temperatures",
+                )
         if tokens.dim() != 2 or not len(tokens):
             raise RefusedError(f"tokens are {list(tokens.shape)}; [B, L] is needed")
         rows = tokens.cpu().numpy()
         given = continued.contexts(rows, self.made.chunk, self.made.eos_id)
-        ids = np.stack([found[temperature] for found in self._get_many(list(rows))])
-        ids[~given] = self.made.eos_id
-        return Continued(
-            torch.from_numpy(ids.astype(np.int64)).to(tokens.device), torch.from_numpy(given).to(tokens.device)
-        )
+        read, there = self._get_many(list(rows)), torch.from_numpy(given).to(tokens.device)
+        found: dict[float, Continued] = {}
+        for temperature in temperatures:
+            ids = np.stack([row[temperature] for row in read])
+            ids[~given] = self.made.eos_id
+            found[temperature] = Continued(torch.from_numpy(ids.astype(np.int64)).to(tokens.device), there)
+        return found
 
     def present(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of the keys that have a row (the row itself is not read)."""

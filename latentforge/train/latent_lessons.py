@@ -135,21 +135,22 @@ class Teaching:
         ``visits`` int64 [B] says how often each row was here before (None: never), so that all of its continuations are
         used before one comes again; ``covered`` bool [B] which rows were continued (None: all).
         """
+        if self.continued is None or not self.temperatures:
+            return {}
+        made = self.continued.made
+        size = (len(tokens), tokens.shape[1] // made.chunk - 1)
+        there = torch.ones(len(tokens), dtype=torch.bool) if covered is None else covered
+        at = there.nonzero().squeeze(-1).to(tokens.device)
+        told = self.continued.of_each(tokens[at], list(self.temperatures.values())) if len(at) else {}
+        first = torch.zeros(len(tokens), dtype=torch.int64) if visits is None else visits
+        turns = (first[:, None] * self.used + torch.arange(self.used)) % made.count
+        whose = turns.to(tokens.device)[at, None, :, None].expand(-1, size[1], -1, made.chunk)
         found: dict[str, Drawn] = {}
         for name, temperature in self.temperatures.items():
-            assert self.continued is not None
-            made = self.continued.made
-            size = (len(tokens), tokens.shape[1] // made.chunk - 1)
             ids = torch.full((*size, self.used, made.chunk), self.eos_id, device=tokens.device)
             given = torch.zeros(size, dtype=torch.bool, device=tokens.device)
-            there = torch.ones(len(tokens), dtype=torch.bool) if covered is None else covered
-            first = torch.zeros(len(tokens), dtype=torch.int64) if visits is None else visits
-            turns = (first[:, None] * self.used + torch.arange(self.used)) % made.count
-            if bool(there.any()):
-                at = there.nonzero().squeeze(-1).to(tokens.device)
-                told = self.continued.of(tokens[at], temperature)
-                whose = turns.to(tokens.device)[at, None, :, None].expand(-1, size[1], -1, made.chunk)
-                ids[at], given[at] = told.ids.gather(2, whose), told.given
+            if len(at):
+                ids[at], given[at] = told[temperature].ids.gather(2, whose), told[temperature].given
             found[name] = Drawn(ids, given, temperature)
         return found
 
