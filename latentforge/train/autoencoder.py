@@ -20,13 +20,13 @@ from latentforge.train import effective
 from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
 from latentforge.train.falsifiers import judge
-from latentforge.train.keeping import go_on, keep_checkpoint
+from latentforge.train.keeping import Keeper
 from latentforge.train.loop import bytes_of, log_compiles, log_step
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import say_saved, start_digests
 from latentforge.train.resume import open_predecessor
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
-from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+from latentforge.train.stopping import deferred_stop, stop_requested
 
 CHECKPOINTS = {MODEL: ""}
 
@@ -103,28 +103,18 @@ def run(run: RunDir, log: EventLog) -> None:
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
-    checkpoint = earlier.checkpoints.get(MODEL) if earlier is not None else None
-    if earlier is not None and checkpoint is not None:
-        go_on(earlier, checkpoint, optimiser, log, model=MODEL, steps=spec.steps)
-        first, before = checkpoint.step, None
-        keep_checkpoint(run, log, CHECKPOINTS[MODEL], codec, optimiser, model=MODEL, step=first, start=start)
-    else:
-        if earlier is not None:
-            log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
-        first = 0
+    keeper = Keeper(run, log, codec, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
+    first, before = keeper.resume(earlier), None
+    if first is None:
         with log.phase("evaluate"):
             before = report_of(trainer, data)
         say_report(log, before, data, step=0)
 
     with log.phase("train"), deferred_stop():
-        for step in range(first, spec.steps):
+        for step in range(first or 0, spec.steps):
             done = trainer.step(step, training_batch(data.train, order, step, device))
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
-            signal = stop_requested()
-            if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
-                keep_checkpoint(run, log, CHECKPOINTS[MODEL], codec, optimiser, model=MODEL, step=step + 1, start=start)
-            if signal is not None:
-                raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {MODEL}; checkpoint written")
+            keeper.after(step + 1, stop_requested())
 
     with log.phase("evaluate"):
         after = report_of(trainer, data)

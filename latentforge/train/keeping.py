@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from latentforge.spec.run import RunDir
 from latentforge.train.checkpoint import Checkpoint, save_checkpoint
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.resume import Earlier, carry_events
+from latentforge.train.stopping import Interrupted
 
 
 def keep_checkpoint(
@@ -58,3 +61,43 @@ def go_on(
         )
     log.emit("phase", name="resume", state="end", model=model, step=checkpoint.step, predecessor=earlier.run)
     log.say(f"{model} resumes from step {checkpoint.step} of {earlier.run}")
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Keeps the checkpoints of a run that trains one ``model`` for ``steps`` steps, one ``every`` so many;
+    ``start`` are the digests of its weights before the first."""
+
+    run: RunDir
+    log: EventLog
+    trained: nn.Module
+    optimiser: MasterOptimiser
+    model: str
+    start: dict[str, str]
+    steps: int
+    every: int
+
+    def resume(self, earlier: Earlier | None) -> int | None:
+        """Go on from the predecessor's last checkpoint, and keep it as this run's first: how many steps were made. None
+        where the run starts from step 0, which is said where there was a predecessor."""
+        if earlier is None:
+            return None
+        checkpoint = earlier.checkpoints.get(self.model)
+        if checkpoint is None:
+            self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+            return None
+        go_on(earlier, checkpoint, self.optimiser, self.log, model=self.model, steps=self.steps)
+        self._keep(checkpoint.step)
+        return checkpoint.step
+
+    def after(self, step: int, signal: str | None) -> None:
+        """After ``step`` steps: a checkpoint where one is due, or where ``signal`` asks to stop: then Interrupted."""
+        if signal is not None or step % self.every == 0 or step == self.steps:
+            self._keep(step)
+        if signal is not None:
+            raise Interrupted(f"interrupted by {signal} after step {step} of the {self.model}; checkpoint written")
+
+    def _keep(self, step: int) -> None:
+        keep_checkpoint(
+            self.run, self.log, "", self.trained, self.optimiser, model=self.model, step=step, start=self.start
+        )

@@ -27,7 +27,7 @@ from latentforge.targets.continuations import ContinuationStore
 from latentforge.train import effective
 from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.falsifiers import judge
-from latentforge.train.keeping import go_on, keep_checkpoint
+from latentforge.train.keeping import Keeper
 from latentforge.train.latent_falsifiers import MODEL
 from latentforge.train.latent_lessons import Teaching
 from latentforge.train.latent_products import save_writer, written
@@ -38,7 +38,7 @@ from latentforge.train.products import start_digests
 from latentforge.train.resume import open_predecessor
 from latentforge.train.score import teacher_folder
 from latentforge.train.setting import choose_device, choose_kernel, fit_threads, training_batch
-from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+from latentforge.train.stopping import deferred_stop, stop_requested
 
 CHECKPOINTS = {MODEL: ""}
 CAUSAL_ROWS = 4
@@ -109,35 +109,23 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
-    checkpoint = earlier.checkpoints.get(MODEL) if earlier is not None else None
-    first = 0
-    before: HeldOut | None = None
-    if earlier is not None and checkpoint is not None:
-        go_on(earlier, checkpoint, optimiser, log, model=MODEL, steps=spec.steps)
-        first = checkpoint.step
-        keep_checkpoint(run, log, CHECKPOINTS[MODEL], student, optimiser, model=MODEL, step=first, start=start)
-    else:
-        if earlier is not None:
-            log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+    keeper = Keeper(run, log, student, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
+    first, before = keeper.resume(earlier), None
+    if first is None:
         with log.phase("evaluate"):
             before = trainer.held_out(data)
         say_held_out(log, before, step=0)
 
     effective.take_peak()
     with log.phase("train"), deferred_stop():
-        for step in range(first, spec.steps):
+        for step in range(first or 0, spec.steps):
             visits, covered = torch.from_numpy(order.visits(step)), covered_rows(teaching, order, step)
             done = trainer.step(step, training_batch(data.train, order, step, device), visits=visits, covered=covered)
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
             signal, last = stop_requested(), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
                 log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
-            if last or signal is not None or (step + 1) % spec.checkpoint_every == 0:
-                keep_checkpoint(
-                    run, log, CHECKPOINTS[MODEL], student, optimiser, model=MODEL, step=step + 1, start=start
-                )
-            if signal is not None:
-                raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {MODEL}; checkpoint written")
+            keeper.after(step + 1, signal)
 
     with log.phase("evaluate"):
         after = trainer.held_out(data)
