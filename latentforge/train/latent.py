@@ -144,7 +144,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
-        save_writer(run, log, student, optimiser, data, start=start, step=spec.steps)
+        save_writer(run, log, student, codec, optimiser, data, start=start, step=spec.steps)
         write_record(run.out / "samples.json", written(run.out / "student", data, device))
         reports = {"initial": None if before is None else vars(before), "final": vars(after)}
         causality = {"before": change.before, "after": change.after, "places": change.places}

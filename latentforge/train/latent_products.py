@@ -27,6 +27,7 @@ def save_writer(
     run: RunDir,
     log: EventLog,
     student: LatentStudent,
+    codec: Codec,
     optimiser: MasterOptimiser,
     data: ShardSet,
     *,
@@ -37,15 +38,13 @@ def save_writer(
 
     FailedError where what is on disk is not what was trained.
     """
-    trained_with = run.input_path("codec") / "codec"
-    record = Codec.open(trained_with).record
-    assert record is not None  # an opened codec has one
+    assert codec.record is not None  # an opened codec has one
     folder, partial = run.out / "student", run.out / "student.whole"
     shutil.rmtree(partial, ignore_errors=True)
-    known = {"tokenizer_sha256": data.tokenizer_sha256, "codec_sha256": record.digest}
+    known = {"tokenizer_sha256": data.tokenizer_sha256, "codec_sha256": codec.record.digest}
     student.save(partial, eos_id=data.eos_id, **known)
     copy_tokenizer(data.tokenizer_dir, partial)
-    shutil.copytree(trained_with, partial / CODEC_FOLDER)
+    shutil.copytree(run.input_path("codec") / "codec", partial / CODEC_FOLDER)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     say_saved(student, optimiser, folder, start=start, log=log, step=step, model=MODEL)
