@@ -312,6 +312,11 @@ class PipelineSpec(Section):
             )
         if not latent.continues:
             return
+        known = self.data.train_sequences
+        if drawn.rows is not None and known is not None and drawn.rows > known:
+            raise ValueError(
+                f"continuations.rows = {drawn.rows} is more than data.train_sequences = {known}; leave it out for all rows"
+            )
         if drawn.rows is not None and latent.text_weight == 0 and latent.student.token_layers == 0:
             raise ValueError(
                 f"continuations.rows = {drawn.rows} with latent.text_weight = 0 and no token head: the other rows "

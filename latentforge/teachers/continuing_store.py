@@ -19,13 +19,18 @@ _LOOKED_AT = 1024
 Progress = Callable[[int, int], None]
 
 
-def continued_rows(data: ShardSet, rows: int | None, *, block: int = _LOOKED_AT) -> Iterator[list[Tokens]]:
-    """The first ``rows`` training rows (None: all), then all held-out rows, int64 [L] each, ``block`` at a time."""
+def check_rows(data: ShardSet, rows: int | None) -> None:
+    """Refuse to continue more training rows than ``data`` has."""
     if rows is not None and rows > len(data.train):
         raise RefusedError(
             f"continuations.rows = {rows}: there are {len(data.train)} training rows",
             next=f"set continuations.rows = {len(data.train)} or less, or leave it out",
         )
+
+
+def continued_rows(data: ShardSet, rows: int | None, *, block: int = _LOOKED_AT) -> Iterator[list[Tokens]]:
+    """The first ``rows`` training rows (None: all), then all held-out rows, int64 [L] each, ``block`` at a time."""
+    check_rows(data, rows)
     for shard, end in ((data.train, len(data.train) if rows is None else rows), (data.heldout, len(data.heldout))):
         for begin in range(0, end, block):
             yield list(shard.rows(np.arange(begin, min(begin + block, end))))

@@ -23,7 +23,7 @@ from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.capability import require
 from latentforge.teachers.continuing import Continuer, Continuing
 from latentforge.teachers.continuing_agreement import DrawsAgreement, check_draws
-from latentforge.teachers.continuing_store import continue_all, coverage, sampled
+from latentforge.teachers.continuing_store import check_rows, continue_all, coverage, sampled
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.opening import open_teacher
 from latentforge.train.asked import AskedLog
@@ -49,6 +49,7 @@ def run(run: RunDir, log: EventLog) -> None:
         with log.phase("load"):
             data = ShardSet.open(run.input_path("data"))
             data.verify()
+            check_rows(data, spec.rows)
             folder = teacher_folder(run)
             said = compare_vocabularies(folder, data.tokenizer_dir).notes
             device = "cuda" if torch.cuda.is_available() else "cpu"

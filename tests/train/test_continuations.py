@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from latentforge.teachers.continuing import Continuing
 from latentforge.teachers.continuing_store import continued_rows
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
+from latentforge.train import continuations
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
@@ -188,8 +190,18 @@ def test_a_store_of_other_draws_is_not_taken_over(done: dict[str, RunDir], make_
         assert store.made.count == 2
 
 
-def test_more_rows_than_the_data_has_are_refused_by_name(make_run: MakeRun) -> None:
-    run = make_run(6, rows=25)
+def test_more_rows_than_the_data_has_are_refused_by_name_before_the_teacher_is_opened(
+    done: dict[str, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RefusedError, match=r"continuations.rows = 25 is more than data.train_sequences = 24"):
+        sampled_spec(rows=25)
+    planned = next(p for p in plan(sampled_spec()) if p.kind == "continuations")
+    # As of a corpus of which all rows are taken: how many there are is known when they are packed.
+    asked = {**planned.identity.spec, "continuations": {**planned.identity.spec["continuations"], "rows": 25}}
+    identity = replace(planned.identity, spec=asked)
+    launch = LaunchRecord(identity.run_id, planned.kin, planned.resolved)
+    run = RunDir.create(done["data"].path.parent, identity, launch)
+    monkeypatch.setattr(continuations, "open_teacher", lambda *_, **__: pytest.fail("the teacher was opened"))
     assert execute(run.path, text=io.StringIO()) is ExitCode.REFUSED
     reasons = [str(event.fields.get("reason", "")) for event in read_events(run.events_file)]
     assert any("continuations.rows = 25: there are 24 training rows" in reason for reason in reasons)
