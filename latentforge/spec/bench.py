@@ -59,6 +59,26 @@ class BenchSpec(Section):
         )
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def check_rows(self, rows: int, *, length: int, chunk: int) -> None:
+        """Refuse (ValueError) what ``rows`` held-out rows of ``length`` tokens in chunks of ``chunk`` cannot hold.
+
+        Whether enough of them begin with text is not known before they are packed.
+        """
+        for name, asked in (("prompts", self.prompts), ("quality_rows", self.quality_rows)):
+            if asked > rows:
+                raise ValueError(f"bench.{name} = {asked} is more than data.heldout_sequences = {rows}")
+        if self.quality_rows == 0:
+            return
+        begin, more = max(1, self.prompt_tokens // chunk) * chunk, -(-self.max_tokens // chunk) * chunk
+        # Each begins with a row of its own and may go on into those that follow (writers.quality).
+        room = max(0, rows - -(-(begin + more) // length) + 1)
+        if self.prompts > room:
+            raise ValueError(
+                f"bench.quality_rows = {self.quality_rows} with {self.prompts} texts of {begin} + {more} tokens: "
+                f"{rows} rows of {length} tokens hold {room} at most; lower bench.prompts or bench.max_tokens, or "
+                "raise data.heldout_sequences"
+            )
+
     @model_validator(mode="after")
     def _method_knows_the_rest(self) -> Self:
         if self.method == "exact" and self.temperature == 0:

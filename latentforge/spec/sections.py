@@ -339,6 +339,7 @@ class PipelineSpec(Section):
             raise ValueError(
                 "bench.transformers = true, and no token-level student is trained; set latent.beside = true"
             )
+        bench.check_rows(self.data.heldout_sequences, length=self.data.sequence_length, chunk=self.data.chunk)
         if self.through != "latent":
             return
         if bench.method == "head" and bench.temperature != 1.0 and self.latent.tempered_weight == 0.0:

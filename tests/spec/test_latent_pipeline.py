@@ -138,7 +138,7 @@ def test_the_operators_names_set_the_last_run(tmp_path: Path) -> None:
         (["latent.tempered_weight=1"], "hold none"),
         ([*SAMPLED, "latent.samples=100"], "shared out evenly among the 8 continuations .* set latent.samples = 96"),
         ([*SAMPLED, "latent.sample_continuations=9", "latent.samples=9"], "9 is more than continuations.count = 8"),
-        ([*SAMPLED, "continuations.rows=9", "data.train_sequences=8"], "rows = 9 is more than data.train_sequences = 8"),
+        ([*SAMPLED, "continuations.rows=9", "data.train_sequences=8"], "9 is more than data.train_sequences = 8"),
         (["continuations.temperatures=[1.0, 1.5]"], "continuations.temperatures"),
         (["latent.alpha=2"], "latent.alpha"),
         (["latent.student.heads=3"], "does not split into 3 heads"),

@@ -46,6 +46,8 @@ SHORT = [
     "bench.device=cpu",
 ]
 
+QUALITY = ["bench.measure=true", "bench.quality_rows=4", "bench.max_tokens=300"]
+
 
 def _spec(*changes: str) -> PipelineSpec:
     return resolve_pipeline("tiny", env={}, overrides=[*SHORT, *changes]).spec
@@ -158,6 +160,9 @@ def test_gates_are_no_part_of_what_the_student_is() -> None:
         ),
         (["bench.measure=true", "bench.prompt_tokens=3"], "less than a chunk of 4"),
         (["bench.top_p=0.5"], "method 'tokens' alone knows it"),
+        (["bench.measure=true", "bench.prompts=33"], "bench.prompts = 33 is more than data.heldout_sequences = 32"),
+        ([*QUALITY, "bench.quality_rows=33"], "bench.quality_rows = 33 is more than data.heldout_sequences = 32"),
+        ([*QUALITY, "bench.prompts=24"], r"24 texts of 16 \+ 300 tokens: 32 rows of 32 tokens hold 23 at most"),
     ],
 )
 def test_what_no_bench_could_measure_is_refused_before_anything_is_trained(changes: list[str], said: str) -> None:
