@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentforge.errors import RefusedError
-from latentforge.spec.sections import Backend, PipelineSpec
+from latentforge.spec.sections import Backend, DistillSpec, PipelineSpec
 
 Ability = Literal["score", "sample", "logits", "chat"]
 
@@ -114,7 +114,23 @@ def check_abilities(spec: PipelineSpec) -> None:
 
 def _check_chat(spec: PipelineSpec) -> None:
     """What the answers of a chat cannot give: dense or live rows, another T, more entries than the API has."""
-    distill, score = spec.distill, spec.score
+    score = spec.score
+    if spec.distils:
+        _check_chat_of_distill(spec.distill)
+    if score.temperatures != (1.0,) or score.mode != "topk":
+        raise RefusedError(
+            f"score.temperatures = {list(score.temperatures)}, score.mode = {score.mode!r} with data.documents = "
+            "'chat': an answer's rows are top-k at T = 1",
+            next="set score.temperatures = [1.0] and score.mode = 'topk'",
+        )
+    if score.k > CHAT_K and spec.teacher.backend == "venice":
+        raise RefusedError(
+            f"score.k = {score.k}: a hosted chat API gives at most {CHAT_K} entries a position",
+            next=f"set score.k = {CHAT_K}",
+        )
+
+
+def _check_chat_of_distill(distill: DistillSpec) -> None:
     if distill.targets == "live":
         raise RefusedError(
             "distill.targets = 'live' with data.documents = 'chat': an answer's rows come with it, and cannot be asked "
@@ -126,19 +142,8 @@ def _check_chat(spec: PipelineSpec) -> None:
             f"distill.temperature = {distill.temperature:g} with data.documents = 'chat': an answer's rows have T = 1",
             next="set distill.temperature = 1",
         )
-    if score.temperatures != (1.0,) or score.mode != "topk":
-        raise RefusedError(
-            f"score.temperatures = {list(score.temperatures)}, score.mode = {score.mode!r} with data.documents = "
-            "'chat': an answer's rows are top-k at T = 1",
-            next="set score.temperatures = [1.0] and score.mode = 'topk'",
-        )
     if distill.cross_tokenizer:
         raise RefusedError(
             "distill.cross_tokenizer with data.documents = 'chat': the answers are read in the API's own tokens",
             next="set distill.cross_tokenizer = false and name the API's tokenizer in teacher.model",
-        )
-    if score.k > CHAT_K and spec.teacher.backend == "venice":
-        raise RefusedError(
-            f"score.k = {score.k}: a hosted chat API gives at most {CHAT_K} entries a position",
-            next=f"set score.k = {CHAT_K}",
         )

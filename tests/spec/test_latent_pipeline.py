@@ -99,6 +99,17 @@ def test_the_answers_of_a_chat_are_a_latent_students_text_and_rows(tmp_path: Pat
     assert list(planned(tmp_path, *chat, "through=autoencoder")) == ["data", "autoencoder"]
 
 
+@pytest.mark.parametrize("through", ["latent", "autoencoder"])
+def test_what_a_chat_cannot_give_a_token_level_student_is_nobodys_matter_where_none_is_trained(
+    tmp_path: Path, through: str
+) -> None:
+    chat = ["data.documents=chat", "teacher.backend=vllm-local", "teacher.model=/t", f"through={through}"]
+    compared = [*chat, "distill.targets=live", "distill.temperature=2", "distill.cross_tokenizer=true"]
+    assert planned(tmp_path, *compared).keys() == planned(tmp_path, *chat).keys()
+    with pytest.raises(RefusedError, match=r"distill.temperature = 2"):
+        planned(tmp_path, *chat, "through=latent", "latent.beside=true", "distill.temperature=2")
+
+
 @pytest.mark.parametrize("through", ["latent", "autoencoder", "distill"])
 def test_epochs_are_steps_of_the_last_run_through_all_rows(tmp_path: Path, through: str) -> None:
     rows = ["data.train_sequences=33", f"through={through}"]
