@@ -142,6 +142,12 @@ def _check_chat_of_distill(distill: DistillSpec) -> None:
             f"distill.temperature = {distill.temperature:g} with data.documents = 'chat': an answer's rows have T = 1",
             next="set distill.temperature = 1",
         )
+    if distill.on_policy > 0.0:
+        raise RefusedError(
+            f"distill.on_policy = {distill.on_policy:g} with data.documents = 'chat': the student goes on with answers "
+            "without the prompts, of which a teacher that is not asked in a chat says something else",
+            next="set distill.on_policy = 0",
+        )
     if distill.cross_tokenizer:
         raise RefusedError(
             "distill.cross_tokenizer with data.documents = 'chat': the answers are read in the API's own tokens",

@@ -312,10 +312,17 @@ class PipelineSpec(Section):
             )
         if not latent.continues:
             return
+        if self.data.documents == "chat":
+            name = "sample_weight" if latent.sample_weight > 0 else "tempered_weight"
+            raise ValueError(
+                f"latent.{name} = {getattr(latent, name):g} with data.documents = 'chat': a row holds answers without "
+                "the prompts, and how a teacher goes on with a bare answer is not what it answered; set "
+                f"latent.{name} = 0"
+            )
         known = self.data.train_sequences
         if drawn.rows is not None and known is not None and drawn.rows > known:
             raise ValueError(
-                f"continuations.rows = {drawn.rows} is more than data.train_sequences = {known}; leave it out for all rows"
+                f"continuations.rows = {drawn.rows} is more than data.train_sequences = {known}; leave it out for all"
             )
         if drawn.rows is not None and latent.text_weight == 0 and latent.student.token_layers == 0:
             raise ValueError(

@@ -18,6 +18,7 @@ through = "latent"
 vocab_size = 320
 chunk = 4
 """
+CHAT = ["data.documents=chat", "teacher.backend=vllm-local", "teacher.model=/t"]
 SAMPLED = ["latent.sample_weight=1.0"]
 
 
@@ -157,6 +158,8 @@ def test_the_operators_names_set_the_last_run(tmp_path: Path) -> None:
         (["latent.require=['F-LATENT-KD-01']"], "did you mean 'F-LATENT-KD-001'"),
         (["latent.beside=true", "distill.on_policy=0.5"], "what the student writes is not cut into chunks"),
         (["through=distill", "distill.cross_tokenizer=true", "teacher.model=/t"], "the padding of chunks is no text"),
+        ([*CHAT, *SAMPLED], r"latent.sample_weight = 1 with data.documents = 'chat': .* without the prompt"),
+        ([*CHAT, "latent.tempered_weight=2", "continuations.temperatures=[0.5]"], "latent.tempered_weight = 2 with"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_when_it_is_read(tmp_path: Path, changes: list[str], words: str) -> None:
@@ -172,10 +175,6 @@ def test_what_cannot_be_trained_is_refused_when_it_is_read(tmp_path: Path, chang
         (
             ["latent.token_kd_weight=1", "teacher.backend=venice", "teacher.model=/t"],
             "latent.token_kd_weight = 1 needs a teacher that can score",
-        ),
-        (
-            ["data.documents=chat", "teacher.backend=venice", "teacher.model=/t", "score.k=20", *SAMPLED],
-            "latent.sample_weight = 1 needs a teacher that can continue a raw text",
         ),
         (["profile=full", "data.corpus=/c"], "there is no canary of a latent student"),
     ],

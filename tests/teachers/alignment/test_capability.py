@@ -36,6 +36,7 @@ CHAT = {"data": {"documents": "chat"}, "score": {"k": 20}}
         ("venice", CHAT | {"distill": {"on_policy": 0.5}}, r"on_policy = 0.5 needs .* score", "on_policy = 0"),
         ("venice", CHAT | {"score": {"k": 32}}, r"score\.k = 32: a hosted chat API gives at most 20", "score.k = 20"),
         ("venice", CHAT | {"distill": {"targets": "live"}}, "cannot be asked again", "targets = 'store'"),
+        ("vllm-local", CHAT | {"distill": {"on_policy": 0.5}}, r"on_policy = 0.5 with .* 'chat'", "on_policy = 0"),
         ("hf", CHAT, r"'chat' needs .* answer chats with their rows; .* 'hf' can", "documents = 'corpus'"),
         ("store", CHAT, r"'chat' needs .* answer chats", "documents = 'corpus'"),
         ("openai", CHAT | {"score": {"temperatures": (1.0, 2.0)}}, r"top-k at T = 1", "temperatures"),
