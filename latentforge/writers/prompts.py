@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -57,7 +58,7 @@ def prompts_in(path: Path, stream: BinaryIO, *, flag: str = "--file") -> tuple[s
 
 def _text(content: bytes, name: str) -> str:
     try:
-        return content.decode()
+        return content.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise RefusedError(f"{name} is not UTF-8 at byte {error.start}", next="iconv -t UTF-8 FILE") from None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,64 @@ def test_what_cannot_be_measured_is_refused_by_name_and_leaves_no_report(
     assert _bench(folders.latent, *arguments) == 2
     assert said in capsys.readouterr().err
     assert not list(place.glob("results/*"))
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_measured(
+    folders: Folders, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("measured, for a report that nobody can write down")
+
+    monkeypatch.setattr("latentforge.writers.bench.run.run", measured)
+    assert _bench(folders.latent, "--out", f"/proc/{os.getpid()}") == 2  # there, and nobody can write into it
+    assert "no file can be made in it" in capsys.readouterr().err
+
+
+def test_two_benches_of_one_second_leave_a_report_each(
+    folders: Folders, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentforge.writers.bench.report._stamp", lambda time: "2026-01-02T03:04:05Z")
+    assert [_bench(folders.token, "--seed", seed) for seed in (1, 2)] == [0, 0]
+    written = sorted((place / "results").iterdir())
+    assert [file.name for file in written] == [
+        "bench_20260102T030405Z.json",
+        "bench_20260102T030405Z.png",
+        "bench_20260102T030405Z_2.json",
+        "bench_20260102T030405Z_2.png",
+    ]
+    assert [json.loads(file.read_text())["asked"]["seed"] for file in written[::2]] == [1, 2]
+
+
+def test_a_report_that_is_cut_short_leaves_no_part_of_itself(
+    folders: Folders, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentforge.writers.bench.report.Report.as_json", stopped)
+    assert _bench(folders.token) == 130
+    assert not list((place / "results").iterdir())
+
+
+def test_what_a_report_says_of_times_follows_from_the_readings_in_it(folders: Folders, place: Path) -> None:
+    assert _bench(folders.latent, "--beside", folders.token) == 0
+    found = _written(place)
+    for one in found["contestants"]:
+        first, between = one["first_chunk_s"], one["chunk_s"]
+        assert [len(turn) for turn in first["rounds"]] == [3, 3]
+        assert sum(map(len, between["rounds"])) == sum(one["steps"]) - 6
+        for times in (first, between):
+            readings = sorted(reading for turn in times["rounds"] for reading in turn)
+            assert times["readings"] == len(readings)
+            assert times["p95"] == readings[math.ceil(0.95 * len(readings)) - 1]
+            assert times["p50"] == readings[math.ceil(0.5 * len(readings)) - 1]
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_the_first_prompt(folders: Folders, place: Path) -> None:
+    sizes = []
+    for name, content in (("plain.txt", b"import os\n"), ("marked.txt", b"\xef\xbb\xbfimport os\r\n")):
+        (place / name).write_bytes(content)
+        assert _bench(folders.token, "--prompts", name, "--out", name + "-out") == 0
+        (file,) = (place / (name + "-out")).glob("*.json")
+        sizes.append(json.loads(file.read_text())["asked"]["prompts_sha256"])
+    assert sizes[0] == sizes[1]

@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from latentforge.errors import RefusedError
@@ -119,8 +121,8 @@ class Report:
             "seconds": [turn.seconds for turn in measured.turns],
             "tokens_per_second": spread(measured.tokens_per_second) | {"rounds": measured.tokens_per_second},
             "steps_per_second": spread(measured.steps_per_second),
-            "first_chunk_s": _latency(measured.to_first),
-            "chunk_s": _latency(measured.between),
+            "first_chunk_s": _latency([turn.to_first for turn in measured.turns]),
+            "chunk_s": _latency([turn.between for turn in measured.turns]),
             "student_over_this": None if measured is ours else spread(ratios(ours, measured)),
             "peak_memory": measured.peak._asdict() | {"total": measured.peak.total},
             "flops_per_token": one.flops_per_token,
@@ -134,22 +136,41 @@ def here(machine: Machine, threads: int, before: float, started: datetime, sourc
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of reports, before anything is measured; RefusedError where it cannot be."""
+    """Make the folder of reports, before anything is measured; RefusedError where it, or a file in it, cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RefusedError(f"--out {folder} cannot be made: {error.strerror}", next="name another folder") from None
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RefusedError(
+            f"--out {folder}: no file can be made in it: {error.strerror}", next="name another folder"
+        ) from None
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """``bench_<time>.json`` in ``folder``; a file that exists is not written over."""
-    file = folder / f"bench_{report.here.started.replace('-', '').replace(':', '')}.json"
-    try:
-        with open(file, "x", encoding="utf-8") as opened:
-            opened.write(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise RefusedError(f"{file} cannot be written: {error.strerror}", next="name another folder by --out") from None
-    return file
+    """``bench_<time>.json`` in ``folder``, whole or not at all; where there is one of that second, ``_2`` and so on."""
+    name = f"bench_{report.here.started.replace('-', '').replace(':', '')}"
+    for number in count(1):
+        file = folder / (f"{name}.json" if number == 1 else f"{name}_{number}.json")
+        try:
+            with open(file, "x", encoding="utf-8") as opened:
+                try:
+                    opened.write(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+                    opened.flush()
+                except BaseException:  # a Ctrl-C too
+                    file.unlink()
+                    raise
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RefusedError(
+                f"{file} cannot be written: {error.strerror}", next="name another folder by --out"
+            ) from None
+        return file
+    raise AssertionError("numbers do not end")
 
 
 def table(report: Report) -> list[str]:
@@ -203,8 +224,15 @@ def _times(seconds: Sequence[float]) -> str:
     return "–" if p50 is None or p95 is None else f"{1e3 * p50:.2f} / {1e3 * p95:.2f} ms"
 
 
-def _latency(seconds: Sequence[float]) -> dict[str, Any]:
-    return {"p50": quantile(seconds, 0.5), "p95": quantile(seconds, 0.95), "readings": len(seconds)}
+def _latency(rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Quantiles over all rounds, and the readings of each from which they follow."""
+    seconds = [reading for one in rounds for reading in one]
+    return {
+        "p50": quantile(seconds, 0.5),
+        "p95": quantile(seconds, 0.95),
+        "readings": len(seconds),
+        "rounds": [list(one) for one in rounds],
+    }
 
 
 def _stamp(time: datetime) -> str:

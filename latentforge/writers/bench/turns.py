@@ -76,6 +76,16 @@ class Turn(NamedTuple):
         """Steps that gave a text tokens: chunks of a latent student, tokens of a token-level one."""
         return sum(len(text.arrivals) for text in self.texts)
 
+    @property
+    def to_first(self) -> list[float]:
+        """Seconds to the first chunk, of each text; reading the prompt is a part of them."""
+        return [text.arrivals[0] for text in self.texts]
+
+    @property
+    def between(self) -> list[float]:
+        """Seconds from a text's chunk to its next one."""
+        return [b - a for text in self.texts for a, b in zip(text.arrivals, text.arrivals[1:], strict=False)]
+
 
 class Contestant(Protocol):
     """Somebody who writes: ``name`` is unique among those measured together."""
@@ -107,18 +117,13 @@ class Measured:
 
     @property
     def to_first(self) -> list[float]:
-        """Seconds to the first chunk, of each text of each round; reading the prompt is a part of them."""
-        return [text.arrivals[0] for turn in self.turns for text in turn.texts]
+        """Seconds to the first chunk, of each text of each round."""
+        return [seconds for turn in self.turns for seconds in turn.to_first]
 
     @property
     def between(self) -> list[float]:
-        """Seconds from a text's chunk to its next one."""
-        return [
-            later - sooner
-            for turn in self.turns
-            for text in turn.texts
-            for sooner, later in zip(text.arrivals, text.arrivals[1:], strict=False)
-        ]
+        """Seconds from a text's chunk to its next one, of all rounds."""
+        return [seconds for turn in self.turns for seconds in turn.between]
 
     @property
     def peak(self) -> Peak:
