@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import torch
+from torch import Tensor
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
@@ -141,14 +142,21 @@ def report_of(trainer: CodecTrainer, data: ShardSet) -> CodecReport:
     return report_codec(trainer.codec, lambda: trainer.held_out(data), backend=kernel, decode_backend=decodes_by)
 
 
+def padding_in(tokens: Tensor, data: ShardSet) -> int:
+    """The places of rows int64 [B, L] behind the first EOS of their chunk: counted apart from the report's tokens."""
+    ended = (tokens.unflatten(-1, (-1, data.chunk)) == data.eos_id).cumsum(-1)
+    return int((ended[..., :-1] > 0).sum())
+
+
 def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
     """Say a report as events and as lines for people, with an alarm where dimensions tell nothing."""
-    seen, places = hashlib.sha256(), 0
+    seen, places, padding = hashlib.sha256(), 0, 0
     for tokens in evaluation_batches(data.heldout, torch.device("cpu")):
         seen.update(bytes_of(tokens))
         places += tokens.numel()
+        padding += padding_in(tokens, data)
     of = {"step": step, "split": "heldout", "model": MODEL, "rows_sha256": seen.hexdigest()}
-    counts = {"tokens": report.tokens, "padding": places - report.tokens, "places": places}
+    counts = {"tokens": report.tokens, "padding": padding, "places": places}
     log.metric("val_loss", report.loss, **of)
     log.emit("metric", name="token_accuracy", value=report.token_accuracy, **counts, **of)
     log.emit("metric", name="chunk_accuracy", value=report.chunk_accuracy, chunks=report.chunks, **of)

@@ -106,6 +106,18 @@ def test_it_leaves_a_codec_of_the_datas_tokenizer_a_report_and_every_value_in_fo
     assert "F-ARTEFACT-MOVED-001 PASS" in text
 
 
+def test_padding_that_is_taken_for_text_fails_the_gate_by_what_the_data_holds(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentforge.train.codec_trainer.valid", lambda ids, eos_id: torch.ones_like(ids).bool())
+    run = make_run(require=("F-LATENT-AE-001",))
+    code, text = run_here(run)
+    assert code is ExitCode.FAIL, text
+    padding = metrics(run, "token_accuracy")[-1]["padding"]
+    assert padding > 0
+    assert f"which with {padding} places of padding are not the 1024 places of the held-out rows" in text
+
+
 def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
