@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from latentforge import __version__
 from latentforge.serve.answers import Completion, Generation, Served, encoded
 from latentforge.serve.asking import CompletionAsk, GenerateAsk, StreamOptions, parse
+from latentforge.serve.describing import add_bodies, add_page, body
 from latentforge.serve.engine import Engine
 from latentforge.serve.guard import App, Guard, Measured
 from latentforge.serve.limits import Limits
@@ -58,17 +58,17 @@ class Service:
     ) -> tuple[Asked, Served, Conversation]:
         """Read what is asked for, and ask for its texts."""
         began = time.monotonic()
-        body = await read_body(request, self.limits.max_body)
+        sent = await read_body(request, self.limits.max_body)
 
         def prepare() -> tuple[Asked, Served, list[Choice]]:
-            asked = parse(kind, body)
+            asked = parse(kind, sent)
             if isinstance(asked, CompletionAsk):
                 self.check_name(asked.model)
             served = self.served
             return asked, served, choices(asked, served.writer, self.limits)
 
         # A long prompt becomes tokens beside the loop; for a short one that takes longer than it does.
-        asked, served, found = prepare() if len(body) <= _SHORT else await asyncio.to_thread(prepare)
+        asked, served, found = prepare() if len(sent) <= _SHORT else await asyncio.to_thread(prepare)
         conversation = Conversation(self.engine, found, began + deadline_of(asked, self.limits))
         self.measures.prompt_tokens.inc(sum(len(one.request.prompt) for one in found))
         return asked, served, conversation
@@ -99,11 +99,13 @@ def build(service: Service, *, key: str | None, hosts: list[str] | None, origins
         version=__version__,
         description="Writes text with a student of K tokens a step, or of one. Errors are OpenAI's: `{error: {message, "
         "type, param, code}}`; `param` is the field to mend.",
+        docs_url=None,
         redoc_url=None,
     )
     _routes(app, service)
     _errors(app)
-    _document(app)
+    add_page(app)
+    add_bodies(app, CompletionAsk, GenerateAsk, StreamOptions)
     guarded = Guard(app, key=key, hosts=hosts)
     shared = CORSMiddleware(
         guarded,
@@ -148,7 +150,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         service.check_name(name)
         return service.served.card()
 
-    @app.post("/v1/completions", responses=_REFUSED, openapi_extra=_body(CompletionAsk))
+    @app.post("/v1/completions", responses=_REFUSED, openapi_extra=body(CompletionAsk))
     async def completions(request: Request) -> Response:
         """OpenAI's completions: one or several texts after each prompt, whole or as server-sent events."""
         asked, served, conversation = await service.begin(request, CompletionAsk, completion_choices)
@@ -157,7 +159,7 @@ def _routes(app: FastAPI, service: Service) -> None:
             return service.events(conversation, answer)
         return JSONResponse(await service.whole(request, conversation, answer.whole()))
 
-    @app.post("/generate", responses=_REFUSED, openapi_extra=_body(GenerateAsk))
+    @app.post("/generate", responses=_REFUSED, openapi_extra=body(GenerateAsk))
     async def generate(request: Request) -> Response:
         """A text after a prompt with all that is known of it, whole or as server-sent events."""
         asked, served, conversation = await service.begin(request, GenerateAsk, generate_choices)
@@ -183,18 +185,3 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def broken(_: Request, __: Exception) -> JSONResponse:
         return JSONResponse(error_body(500, "the server could not answer", code="broken"), 500)
-
-
-def _body(kind: type[BaseModel]) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _document(app: FastAPI) -> None:
-    """Add the bodies to /docs: they are read here, not by FastAPI, whose own errors would repeat whole bodies."""
-    found = app.openapi()
-    schemas = found.setdefault("components", {}).setdefault("schemas", {})
-    for kind in (CompletionAsk, GenerateAsk, StreamOptions):
-        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema.pop("$defs", None)
-        schemas[kind.__name__] = schema

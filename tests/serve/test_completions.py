@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -309,7 +310,27 @@ def test_the_description_names_each_field(server: Running) -> None:
     found = server.get("/openapi.json").json()
     assert {"CompletionAsk", "GenerateAsk", "StreamOptions"} <= set(found["components"]["schemas"])
     assert "best_of" in found["components"]["schemas"]["CompletionAsk"]["properties"]
-    assert server.get("/docs").status_code == 200
+
+
+def test_the_page_that_describes_them_and_all_that_it_refers_to_come_from_the_server(server: Running) -> None:
+    page = server.get("/docs")
+    assert "://" not in page.text
+    assert "default-src 'self';" in page.headers["content-security-policy"]
+    referred = re.findall(r"""(?:src|href)="([^"]*)"|url: '([^']*)'""", page.text)
+    paths = [one or other for one, other in referred]
+    assert [path.rpartition(".")[2] for path in paths] == ["css", "png", "js", "json"]
+    for path in paths:
+        answer = server.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].partition(";")[0].rpartition("/")[2] in (
+            "css",
+            "png",
+            "javascript",
+            "json",
+        )
+        assert len(answer.content) > 1000
+    style = server.get(paths[0]).text
+    assert not [found for found in re.findall(r"url\(([^)]*)\)|@import ([^;]*)", style) if "data:" not in found[0]]
 
 
 @pytest.mark.parametrize("words", [{"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}])
