@@ -270,10 +270,11 @@ LEAVES = (
     st.none()
     | st.booleans()
     | st.integers()
-    | st.sampled_from([2**31, 2**63, -(2**63) - 1, 10**40, 0, -1])
+    | st.sampled_from([2**31, 2**63, -(2**63) - 1, 2**70, 10**40, 0, -1, -0.0, 5e-324])
     | st.floats()
     | st.text(max_size=20)
     | st.text(st.characters(), max_size=5)
+    | st.sampled_from(["\0", "a\0b", "\ud800", "\udfff\ud800", "\r\nX-A: b", "<|endoftext|>", "\ufeff"])
 )
 VALUES = st.recursive(
     LEAVES,
@@ -287,11 +288,60 @@ NAMES = [
 ]
 LIKELY = st.sampled_from(["head", "exact", "vote", "tokens", "tiny", {"include_usage": True}, [1, 2], [[3]], 0.5, 1, 2])
 FIELDS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), VALUES | LIKELY, max_size=5)
+PROMPTS = (
+    st.lists(st.integers(-1, 330) | st.booleans() | st.just(2**70), max_size=6)
+    | st.lists(st.lists(st.integers(0, 330) | st.booleans(), max_size=3), max_size=3)
+    | st.lists(st.text(max_size=4) | st.integers(0, 9), max_size=3)
+    | st.integers(1, 10_000).map(lambda count: [[5]] * count)
+    | st.integers(1, 10_000).map(lambda count: ["a"] * count)
+)
+# Fields that mean something together, mostly of the right kind.
+TOGETHER = st.fixed_dictionaries(
+    {"prompt": PROMPTS | st.sampled_from(["def", ["a", "b"], [5, 6]])},
+    optional={
+        "max_tokens": st.integers(0, 26),
+        "temperature": st.sampled_from([0, -0.0, 0.5, 1, 1.5, 2]),
+        "top_p": st.sampled_from([0.5, 1, 1.0]),
+        "n": st.integers(0, 5),
+        "best_of": st.integers(0, 5),
+        "stream": st.booleans(),
+        "stream_options": st.sampled_from([{}, None, {"include_usage": True}, {"include_obfuscation": False}]),
+        "stop": st.sampled_from(["e", ["a", "b"], [], None, "\0"]),
+        "seed": st.sampled_from([0, -1, 2**63 - 1, 2**63]),
+        "echo": st.booleans(),
+        "logprobs": st.integers(0, 1),
+        "suffix": st.sampled_from([None, ""]),
+        "method": st.sampled_from(["head", "vote", "exact", "tokens"]),
+    },
+).map(lambda words: {"model": "tiny", **words})
+# What a JSON library would not write: each value as it stands in the body.
+LITERALS = st.sampled_from(
+    [
+        *("1e400", "-1e400", "-0.0", "1E-400", "1e-46", "NaN", "Infinity", "1.0", "01", "+1", "0x1", str(2**70)),
+        *(
+            "9" * 4000,
+            "[" * 900 + "]" * 900,
+            '{"a":' * 300 + "1" + "}" * 300,
+            r'"\u0000"',
+            r'"\ud800"',
+            r'"\udc00\ud800"',
+        ),
+        *('"\xff"', '"\0"', "[[5], [true]]", "[1.0]", "[5, 1e2]", '["a", ["b"]]', "{}", "[]", "[[]]", "tru", "", '"'),
+    ]
+)
+RAW = st.tuples(
+    st.sampled_from(['"model": "tiny", "prompt": "def", ', '"model": "tiny", ', "", '"prompt": "def", ']),
+    st.lists(st.tuples(st.sampled_from(NAMES), LITERALS), min_size=1, max_size=3),
+).map(
+    lambda parts: ("{" + parts[0] + ", ".join(f'"{name}": {value}' for name, value in parts[1]) + "}").encode("latin-1")
+)
 BODIES = (
     st.binary(max_size=40)
     | FIELDS.map(lambda words: {"prompt": "def", **words})
     | FIELDS.map(lambda words: {"model": "tiny", "prompt": "def", **words})
     | VALUES
+    | TOGETHER
+    | RAW
 )
 
 
@@ -302,8 +352,10 @@ def is_answered(client: httpx2.Client, path: str, body: Any) -> None:
     assert not shown, answer.text
     if answer.status_code == 200:
         return
-    assert 400 <= answer.status_code < 500 or (answer.status_code == 504 and "deadline" in body), answer.text
-    assert answer.json()["error"]["message"]
+    assert 400 <= answer.status_code < 500 or (answer.status_code == 504 and b"deadline" in content), answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
 
 
 @pytest.fixture(scope="module")
