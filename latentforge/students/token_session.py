@@ -40,6 +40,7 @@ class TokenModel:
         self.student = Student(model, vocab_size).requires_grad_(False).eval()
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.cache, self.kernel_backend = cache, kernel_backend
+        _refuse_unmasked(self.student.model)
         from latentforge.students.stepping import can_step
 
         self.steps = can_step(self.student.model.base_model)
@@ -76,9 +77,6 @@ class TokenModel:
 
     def begin(self, texts: Sequence[Tensor]) -> TokenSession:
         """A session of the beginnings ``texts``, int64 [C, 1] each."""
-        layers = getattr(self.student.model.config, "layer_types", None) or []
-        if any(one != "full_attention" for one in layers):  # windows of different texts cannot be joined
-            return TokenSession(self, texts)
         return begun(texts, lambda some: TokenSession(self, some))
 
     @torch.no_grad()
@@ -133,9 +131,10 @@ class TokenSession:
             present[row, length - len(text) - 1 :] = True
         self._tokens, self._present = tokens.to(model.device), present.to(model.device)
         self._layers: Any = None
-        if model.cache and model.steps:
+        if model.cache:
             from latentforge.students.stepping import growing_cache
 
+            # Of layers with a window too: what each sees of it is in their mask, so that texts of any length join.
             self._layers = growing_cache()
         self._state = self._states()
 
@@ -207,17 +206,13 @@ class TokenSession:
         self._tokens, self._present, self._state = self._tokens[rows], self._present[rows], self._state[rows]
         if self._layers is not None:
             self._layers.batch_select_indices(rows)
-        if not self._windowed():
-            first = unused(self._present)
-            self._present, self._tokens = self._present[:, first:], self._tokens[:, first:]
-            for layer in [] if self._layers is None else self._layers.layers:
-                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+        first = unused(self._present)
+        self._present, self._tokens = self._present[:, first:], self._tokens[:, first:]
+        for layer in [] if self._layers is None else self._layers.layers:
+            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
     def join(self, other: TokenSession) -> None:
-        """See ``latent.requests.Session``: before the shorter texts there is padding, which is not seen. RefusedError
-        where a layer keeps a window of the text alone."""
-        if self._windowed():
-            raise RefusedError("a model with sliding windows cannot take texts into a batch that is under way")
+        """See ``latent.requests.Session``: before the shorter texts there is padding, which is not seen."""
         length = max(self._present.shape[1], other._present.shape[1])
         self._present = torch.cat([lengthened(one._present, length, 1) for one in (self, other)])
         self._state = torch.cat([self._state, other._state])
@@ -229,16 +224,6 @@ class TokenSession:
             mine.keys = torch.cat([lengthened(one.keys, length, -2) for one in (mine, theirs)])
             mine.values = torch.cat([lengthened(one.values, length, -2) for one in (mine, theirs)])
 
-    def _windowed(self) -> bool:
-        """Whether a layer keeps something else than all that it has seen."""
-        from transformers.cache_utils import DynamicLayer
-
-        from latentforge.students.stepping import GrowingLayer
-
-        if self._layers is None:
-            return False
-        return any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in self._layers.layers)
-
     @torch.no_grad()
     def advance(self, chunks: Tensor) -> None:
         """See ``latent.requests.Session``: one step of the model, or all of them without a cache."""
@@ -246,3 +231,16 @@ class TokenSession:
         self._tokens = torch.cat([self._tokens, added], dim=1)
         self._present = torch.cat([self._present, torch.ones_like(added, dtype=torch.bool)], dim=1)
         self._state = self._states()
+
+
+def _refuse_unmasked(model: Any) -> None:
+    """Refuse layers that keep something else of a text than keys and values by place: padding beside it would be
+    seen, and texts of unequal length could be no batch."""
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    other = sorted(kinds - {"full_attention", "sliding_attention"})
+    if other or getattr(model, "_is_stateful", False):
+        raise RefusedError(
+            f"a {type(model).__name__} keeps a state of its own of a text ({', '.join(other) or 'no attention'}), and "
+            "texts are written by attention alone",
+            next="take a student whose layers are full_attention or sliding_attention",
+        )

@@ -162,12 +162,63 @@ def test_a_batch_that_never_ends_holds_no_more_than_its_texts_do() -> None:
     assert batch._session._layers.get_seq_length() <= 1 + 4 + 4 + 1  # type: ignore
 
 
-def test_a_model_with_sliding_windows_takes_no_text_into_a_batch_under_way() -> None:
-    whole = causal()
-    whole.config.layer_types, whole.config.sliding_window = ["full_attention", "sliding_attention"], 4
-    whole.model.has_sliding_layers = True
-    batch = Batch(TokenModel(whole, VOCABULARY, EOS))
-    batch.join({0: Request(prompt(4), 4)})
-    batch.step()
-    with pytest.raises(RefusedError, match="sliding windows"):
-        batch.join({1: Request(prompt(4), 4)})
+def windowed(kind: str) -> Any:
+    """Layers that see the last 4 places alone, as Qwen3 says so of some of its layers and Mistral of all of them."""
+    if kind == "qwen3":
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        made, config = Qwen3ForCausalLM, Qwen3Config(head_dim=8, use_sliding_window=True, max_window_layers=1, **SIZE)
+        assert config.layer_types == ["full_attention", "sliding_attention"]
+    else:
+        from transformers import MistralConfig, MistralForCausalLM
+
+        made, config = MistralForCausalLM, MistralConfig(**SIZE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        found = made(config).eval()
+        for weight in found.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+    return found
+
+
+SIZE: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "eos_token_id": EOS},
+    **{"bos_token_id": None, "pad_token_id": None},
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+def test_texts_of_a_model_with_sliding_windows_join_and_leave_and_are_those_by_themselves(kind: str) -> None:
+    whole = windowed(kind)
+    one = TokenModel(whole, VOCABULARY, EOS)
+    asked = {**dict(enumerate(requests())), 4: Request(prompt(300), 12, seed=9), 5: Request(prompt(300), 12, seed=8)}
+    batch, found = Batch(one), {number: list[int]() for number in asked}
+    order, steps = [1, 0, 4, 2, 5, 3], 0
+    while order or len(batch):
+        if order and steps % 3 == 0:
+            batch.join({order[0]: asked[order.pop(0)]})
+        for piece in batch.step():
+            found[piece.request] += piece.tokens
+        steps += 1
+    alone = {number: list(generate(one, [request])[0].tokens) for number, request in asked.items()}
+    assert found == alone
+    assert [list(text.tokens) for text in generate(one, list(asked.values()))] == list(alone.values())
+    assert alone[3] == list(generate(TokenModel(whole, VOCABULARY, EOS, cache=False), [asked[3]])[0].tokens)
+    (greedy,) = generate(one, [Request(prompt(7), 20, sampling=Sampling("head", 0.0))])
+    given = torch.tensor([[EOS, *prompt(7)]])
+    wanted = whole.generate(given, max_new_tokens=20, do_sample=False, pad_token_id=EOS)
+    assert list(greedy.tokens) == wanted[0, 8:].tolist()
+    assert len(set(greedy.tokens)) > 2
+
+
+def test_a_model_that_keeps_a_state_of_its_own_is_refused_before_it_writes() -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
+
+    size = {name: value for name, value in SIZE.items() if name != "sliding_window"}
+    mixed = Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **size))
+    with pytest.raises(RefusedError, match=r"Lfm2ForCausalLM keeps a state of its own of a text \(conv\)"):
+        TokenModel(mixed, VOCABULARY, EOS)
+    state = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(RefusedError, match=r"MambaForCausalLM keeps a state of its own"):
+        TokenModel(state, VOCABULARY, EOS)
