@@ -182,9 +182,16 @@ def windowed(kind: str) -> Any:
 
 
 SIZE: dict[str, Any] = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4, "eos_token_id": EOS},
-    **{"bos_token_id": None, "pad_token_id": None},
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 4,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "pad_token_id": None,
 }
 
 
