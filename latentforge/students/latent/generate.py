@@ -21,7 +21,7 @@ from latentforge.students.latent.requests import ChunkModel, Keys, Request, Samp
 from latentforge.students.latent.tempered import Drawn, exact, vote
 
 _AT_ONCE = 1024
-"""Draws of a text in memory at once."""
+"""Draws in memory at once, of all texts of a batch together."""
 
 Finish = Literal["eos", "length", "failed"]
 
@@ -195,15 +195,20 @@ def _draw(model: ChunkModel, session: Session, members: Tensor, keys: Keys, samp
     temperature = sampling.temperature if sampling.method == "head" else 1.0
 
     def draw(rows: Tensor, first: int, count: int) -> Tensor:
-        some = Keys(keys.seeds[rows], keys.positions[rows])
+        return torch.cat([block(some, first, count) for some in rows.split(_AT_ONCE)])
+
+    def block(rows: Tensor, first: int, count: int) -> Tensor:
+        some, each = Keys(keys.seeds[rows], keys.positions[rows]), max(1, _AT_ONCE // len(rows))
+        starts = range(first, first + count, each)
+        parts = [session.draw(members[rows], some, at, min(each, first + count - at), temperature) for at in starts]
         # What follows an end is no part of the text: chunks that differ there alone are one outcome.
-        return absorbed(session.draw(members[rows], some, first, count, temperature).cpu(), model.eos_id)
+        return absorbed(torch.cat(parts, dim=1).cpu(), model.eos_id)
 
     wanted, seeds, positions = sampling.temperature, keys.seeds, keys.positions
     if sampling.method == "exact":
         return exact(draw, temperature=wanted, seeds=seeds, positions=positions, limit=sampling.draws)
     if sampling.method == "vote":
-        return vote(draw, temperature=wanted, seeds=seeds, positions=positions, draws=sampling.draws, at_once=_AT_ONCE)
+        return vote(draw, temperature=wanted, seeds=seeds, positions=positions, draws=sampling.draws)
     ones = torch.ones(len(members), dtype=torch.int64)
     return Drawn(draw(torch.arange(len(members)), 0, 1)[:, 0], ones.bool(), ones, ones)
 

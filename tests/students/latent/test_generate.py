@@ -308,3 +308,20 @@ def test_a_request_that_cannot_join_changes_nothing() -> None:
         with pytest.raises(RefusedError, match=r"request 3: token 50|request 1 is under way"):
             batch.join(requests)
     assert [piece.request for piece in batch.step()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "sampling"),
+    [
+        (64, Sampling("vote", 0.5, draws=200)),
+        (700, Sampling("exact", 0.5, draws=200)),
+        (1500, Sampling()),
+    ],
+)
+def test_a_batch_holds_no_more_draws_at_once_than_a_text_and_writes_the_same(texts: int, sampling: Sampling) -> None:
+    asked = [Request(prompt(4), 4, seed, sampling) for seed in range(texts)]
+    model = StandIn()
+    together = generate(model, asked)
+    assert max(model.drawn) <= 1024
+    assert together[:20] == [generate(StandIn(), [one])[0] for one in asked[:20]]
+    assert together[-1] == generate(StandIn(), asked[-1:])[0]
