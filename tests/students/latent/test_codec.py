@@ -170,6 +170,21 @@ def test_tokens_that_are_dropped_are_masked_and_not_another_token() -> None:
     assert torch.equal(seen[0][~masked], chunks[~masked])
 
 
+def test_numbers_of_a_latent_that_are_dropped_are_zero_and_the_others_make_up_for_them() -> None:
+    """Control: without the dropout the decoder is shown all of them, as they are."""
+    codec = small()
+    chunks, places = text()
+    shown: list[Tensor] = []
+    codec.decoder_in.register_forward_hook(lambda module, given, made: shown.append(given[0].detach()))
+    for share in (0.0, 0.6):
+        codec_loss(codec, chunks, places, CodecObjective(0.0, share, 0.0, 0.0), noise_of(1, 1))
+    whole, some = shown
+    kept = some != 0
+    assert bool((whole != 0).all())
+    assert 0.35 < float(kept.float().mean()) < 0.45
+    assert torch.allclose(some[kept], whole[kept] / 0.4)
+
+
 def test_the_noise_of_a_step_is_a_function_of_seed_and_step() -> None:
     first = torch.rand(8, generator=noise_of(3, 4))
     torch.rand(5)
