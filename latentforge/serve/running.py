@@ -19,6 +19,7 @@ import uvicorn
 
 from latentforge.errors import CrashedError, LatentForgeError, RefusedError
 from latentforge.serve.app import Service, build
+from latentforge.serve.connections import Connection
 from latentforge.serve.engine import Engine
 from latentforge.serve.limits import Limits
 from latentforge.serve.measures import Measures
@@ -168,7 +169,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
