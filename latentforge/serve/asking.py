@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from latentforge.serve.limits import STOP_CHARACTERS, STOPS
 from latentforge.serve.refusing import Refusal, shown
@@ -77,6 +78,12 @@ def _check_text(text: str) -> None:
         raise ValueError(f"holds half a character (a lone surrogate) at place {error.start}") from None
 
 
+def _unweighted(value: dict[str, Any]) -> dict[str, Any]:
+    if value:
+        raise ValueError("is not empty: no token is weighted here")
+    return value
+
+
 class _Ask(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -88,6 +95,7 @@ Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 Method = Literal["head", "exact", "vote", "tokens"]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Nothing = Annotated[None, BeforeValidator(lambda value: None if value == "" else value)]
 Zero = Annotated[Literal[0], BeforeValidator(lambda value: 0 if type(value) is float and value == 0 else value)]
 Count = Annotated[int, Field(ge=1)]
 Deadline = Annotated[float, Field(gt=0)]
@@ -119,10 +127,12 @@ class CompletionAsk(_Ask):
     seed: Seed | None = Field(None, description="the same request and seed give the same texts, whatever runs beside")
     echo: bool | None = Field(None, description="begin each text with its prompt")
     logprobs: Literal[0] | None = Field(None, description="0: of each token itself; its alternatives are not kept")
-    suffix: None = Field(None, description="refused: the model writes on from a prompt alone")
+    suffix: Nothing = Field(None, description="refused unless empty: the model writes on from a prompt alone")
     presence_penalty: Zero | None = Field(None, description="refused unless 0")
     frequency_penalty: Zero | None = Field(None, description="refused unless 0")
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(None, description="refused unless empty")
+    logit_bias: Annotated[dict[str, Any], AfterValidator(_unweighted)] | None = Field(
+        None, description="refused unless empty"
+    )
     user: str | None = Field(None, description="accepted, and kept nowhere")
     method: Method | None = Field(None, description="not OpenAI's: how a chunk is chosen")
     draws: Count | None = Field(None, description="not OpenAI's: draws for a chunk, at most (exact, vote)")
@@ -165,10 +175,15 @@ def parse(kind: type[Ask], body: bytes) -> Ask:
 
 def _parsed(kind: type[Ask], body: bytes) -> Ask:
     try:
-        value = json.loads(body, object_pairs_hook=_object)
-    except ValueError as error:
-        what = f": {error.msg} at place {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise Refusal(400, f"the body is not JSON{what}", code="invalid_json") from None
+        value = json.loads(body.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        what = f"{error.msg} at place {error.pos}"
+        raise Refusal(400, f"the body is not JSON: {what}", code="invalid_json") from None
+    except ValueError:  # Python's own limit
+        most = sys.get_int_max_str_digits()
+        raise Refusal(400, f"a number of the body has more than {most} digits", code="invalid_json") from None
     if not isinstance(value, dict):
         raise Refusal(400, f"the body is {shown(value)}, not a JSON object", code="invalid_json")
     _refuse_unknown(kind, value)
@@ -203,7 +218,7 @@ def _refusal(error: ValidationError) -> Refusal:
     name = ".".join(place[:2]) if place[0] == "stream_options" else place[0]
     if first["type"] == "missing":
         return Refusal(400, f"{name} is missing", field=name, code="missing")
-    said = first["msg"].removeprefix("Value error, ")
+    said = "input should be null" if first["type"] == "none_required" else first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return Refusal(400, f"{name} {said}", field=name)
     return Refusal(400, f"{name} = {shown(first['input'])}: {said[:1].lower()}{said[1:]}", field=name)

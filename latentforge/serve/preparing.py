@@ -110,7 +110,6 @@ def _choices(
     field, length = new
     if length > limits.max_tokens:
         raise Refusal(400, f"{field} = {length} is more than {limits.max_tokens}", field=field)
-    seed = secrets.randbits(63) if seed is None else seed
     found: list[Choice] = []
     for number, prompt in enumerate(prompts):
         ids = writer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -121,8 +120,10 @@ def _choices(
                 field="prompt",
                 code="context_length_exceeded",
             )
+        # Without a seed, equal prompts are asked for different texts.
+        own = secrets.randbits(63) if seed is None else seed
         for one in range(count):
-            request = Request(ids, length, seed_of(seed, one), sampling)
+            request = Request(ids, length, seed_of(own, one), sampling)
             if not one:
                 _check(writer.model, number, request)
             text = prompt if isinstance(prompt, str) else None

@@ -67,6 +67,13 @@ def test_text_in_a_stream_is_the_text_and_a_seed_gives_it_again(said: Any) -> No
     assert (code, out) == (0, "class A" + once + "---\n" + "def" + second)
 
 
+def test_the_share_of_all_tokens_is_not_set_as_in_the_server(said: Any) -> None:
+    once = said("class A", "--max-tokens", 20, "--seed", 5)
+    assert said("class A", "--max-tokens", 20, "--seed", 5, "--top-p", 1) == once
+    assert said("class A", "--max-tokens", 20, "--seed", 5, "--top-p", 1, "--method", "head") == once
+    assert said("class A", "--max-tokens", 20, "--seed", 5, "--top-p", 0.99) != once
+
+
 def test_an_object_a_prompt_holds_what_was_written_and_how(said: Any) -> None:
     code, out, err = said("é", "def main", "", "--json", "--max-tokens", 10, "--seed", 3, "--batch", 2)
     assert (code, err) == (0, "")

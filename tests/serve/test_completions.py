@@ -288,6 +288,14 @@ def test_the_figures_move(server: Running) -> None:
     assert 'latentforge_first_chunk_seconds_bucket{le="0.05"}' in answer
 
 
+def test_a_prompt_is_counted_once_however_many_texts_follow_it(server: Running) -> None:
+    before = server.figures()
+    usage = server.completion(prompt=[PROMPT, "class"], n=3, max_tokens=2)["usage"]
+    moved = server.figures()["latentforge_prompt_tokens_total"] - before["latentforge_prompt_tokens_total"]
+    alone = [server.completion(prompt=one, max_tokens=2)["usage"]["prompt_tokens"] for one in (PROMPT, "class")]
+    assert moved == usage["prompt_tokens"] == sum(alone)
+
+
 def test_a_rate_is_of_the_last_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now, measures = [100.0], Measures()
     monkeypatch.setattr("latentforge.serve.measures.time", SimpleNamespace(monotonic=lambda: now[0]))

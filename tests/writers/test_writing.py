@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from latentforge.errors import RefusedError
 from latentforge.students.latent.requests import Sampling
 from latentforge.writers.opening import Writer, open_writer
-from latentforge.writers.writing import Said, Wish, Written, usual_method, write
+from latentforge.writers.writing import Said, Wish, Written, sampling_of, write
 
 from ..latent_folders import Folders
 from ..students.latent.conftest import untrained_model
@@ -117,6 +117,9 @@ def test_a_wish_that_is_not_possible_is_refused_before_anything_is_written(write
 
 def test_the_usual_method_is_the_one_that_knows_the_values(folders: Folders) -> None:
     latent, token = open_writer(folders.latent), open_writer(folders.token)
-    assert [usual_method(latent, t, None, None) for t in (0.0, 0.5, 1.0, 1.3)] == ["vote", "head", "head", "tokens"]
-    assert usual_method(latent, 1.0, 5, None) == usual_method(latent, 1.0, None, 0.9) == "tokens"
-    assert usual_method(token, 1.0, None, None) == "tokens"
+    usual = [sampling_of(latent, None, temperature=t).method for t in (0.0, 0.5, 1.0, 1.3)]
+    assert usual == ["vote", "head", "head", "tokens"]
+    assert sampling_of(latent, None, top_k=5).method == sampling_of(latent, None, top_p=0.9).method == "tokens"
+    assert sampling_of(token, None).method == "tokens"
+    for method in (None, "head"):  # the share of all tokens is asked for by nobody
+        assert sampling_of(latent, method, top_p=1.0) == sampling_of(latent, method)
