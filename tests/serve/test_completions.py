@@ -138,6 +138,13 @@ def test_no_seed_is_another_text_each_time(server: Running) -> None:
     assert again["text"] == found[0]["text"]
 
 
+def test_equal_prompts_without_a_seed_get_different_texts(server: Running) -> None:
+    found = server.completion(prompt=[PROMPT] * 4, max_tokens=24)["choices"]
+    assert len({one["text"] for one in found}) == 4
+    same = server.completion(prompt=[PROMPT] * 2, max_tokens=24, seed=1)["choices"]
+    assert same[0]["text"] == same[1]["text"]
+
+
 def test_a_stop_string_ends_the_text_before_it(server: Running) -> None:
     asked = {"seed": 3, "max_tokens": 40}
     whole = server.completion(**asked)["choices"][0]["text"]
@@ -309,7 +316,7 @@ def test_a_rate_is_of_the_last_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_field_at_its_default_is_no_other_request(server: Running) -> None:
     words: dict[str, Any] = {"presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "top_p": 1.0, "n": 1}
-    words |= {"suffix": None, "stop": [], "best_of": 1, "user": "a", "temperature": 1}
+    words |= {"suffix": "", "stop": [], "best_of": 1, "user": "a", "temperature": 1}
     same = [server.completion(seed=3, **given)["choices"] for given in ({}, words)]
     assert same[0] == same[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,25 @@ def test_a_field_by_a_near_name_is_pointed_at(strict: Running) -> None:
     assert "is it max_tokens?" in refused(
         strict.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_token": 3}, **BEARER), 400, "max_token"
     )
+
+
+def test_a_refusal_speaks_of_json_and_not_of_what_reads_it(strict: Running) -> None:
+    for words in ({"suffix": "b"}, {"logit_bias": {"5": 1}}):
+        answer = strict.post("/v1/completions", {"model": "tiny", "prompt": "a", **words}, **BEARER)
+        assert not re.search("None|dictionary|validat", refused(answer, 400, next(iter(words))))
+
+
+def test_a_body_in_another_encoding_or_with_an_endless_number_is_told_so(strict: Running) -> None:
+    for body in (
+        '{"prompt": "é"}'.encode("latin-1"),
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'{"prompt": "\xed\xa0\x80"}',
+    ):
+        assert "not UTF-8" in refused(strict.post("/generate", body, **BEARER), 400, None)
+    # Also in UTF-16 or UTF-32 without its mark, which are UTF-8 by their bytes.
+    assert "not JSON" in refused(strict.post("/generate", '{"prompt": "a"}'.encode("utf-16-le"), **BEARER), 400, None)
+    with pytest.raises(Refusal, match="more than 4300 digits"):
+        parse(CompletionAsk, b'{"prompt": "a", "seed": ' + b"9" * 4301 + b"}")
 
 
 @pytest.mark.parametrize(
