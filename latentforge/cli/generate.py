@@ -41,8 +41,12 @@ def generate(
         str | None, typer.Option(help="head, exact, vote: of whole chunks; tokens, greedy: one token after the other.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="Below 1: likelier text.  [1]")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, metavar="N", help="tokens: of the N likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="P", help="tokens: of the fewest with the share P.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="tokens: of the N likeliest; left out: of all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="tokens: of the fewest with the share P; 1: of all.")
+    ] = None,
     draws: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="exact: at most so many a chunk; vote: so many.  [200]")
     ] = None,
@@ -149,14 +153,14 @@ def _sampling(
     draws: int | None,
 ) -> Sampling:
     from latentforge.students.latent.beam import GREEDY
-    from latentforge.students.latent.requests import Sampling
-    from latentforge.writers.writing import usual_method
+    from latentforge.writers.writing import sampling_of
 
     if method == "greedy":
         return GREEDY
     wanted = 1.0 if temperature is None else temperature
-    named: Any = method or usual_method(writer, wanted, top_k, top_p)
-    return Sampling(named, wanted, 200 if draws is None else draws, top_k, top_p)
+    named: Any = method
+    count = 200 if draws is None else draws
+    return sampling_of(writer, named, temperature=wanted, draws=count, top_k=top_k, top_p=top_p)
 
 
 class _Plain:

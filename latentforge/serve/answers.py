@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentforge.serve.asking import CompletionAsk
-from latentforge.serve.preparing import candidates
+from latentforge.serve.preparing import candidates, prompt_tokens
 from latentforge.serve.refusing import Refusal
 from latentforge.serve.texts import Choice, Conversation, refuse_failed
 from latentforge.writers.opening import Writer
@@ -94,8 +94,7 @@ class Completion:
         return {**part, "usage": None} if self._usage_last else part
 
     def _usage(self) -> dict[str, int]:
-        count = candidates(self._asked)
-        prompts = sum(len(one.request.prompt) for one in self._conversation.choices[::count])
+        prompts = prompt_tokens(self._asked, self._conversation.choices)
         produced = sum(len(one.tokens) for one in self._conversation.choices)
         return {"prompt_tokens": prompts, "completion_tokens": produced, "total_tokens": prompts + produced}
 

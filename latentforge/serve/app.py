@@ -21,7 +21,7 @@ from latentforge.serve.engine import Engine
 from latentforge.serve.guard import App, Guard, Measured
 from latentforge.serve.limits import Limits
 from latentforge.serve.measures import Measures
-from latentforge.serve.preparing import completion_choices, deadline_of, generate_choices
+from latentforge.serve.preparing import completion_choices, deadline_of, generate_choices, prompt_tokens
 from latentforge.serve.refusing import Refusal, error_body
 from latentforge.serve.talking import EventStream, Gone, read_body, while_connected
 from latentforge.serve.texts import Choice, Conversation
@@ -70,7 +70,7 @@ class Service:
         # A long prompt becomes tokens beside the loop; for a short one that takes longer than it does.
         asked, served, found = prepare() if len(sent) <= _SHORT else await asyncio.to_thread(prepare)
         conversation = Conversation(self.engine, found, began + deadline_of(asked, self.limits))
-        self.measures.prompt_tokens.inc(sum(len(one.request.prompt) for one in found))
+        self.measures.prompt_tokens.inc(prompt_tokens(asked, found))
         return asked, served, conversation
 
     def check_name(self, name: str) -> None:

@@ -13,7 +13,7 @@ from latentforge.serve.texts import Choice
 from latentforge.students.latent.requests import ChunkModel, Request, Sampling, check_request
 from latentforge.students.latent.scoring import seed_of
 from latentforge.writers.opening import Writer
-from latentforge.writers.writing import usual_method
+from latentforge.writers.writing import sampling_of
 
 DRAWS, COMPLETION_TOKENS, GENERATE_TOKENS = 200, 16, 128
 """Where a request names no number, or the server's limit where that is less; 16 is OpenAI's own default."""
@@ -46,9 +46,14 @@ def completion_choices(asked: CompletionAsk, writer: Writer, limits: Limits) -> 
     return _choices(writer, limits, asked.prompt, count, new=new, seed=asked.seed, sampling=sampling, stops=asked.stop)
 
 
-def candidates(asked: CompletionAsk) -> int:
+def candidates(asked: CompletionAsk | GenerateAsk) -> int:
     """Texts that are written for each prompt."""
-    return asked.best_of or asked.n or 1
+    return (asked.best_of or asked.n or 1) if isinstance(asked, CompletionAsk) else 1
+
+
+def prompt_tokens(asked: CompletionAsk | GenerateAsk, choices: Sequence[Choice]) -> int:
+    """Tokens of its prompts, of each once however many texts follow it; ``choices`` are those of all its texts."""
+    return sum(len(one.request.prompt) for one in choices[:: candidates(asked)])
 
 
 def _check_scored(asked: CompletionAsk, model: ChunkModel, field: str, wanted: bool) -> None:
@@ -88,10 +93,8 @@ def _sampling(
     draws = draws or min(DRAWS, limits.max_draws)
     if draws > limits.max_draws:
         raise Refusal(400, f"draws = {draws} is more than {limits.max_draws}", field="draws")
-    top_p = None if top_p == 1 else top_p
-    named = method or usual_method(writer, temperature, top_k, top_p)
     try:
-        return Sampling(named, temperature, draws, top_k, top_p)
+        return sampling_of(writer, method, temperature=temperature, draws=draws, top_k=top_k, top_p=top_p)
     except RefusedError as error:
         raise Refusal(400, _said(error), field=_field(error, "temperature")) from None
 

@@ -85,12 +85,27 @@ class Written(NamedTuple):
         return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
 
 
-def usual_method(writer: Writer, temperature: float, top_k: int | None, top_p: float | None) -> Method:
-    """The method where none is named: one draw of the head; token after token where the student is one of tokens or
-    only that knows the values; a vote at temperature 0."""
-    if writer.kind == "token" or top_k is not None or top_p is not None or temperature > 1:
-        return "tokens"
-    return "vote" if temperature == 0 else "head"
+def sampling_of(
+    writer: Writer,
+    method: Method | None,
+    *,
+    temperature: float = 1.0,
+    draws: int = 200,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Sampling:
+    """What is asked for, for the command and the server alike; RefusedError where it cannot be.
+
+    ``top_p`` 1 is that of all tokens: it is not set. The method, where none is named, is one draw of the head; token
+    after token where the student is one of tokens or only that knows the values; a vote at temperature 0.
+    """
+    top_p = None if top_p == 1 else top_p
+    if method is None:
+        if writer.kind == "token" or top_k is not None or top_p is not None or temperature > 1:
+            method = "tokens"
+        else:
+            method = "vote" if temperature == 0 else "head"
+    return Sampling(method, temperature, draws, top_k, top_p)
 
 
 def write(writer: Writer, prompts: Sequence[str], wish: Wish) -> Iterator[Said | Written]:
