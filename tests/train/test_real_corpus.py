@@ -32,7 +32,13 @@ COMMON = (
 )
 DISTILLED = ("continuations.count=8", "continuations.rows=2048")
 EQUAL_COST = ("distill.student.hidden=120", "distill.student.intermediate=344")  # what bench quality names
-TEXT_ALONE = ("latent.sample_weight=0", "latent.token_kd_weight=0", "latent.token_ce_weight=1", "latent.beside=false")
+TEXT_ALONE = (
+    "latent.sample_weight=0",
+    "latent.token_kd_weight=0",
+    "latent.token_ce_weight=1",
+    "latent.beside=false",
+    "bench.transformers=false",
+)
 
 
 def pipeline(root: Path, seed: int, *changes: str) -> dict[Role, RunDir]:
