@@ -21,7 +21,7 @@ from latentforge.students.latent.causality import changes
 from latentforge.students.latent.chunks import chunked, valid
 from latentforge.students.latent.codec import Codec
 from latentforge.students.latent.energy import EnergySettings
-from latentforge.students.latent.flops import latent_training
+from latentforge.students.latent.flops import TokenCost, latent_training
 from latentforge.students.latent.student import LatentShape, LatentStudent
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.train import effective
@@ -29,7 +29,7 @@ from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper
 from latentforge.train.latent_falsifiers import MODEL
-from latentforge.train.latent_lessons import Teaching
+from latentforge.train.latent_lessons import TEXT, Teaching
 from latentforge.train.latent_products import save_writer, written
 from latentforge.train.latent_trainer import HeldOut, LatentTrainer
 from latentforge.train.loop import log_compiles, log_step
@@ -64,16 +64,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         codec = open_codec(run, data).to(device)
         teaching = open_teaching(run, spec, codec, data, kernel, held)
         student = new_student(spec, codec, seed=seed).to(device)
-        chunks = data.sequence_length // data.chunk
-        sampled = len(teaching.temperatures) * teaching.continued_share(len(data.train))
-        cost = latent_training(
-            student.shape,
-            codec.shape,
-            positions=chunks,
-            energy_draws=spec.draws * (len(teaching.weights) - len(teaching.temperatures) + sampled),
-            encoded=1.0 + teaching.used * sampled,
-            token_head=teaching.has_tokens,
-        )
+        cost = training_cost(student, teaching, positions=data.sequence_length // data.chunk, rows=len(data.train))
         flops = cost.total * spec.steps * spec.batch_size * (data.sequence_length - data.chunk)
         fit_threads(flops / spec.steps)
         optimiser = MasterOptimiser(
@@ -217,6 +208,22 @@ def open_teaching(
         continued=continued,
         covered=covered,
         notes=tuple(notes),
+    )
+
+
+def training_cost(student: LatentStudent, teaching: Teaching, *, positions: int, rows: int) -> TokenCost:
+    """What a token costs in training, each signal with its own share: texts of ``positions`` chunks, of ``rows`` rows
+    those continued that were."""
+    sampled = len(teaching.temperatures) * teaching.continued_share(rows)
+    text, vector = float(TEXT in teaching.weights), float(teaching.has_vector)
+    return latent_training(
+        student.shape,
+        teaching.codec.shape,
+        positions=positions,
+        draws=student.energy.draws * (text + sampled) + vector,
+        encoded=text + teaching.used * sampled + vector,
+        decoded=float(teaching.decodes),
+        token_head=teaching.has_tokens,
     )
 
 

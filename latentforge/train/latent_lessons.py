@@ -116,6 +116,16 @@ class Teaching:
         return self.spec.token_ce_weight > 0 or self.spec.token_kd_weight > 0
 
     @property
+    def decodes(self) -> bool:
+        """Whether a drawn latent is held to tokens."""
+        return self.spec.ce_weight > 0 or self.spec.kl_weight > 0
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether there is a signal of the first LatentForge: a latent is drawn for it."""
+        return self.spec.mse_weight > 0 or self.decodes
+
+    @property
     def parts(self) -> frozenset[str]:
         """The parts of the loss that are switched on, by name."""
         others = ("token_ce", "token_kd", "mse", "ce", "kl")
@@ -218,7 +228,7 @@ class Teaching:
 
     def _vector(self, chunks: Tensor, there: Tensor, targets: Targets | None, counts: Counts) -> VectorSignal | None:
         spec = self.spec
-        if spec.mse_weight == 0 and spec.ce_weight == 0 and spec.kl_weight == 0:
+        if not self.has_vector:
             return None
         with torch.no_grad():
             found = self.codec.encode(chunks[:, 1:].flatten(0, 1), there[:, 1:].flatten(0, 1))

@@ -123,7 +123,7 @@ def test_it_leaves_a_folder_that_writes_each_signal_measured_and_every_value_in_
         LatentStudent.open(run.out / "student").shape,
         Codec.open(copied).shape,
         positions=16,
-        energy_draws=4 * (1 + 2 / 2),
+        draws=4 * (1 + 2 / 2),
         encoded=1 + 4 * 2 / 2,
         token_head=True,
     )

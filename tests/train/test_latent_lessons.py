@@ -19,6 +19,7 @@ from latentforge.students.latent.energy import EnergySettings
 from latentforge.students.latent.student import LatentShape, LatentStudent
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.targets.continued import contexts
+from latentforge.train.latent import training_cost
 from latentforge.train.latent_lessons import Teaching, row_seeds
 from latentforge.train.latent_trainer import LatentTrainer
 from latentforge.train.optimiser import MasterOptimiser
@@ -130,3 +131,26 @@ def test_rows_without_a_signal_of_their_own_teach_nothing_and_end_no_run(store: 
     done = trainer.step(1, text(), covered=torch.tensor([False, True, False]))
     assert done.counts.energy == {"sample": 3}
     assert not torch.equal(before["table.weight"], student.table.weight)
+
+
+def test_each_signal_is_counted_in_what_training_costs(store: ContinuationStore) -> None:
+    width, noise, latent, codec, inner = 16, 5, 6, 8, 12
+    shape = LatentShape(V, K, latent, DecoderShape(1, width, 2, 2, 24), head_blocks=1, noise=noise, token_layers=1)
+    student = LatentStudent.new(shape, seed=1, energy=EnergySettings(1.0, 3, 4))
+
+    def cost(**weights: float) -> tuple[float, float]:
+        """Of a chunk: the head's operations, and the codec's."""
+        found = training_cost(student, teaching(store, **weights), positions=4, rows=3)
+        return found.head * K, found.codec * K
+
+    # By hand: two operations a weight, three times where a weight is trained, twice for a gradient through frozen ones.
+    block = 3 * codec * inner
+    draw = 3 * 2 * (6 * width * width + 2 * width * width + (noise + latent) * width)
+    encode = 2 * (K * (block + codec * codec) + block + 2 * codec * latent)
+    decode = 2 * 2 * (latent * codec + block + K * (codec * codec + block + codec * V))
+    assert cost() == (3 * draw, encode)
+    assert cost(sample_weight=1.0) == (6 * draw, (1 + COUNT) * encode)
+    assert cost(text_weight=0.0, sample_weight=1.0) == (3 * draw, COUNT * encode)
+    assert cost(mse_weight=0.5) == (4 * draw, 2 * encode)
+    assert cost(text_weight=0.0, ce_weight=0.5) == (draw, encode + decode)
+    assert cost(mse_weight=0.5, ce_weight=0.5, kl_weight=0.5) == (4 * draw, 2 * encode + decode)

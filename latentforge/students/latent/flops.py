@@ -22,8 +22,8 @@ class TokenCost:
     """Floating-point operations for one token, by part.
 
     ``layers`` the decoder's matrices, ``attention`` of its positions, ``input`` the compression of a chunk, ``head``
-    the energy head and ``codec`` its decoding, times the draws (in training: ``codec`` is the encoding of targets),
-    ``vocabulary`` the last product of a token-level student, ``token_head`` that of a latent one, in training.
+    the energy head and ``codec`` its decoding, times the draws (in training: the encoding of targets, and the decoding
+    of latents that are held to tokens), ``vocabulary`` the last product of a token-level student, ``token_head`` that of a latent one, in training.
     """
 
     layers: float
@@ -74,23 +74,25 @@ def latent_training(
     codec: CodecShape,
     *,
     positions: int,
-    energy_draws: float,
+    draws: float,
     encoded: float = 1.0,
+    decoded: float = 0.0,
     token_head: bool,
 ) -> TokenCost:
-    """One token of a latent student in training, a chunk of it being drawn ``energy_draws`` (N a signal) times by the
-    head, on average.
+    """One token of a latent student in training, a chunk of it being drawn ``draws`` times by the head, on average: N
+    for each energy signal, once for those of the first LatentForge together.
 
     ``encoded`` chunks are encoded for each chunk trained on, without a gradient: 1 for plain text, R more for R stored
-    continuations. ``token_head`` says whether it is trained too.
+    continuations. ``decoded`` drawn latents are held to tokens through the frozen codec. ``token_head`` says whether it
+    is trained too.
     """
     _check(shape, codec)
     return TokenCost(
         3 * _layers(shape.decoder) / shape.chunk,
         3 * _attention(shape.decoder, positions) / shape.chunk,
         input=3 * _input(shape) / shape.chunk,
-        head=3 * energy_draws * _head(shape) / shape.chunk,
-        codec=encoded * codec.encoding_flops / shape.chunk,
+        head=3 * draws * _head(shape) / shape.chunk,
+        codec=(encoded * codec.encoding_flops + 2 * decoded * codec.decoding_flops) / shape.chunk,
         token_head=3 * _token_head(shape) / shape.chunk if token_head else 0.0,
     )
 

@@ -41,7 +41,7 @@ def test_published_figures_of_the_token_level_models_come_out(size: str, trainin
 @pytest.mark.parametrize(("size", "training", "inference"), [("M", 3.7, 2.9), ("L", 7.7, 4.6), ("XL", 19.5, 9.4)])
 def test_published_figures_of_the_latent_models_come_out(size: str, training: float, inference: float) -> None:
     assert latent_inference(calm(size), CODEC, positions=POSITIONS).total == pytest.approx(inference * 1e8, rel=0.05)
-    found = latent_training(calm(size), CODEC, positions=POSITIONS, energy_draws=8, token_head=False)
+    found = latent_training(calm(size), CODEC, positions=POSITIONS, draws=8, token_head=False)
     assert found.total * TOKENS == pytest.approx(training * 1e20, rel=0.12)
 
 
@@ -79,9 +79,17 @@ def test_a_latent_student_costs_what_torch_counts_in_it() -> None:
     assert counted(inference) == cost.total * 28 - shared
     encoding = counted(lambda: codec.encode(chunks[0], torch.ones_like(chunks[0]).bool()))
     tokens = counted(lambda: student.token_rows(torch.zeros(7, 32), chunks[0]) @ student.table.weight.T)
-    trained = latent_training(shape, small, positions=7, energy_draws=3, token_head=True)
+    trained = latent_training(shape, small, positions=7, draws=3, token_head=True)
     assert encoding == trained.codec * 28
     assert tokens == trained.token_head * 28 / 3
+
+
+def test_a_gradient_through_the_frozen_codec_costs_what_decoding_does() -> None:
+    codec = Codec(CodecShape(vocab_size=50, chunk=4, latent=6, width=16, inner=24)).requires_grad_(False).eval()
+    latents = torch.randn(7, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        codec.logits(latents).sum().backward()
+    assert counter.get_total_flops() == 2 * 7 * codec.shape.decoding_flops
 
 
 def test_a_token_level_student_costs_what_torch_counts_in_it() -> None:
