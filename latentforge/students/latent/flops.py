@@ -23,7 +23,8 @@ class TokenCost:
 
     ``layers`` the decoder's matrices, ``attention`` of its positions, ``input`` the compression of a chunk, ``head``
     the energy head and ``codec`` its decoding, times the draws (in training: the encoding of targets, and the decoding
-    of latents that are held to tokens), ``vocabulary`` the last product of a token-level student, ``token_head`` that of a latent one, in training.
+    of latents that are held to tokens), ``vocabulary`` the last product of a token-level student, ``token_head`` that
+    of a latent one, in training.
     """
 
     layers: float
