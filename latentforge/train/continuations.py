@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError
@@ -25,12 +22,11 @@ from latentforge.teachers.continuing import Continuer, Continuing
 from latentforge.teachers.continuing_agreement import DrawsAgreement, check_draws
 from latentforge.teachers.continuing_store import check_rows, continue_all, coverage, sampled
 from latentforge.teachers.failures import TeacherFailure
-from latentforge.teachers.opening import open_teacher
 from latentforge.train.asked import AskedLog
 from latentforge.train.memory import require_return
 from latentforge.train.score import teacher_folder
 from latentforge.train.taking_over import take_over
-from latentforge.train.teaching import idleness, in_force, report_precision
+from latentforge.train.teaching import idleness, in_force, open_asked
 
 STORE = "continuations.sqlite"
 CHOOSE_ANOTHER = (
@@ -52,12 +48,7 @@ def run(run: RunDir, log: EventLog) -> None:
             check_rows(data, spec.rows)
             folder = teacher_folder(run)
             said = compare_vocabularies(folder, data.tokenizer_dir).notes
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            teacher = open_teacher(asked, folder, device, os.environ, say=log.say)
-            held.callback(teacher.close)
-            report_precision(run, log, teacher)
-            if asked.cache is not None:
-                log.warning(f"teacher.cache = {asked.cache} holds top-k rows: nothing is read from it or kept there")
+            teacher = open_asked(run, log, asked, folder, held, rows=None)
             require(teacher, "sample", "continuing a corpus", instead=CHOOSE_ANOTHER)
         for note in dict.fromkeys((*said, *teacher.notes)):
             log.say(note)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError
@@ -24,7 +21,6 @@ from latentforge.teachers.cached import CachedTeacher
 from latentforge.teachers.capability import TRAIN_ON_ANSWERS, require
 from latentforge.teachers.crossed import CrossedShards
 from latentforge.teachers.failures import TeacherFailure
-from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.protocol import Scorer
 from latentforge.teachers.sampled import SampledTeacher
 from latentforge.teachers.scoring import Agreement, check_agreement, check_scorable, coverage, score_all
@@ -33,7 +29,7 @@ from latentforge.train.asked import AskedLog
 from latentforge.train.data import checked_path
 from latentforge.train.memory import require_return
 from latentforge.train.taking_over import take_over
-from latentforge.train.teaching import idleness, in_force, report_precision
+from latentforge.train.teaching import idleness, in_force, open_asked
 
 
 def run(run: RunDir, log: EventLog) -> None:
@@ -48,19 +44,12 @@ def run(run: RunDir, log: EventLog) -> None:
             folder = teacher_folder(run)
             across = align(folder, data, log) if crosses(run) else None
             said = across[0].notes if across else compare_vocabularies(folder, data.tokenizer_dir).notes
-            device = "cuda" if torch.cuda.is_available() else "cpu"
             # Rows that are drawn are not cached: a cache holds top-k rows, and gives no logits to draw from.
-            rows: dict[str, Any] = {}
+            rows: dict[str, Any] | None = None
             if spec.mode == "topk":
                 rows = {"k": spec.k, "temperatures": spec.temperatures, "rounding": spec.rounding}
-            teacher = open_teacher(asked, folder, device, os.environ, say=log.say, **rows)
-            held.callback(teacher.close)
-            report_precision(run, log, teacher)
+            teacher = open_asked(run, log, asked, folder, held, rows=rows)
             if spec.mode == "sample":
-                if asked.cache is not None:
-                    log.warning(
-                        f"teacher.cache = {asked.cache} holds top-k rows: nothing is read from it or kept there"
-                    )
                 teacher = SampledTeacher(teacher, Sampling(spec.draws, int(identity.spec["seed"])))
             require(teacher, "score", "scoring a corpus", instead=TRAIN_ON_ANSWERS)
             asked_of = CrossedShards.of(data, *across) if across else data

@@ -1,22 +1,44 @@
-"""How a run's teacher computes: said when it is opened, and watched while it is asked."""
+"""The teacher that a run asks: opened, how it computes said, and watched while it is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from latentforge.events import EventLog
 from latentforge.memory.estimate import place_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.hf import HFTeacher
+from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.protocol import behind
 from latentforge.teachers.utilisation import EVERY, IdleWatch, Read, gpu_tool, gpu_utilisation, watched
 from latentforge.train import effective
 from latentforge.verdicts import Outcome, Verdict
 
 FAST_PATH = "F-BACKEND-SELECT-001"
+
+
+def open_asked(
+    run: RunDir, log: EventLog, asked: TeacherSpec, folder: Path, held: ExitStack, *, rows: Mapping[str, Any] | None
+) -> Any:
+    """The teacher of ``folder`` that ``asked`` describes, on the GPU where there is one; ``held`` closes it.
+
+    ``rows`` is what will be asked of its top-k rows (``k``, ``temperatures``, ``rounding``), which a cache keeps; None
+    where something else is asked, which no cache holds: said where one is named.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = open_teacher(asked, folder, device, os.environ, say=log.say, **(rows or {}))
+    held.callback(teacher.close)
+    report_precision(run, log, teacher)
+    if rows is None and asked.cache is not None:
+        log.warning(f"teacher.cache = {asked.cache} holds top-k rows: nothing is read from it or kept there")
+    return teacher
 
 
 def in_process(teacher: Any) -> HFTeacher | None:
@@ -100,7 +122,5 @@ def idleness(
 def _reader(teacher: HFTeacher | None) -> Callable[[], float | None]:
     if teacher is None:
         return gpu_utilisation
-    import torch
-
     uuid = str(torch.cuda.get_device_properties(teacher.model.device).uuid)
     return lambda: gpu_utilisation(uuid)

@@ -26,7 +26,7 @@ from latentforge.teachers.continuing import Continuing
 from latentforge.teachers.continuing_store import continued_rows
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.hf import HFTeacher
-from latentforge.train import continuations
+from latentforge.train import teaching
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
@@ -201,7 +201,7 @@ def test_more_rows_than_the_data_has_are_refused_by_name_before_the_teacher_is_o
     identity = replace(planned.identity, spec=asked)
     launch = LaunchRecord(identity.run_id, planned.kin, planned.resolved)
     run = RunDir.create(done["data"].path.parent, identity, launch)
-    monkeypatch.setattr(continuations, "open_teacher", lambda *_, **__: pytest.fail("the teacher was opened"))
+    monkeypatch.setattr(teaching, "open_teacher", lambda *_, **__: pytest.fail("the teacher was opened"))
     assert execute(run.path, text=io.StringIO()) is ExitCode.REFUSED
     reasons = [str(event.fields.get("reason", "")) for event in read_events(run.events_file)]
     assert any("continuations.rows = 25: there are 24 training rows" in reason for reason in reasons)

@@ -14,7 +14,7 @@ from latentforge.teachers.opening import open_teacher
 from latentforge.teachers.serving.memory import MemoryReturn
 from latentforge.teachers.serving.processes import Ended
 from latentforge.teachers.serving.server import Stopped
-from latentforge.train import score
+from latentforge.train import teaching
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.verdicts import ExitCode
 
@@ -32,7 +32,7 @@ def test_a_score_run_whose_teacher_keeps_its_memory_fails_with_the_figures_and_i
         teacher.stopped = Stopped(Ended(0, None, True), memory)
         return teacher
 
-    monkeypatch.setattr(score, "open_teacher", opened)
+    monkeypatch.setattr(teaching, "open_teacher", opened)
     spec = resolve_pipeline("tiny", env={}, overrides=SHORT).spec
     said = io.StringIO()
     run = execute_pipeline(spec, tmp_path, through="score", text=said)["score"]
