@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dispatch.apply import Applied, apply, host_record, launch, refuse
 from dispatch.building.build import PREPARING
+from dispatch.ends import RunEnd, ends_of, verdict_json
 from dispatch.following.follow import Follower
 from dispatch.following.limits import Limits
 from dispatch.following.record import VERDICT_FILE, WatchEndedError
@@ -141,8 +142,14 @@ class Session:
             plan=plan_context(plan.digest, ask.recipe, ask.lane.as_json() if ask.lane else None),
             facts=host_record(ask, facts),
         )
-        for line in phase_lines(self.observer.views):
+        views, host = self.observer.views, self.transport.host.name
+        ends = ends_of(plan.runs, applied.followed, views, self.places, host)
+        for line in phase_lines(views):
             self.say(line)
+        self.say("runs of the pipeline:")
+        for end in ends:
+            for line in end.lines() if end.run != done.run else end.lines()[:1]:  # its own verdicts come last
+                self.say(line)
         if not plan.chain:
             when = f"(finished {moment(applied.state.ended)})"
             self.say(f"no changes. {applied.final} {applied.state.outcome or applied.state.state}  {when}")
@@ -153,7 +160,7 @@ class Session:
             )
         code = self._told(applied.final, applied.state, done, again=f"{ask.command} --attempt next")
         if self.json:
-            print(json.dumps(_as_json(plan, done, applied.state, code), indent=2))
+            print(json.dumps(_as_json(plan, ends, done, applied.state, code), indent=2))
         return code
 
     def _told(self, run: str, state: RunState, done: Conclusion | None, *, again: str | None = None) -> ExitCode:
@@ -241,14 +248,15 @@ def preview(ask: Ask, places: Places, *, as_json: bool, transport: Transport | N
     return plan.refusals[0].code if plan.refusals else ExitCode.PASS
 
 
-def _as_json(plan: Plan, done: Conclusion, state: RunState, code: ExitCode) -> dict[str, object]:
+def _as_json(
+    plan: Plan, ends: Sequence[RunEnd], done: Conclusion, state: RunState, code: ExitCode
+) -> dict[str, object]:
     return {
         **plan.as_json(),
+        "ends": [one.as_json() for one in ends],
         "run": done.run,
         "state": state.model_dump(mode="json"),
-        "verdicts": [
-            {"line": one.line(), "outcome": one.outcome.name.lower(), "measured": one.measured} for one in done.verdicts
-        ],
+        "verdicts": [verdict_json(one) for one in done.verdicts],
         "manifest": done.manifest,
         "problems": done.problems,
         "code": int(code),

@@ -138,6 +138,9 @@ class Jobs:
 
     folder: Path
     how: dict[str, Any] = field(default_factory=dict)
+    """Of the student's run."""
+    others: dict[str, Any] = field(default_factory=dict)
+    """Of those before it."""
 
     @property
     def gate(self) -> Path:
@@ -163,7 +166,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
     def job(one: Any, facts: Any, plan: Any) -> tuple[list[str], dict[str, str]]:
         how = {**made.how, "starts": str(tmp_path / "starts")}
-        how = how if one.kind == "distill" else {"steps": 3, "starts": how["starts"]}
+        how = how if one.kind == "distill" else {"steps": 3, "starts": how["starts"], **made.others}
         argv = [sys.executable, "-B", str(TRAINER), f"{facts.root}/runs/{one.run}", json.dumps(how)]
         return argv, {"PYTHONPATH": str(CHECKOUT)}
 

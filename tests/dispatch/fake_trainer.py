@@ -4,7 +4,8 @@ Run by the real agent as ``python fake_trainer.py <run folder> <json of behaviou
 ``steps``; ``wait_at`` a step, or ``hang_in`` ("start", "load", "warm-up") until the file ``gate`` is there, by
 a busy loop if ``spin``, for ``patience`` seconds at most; ``losses`` and lines to ``say`` by step; ``noise``; ``fail``,
 or ``exit`` with a ``reason``; a ``stamp`` of the time after each step and a pause of so many seconds; ``no_end``,
-``no_verdict``; ``effective`` fields; raw ``forged`` lines for its own event log; ``checkpoint`` fields at its last one.
+``no_verdict``, or one more ``verdict`` by its falsifier; ``effective`` fields; raw ``forged`` lines for its own event
+log; ``checkpoint`` fields at its last one.
 """
 
 import hashlib
@@ -86,6 +87,8 @@ def main() -> int:
         outcome = Outcome.FAIL if how.get("fail") else Outcome.PASS
         if run.kind == "distill" and not how.get("no_verdict"):
             log.verdict(Verdict("F-DISTILL-SMOKE-001", outcome, "val_loss 4.0 < 5.0 at step 20", {}, run.run))
+        if "verdict" in how:
+            log.verdict(Verdict(how["verdict"], outcome, f"said by {run.kind}", {"value": 1}, run.run))
         code = ExitCode.FAIL if outcome is Outcome.FAIL else ExitCode.PASS
         if not how.get("no_end"):
             log.end(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -40,6 +41,46 @@ def test_go_ends_with_the_verdict_and_verified_evidence(
     ]
     assert verify_evidence(laptop.places.run(run)).outcome is Outcome.PASS
     assert [one.partition("-")[0] for one in jobs.starts()] == ["data", "teacher", "score", "distill"]
+
+
+def test_go_ends_with_every_run_of_the_pipeline_and_its_verdicts(
+    jobs: Any, ask: Make, session: Make, laptop: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.others["verdict"] = "F-BEFORE-IT-001"
+    assert session().go(ask()) is ExitCode.PASS
+    told = capsys.readouterr().out
+    listed = told[told.index("runs of the pipeline:\n") :].splitlines()[1:]
+    kinds, final = ["data", "teacher", "score", "distill"], final_run(jobs)
+    *before, last, _, _ = listed
+    assert last.split() == ["distill", "pass", final]
+    for kind, line, verdict in zip(kinds, before[::2], before[1::2], strict=False):
+        run = next(one for one in jobs.starts() if one.startswith(kind))
+        assert line.split() == [kind, "pass", run]
+        assert verdict == f"    F-BEFORE-IT-001 PASS run={run} said by {kind}"
+    # What is kept was seen once, or by another laptop alone.
+    assert session(json=True).go(ask()) is ExitCode.PASS
+    again = capsys.readouterr()
+    assert "\n".join(listed[:-2]) in again.err
+    ends = json.loads(again.out)["ends"]
+    assert [(end["kind"], end["ended"], len(end["verdicts"])) for end in ends] == [(kind, "pass", 1) for kind in kinds]
+    assert ends[0]["verdicts"][0]["line"] == before[1].strip()
+    shutil.rmtree(laptop.places.followed("local", ends[0]["run"]))
+    assert session().go(ask()) is ExitCode.PASS
+    told = capsys.readouterr().out.partition("runs of the pipeline:\n")[2]
+    assert told.splitlines()[0].endswith(f"verdicts: latentforge dispatch watch {ends[0]['run']}")
+
+
+def test_of_a_pipeline_that_ends_early_the_runs_that_never_ran_are_named(
+    jobs: Any, ask: Make, session: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.others |= {"verdict": "F-BEFORE-IT-001", "fail": True}
+    assert session().go(ask()) is ExitCode.FAIL
+    told = capsys.readouterr().out
+    listed = told[told.index("runs of the pipeline:\n") :].splitlines()[1:]
+    assert [line.split()[:2] for line in listed[:4]] == [
+        ["data", "fail"],
+        *([kind, "not"] for kind in ("teacher", "score", "distill")),
+    ]
 
 
 def test_a_second_go_changes_nothing_and_gives_the_same_verdict(
@@ -240,8 +281,6 @@ def test_a_finished_run_of_another_clone_is_adopted_and_that_is_said(
 def test_a_judgement_that_changed_since_the_preview_is_refused(
     jobs: Any, ask: Make, session: Make, laptop: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     from dispatch.apply import apply
 
     dispatch = session()
