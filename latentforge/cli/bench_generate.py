@@ -74,6 +74,7 @@ def generate(
     from latentforge.writers.bench.report import make_folder, write_report
     from latentforge.writers.bench.run import Work
     from latentforge.writers.bench.run import run as run_bench
+    from latentforge.writers.opening import open_writer
     from latentforge.writers.prompts import prompts_in
 
     asked = _asked(
@@ -94,15 +95,12 @@ def generate(
         min_hit_rate=min_hit_rate,
         max_peak_memory_gb=max_peak_memory_gb,
     )
-    work = Work(
-        (str(student), student),
-        tuple((str(one), one) for one in beside or ()),
-        prompts_in(prompts, sys.stdin.buffer, flag="--prompts"),
-        seed,
-        _hits(run, student),
-        read_quality(quality) if quality is not None else {},
-    )
+    texts = prompts_in(prompts, sys.stdin.buffer, flag="--prompts")
+    hits = _hits(run, student)
+    qualities = read_quality(quality) if quality is not None else {}
     make_folder(out)
+    first, *others = ((str(one), open_writer(one, device=asked.device)) for one in (student, *(beside or ())))
+    work = Work(first, tuple(others), texts, seed, hits, qualities)
     with Progress() as progress:
         report = run_bench(work, asked, tell=lambda line, done, total: progress.tell(line))
     file = write_report(report, out)

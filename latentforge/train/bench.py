@@ -7,7 +7,6 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from latentforge.data.shards import ShardSet
 from latentforge.errors import RefusedError
@@ -24,7 +23,7 @@ from latentforge.writers.bench.report import Entrant, table
 from latentforge.writers.bench.run import Work
 from latentforge.writers.bench.run import run as measure
 from latentforge.writers.bench.turns import quantile
-from latentforge.writers.opening import open_writer
+from latentforge.writers.opening import Writer, open_writer
 from latentforge.writers.quality import Protocol
 from latentforge.writers.quality import measure as measure_quality
 from latentforge.writers.quality_report import as_json, lines
@@ -45,9 +44,10 @@ def run(run: RunDir, log: EventLog) -> None:
         taught, student = _source(run, "student"), run.input_path("student") / "student"
         weights = sum(file.stat().st_size for file in student.rglob("*.safetensors"))
         fit_threads(spec.batch * weights / 2.0)  # two operations a weight of four bytes
-        others: tuple[tuple[str, Path], ...] = ()
+        students = [(taught.run, open_writer(student, device=spec.device))]
         if run.has_input("beside"):
-            others = ((_source(run, "beside").run, run.input_path("beside") / "student"),)
+            beside = run.input_path("beside") / "student"
+            students.append((_source(run, "beside").run, open_writer(beside, device=spec.device)))
         prompts = held_out_prompts(data, spec.prompts, spec.prompt_tokens)
     in_force = {
         "profile": identity.spec["profile"],
@@ -59,10 +59,9 @@ def run(run: RunDir, log: EventLog) -> None:
     log.ready(requested=identity.spec, effective=in_force)
     run.out.mkdir(exist_ok=True)
 
-    students = ((taught.run, student), *others)
     qualities = _qualities(run, log, spec, data, students, seed) if spec.quality_rows else {}
     with log.phase("measure"):
-        work = Work(students[0], others, prompts, seed, hits_of(taught.path), qualities, own_peaks=False)
+        work = Work(students[0], tuple(students[1:]), prompts, seed, hits_of(taught.path), qualities, own_peaks=False)
         report = measure(work, spec, tell=lambda line, done, total: log.progress("measure", done, total))
     for one in report.entrants:
         _say(log, one)
@@ -82,7 +81,7 @@ def run(run: RunDir, log: EventLog) -> None:
 
 
 def _qualities(
-    run: RunDir, log: EventLog, spec: BenchSpec, data: ShardSet, students: Sequence[tuple[str, Path]], seed: int
+    run: RunDir, log: EventLog, spec: BenchSpec, data: ShardSet, students: Sequence[tuple[str, Writer]], seed: int
 ) -> dict[str, Quality]:
     """How good the students are on held-out rows, by the sha256 of their weights: said, and kept in quality.json."""
     asked = Protocol(
@@ -94,8 +93,7 @@ def _qualities(
         sampling=Sampling(spec.method, spec.temperature, spec.draws, spec.top_k, spec.top_p),
     )
     with log.phase("quality"):
-        writers = [(name, open_writer(folder, device=spec.device)) for name, folder in students]
-        found = measure_quality(writers, None, data, asked, tell=log.say)
+        found = measure_quality(students, None, data, asked, tell=log.say)
         content = as_json(found)
         content["protocol"]["data"] = _source(run, "data").run  # where it lies is nobody else's matter
         write_record(run.out / "quality.json", content)

@@ -20,7 +20,9 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.verdicts import ExitCode
+from latentforge.writers import opening
 from latentforge.writers.bench.hits import Hits, hits_of
+from latentforge.writers.opening import Writer
 
 SHORT = [
     "through=latent",
@@ -102,6 +104,21 @@ def test_quality_is_measured_beside_speed_where_rows_are_given(root: Path) -> No
     assert {("brier_lm", latent.run), ("bits_per_byte", latent.run)} <= said
     assert "BrierLM" in log
     assert str(root) not in (bench.out / "quality.json").read_text()
+
+
+def test_each_student_is_opened_once_for_quality_and_speed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ["bench.measure=true", "bench.quality_rows=2"]
+    trained = execute_pipeline(_spec(*changes), root, through="latent")
+    opened: list[Path] = []
+
+    class Counted(Writer):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            opened.append(self.folder)
+
+    monkeypatch.setattr(opening, "Writer", Counted)
+    _made(root, *changes)
+    assert opened == [trained[role].out / "student" for role in ("latent", "distill")]
 
 
 def test_a_gate_that_cannot_be_passed_fails_the_run(root: Path) -> None:

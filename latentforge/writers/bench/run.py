@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import getloadavg
-from pathlib import Path
 
 import torch
 
@@ -24,18 +23,18 @@ from latentforge.writers.bench.memory import Meter, Peak
 from latentforge.writers.bench.quality import Quality
 from latentforge.writers.bench.report import Entrant, Report, here
 from latentforge.writers.bench.turns import Asked, Contestant, Tell, measure
-from latentforge.writers.opening import Writer, open_writer
+from latentforge.writers.opening import Writer
 
 
 @dataclass(frozen=True)
 class Work:
     """What is measured: the ``student`` that the gates judge and those ``beside`` it, each by the name under which it
-    is reported and its folder. A prompt is a text, or token ids. ``quality`` is by the sha256 of a student's weights.
+    is reported. A prompt is a text, or token ids. ``quality`` is by the sha256 of a student's weights.
     With ``own_peaks`` the process's peak of memory is counted anew for each turn.
     """
 
-    student: tuple[str, Path]
-    beside: tuple[tuple[str, Path], ...]
+    student: tuple[str, Writer]
+    beside: tuple[tuple[str, Writer], ...]
     prompts: tuple[str | tuple[int, ...], ...]
     seed: int
     hits: Hits | None
@@ -54,7 +53,7 @@ class _Entered:
 
 
 def run(work: Work, asked: BenchSpec, *, tell: Tell = lambda line, done, total: None) -> Report:
-    """Open, measure and judge; RefusedError before anything is measured where a contestant cannot take part."""
+    """Measure and judge; RefusedError before anything is measured where a contestant cannot take part."""
     entered = _enter(work, asked)
     if work.quality and not any(one.writer.digests["student"] in work.quality for one in entered):
         raise RefusedError(
@@ -103,8 +102,7 @@ def run(work: Work, asked: BenchSpec, *, tell: Tell = lambda line, done, total: 
 def _enter(work: Work, asked: BenchSpec) -> list[_Entered]:
     names = _Names()
     entered: list[_Entered] = []
-    for named, path in (work.student, *work.beside):
-        writer = open_writer(path, device=asked.device)
+    for named, writer in (work.student, *work.beside):
         if entered and writer.tokenizer.sha256 != entered[0].writer.tokenizer.sha256:
             raise RefusedError(
                 f"{named} writes in tokens of another tokenizer than {work.student[0]}: tokens/s of the two cannot be "
