@@ -153,7 +153,7 @@ class Engine:
             self._writer = self._opening()
             self._measures.ready.set(1)
             self._tell(self._on_change)
-            batch = Batch(self._writer.model)
+            batch = Batch(self._writer.model, self._over)
             while self._wait():
                 batch = self._turn(self._writer, batch)
         except Exception as error:
@@ -192,7 +192,7 @@ class Engine:
         except Exception:
             traceback.print_exc(file=sys.stderr)
             events += [self._end(order, "broken") for order in list(self._running.values())]
-            batch, pieces = Batch(writer.model), []
+            batch, pieces = Batch(writer.model, self._over), []
         events += self._heard(pieces)
         if events:
             self._untold.extend(events)
@@ -215,17 +215,13 @@ class Engine:
     def _change(self) -> tuple[list[tuple[Order, End]], list[Order]]:
         """The orders that are over before they were written to their end, and those that join."""
         now = time.monotonic()
-        cut = self._stop_at is not None and now >= self._stop_at
         over: list[tuple[Order, End]] = []
         with self._changed:
             for order in [*self._running.values(), *self._waiting]:
-                if order.given_up:
-                    over.append((order, "cancelled"))
-                elif cut:
-                    over.append((order, "stopping"))
-                    self.cut += 1
-                elif now >= order.until:
-                    over.append((order, "deadline"))
+                end = self._end_of(order, now)
+                if end is not None:
+                    over.append((order, end))
+                    self.cut += end == "stopping"
             gone = {order.number for order, _ in over}
             for number in gone:
                 self._running.pop(number, None)
@@ -236,6 +232,20 @@ class Engine:
             self._measures.queue.set(len(self._waiting))
             self._measures.batch.set(len(self._running))
         return over, joining
+
+    def _end_of(self, order: Order, now: float) -> End | None:
+        """Why it is over before it is written to its end, if it is."""
+        if order.given_up:
+            return "cancelled"
+        if self._stop_at is not None and now >= self._stop_at:
+            return "stopping"
+        return "deadline" if now >= order.until else None
+
+    def _over(self) -> set[int]:
+        """The numbers of those in the batch that are over by now: asked while a step is computed."""
+        now = time.monotonic()
+        with self._changed:
+            return {number for number, order in self._running.items() if self._end_of(order, now) is not None}
 
     def _join(self, batch: Batch, joining: Sequence[Order]) -> list[Event]:
         """Begin these texts; the events of those that could not be begun."""

@@ -16,7 +16,7 @@ from latentforge.serve.engine import Engine, Event, Order
 from latentforge.serve.limits import Limits
 from latentforge.serve.measures import Measures
 from latentforge.serve.refusing import Refusal
-from latentforge.students.latent.requests import Request
+from latentforge.students.latent.requests import Request, Sampling
 
 from .conftest import Gated
 
@@ -109,6 +109,29 @@ def test_a_text_past_its_deadline_ends_with_what_it_has(bench: Callable[..., Ben
     late.until = time.monotonic()
     one.model.let.release()
     assert one.hear(2) == [(late.number, 2, None), (late.number, 0, "deadline")]
+
+
+@pytest.mark.parametrize("end", ["deadline", "cancelled", "stopping"])
+def test_a_step_of_many_draws_ends_with_the_text_that_it_is_for(bench: Callable[..., Bench], end: str) -> None:
+    one, many = bench(), Sampling("vote", 0.0, draws=5000)
+    order = Order(Request((), 4, 1, many), time.monotonic() + 3600, one.heard.put)
+    one.submit(order)
+    one.model.drawing.acquire()
+    if end == "deadline":
+        order.until = time.monotonic()
+    elif end == "cancelled":
+        one.engine.give_up([order])
+    else:
+        one.engine.stop(0)
+    one.model.let.release(100)
+    if end != "stopping":
+        (last,) = one.submit(one.order(2))
+        heard = one.hear(1 if end == "cancelled" else 2)
+        assert heard[-1] == (last.number, 2, "length")
+    else:
+        heard = one.hear(1)
+    assert end == "cancelled" or heard[0] == (order.number, 0, end)
+    assert one.model.rows == ([1] if end == "stopping" else [1, 1])  # 1024 draws of the 5000
 
 
 def test_what_nobody_waits_for_is_not_written_on(bench: Callable[..., Bench]) -> None:

@@ -8,8 +8,9 @@ model sees no padding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,6 +66,9 @@ class _Text:
     produced: int = 0
 
 
+_Waited = Callable[[list[_Text]], list[bool]]
+
+
 def generate(model: ChunkModel, requests: Sequence[Request]) -> list[Generated]:
     """All texts, in the order of the requests; LatentForgeError where one failed."""
     tokens: list[list[int]] = [[] for _ in requests]
@@ -95,10 +99,14 @@ def stream(model: ChunkModel, requests: Sequence[Request]) -> Iterator[Piece]:
 
 
 class Batch:
-    """Texts under way together, which requests join and leave between two steps."""
+    """Texts under way together, which requests join and leave between two steps.
 
-    def __init__(self, model: ChunkModel) -> None:
-        self._model = model
+    A step of many draws can be long: between blocks of them ``over`` says whom nobody waits for any more. Nothing more
+    is drawn for these, and they leave with the step, without a piece.
+    """
+
+    def __init__(self, model: ChunkModel, over: Callable[[], Collection[int]] = frozenset) -> None:
+        self._model, self._over = model, over
         self._texts: list[_Text] = []
         self._session: Session | None = None
         self._chosen: Tensor | None = None  # int64 [B, K]: what the last step chose and the session has not seen yet
@@ -141,10 +149,19 @@ class Batch:
         if self._session is None:
             return []
         self._advance()
-        chosen = _choose(self._model, self._session, self._texts)
+        lost: set[int] = set()
+
+        def waited(texts: list[_Text]) -> list[bool]:
+            over = self._over()
+            lost.update(text.number for text in texts if text.number in over)
+            return [text.number not in lost for text in texts]
+
+        chosen = _choose(self._model, self._session, self._texts, waited)
         self._chosen = chosen.chunks
         pieces, going = [], []
         for row, text in enumerate(self._texts):
+            if text.number in lost:
+                continue
             piece = _piece(self._model, text, chosen.chunks[row], int(chosen.made[row]), bool(chosen.settled[row]))
             text.produced += len(piece.tokens)
             text.position, text.begun = text.position + 1, ()
@@ -168,8 +185,9 @@ class Batch:
             self._chosen = None if self._chosen is None else self._chosen[rows]
 
 
-def _choose(model: ChunkModel, session: Session, texts: list[_Text]) -> Drawn:
-    """The next chunk of each text; the texts of one way of sampling are drawn for together."""
+def _choose(model: ChunkModel, session: Session, texts: list[_Text], waited: _Waited) -> Drawn:
+    """The next chunk of each text; the texts of one way of sampling are drawn for together. That of a text which is
+    not ``waited`` for at some time means nothing."""
     chunks = torch.full((len(texts), model.chunk), -1, dtype=torch.int64)
     settled, made = torch.ones(len(texts), dtype=torch.bool), torch.zeros(len(texts), dtype=torch.int64)
     groups: dict[Sampling | _Cut, list[int]] = {}
@@ -186,23 +204,44 @@ def _choose(model: ChunkModel, session: Session, texts: list[_Text]) -> Drawn:
         if isinstance(way, _Cut):
             chunks[rows] = _complete(model, session, rows, keys, [texts[row] for row in members], way)
         else:
-            found = _draw(model, session, rows, keys, way)
+            asked = [texts[row] for row in members]
+            found = _draw(model, session, rows, keys, way, partial(_waited_rows, waited, asked))
             chunks[rows], settled[rows], made[rows] = found.chunks, found.settled, found.made
     return Drawn(chunks, settled, made, made)
 
 
-def _draw(model: ChunkModel, session: Session, members: Tensor, keys: Keys, sampling: Sampling) -> Drawn:
+def _waited_rows(waited: _Waited, texts: list[_Text], rows: list[int]) -> list[bool]:
+    return waited([texts[row] for row in rows])
+
+
+def _draw(
+    model: ChunkModel,
+    session: Session,
+    members: Tensor,
+    keys: Keys,
+    sampling: Sampling,
+    waited: Callable[[list[int]], list[bool]],
+) -> Drawn:
     temperature = sampling.temperature if sampling.method == "head" else 1.0
 
     def draw(rows: Tensor, first: int, count: int) -> Tensor:
         return torch.cat([block(some, first, count) for some in rows.split(_AT_ONCE)])
 
     def block(rows: Tensor, first: int, count: int) -> Tensor:
-        some, each = Keys(keys.seeds[rows], keys.positions[rows]), max(1, _AT_ONCE // len(rows))
+        each = max(1, _AT_ONCE // len(rows))
         starts = range(first, first + count, each)
-        parts = [session.draw(members[rows], some, at, min(each, first + count - at), temperature) for at in starts]
+        parts = [some(rows, at, min(each, first + count - at)) for at in starts]
         # What follows an end is no part of the text: chunks that differ there alone are one outcome.
-        return absorbed(torch.cat(parts, dim=1).cpu(), model.eos_id)
+        return absorbed(torch.cat(parts, dim=1), model.eos_id)
+
+    def some(rows: Tensor, first: int, count: int) -> Tensor:
+        found = torch.full((len(rows), count, model.chunk), -1, dtype=torch.int64)
+        there = torch.tensor(waited(rows.tolist()))
+        rows = rows[there]
+        if len(rows):
+            here = Keys(keys.seeds[rows], keys.positions[rows])
+            found[there] = session.draw(members[rows], here, first, count, temperature).cpu()
+        return found  # draws that are all the same settle a text that is not waited for
 
     wanted, seeds, positions = sampling.temperature, keys.seeds, keys.positions
     if sampling.method == "exact":

@@ -325,3 +325,17 @@ def test_a_batch_holds_no_more_draws_at_once_than_a_text_and_writes_the_same(tex
     assert max(model.drawn) <= 1024
     assert together[:20] == [generate(StandIn(), [one])[0] for one in asked[:20]]
     assert together[-1] == generate(StandIn(), asked[-1:])[0]
+
+
+@pytest.mark.parametrize("way", [Sampling("exact", 0.02, draws=5000), Sampling("vote", 0.5, draws=5000)])
+def test_a_text_that_nobody_waits_for_ends_within_its_step_and_its_neighbour_goes_on(way: Sampling) -> None:
+    model = StandIn()
+    batch = Batch(model, lambda: {0} if sum(model.drawn) > 100 else set())
+    neighbour = Request(prompt(4), 8, 3)
+    batch.join({0: Request(prompt(8), 8, 1, way), 1: neighbour})
+    pieces = batch.step()
+    assert sum(model.drawn) <= 100 + 1024 + 1
+    assert len(batch) == 1
+    pieces += batch.step()
+    assert [piece.request for piece in pieces] == [1, 1]
+    assert (*pieces[0].tokens, *pieces[1].tokens) == generate(StandIn(), [neighbour])[0].tokens
