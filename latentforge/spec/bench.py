@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from latentforge.spec.fields import Count, Positive, Section
+from latentforge.spec.fields import LEAST_TEMPERATURE, Count, Positive, Section
 
 
 class BenchSpec(Section):
@@ -83,9 +83,17 @@ class BenchSpec(Section):
     def _method_knows_the_rest(self) -> Self:
         if self.method == "exact" and self.temperature == 0:
             raise ValueError("temperature = 0 with method = 'exact': a rejection knows temperatures above 0")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature = {self.temperature} is neither 0 nor at least {LEAST_TEMPERATURE:g}")
         times = 1 / self.temperature if self.temperature else 1.0
         if self.method == "vote" and abs(times - round(times)) > 1e-6:
             raise ValueError(f"temperature = {self.temperature} with method = 'vote', which knows 0 and 1/n")
+        whole = int(times + 1e-6)
+        if self.method in ("exact", "vote") and self.draws < whole:
+            raise ValueError(
+                f"draws = {self.draws} with temperature = {self.temperature} and method = {self.method!r}: a chunk "
+                f"must come {whole} times"
+            )
         for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
             if value is not None and self.method != "tokens":
                 raise ValueError(f"{name} = {value} with method = {self.method!r}: method 'tokens' alone knows it")

@@ -33,6 +33,17 @@ RUN_FALSIFIERS = (
 )
 """What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``require`` of a section may name."""
 
+_JUDGED_BY = {
+    "F-DISTILL-": "distill",
+    "F-LATENT-AE-": "autoencoder",
+    "F-LATENT-CAUSAL-": "latent",
+    "F-LATENT-KD-": "latent",
+}
+"""The section whose runs alone have what such a falsifier looks at."""
+
+LEAST_TEMPERATURE = 1e-4
+"""The lowest temperature above 0 at which tokens can be drawn (``kernels.decode``)."""
+
 
 class Section(BaseModel):
     """A frozen table of a pipeline file; an unknown key is an error."""
@@ -48,10 +59,15 @@ def check_attention(what: str, hidden: int, heads: int, kv_heads: int) -> None:
         raise ValueError(f"{what}: {heads} heads do not share {kv_heads} kv_heads evenly")
 
 
-def check_falsifiers(require: tuple[str, ...]) -> None:
-    """Refuse (ValueError) a falsifier that no run can judge of itself."""
+def check_falsifiers(require: tuple[str, ...], *, section: str) -> None:
+    """Refuse (ValueError) a falsifier that no run of ``section`` can judge of itself."""
     for falsifier in require:
+        owner = next((other for prefix, other in _JUDGED_BY.items() if falsifier.startswith(prefix)), section)
         if falsifier not in RUN_FALSIFIERS:
             near = get_close_matches(falsifier, RUN_FALSIFIERS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(RUN_FALSIFIERS)
             raise ValueError(f"require names {falsifier!r}, a falsifier that no run can judge; {hint}")
+        if owner != section:
+            raise ValueError(
+                f"require names {falsifier!r}, which a run of [{owner}] judges, and one of [{section}] cannot"
+            )

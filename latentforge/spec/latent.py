@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from latentforge.spec.fields import Count, Positive, Section, Weight, check_attention, check_falsifiers
+from latentforge.spec.fields import (
+    LEAST_TEMPERATURE,
+    Count,
+    Positive,
+    Section,
+    Weight,
+    check_attention,
+    check_falsifiers,
+)
 
 
 class AutoencoderSpec(Section):
@@ -35,7 +44,7 @@ class AutoencoderSpec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_falsifiers(self.require)
+        check_falsifiers(self.require, section="autoencoder")
         return self
 
 
@@ -43,7 +52,7 @@ class ContinuationsSpec(Section):
     """What a teacher goes on with after each chunk of the text: the targets of a latent student's sampled signals."""
 
     count: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="continuations of a chunk (R)")
-    temperatures: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = Field(
+    temperatures: tuple[Annotated[float, Field(ge=LEAST_TEMPERATURE, le=1.0)], ...] = Field(
         (1.0,), min_length=1, description="at which they are drawn; those below 1 are for latent.tempered_weight"
     )
     batch_size: Count = Field(16, description="rows of text that the teacher continues at a time")
@@ -140,10 +149,11 @@ class LatentSpec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        trains_head = (
-            self.text_weight + self.sample_weight + self.tempered_weight + self.mse_weight + self.ce_weight
-        ) > 0 or self.kl_weight > 0
-        if not trains_head:
+        of_head = ("text", "sample", "tempered", "kl", "mse", "ce")
+        weights = [getattr(self, f"{name}_weight") for name in (*of_head, "token_ce", "token_kd")]
+        if not math.isfinite(sum(weights)):
+            raise ValueError("the sum of the weights is not finite")
+        if not any(weights[: len(of_head)]):
             raise ValueError(
                 "text_weight, sample_weight and tempered_weight are 0: nothing would train the head that draws chunks"
             )
@@ -165,5 +175,5 @@ class LatentSpec(Section):
             raise ValueError(
                 f"samples = {self.samples} cannot be shared out evenly among sample_continuations = {used}"
             )
-        check_falsifiers(self.require)
+        check_falsifiers(self.require, section="latent")
         return self

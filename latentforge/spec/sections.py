@@ -223,7 +223,7 @@ class DistillSpec(Section):
         micro = self.micro_batch_size
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
-        check_falsifiers(self.require)
+        check_falsifiers(self.require, section="distill")
         return self
 
 
@@ -291,6 +291,10 @@ class PipelineSpec(Section):
             self._distill_agrees()
         if self.benches:
             self._bench_agrees()
+        elif self.bench.quality_rows and self.through != "autoencoder":
+            raise ValueError(
+                f"bench.quality_rows = {self.bench.quality_rows}, and no bench run is made; set bench.measure = true"
+            )
         return self
 
     def _latent_agrees(self) -> None:
