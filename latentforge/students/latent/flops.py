@@ -65,7 +65,7 @@ def latent_inference(shape: LatentShape, codec: CodecShape, *, positions: int, d
         _layers(shape.decoder) / shape.chunk,
         _attention(shape.decoder, positions) / shape.chunk,
         input=_input(shape) / shape.chunk,
-        head=draws * _head(shape) / shape.chunk,
+        head=(_head_context(shape) + draws * _head_draw(shape)) / shape.chunk,
         codec=draws * codec.decoding_flops / shape.chunk,
     )
 
@@ -83,6 +83,7 @@ def latent_training(
     """One token of a latent student in training, a chunk of it being drawn ``draws`` times by the head, on average: N
     for each energy signal, once for those of the first LatentForge together.
 
+    The state's way into the head is counted for each draw, as in CALM's figures, and walked once for the N of a signal.
     ``encoded`` chunks are encoded for each chunk trained on, without a gradient: 1 for plain text, R more for R stored
     continuations. ``decoded`` drawn latents are held to tokens through the frozen codec. ``token_head`` says whether it
     is trained too.
@@ -92,7 +93,7 @@ def latent_training(
         3 * _layers(shape.decoder) / shape.chunk,
         3 * _attention(shape.decoder, positions) / shape.chunk,
         input=3 * _input(shape) / shape.chunk,
-        head=3 * draws * _head(shape) / shape.chunk,
+        head=3 * draws * (_head_context(shape) + _head_draw(shape)) / shape.chunk,
         codec=(encoded * codec.encoding_flops + 2 * decoded * codec.decoding_flops) / shape.chunk,
         token_head=3 * _token_head(shape) / shape.chunk if token_head else 0.0,
     )
@@ -115,10 +116,15 @@ def _input(shape: LatentShape) -> float:
     return 2.0 * (2 * shape.chunk * width * width + 2 * width * width)
 
 
-def _head(shape: LatentShape) -> float:
-    """Of one draw: noise and state to d, the blocks, d to d to the latent."""
+def _head_context(shape: LatentShape) -> float:
+    """Of one chunk, whatever its draws: the state to d."""
+    return 2.0 * shape.decoder.width**2
+
+
+def _head_draw(shape: LatentShape) -> float:
+    """Of one draw: noise to d, the blocks, d to d to the latent."""
     width = shape.decoder.width
-    return 2.0 * (6 * width * width * shape.head_blocks + 2 * width * width + (shape.noise + shape.latent) * width)
+    return 2.0 * (6 * width * width * shape.head_blocks + width * width + (shape.noise + shape.latent) * width)
 
 
 def _token_head(shape: LatentShape) -> float:
