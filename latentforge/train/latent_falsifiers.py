@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from latentforge.train.reading import Events, heldout_metric, ready_of, verdict_of
+from latentforge.train.reading import Events, heldout_metric, ready_of, steps_of, verdict_of
 from latentforge.verdicts import Verdict
 
 MODEL = "latent"
@@ -20,6 +20,10 @@ SIGNALS = {
     "ce_weight": "val_ce",
 }
 """The held-out loss of each signal by the weight that switches it on."""
+
+_IN_A_STEP = {"token_ce": "ce", "token_kd": "kd", "ce": "decoded_ce", "kl": "decoded_kl"}
+_ROUNDING = 1e-5
+"""By how much of its parts a step's loss may be another number than their weighted sum."""
 
 
 def latent_causal_001(events: Events) -> Verdict:
@@ -39,10 +43,16 @@ def latent_causal_001(events: Events) -> Verdict:
 
 
 def latent_kd_001(events: Events) -> Verdict:
-    """F-LATENT-KD-001: the held-out loss of each signal that is switched on is lower at the end than before step 1."""
+    """F-LATENT-KD-001: the held-out loss of each signal that is switched on is lower at the end than before step 1, and
+    each step's loss was the sum of its signals by the weights that were asked for: what one of them teaches may lower
+    the loss of another, which itself was left out."""
     name = "F-LATENT-KD-001"
     asked, steps = ready_of(events).get("requested", {}).get(MODEL, {}), asked_steps(events)
-    wanted = [name for weight, metric in SIGNALS.items() if asked.get(weight, 0) > 0 for name in _each(events, metric)]
+    weights = {part: share for part, share in _weights(events, asked).items() if share > 0}
+    wanted = [f"val_{part}" for part in weights]
+    left_out = _left_out(events, weights)
+    if left_out is not None:
+        return verdict_of(events, name, *left_out)
     other = _other_rows(events, wanted)
     if other is not None:
         return verdict_of(events, name, *other)
@@ -62,10 +72,38 @@ def latent_kd_001(events: Events) -> Verdict:
     return verdict_of(events, name, not rose, f"held out, before and after: {', '.join(told)}", measured)
 
 
-def _each(events: Events, metric: str) -> list[str]:
-    """The metrics of a signal: one for each temperature of the tempered one, whose mean could hide one that rose."""
-    names = {str(e.fields.get("name")) for e in events if e.kind == "metric"}
-    return sorted(name for name in names if name.startswith(f"{metric}_") and metric == "val_tempered") or [metric]
+def _weights(events: Events, asked: dict[str, Any]) -> dict[str, float]:
+    """The weight of each signal in a step's loss: those below T = 1 share theirs, and are judged each by itself, since
+    their mean could hide one that rose."""
+    found = {metric.removeprefix("val_"): float(asked.get(weight, 0)) for weight, metric in SIGNALS.items()}
+    seen = {name for fields in steps_of(events, MODEL).values() for name in fields}
+    below = sorted(name.removesuffix("_chunks") for name in seen if name.startswith("tempered_"))
+    below = list(dict.fromkeys(below))
+    if below:
+        share = found.pop("tempered") / len(below)
+        found |= dict.fromkeys(below, share)
+    return found
+
+
+def _left_out(events: Events, weights: dict[str, float]) -> tuple[bool | None, str] | None:
+    """Which signal was not in the loss of the steps with its weight, as (passed, text); None where all were."""
+    steps = steps_of(events, MODEL)
+    if not steps:
+        return None, "no step is in the events"
+    said = {
+        step: {part: fields.get(_IN_A_STEP.get(part, part)) for part in weights} | {"loss": fields.get("loss")}
+        for step, fields in steps.items()
+    }
+    never = [part for part in weights if all(parts[part] is None for parts in said.values())]
+    if never:
+        return False, f"{', '.join(never)}: in the loss of no step"
+    for step, parts in said.items():
+        shares = [weights[part] * float(value) for part, value in parts.items() if part != "loss" and value is not None]
+        loss = float("nan") if parts["loss"] is None else float(parts["loss"])
+        if not abs(loss - sum(shares)) <= _ROUNDING * max(1.0, sum(map(abs, shares))):
+            told = " + ".join(f"{weights[part]:g} {part}" for part in weights if parts[part] is not None)
+            return False, f"step {step}: the loss {loss:.6g} is not {told} = {sum(shares):.6g}"
+    return None
 
 
 def _other_rows(events: Events, metrics: list[str]) -> tuple[bool | None, str] | None:

@@ -75,6 +75,10 @@ def good_events() -> list[Event]:
     tempered = [("val_tempered_0.5", 4.0, 3.5), ("val_tempered_0.7", 4.0, 3.0), ("val_tempered", 4.0, 3.25)]
     for name, start, end in (("val_text", 5.0, 3.0), ("val_token_kd", 2.0, 1.5), *tempered):
         told += [("metric", _metric("latent", name, 0, start)), ("metric", _metric("latent", name, 6, end))]
+    parts = {"text": 5.0, "tempered_0.5": 4.0, "tempered_0.7": 4.0, "kd": 2.0, "ce": None}
+    for step in range(1, 7):
+        lesson = {**rows, **parts, "loss": 5.0 + 0.25 * (4.0 + 4.0) + 0.5 * 2.0, "batch_sha256": f"{step}"}
+        told.append(("step", {"model": "latent", "step": step, "steps": 6, "learning_rate": 1e-3, **lesson}))
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
     told.append(("checkpoint", {"step": 3, **weight}))
     told.append(("checkpoint", {"step": 6, "product": True, **weight}))
@@ -131,6 +135,15 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("F-LATENT-CAUSAL-001", "metric", {"name": "change_before_a_chunk"}, {"value": float("nan")}, "before by nan"),
     ("F-LATENT-KD-001", "metric", {"name": "val_text", "step": 6}, {"value": 5.0}, "text 5.0000 <= 5.0000"),
     ("F-LATENT-KD-001", "metric", {"name": "val_token_kd", "step": 6}, {"value": float("nan")}, "2.0000 <= nan"),
+    (
+        "F-LATENT-KD-001",
+        "step",
+        {"model": "latent", "step": 3},
+        {"loss": 7.0},
+        "step 3: the loss 7 is not 1 text + 0.5 token_kd + 0.25 tempered_0.5 + 0.25 tempered_0.7 = 8",
+    ),
+    ("F-LATENT-KD-001", "step", {"model": "latent"}, {"kd": None}, "token_kd: in the loss of no step"),
+    ("F-LATENT-KD-001", "step", {"model": "latent", "step": 2}, {"loss": float("nan")}, "step 2: the loss nan is not"),
     # One temperature that rose is not hidden by the mean of all.
     ("F-LATENT-KD-001", "metric", {"name": "val_tempered_0.5", "step": 6}, {"value": 4.5}, "0.5 4.0000 <= 4.5000"),
     (

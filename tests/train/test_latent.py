@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from latentforge.spec.sections import PipelineSpec
 from latentforge.students.latent.codec import Codec
 from latentforge.students.latent.flops import latent_training
 from latentforge.students.latent.student import LatentStudent
-from latentforge.train import latent
+from latentforge.train import latent, latent_lessons
 from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.run import execute
@@ -212,6 +213,24 @@ def test_the_first_latentforges_losses_are_there_and_are_trained_alone_where_the
         first, last = metrics(run, name)
         assert last["value"] < first["value"]
     assert not metrics(run, "val_text")
+
+
+@pytest.mark.parametrize("signal", ["text_signal", "continuation_signal", "TokenSignal"])
+def test_a_signal_that_is_left_out_of_the_loss_fails_though_others_lower_its_own(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, signal: str
+) -> None:
+    real = getattr(latent_lessons, signal)
+
+    def without(*given: Any, **named: Any) -> Any:
+        made = real(*given, **named)
+        return replace(made, kd_weight=0.0) if signal == "TokenSignal" else replace(made, weight=0.0)
+
+    monkeypatch.setattr(latent_lessons, signal, without)
+    run = make_run("latent.steps=6", "latent.require=['F-LATENT-KD-001']")
+    code, text = run_here(run)
+    assert code is ExitCode.FAIL
+    assert "F-LATENT-KD-001 FAIL" in text
+    assert "the loss" in text.partition("F-LATENT-KD-001 FAIL")[2]
 
 
 def test_a_frozen_student_fails_what_it_is_judged_by(make_run: MakeRun) -> None:
