@@ -5,7 +5,7 @@
 #   K D               data.chunk, autoencoder.latent                SEED              seed of the runs, or of the text
 #   STEPS EPOCHS      of the run that is trained, one of them       KD_W MSE_W CE_W   latent.{token_kd,mse,ce}_weight
 #   BATCH_SIZE        of the run that is trained                    PROMPT MAX_TOKENS TEMP TOP_P   of infer
-#   LATENT            folder of infer, serve and bench; the newest student below runs/   PORT   of a server
+#   LATENT            folder of infer, serve and bench; the newest student below runs/ or EVIDENCE_DIR   PORT   of a server
 #   RECIPE            recipe or file of the train- targets          DATA              data.corpus: for Venice, its prompts
 #   PROMPTS_FILE      of bench                                      RESULTS           folder of its report; results/ if not given
 .PHONY: check-api toy train-ae train-student train-student-venice train-student-vllm-local train-student-vllm-remote \
@@ -13,8 +13,9 @@
 
 RECIPE       ?= smoke-latent
 PROMPTS_FILE ?= prompts.txt
-NEWEST        = $(patsubst %/student.json,%,$(firstword $(shell ls -t runs/*/out/student/student.json 2> /dev/null)))
-LATENT       ?= $(or $(NEWEST),$(error there is no latent student below runs/: make train-student, or say LATENT=FOLDER))
+KEPT          = $(or $(EVIDENCE_DIR),runs)
+NEWEST        = $(shell ls -t '$(KEPT)'/*/out/student/student.json 2> /dev/null | sed -n '1s,/student.json$$,,p')
+LATENT       ?= $(or $(NEWEST),$(error there is no latent student below $(KEPT)/: make train-student, or say LATENT=FOLDER))
 LATENTFORGE  := $(BIN)/latentforge
 
 PROMPT       ?= import os

@@ -118,6 +118,17 @@ def test_the_bench_of_a_student_is_measured_on_the_prompts_that_are_named(folder
     assert [file.suffix for file in sorted((tmp_path / "out").iterdir())] == [".json", ".png"]
 
 
+def test_the_newest_student_is_looked_for_where_runs_are_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "a place of runs"
+    for age, run in ((200, "latent-old"), (100, "latent-new")):
+        record = kept / run / "out" / "student" / "student.json"
+        record.parent.mkdir(parents=True)
+        record.write_text("{}")
+        os.utime(record, (1e9 - age, 1e9 - age))
+    done = make("infer", "-n", EVIDENCE_DIR=str(kept))
+    assert f"-- '{kept}/latent-new/out/student' " in done.stdout, done.stderr
+
+
 def test_without_a_student_the_next_command_is_named(tmp_path: Path) -> None:
     done = make("infer", f"--include-dir={ROOT}", "NEWEST=")
     assert done.returncode == 2
