@@ -36,7 +36,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise RefusedError(f"method = {self.method!r} is none of {', '.join(METHODS)}")
-        if self.method == "head" and not 0 <= self.temperature <= 1:
+        if self.method == "head" and self.temperature > 1:
             raise RefusedError(
                 f"temperature = {self.temperature}: one draw of a head knows temperatures from 0 to 1",
                 next="take the method tokens for a higher one",

@@ -339,3 +339,9 @@ def test_a_text_that_nobody_waits_for_ends_within_its_step_and_its_neighbour_goe
     pieces += batch.step()
     assert [piece.request for piece in pieces] == [1, 1]
     assert (*pieces[0].tokens, *pieces[1].tokens) == generate(StandIn(), [neighbour])[0].tokens
+
+
+def test_a_temperature_below_0_is_not_said_to_be_too_high() -> None:
+    with pytest.raises(RefusedError, match=r"temperature = -1 is not 0 or a number from") as refusal:
+        Sampling("head", -1)
+    assert refusal.value.next is None or "higher" not in refusal.value.next
