@@ -16,9 +16,9 @@ from starlette.middleware.cors import CORSMiddleware
 from latentforge import __version__
 from latentforge.serve.answers import Completion, Generation, Served, encoded
 from latentforge.serve.asking import CompletionAsk, GenerateAsk, StreamOptions, parse
-from latentforge.serve.describing import add_bodies, add_page, body
+from latentforge.serve.describing import DESCRIPTION, add_page, body, complete_schema
 from latentforge.serve.engine import Engine
-from latentforge.serve.guard import App, Guard, Measured
+from latentforge.serve.guard import OPEN, App, Guard, Measured
 from latentforge.serve.limits import Limits
 from latentforge.serve.measures import Measures
 from latentforge.serve.preparing import completion_choices, deadline_of, generate_choices, prompt_tokens
@@ -27,7 +27,7 @@ from latentforge.serve.talking import EventStream, Gone, read_body, while_connec
 from latentforge.serve.texts import Choice, Conversation
 from latentforge.writers.opening import Writer
 
-PATHS = ("/", "/v1/completions", "/v1/models", "/generate", "/health", "/ready", "/metrics", "/docs", "/openapi.json")
+PATHS = ("/", "/v1/completions", "/v1/models", "/generate", "/health", "/ready", "/metrics", *DESCRIPTION)
 _UNREAD = 60.0  # seconds after its deadline until a stream that nobody reads is given up
 _REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"description": "a field is wrong: `error.param` names it"},
@@ -101,12 +101,14 @@ def build(service: Service, *, key: str | None, hosts: list[str] | None, origins
         "type, param, code}}`; `param` is the field to mend.",
         docs_url=None,
         redoc_url=None,
+        # Its redirect would name a proxy's host by http: the client would send its key there in clear.
+        redirect_slashes=False,
     )
     _routes(app, service)
     _errors(app)
     add_page(app)
-    add_bodies(app, CompletionAsk, GenerateAsk, StreamOptions)
-    guarded = Guard(app, key=key, hosts=hosts)
+    complete_schema(app, CompletionAsk, GenerateAsk, StreamOptions, key=key is not None)
+    guarded = Guard(app, key=key, hosts=hosts, open_paths=(*OPEN, *DESCRIPTION))
     shared = CORSMiddleware(
         guarded,
         allow_origins=origins,

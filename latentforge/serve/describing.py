@@ -17,6 +17,8 @@ _PARTS = {  # of the page: files of Swagger UI that fastapi-offline carries
     "/docs/swagger-ui.css": "text/css",
     "/docs/favicon.png": "image/png",
 }
+DESCRIPTION = (_PAGE, _SCHEMA, *_PARTS)
+"""What a browser asks for to show the page; it sends no key of its own, and the same is said of every server."""
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 )
@@ -51,16 +53,24 @@ def add_page(app: FastAPI) -> None:
 
 
 def body(kind: type[BaseModel]) -> dict[str, Any]:
-    """What FastAPI is told of an endpoint's body, whose schema ``add_bodies`` adds."""
+    """What FastAPI is told of an endpoint's body, whose schema ``complete_schema`` adds."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def add_bodies(app: FastAPI, *kinds: type[BaseModel]) -> None:
-    """Describe the bodies: they are read here, not by FastAPI, whose own errors would repeat whole bodies."""
+def complete_schema(app: FastAPI, *kinds: type[BaseModel], key: bool) -> None:
+    """Describe the bodies, which are read here and not by FastAPI, and the ``key`` where one is needed; leave out the
+    errors of FastAPI's own, which nobody is answered with."""
     found = app.openapi()
-    schemas = found.setdefault("components", {}).setdefault("schemas", {})
+    for path in found["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    parts: dict[str, Any] = {"schemas": {}}
+    found["components"] = parts
+    if key:
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"key": []}]
     for kind in kinds:
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         schema.pop("$defs", None)
-        schemas[kind.__name__] = schema
+        parts["schemas"][kind.__name__] = schema

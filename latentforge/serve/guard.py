@@ -20,7 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/ready")
-"""Paths that need no key: probes have none, and they say nothing of the model."""
+"""Probes have no key, and are told nothing of the model."""
 
 
 class Measured:
@@ -50,14 +50,17 @@ class Measured:
 
 
 class Guard:
-    """Refuses a request without the key, and, where there is no key, one under a foreign name of this machine.
+    """Refuses a request without the key but for ``open_paths``, and, where there is no key, one under a foreign name of
+    this machine.
 
     ``hosts`` are the names of a server that needs no key: a page whose own name was pointed at this machine (DNS
     rebinding) sends its name. None where any is accepted.
     """
 
-    def __init__(self, app: App, *, key: str | None, hosts: Collection[str] | None) -> None:
-        self._app = app
+    def __init__(
+        self, app: App, *, key: str | None, hosts: Collection[str] | None, open_paths: Collection[str]
+    ) -> None:
+        self._app, self._open = app, frozenset(open_paths)
         self._key = None if key is None else _digest(key.encode())
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
 
@@ -76,7 +79,7 @@ class Guard:
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if self._hosts is not None and name not in self._hosts:
             raise Refusal(421, "this server does not go by that name; ask for 127.0.0.1", field="Host", code="host")
-        if self._key is None or path in OPEN:
+        if self._key is None or path in self._open:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # Digests of equal length: neither where the two differ nor how long the key is shows in the time.

@@ -125,6 +125,7 @@ def strict(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with running(folders.latent, "--name", "tiny", *STRICT, log=log) as found:
         yield found
     assert "Traceback" not in log.read_text()
+    assert KEY not in log.read_text()
 
 
 @dataclass

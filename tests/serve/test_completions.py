@@ -325,6 +325,8 @@ def test_the_description_names_each_field(server: Running) -> None:
     found = server.get("/openapi.json").json()
     assert {"CompletionAsk", "GenerateAsk", "StreamOptions"} <= set(found["components"]["schemas"])
     assert "best_of" in found["components"]["schemas"]["CompletionAsk"]["properties"]
+    assert not any("ValidationError" in name for name in found["components"]["schemas"])
+    assert "ValidationError" not in json.dumps(found["paths"])
 
 
 def test_the_page_that_describes_them_and_all_that_it_refers_to_come_from_the_server(server: Running) -> None:

@@ -212,7 +212,7 @@ def test_a_body_beyond_the_limit_is_413_and_another_type_415(strict: Running) ->
     refused(httpx2.post(url, content=b"{}", headers=packed), 415, "Content-Encoding")
 
 
-def test_without_the_key_there_is_nothing_but_health(strict: Running) -> None:
+def test_without_the_key_there_is_nothing_but_health_and_the_description(strict: Running) -> None:
     wrong: list[dict[str, str]] = [
         {},
         {"Authorization": "Bearer wrong"},
@@ -222,13 +222,16 @@ def test_without_the_key_there_is_nothing_but_health(strict: Running) -> None:
         {"Authorization": "Bearer"},
     ]
     for headers in wrong:
-        for path in ("/v1/models", "/metrics", "/", "/docs", "/nothing"):
+        for path in ("/v1/models", "/metrics", "/", "/docs/", "/docs/../metrics", "/nothing"):
             answer = strict.get(path, **headers)
             assert "key" in refused(answer, 401, "Authorization")
             assert answer.headers["www-authenticate"] == "Bearer"
         refused(strict.post("/v1/completions", {"model": "tiny", "prompt": "a"}, **headers), 401, "Authorization")
     assert strict.get("/health").json() == {"status": "alive"}
     assert strict.get("/ready").json() == {"status": "ready"}
+    description = strict.get("/openapi.json").json()  # for a browser, which cannot send the key before it has the page
+    assert strict.get("/docs").status_code == strict.get("/docs/swagger-ui.css").status_code == 200
+    assert description["components"]["securitySchemes"][next(iter(description["security"][0]))]["scheme"] == "bearer"
     assert strict.get("/v1/models", **BEARER).status_code == 200
     assert strict.get("/v1/models", Authorization=f"bearer {KEY}").status_code == 200
 
@@ -255,6 +258,25 @@ def test_a_foreign_name_of_this_machine_is_refused_where_there_is_no_key(server:
 def test_a_path_or_a_method_that_there_is_not_is_refused_in_the_same_form(strict: Running) -> None:
     refused(strict.get("/v1/chat/completions", **BEARER), 404, None)
     refused(strict.get("/generate", **BEARER), 405, None)
+    paths = (
+        "/",
+        "/v1/completions",
+        "/v1/models",
+        "/generate",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+    )
+    for path in paths:
+        for method in ("OPTIONS", "PUT", "DELETE", "TRACE", "FOO"):
+            refused(strict.client.request(method, path, headers=BEARER), 405, None)
+        assert strict.client.request("HEAD", path, headers=BEARER).status_code in (200, 405)
+    tricks = ("/v1//models", "/health%00", "/metrics;a")
+    for path in (*tricks, *(path + "/" for path in paths[1:])):
+        answer = strict.get(path, **BEARER)
+        assert refused(answer, 404, "model" if path == "/v1/models/" else None)
 
 
 def test_a_deadline_that_passes_is_said(strict: Running) -> None:
