@@ -40,10 +40,17 @@ class AutoencoderSpec(Section):
     kl_floor: Weight = Field(0.5, description="nats of that KL which each dimension has for nothing (free bits)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 250
+    validate_every: Count | None = Field(
+        None, description="measure held-out text every so many steps; before the first and after the last if absent"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="whose weights are saved: the last step's, or those of the lowest held-out loss measured"
+    )
     require: tuple[str, ...] = Field(("F-LATENT-AE-001",), description="falsifiers that must pass")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        check_best("autoencoder", self.keep, self.validate_every, self.steps)
         check_falsifiers(self.require, section="autoencoder")
         return self
 
@@ -63,6 +70,15 @@ class ContinuationsSpec(Section):
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures {list(self.temperatures)} holds a value twice")
         return self
+
+
+def check_best(section: str, keep: str, validate_every: int | None, steps: int) -> None:
+    """Refuse (ValueError) a best step among none: held-out text is then measured after the last one alone."""
+    if keep == "best" and (validate_every is None or validate_every >= steps):
+        raise ValueError(
+            f"keep = 'best' with validate_every = {validate_every} and steps = {steps}: held-out text is measured "
+            f"after one step alone, the last; set {section}.validate_every below {section}.steps"
+        )
 
 
 class LatentStudentSpec(Section):
@@ -132,6 +148,12 @@ class LatentSpec(Section):
     activation_checkpointing: bool = Field(False, description="compute activations again for the gradient: less memory")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 250
+    validate_every: Count | None = Field(
+        None, description="measure held-out text every so many steps; before the first and after the last if absent"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="whose weights are saved: the last step's, or those of the lowest held-out loss measured"
+    )
     beside: bool = Field(False, description="train the token-level student of [distill] too, on the same data")
     require: tuple[str, ...] = Field(
         ("F-LATENT-CAUSAL-001", "F-LATENT-KD-001"), description="falsifiers that must pass"
@@ -175,5 +197,6 @@ class LatentSpec(Section):
             raise ValueError(
                 f"samples = {self.samples} cannot be shared out evenly among sample_continuations = {used}"
             )
+        check_best("latent", self.keep, self.validate_every, self.steps)
         check_falsifiers(self.require, section="latent")
         return self

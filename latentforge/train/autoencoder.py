@@ -18,6 +18,7 @@ from latentforge.students.latent.codec import CodecShape, new_codec
 from latentforge.students.latent.codec_loss import CodecObjective
 from latentforge.students.latent.codec_report import COLLAPSED, CodecReport, report_codec
 from latentforge.train import effective
+from latentforge.train.best import Best
 from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
 from latentforge.train.falsifiers import judge
@@ -83,6 +84,8 @@ def run(run: RunDir, log: EventLog) -> None:
             "kl_floor": objective.kl_floor,
             "device": device.type,
             "checkpoint_every": spec.checkpoint_every,
+            "validate_every": spec.validate_every,
+            "keep": spec.keep,
             "require": list(spec.require),
         },
         "chunk": codec.shape.chunk,
@@ -105,7 +108,8 @@ def run(run: RunDir, log: EventLog) -> None:
     log.ready(requested=identity.spec, effective=in_force)
 
     keeper = Keeper(run, log, codec, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
-    first, before = keeper.resume(earlier), None
+    first, before, best = keeper.resume(earlier), None, Best(keeper, wanted=spec.keep == "best")
+    best.carry(earlier, first or 0)
     if first is None:
         with log.phase("evaluate"):
             before = report_of(trainer, data)
@@ -115,10 +119,16 @@ def run(run: RunDir, log: EventLog) -> None:
         for step in range(first or 0, spec.steps):
             done = trainer.step(step, training_batch(data.train, order, step, device))
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
+            if spec.validate_every is not None and (step + 1) % spec.validate_every == 0 and step + 1 < spec.steps:
+                found = report_of(trainer, data)
+                say_measures(log, found, data, step=step + 1)
+                best.offer(step + 1, found.loss)
             keeper.after(step + 1, stop_requested())
 
     with log.phase("evaluate"):
         after = report_of(trainer, data)
+        kept = best.put_back(spec.steps, after.loss)
+        after = after if kept == spec.steps else report_of(trainer, data)
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
     say_report(log, after, data, step=spec.steps)
 
@@ -129,7 +139,8 @@ def run(run: RunDir, log: EventLog) -> None:
         copy_tokenizer(data.tokenizer_dir, folder)
         say_saved(codec, optimiser, folder, start=start, log=log, step=spec.steps, model=MODEL)
         reports = {"initial": None if before is None else before.as_json(), "final": after.as_json()}
-        write_record(run.out / "metrics.json", {"steps": spec.steps, "flops": {MODEL: flops}, "heldout": reports})
+        record = {"steps": spec.steps, "kept_step": kept, "flops": {MODEL: flops}, "heldout": reports}
+        write_record(run.out / "metrics.json", record)
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
     for verdict in judge(read_events(run.events_file), spec.require):
         log.verdict(verdict)
@@ -148,8 +159,8 @@ def padding_in(tokens: Tensor, data: ShardSet) -> int:
     return int((ended[..., :-1] > 0).sum())
 
 
-def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
-    """Say a report as events and as lines for people, with an alarm where dimensions tell nothing."""
+def say_measures(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
+    """Say a report as events."""
     seen, places, padding = hashlib.sha256(), 0, 0
     for tokens in evaluation_batches(data.heldout, torch.device("cpu")):
         seen.update(bytes_of(tokens))
@@ -162,8 +173,14 @@ def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int)
     log.emit("metric", name="chunk_accuracy", value=report.chunk_accuracy, chunks=report.chunks, **of)
     for level, value in report.noisy_accuracy.items():
         log.emit("metric", name="noisy_token_accuracy", value=value, noise=level, **of)
-    least = min(report.kl)
-    log.emit("metric", name="latent_kl", value=least, by_dimension=list(report.kl), std=report.latent_std, **of)
+    log.emit(
+        "metric", name="latent_kl", value=min(report.kl), by_dimension=list(report.kl), std=report.latent_std, **of
+    )
+
+
+def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
+    """Say a report as events and as lines for people, with an alarm where dimensions tell nothing."""
+    say_measures(log, report, data, step=step)
     log.say(f"{'initial_loss' if step == 0 else 'final_loss'}={report.loss:.4f} (held-out, step {step})")
     log.say(
         f"held out: {report.token_accuracy:.4%} of {report.tokens} tokens, {report.chunk_accuracy:.4%} of "
@@ -171,7 +188,7 @@ def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int)
     )
     noisy = ", ".join(f"{value:.2%} at {level:g}" for level, value in report.noisy_accuracy.items())
     log.say(f"held out, noise as a share of the latents' std {report.latent_std:.3f}: {noisy}")
-    middle = sorted(report.kl)[len(report.kl) // 2]
+    least, middle = min(report.kl), sorted(report.kl)[len(report.kl) // 2]
     log.say(f"KL of {len(report.kl)} dimensions: {least:.3f} to {max(report.kl):.3f} nats, half below {middle:.3f}")
     if report.collapsed and step > 0:
         told = ", ".join(map(str, report.collapsed[:8])) + (", …" if len(report.collapsed) > 8 else "")

@@ -65,8 +65,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, start: dict[str, st
     ``start`` maps each trained tensor to its digest before step 1. FailedError where what is on disk is smaller than
     its tensors or not what was in memory: a checkpoint that cannot be used is a failure, not a warning.
     """
-    name = f"step-{checkpoint.step:06d}"
-    partial = folder / f".partial-{name}"
+    final = step_folder(folder, checkpoint.step)
+    partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(_plain(checkpoint.weights), partial / "model.safetensors")
@@ -85,7 +85,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, start: dict[str, st
     for path in sorted(partial.iterdir()):
         _sync(path)
     _sync(partial)
-    final = folder / name
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     _sync(folder)
@@ -102,6 +101,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, start: dict[str, st
     for old in sorted(_steps(folder), key=lambda path: _number(path))[:-_KEPT]:
         shutil.rmtree(old)
     return Written(final, checkpoint.step, size, expected, len(start) - len(unmoved), len(start), unmoved)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies below ``folder``."""
+    return folder / f"step-{step:06d}"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -87,17 +87,18 @@ class Keeper:
             self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
             return None
         go_on(earlier, checkpoint, self.optimiser, self.log, model=self.model, steps=self.steps)
-        self._keep(checkpoint.step)
+        self.keep(checkpoint.step)
         return checkpoint.step
 
     def after(self, step: int, signal: str | None) -> None:
         """After ``step`` steps: a checkpoint where one is due, or where ``signal`` asks to stop: then Interrupted."""
         if signal is not None or step % self.every == 0 or step == self.steps:
-            self._keep(step)
+            self.keep(step)
         if signal is not None:
             raise Interrupted(f"interrupted by {signal} after step {step} of the {self.model}; checkpoint written")
 
-    def _keep(self, step: int) -> None:
+    def keep(self, step: int, below: str = "") -> None:
+        """Write the checkpoint of ``step`` steps into the folder ``below``."""
         keep_checkpoint(
-            self.run, self.log, "", self.trained, self.optimiser, model=self.model, step=step, start=self.start
+            self.run, self.log, below, self.trained, self.optimiser, model=self.model, step=step, start=self.start
         )

@@ -26,6 +26,7 @@ from latentforge.students.latent.student import LatentShape, LatentStudent
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.train import effective
 from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
+from latentforge.train.best import Best
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper
 from latentforge.train.latent_falsifiers import MODEL
@@ -101,11 +102,12 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     log.ready(requested=identity.spec, effective=in_force)
 
     keeper = Keeper(run, log, student, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
-    first, before = keeper.resume(earlier), None
+    first, before, best = keeper.resume(earlier), None, Best(keeper, wanted=spec.keep == "best")
+    best.carry(earlier, first or 0)
     if first is None:
         with log.phase("evaluate"):
             before = trainer.held_out(data)
-        say_held_out(log, before, step=0)
+        say_held_out(log, before, step=0, name="initial_loss")
 
     effective.take_peak()
     with log.phase("train"), deferred_stop():
@@ -116,15 +118,21 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
             signal, last = stop_requested(), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
                 log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
+            if spec.validate_every is not None and (step + 1) % spec.validate_every == 0 and not last:
+                found = trainer.held_out(data)
+                say_held_out(log, found, step=step + 1, name="val_loss")
+                best.offer(step + 1, found.loss)
             keeper.after(step + 1, signal)
 
     with log.phase("evaluate"):
         after = trainer.held_out(data)
+        kept = best.put_back(spec.steps, after.loss)
+        after = after if kept == spec.steps else trainer.held_out(data)
         rows = torch.from_numpy(data.heldout.rows(np.arange(min(CAUSAL_ROWS, len(data.heldout))))).to(device)
         text = chunked(rows, data.chunk)
         change = changes(student, text, valid(text, data.eos_id))
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
-    say_held_out(log, after, step=spec.steps)
+    say_held_out(log, after, step=spec.steps, name="final_loss")
     of = {"step": spec.steps, "split": "heldout", "model": MODEL}
     log.emit(
         "metric", name="change_before_a_chunk", value=change.before, after=change.after, places=change.places, **of
@@ -139,7 +147,13 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         write_record(run.out / "samples.json", written(run.out / "student", data, device))
         reports = {"initial": None if before is None else vars(before), "final": vars(after)}
         causality = {"before": change.before, "after": change.after, "places": change.places}
-        record = {"steps": spec.steps, "flops": {MODEL: flops}, "heldout": reports, "causality": causality}
+        record = {
+            "steps": spec.steps,
+            "kept_step": kept,
+            "flops": {MODEL: flops},
+            "heldout": reports,
+            "causality": causality,
+        }
         write_record(run.out / "metrics.json", record)
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
     for verdict in judge(read_events(run.events_file), spec.require):
@@ -250,12 +264,12 @@ def covered_rows(teaching: Teaching, order: BatchOrder, step: int) -> Tensor | N
     return torch.from_numpy(order.indices(step) < teaching.covered)
 
 
-def say_held_out(log: EventLog, value: HeldOut, *, step: int) -> None:
-    """Say held-out values as events: the weighted loss, and each signal's own."""
+def say_held_out(log: EventLog, value: HeldOut, *, step: int, name: str) -> None:
+    """Say held-out values as events: the weighted loss, which a line for people calls ``name``, and each signal's."""
     log.metric("val_loss", value.loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
-    for name, part in value.parts.items():
-        log.metric(f"val_{name}", part, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
-    log.say(f"{'initial_loss' if step == 0 else 'final_loss'}={value.loss:.4f} (held-out, step {step})")
+    for part, loss in value.parts.items():
+        log.metric(f"val_{part}", loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
+    log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
 
 
 def values_in_force(
@@ -299,6 +313,8 @@ def values_in_force(
             "activation_checkpointing": student.head.checkpointing,
             "device": student.table.weight.device.type,
             "checkpoint_every": spec.checkpoint_every,
+            "validate_every": spec.validate_every,
+            "keep": spec.keep,
             "beside": run.has_input("beside"),
             "require": list(spec.require),
         },

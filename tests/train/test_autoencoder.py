@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,20 @@ def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(
     losses = [{step: made["loss"] for step, made in steps(run).items()} for run in (whole, resumed)]
     assert losses[0] == losses[1]
     assert [found["step"] for found in metrics(resumed, "val_loss")] == [0, STEPS]
+
+
+def test_the_codec_of_the_lowest_held_out_loss_is_kept_where_it_is_asked_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted, measured = iter((9.0, 3.0, 2.0, 4.0, 2.0)), autoencoder.report_of
+    monkeypatch.setattr(autoencoder, "report_of", lambda *both: replace(measured(*both), loss=next(planted)))
+    run = make_run(validate_every=3, keep="best", steps=9)
+    code, text = run_here(run)
+    assert code is ExitCode.PASS, text
+    assert "kept: step 6, held-out loss 2.0000; that of step 9, the last, is 4.0000" in text
+    saved, kept = Codec.open(run.out / "codec"), load_checkpoint(run.checkpoints / "best" / "step-000006").weights
+    assert all(torch.equal(kept[name], value) for name, value in saved.state_dict().items() if name in kept)
+    assert [found["step"] for found in metrics(run, "val_loss")] == [0, 3, 6, 9]
 
 
 def test_a_gate_that_is_not_passed_fails_the_run(make_run: MakeRun) -> None:

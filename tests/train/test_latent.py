@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from latentforge.errors import RefusedError
 from latentforge.events import read_events
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.spec.run import LaunchRecord, RunDir
@@ -26,6 +27,7 @@ from latentforge.students.latent.student import LatentStudent
 from latentforge.train import latent, latent_lessons
 from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.inprocess import execute_pipeline, plan
+from latentforge.train.latent_trainer import LatentTrainer
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
 from latentforge.writers.opening import open_writer
@@ -174,6 +176,74 @@ def test_a_run_that_is_stopped_then_killed_and_resumed_ends_with_the_same_bits(
     losses = [{step: made["loss"] for step, made in steps(run).items()} for run in (whole, resumed)]
     assert losses[0] == losses[1]
     assert [found["step"] for found in metrics(resumed, "val_text")] == [0, STEPS]
+
+
+def planted_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Each measure of held-out text says the next of these losses."""
+    planted, measured = iter(losses), LatentTrainer.held_out
+    monkeypatch.setattr(LatentTrainer, "held_out", lambda *all_: replace(measured(*all_), loss=next(planted)))
+
+
+def kept_weights(run: RunDir, step: int) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run.checkpoints / "best" / f"step-{step:06d}").weights
+
+
+BEST = ("latent.validate_every=2", "latent.keep='best'")
+
+
+@pytest.mark.parametrize(("losses", "best"), [((9, 5, 3, 4, 3), 4), ((9, 5, 5, 4), 6), ((9, 2, 2, float("nan"), 2), 2)])
+def test_the_step_of_the_lowest_held_out_loss_is_kept_the_first_of_equals(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, losses: tuple[float, ...], best: int
+) -> None:
+    planted_losses(monkeypatch, *losses)
+    run = make_run(*BEST)
+    code, text = run_here(run)
+    assert code is ExitCode.PASS, text
+    assert f"kept: step {best}, held-out loss {min(losses[1:4]):.4f}" in text
+    student = LatentStudent.open(run.out / "student")
+    ours = kept_weights(run, best)
+    assert all(torch.equal(ours[name], value) for name, value in student.state_dict().items() if name in ours)
+    assert [(found["step"], found["value"]) for found in metrics(run, "val_loss")][:3] == [
+        (0, losses[0]),
+        (2, losses[1]),
+        (4, losses[2]),
+    ]
+    assert json.loads((run.out / "metrics.json").read_text())["kept_step"] == best
+    assert [(found["value"], found["step"]) for found in metrics(run, "kept_step")] == [(best, STEPS)]
+
+
+@pytest.mark.parametrize(("stop", "best"), [(3, 2), (5, 4)])
+def test_a_best_step_before_a_stop_is_kept_by_the_run_that_goes_on(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, stop: int, best: int
+) -> None:
+    planted_losses(monkeypatch, 9, *((3,) if best == 2 else (4, 3)))
+    stopped = make_run(*BEST)
+    asked = iter([None] * (stop - 1) + ["SIGTERM"])
+    monkeypatch.setattr(latent, "stop_requested", lambda: next(asked))
+    assert run_here(stopped)[0] is ExitCode.UNKNOWN
+    monkeypatch.undo()
+    planted_losses(monkeypatch, *([5.0] * (3 - best // 2)), 3)
+    resumed = make_run(*BEST, attempt=2, predecessor=stopped)
+    code, text = run_here(resumed)
+    assert code is ExitCode.PASS, text
+    assert f"kept: step {best}, held-out loss 3.0000; that of step {STEPS}, the last, is 5.0000" in text
+    ours, theirs = kept_weights(resumed, best), kept_weights(stopped, best)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_without_a_loss_that_is_a_number_no_step_is_the_best(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted_losses(monkeypatch, 9, *([float("nan")] * 3))
+    code, text = run_here(make_run(*BEST))
+    assert code is ExitCode.FAIL
+    assert "no held-out loss of the latent was a number" in text
+
+
+@pytest.mark.parametrize("section", ["latent", "autoencoder"])
+def test_the_best_of_one_step_is_refused(section: str) -> None:
+    with pytest.raises(RefusedError, match=f"set {section}.validate_every below {section}.steps"):
+        short_spec(f"{section}.keep='best'")
 
 
 def test_micro_batches_and_activations_computed_again_change_nothing_but_memory(make_run: MakeRun) -> None:

@@ -1,0 +1,74 @@
+"""The step of the lowest held-out loss: kept beside the checkpoints, and put back at the end where that was asked."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+from latentforge.errors import FailedError
+from latentforge.spec.run import RunDir
+from latentforge.train.checkpoint import newest_checkpoint, step_folder
+from latentforge.train.keeping import Keeper
+from latentforge.train.resume import Earlier
+
+BELOW = "best"
+
+
+class Best:
+    """The checkpoint of the lowest held-out loss so far, in ``out/checkpoints/best``; ``step`` None before the first.
+
+    Of equal losses the first is kept; one that is no number is never the lowest. Where it is not ``wanted``, nothing is
+    kept.
+    """
+
+    def __init__(self, keeper: Keeper, *, wanted: bool) -> None:
+        self.wanted = wanted
+        self._keeper = keeper
+        self._folder = keeper.run.checkpoints / BELOW
+        self.step: int | None = None
+        self.loss = math.inf
+
+    def carry(self, earlier: Earlier | None, until: int) -> None:
+        """Take over a predecessor's of its first ``until`` steps; a later one is found again when it is made again."""
+        if earlier is None or not self.wanted:
+            return
+        before = RunDir(self._keeper.run.path.parent / earlier.run).checkpoints / BELOW
+        found, _said = newest_checkpoint(before)
+        if found is not None and found.step <= until:
+            shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
+            self.step, self.loss = found.step, _loss(earlier, self._keeper.model, found.step)
+
+    def offer(self, step: int, loss: float) -> None:
+        """Keep the weights as they are after ``step`` steps if their held-out ``loss`` is the lowest so far."""
+        if self.wanted and loss < self.loss:
+            self.step, self.loss = step, loss
+            self._keeper.keep(step, BELOW)
+
+    def put_back(self, steps: int, loss: float) -> int:
+        """Whose weights the model holds from now on: of the best step, the last one, ``steps`` with ``loss``, included.
+
+        FailedError where no held-out loss was a number. Where it is not wanted, nothing changes.
+        """
+        if not self.wanted:
+            return steps
+        self.offer(steps, loss)
+        found, _said = newest_checkpoint(self._folder)
+        if self.step is None or found is None or found.step != self.step:
+            raise FailedError(
+                f"no held-out loss of the {self._keeper.model} was a number: no step is the best",
+                next="train with a lower learning rate",
+            )
+        self._keeper.optimiser.load(found.weights, found.moments)
+        log = self._keeper.log
+        of = {"step": steps, "split": "heldout", "model": self._keeper.model}
+        log.emit("metric", name="kept_step", value=self.step, kept_loss=self.loss, last_loss=loss, **of)
+        log.say(f"kept: step {self.step}, held-out loss {self.loss:.4f}; that of step {steps}, the last, is {loss:.4f}")
+        return self.step
+
+
+def _loss(earlier: Earlier, model: str, step: int) -> float:
+    for event in earlier.events:
+        said = event.fields
+        if event.kind == "metric" and (said["name"], said.get("model"), said["step"]) == ("val_loss", model, step):
+            return float(said["value"])
+    raise FailedError(f"{earlier.run} kept step {step} as its best, and its events do not say at what loss")
