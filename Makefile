@@ -17,6 +17,7 @@ TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/c
 
 DISPATCH_TESTS := $(addprefix tests/,agent dispatch faults following preflight pulling)
 
+.NOTPARALLEL:  # targets share one environment, which each of them sets up first
 .PHONY: help setup smoke smoke-latent sweep-ae test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
 
 help:  ## what can be made

@@ -53,6 +53,7 @@ def quality(
         raise RefusedError(f"--out {out}: {out.parent} is no folder", next=f"mkdir -p {out.parent}")
     asked = Protocol(rows, draws, texts, chunks, prompt, seed, Sampling(method, temperature, sampler_draws))
     shards = ShardSet.open(data / "out" if (data / "out").is_dir() else data)
+    shards.verify()
     with Progress() as progress:
         progress.tell("opening")
         students = [("student", open_writer(student, device=device))]

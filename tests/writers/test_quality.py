@@ -15,6 +15,7 @@ from latentforge.cli.bench import app
 from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.errors import RefusedError
+from latentforge.evidence.digests import file_sha256
 from latentforge.students.latent.chunks import valid
 from latentforge.students.latent.flops import latent_inference
 from latentforge.students.latent.requests import Sampling
@@ -38,6 +39,9 @@ def data_of(folders: Folders, folder: Path, rows: Tensor | None = None) -> Shard
     rows = folders.rows[-32:] if rows is None else rows
     folder.mkdir()
     tokenizer = copy_tokenizer(folders.token / "out" / "student", folder / "tokenizer")
+    shards = {"train.bin": rows[:1], "heldout.bin": rows}
+    for name, held in shards.items():
+        (folder / name).write_bytes(held.numpy().astype("<u2").tobytes())
     record = {
         "vocab_size": VOCABULARY,
         "sequence_length": rows.shape[1],
@@ -45,13 +49,11 @@ def data_of(folders: Folders, folder: Path, rows: Tensor | None = None) -> Shard
         "chunk": CHUNK,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
-        "shards": {"train.bin": "", "heldout.bin": ""},
+        "shards": {name: file_sha256(folder / name) for name in shards},
         "train_sequences": 1,
         "heldout_sequences": len(rows),
     }
     (folder / "data.json").write_text(json.dumps(record))
-    (folder / "train.bin").write_bytes(rows[:1].numpy().astype("<u2").tobytes())
-    (folder / "heldout.bin").write_bytes(rows.numpy().astype("<u2").tobytes())
     return ShardSet.open(folder)
 
 
@@ -261,6 +263,16 @@ def test_the_command_prints_and_writes_what_bench_generate_reads(
         one = read[open_writer(folder).digests["student"]]
         assert one.brier_lm is not None
         assert one.bits_per_byte is not None
+
+
+def test_held_out_text_that_was_altered_is_not_measured_on(folders: Folders, tmp_path: Path) -> None:
+    data = data_of(folders, tmp_path / "data")
+    content = bytearray((data.folder / "heldout.bin").read_bytes())
+    content[-2] ^= 1
+    (data.folder / "heldout.bin").write_bytes(content)
+    found = CliRunner().invoke(app, ["quality", str(folders.latent), "--data", str(data.folder)])
+    assert isinstance(found.exception, RefusedError)
+    assert "heldout.bin: sha256" in str(found.exception)
 
 
 def test_a_teachers_run_names_its_model(tmp_path: Path) -> None:
