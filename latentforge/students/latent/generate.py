@@ -210,6 +210,11 @@ def _choose(model: ChunkModel, session: Session, texts: list[_Text], waited: _Wa
     return Drawn(chunks, settled, made, made)
 
 
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """One tensor of the parts; a single one, which most steps have, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
 def _waited_rows(waited: _Waited, texts: list[_Text], rows: list[int]) -> list[bool]:
     return waited([texts[row] for row in rows])
 
@@ -225,23 +230,25 @@ def _draw(
     temperature = sampling.temperature if sampling.method == "head" else 1.0
 
     def draw(rows: Tensor, first: int, count: int) -> Tensor:
-        return torch.cat([block(some, first, count) for some in rows.split(_AT_ONCE)])
+        return _joined([block(some, first, count) for some in rows.split(_AT_ONCE)], 0)
 
     def block(rows: Tensor, first: int, count: int) -> Tensor:
         each = max(1, _AT_ONCE // len(rows))
         starts = range(first, first + count, each)
         parts = [some(rows, at, min(each, first + count - at)) for at in starts]
         # What follows an end is no part of the text: chunks that differ there alone are one outcome.
-        return absorbed(torch.cat(parts, dim=1), model.eos_id)
+        return absorbed(_joined(parts, 1), model.eos_id)
 
     def some(rows: Tensor, first: int, count: int) -> Tensor:
-        found = torch.full((len(rows), count, model.chunk), -1, dtype=torch.int64)
-        there = torch.tensor(waited(rows.tolist()))
-        rows = rows[there]
-        if len(rows):
+        there = waited(rows.tolist())
+        if all(there):
             here = Keys(keys.seeds[rows], keys.positions[rows])
-            found[there] = session.draw(members[rows], here, first, count, temperature).cpu()
-        return found  # draws that are all the same settle a text that is not waited for
+            return session.draw(members[rows], here, first, count, temperature).cpu()
+        # Draws that are all the same settle a text that is not waited for.
+        found = torch.full((len(rows), count, model.chunk), -1, dtype=torch.int64)
+        if any(there):
+            found[torch.tensor(there)] = some(rows[torch.tensor(there)], first, count)
+        return found
 
     wanted, seeds, positions = sampling.temperature, keys.seeds, keys.positions
     if sampling.method == "exact":
