@@ -30,6 +30,7 @@ def verify(
     """
     from latentforge.cli.terminal import Passing, print_json
     from latentforge.evidence import file_sha256, verify_evidence
+    from latentforge.evidence.reading import evidence_folder, find_run
     from latentforge.verdicts import exit_code
 
     passing = Passing(active=not json)
@@ -38,34 +39,15 @@ def verify(
         passing.show(f"hashing {file}")
         return file_sha256(file)
 
-    verification = verify_evidence(_find(path), hasher=hasher)
+    verification = verify_evidence(
+        find_run(path, next=f"latentforge evidence verify {evidence_folder()}/"), hasher=hasher
+    )
     passing.clear()
     if json:
         print_json(verification.as_json())
     else:
         print("\n".join(_told(verification)))
     return exit_code(verification.outcome)
-
-
-def _find(text: str) -> Path:
-    """The path itself, or the one run folder whose name begins so, in ``EVIDENCE_DIR`` or ``./runs``."""
-    import os
-    from pathlib import Path
-
-    from latentforge.errors import RefusedError
-    from latentforge.spec.identity import RUN_ID
-
-    path = Path(text)
-    if path.exists():
-        return path
-    folder = path.parent if "/" in text else Path(os.environ.get("EVIDENCE_DIR") or "runs")
-    known = sorted(item.name for item in folder.iterdir() if RUN_ID.fullmatch(item.name)) if folder.is_dir() else []
-    found = [name for name in known if name.startswith(path.name)]
-    if len(found) > 1:
-        raise RefusedError(f"{text!r} is the beginning of {len(found)} runs: {', '.join(found)}")
-    if not found:
-        raise RefusedError(f"there is no run {text!r} in {folder}/", next=f"latentforge evidence verify {folder}/")
-    return folder / found[0]
 
 
 def _told(verification: Verification) -> list[str]:

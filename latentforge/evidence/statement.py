@@ -119,8 +119,8 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
     if identity_bytes is None:
         raise RefusedError(f"{run_dir} has no identity.json: this is no run folder")
     identity = RunIdentity.from_bytes(identity_bytes, run_id=run_dir.name)
-    effective = _json(run_dir / "effective.json") or {}
-    record = _json(run_dir / "exit.json")
+    effective = read_json(run_dir / "effective.json") or {}
+    record = read_json(run_dir / "exit.json")
     _check_inventory(record, digests.get("artifacts.json"))
     told, broken = sift_events(run_dir / "events.jsonl") if "events.jsonl" in digests else ([], [])
     events = [event for event in told if event.run == run_dir.name]  # another run's verdict is no word of this one's
@@ -142,8 +142,8 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
         "timings": _mapping(effective.get("timings")),
         "peak_memory_bytes": effective.get("peak_memory_bytes"),
         "flops": effective.get("flops"),
-        "end": _end(events, record),
-        "not_collected": _not_collected(_json(run_dir / "artifacts.json"), digests),
+        "end": end_of(events, record),
+        "not_collected": _not_collected(read_json(run_dir / "artifacts.json"), digests),
         "secret_names": sorted(identity.secrets),
         "identities": {
             "code": identity.code,
@@ -216,11 +216,11 @@ def _observations(events: Sequence[Event]) -> Iterable[dict[str, Any]]:
             }
 
 
-def _end(events: Sequence[Event], record: dict[str, Any] | None) -> dict[str, Any]:
+def end_of(events: Sequence[Event], record: dict[str, Any] | None) -> dict[str, Any]:
     """The run's outcome: the meet of its verdicts, but never a pass for a run whose end is missing or not a pass."""
     ends = [event for event in events if event.kind == "end"]
     code = ends[-1].fields.get("code") if ends else None
-    outcomes = [Outcome[str(one["outcome"]).upper()] for one in _verdicts(events)]
+    outcomes = [Outcome.__members__.get(str(one["outcome"]).upper(), Outcome.UNKNOWN) for one in _verdicts(events)]
     if code != 0:
         outcomes.append(Outcome.FAIL if code == 1 else Outcome.UNKNOWN)
     elif not outcomes:
@@ -297,7 +297,8 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file of a run, None where there is no such file; refused where it holds no object."""
     content = _read(path)
     if content is None:
         return None
