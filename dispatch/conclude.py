@@ -33,6 +33,8 @@ class Conclusion:
     manifest: str | None
     problems: list[str]
     code: ExitCode
+    standing: str = "verified, unsigned"
+    """How the evidence stands: by whom it was signed, if anyone did."""
     reason: str = ""
     """Why a run that did not pass ended, in its own words."""
 
@@ -41,9 +43,7 @@ class Conclusion:
         lines = [verdict.line() for verdict in self.verdicts]
         lines += [f"FAILED  {problem}" for problem in self.problems]
         if self.manifest is not None:
-            lines.append(
-                f"evidence: {self.manifest}  " + ("verified, unsigned" if not self.problems else "NOT verified")
-            )
+            lines.append(f"evidence: {self.manifest}  " + (self.standing if not self.problems else "NOT verified"))
         return lines
 
 
@@ -97,7 +97,9 @@ def conclude(
     verdicts += watched.verdicts
     ends = [event.fields.get("reason") for event in events if event.kind == "end"]
     reason = single_line(ends[-1] or "") if ends else ""
-    return Conclusion(run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes), reason)
+    return Conclusion(
+        run, verdicts, copied, str(folder / MANIFEST), problems, worst(codes), verification.standing, reason
+    )
 
 
 def _verified_here(places: Places, run: str) -> Verification | None:

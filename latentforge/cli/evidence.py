@@ -1,4 +1,4 @@
-"""``latentforge evidence``: verify, offline, what a run left behind."""
+"""``latentforge evidence``: verify and sign what runs left behind."""
 
 from __future__ import annotations
 
@@ -11,28 +11,42 @@ if TYPE_CHECKING:
 
     from latentforge.evidence.verify import Verification
 
-app = typer.Typer(no_args_is_help=True, help="Verify, offline, what a run left behind.")
+app = typer.Typer(no_args_is_help=True, help="Verify, offline, what a run left behind; sign it.")
 
 
 @app.callback()
 def _group() -> None:
-    """Verify, offline, what a run left behind."""
+    """Verify, offline, what a run left behind; sign it."""
 
 
 @app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="A run's folder, its manifest.json, a folder of runs, or a run id.")],
+    signers: Annotated[
+        str | None,
+        typer.Option(help="Whose signatures count: OpenSSH's allowed signers. Each run must bear one.", metavar="FILE"),
+    ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(help="A signed head of the ledger that was kept elsewhere (its .sig beside it).", metavar="FILE"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Recompute every digest, the statement and the ledger's chain.
+    """Recompute every digest, the statement, the ledger's chain and the signatures.
+
+    Signatures that are there are checked always; whose they are, only with --signers (or EVIDENCE_SIGNERS).
 
     Exit code: 0 verified, 1 something was altered, 3 something could not be verified here.
     """
+    from pathlib import Path
+
     from latentforge.cli.terminal import Passing, print_json
     from latentforge.evidence import file_sha256, verify_evidence
     from latentforge.evidence.reading import evidence_folder, find_run
+    from latentforge.evidence.signatures import allowed_signers
     from latentforge.verdicts import exit_code
 
+    allowed = allowed_signers(signers)
     passing = Passing(active=not json)
 
     def hasher(file: Path) -> str:
@@ -40,7 +54,10 @@ def verify(
         return file_sha256(file)
 
     verification = verify_evidence(
-        find_run(path, next=f"latentforge evidence verify {evidence_folder()}/"), hasher=hasher
+        find_run(path, next=f"latentforge evidence verify {evidence_folder()}/"),
+        hasher=hasher,
+        signers=allowed,
+        heads=[Path(one) for one in head or ()],
     )
     passing.clear()
     if json:
@@ -48,6 +65,47 @@ def verify(
     else:
         print("\n".join(_told(verification)))
     return exit_code(verification.outcome)
+
+
+@app.command()
+def sign(
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Runs (folders, beginnings of ids), or a folder of runs: its ledger.", metavar="PATH..."),
+    ],
+    key: Annotated[
+        str | None,
+        typer.Option(help="An SSH key: private, or public with an agent. Default: EVIDENCE_KEY.", metavar="FILE"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Sign runs, or the ledger as it stands, with an SSH key; only what verifies is signed, and once.
+
+    A signed ledger vouches for every run in it, and shows where later its last lines are missing. Exit code: 0 all
+    signed, 1 something does not verify.
+    """
+    import os
+    from pathlib import Path
+
+    from latentforge.cli.terminal import print_json
+    from latentforge.errors import RefusedError
+    from latentforge.evidence.reading import find_run
+    from latentforge.evidence.signing import sign_evidence
+
+    named = key or os.environ.get("EVIDENCE_KEY")
+    if not named:
+        following = f"latentforge evidence sign {paths[0]} --key ~/.ssh/id_ed25519"
+        raise RefusedError("no key was named, with --key or EVIDENCE_KEY", next=following)
+    found = [find_run(path) for path in paths]
+    signed = []
+    for path in found:
+        what, signature = sign_evidence(path, Path(named).expanduser())
+        signed.append({"signed": what, "signature": str(signature)})
+        if not json:
+            print(f"signed {what}: {signature}")
+    if json:
+        print_json(signed)
+    return 0
 
 
 def _told(verification: Verification) -> list[str]:
@@ -63,12 +121,15 @@ def _told(verification: Verification) -> list[str]:
             lines.append(f"{accent(word)}  {where}{problem.what}  {problem.text}")
     if verification.outcome is Outcome.PASS:
         counted = f"{verification.subjects} subjects, {size(verification.bytes)} in {verification.seconds:.1f} s"
+        verified = accent(verification.standing)
         if verification.run is None:
             runs = f"{len(verification.runs)} {'run' if len(verification.runs) == 1 else 'runs'}"
-            lines.append(f"{accent('verified, unsigned')}  {runs}, {counted} · {LEDGER} is whole")
+            lines.append(f"{verified}  {runs}, {counted} · {LEDGER} is whole")
         elif (entry := verification.entry) is not None:
             link = f"links to {entry.entry - 1}" if entry.entry > 1 else "is the first"
-            lines.append(f"{accent('verified, unsigned')}  {counted} · ledger entry {entry.entry} {link}")
+            lines.append(f"{verified}  {counted} · ledger entry {entry.entry} {link}")
+        else:
+            lines.append(f"{verified}  {counted} · no {LEDGER} beside it")
     if verification.run is not None:
         return lines + _about_run(verification)
     for run in verification.runs:

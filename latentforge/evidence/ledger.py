@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,15 @@ class Chain:
 
     def of_run(self, run: str) -> Entry | None:
         """The entry of a run, or None."""
-        return next((entry for entry in self.entries if entry.run == run), None)
+        return self._by_run.get(run)
+
+    def digest(self, entry: int) -> str:
+        """The sha256 of the line of an entry (from 1), with its line end."""
+        return self.entries[entry].prev if entry < len(self.entries) else self.head
+
+    @cached_property
+    def _by_run(self) -> dict[str, Entry]:
+        return {entry.run: entry for entry in self.entries}
 
 
 def read_chain(path: Path) -> Chain:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from latentforge.errors import RefusedError
 from latentforge.evidence import ledger
 from latentforge.evidence.numbers import parse_json
+from latentforge.evidence.once import write_once
 from latentforge.evidence.statement import MANIFEST
 from latentforge.spec.canonical import canonical_bytes
 
@@ -18,25 +18,9 @@ from latentforge.spec.canonical import canonical_bytes
 def write_manifest(run_dir: Path, statement: Mapping[str, Any]) -> str:
     """Write ``manifest.json`` (RFC 8785) and return its sha256; RefusedError where there is one already."""
     content = canonical_bytes(statement)
-    path = run_dir / MANIFEST
-    # Whole or not at all: a full disk must not leave half a manifest under the final name. link() refuses to replace.
     # Beside the run folder, not in it: what a crash leaves behind must not become a file of the run.
-    partial = run_dir.parent / f".{run_dir.name}.{MANIFEST}.{os.getpid()}"
-    partial.unlink(missing_ok=True)
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        os.link(partial, path)
-    except FileExistsError:
-        raise RefusedError(
-            f"{path} exists: evidence is written once", next=f"latentforge evidence verify {run_dir}"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-    ledger.sync_folder(run_dir)
+    following = f"latentforge evidence verify {run_dir}"
+    write_once(run_dir / MANIFEST, content, beside=run_dir.parent, next=following)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -6,18 +6,20 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.errors import LatentForgeError, RefusedError, UnknownOutcomeError
 from latentforge.evidence.digests import file_sha256, tree_files
+from latentforge.evidence.heads import SignedHead, check_heads
 from latentforge.evidence.ledger import LEDGER, Chain, Entry, read_chain
 from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.schema import Statement
+from latentforge.evidence.signatures import SUFFIX, Signature, check_signature
 from latentforge.evidence.statement import DERIVED, MANIFEST, UNLISTED, checked_conclusions, derive, host_version
 from latentforge.spec.canonical import canonical_bytes
 from latentforge.spec.identity import RUN_ID
@@ -53,6 +55,10 @@ class Verification:
     problems: list[Problem] = field(default_factory=list)
     runs: list[Verification] = field(default_factory=list)
     entries: int = 0
+    signature: Signature | None = None
+    """Of the run's manifest, or of a head of the ledger that covers its entry; of a ledger, of its newest head."""
+    signed_entries: int = 0
+    """How many lines of the ledger a signed head covers."""
 
     @property
     def outcome(self) -> Outcome:
@@ -60,13 +66,25 @@ class Verification:
         own = [problem.outcome for problem in self.problems]
         return meet([Outcome.PASS, *own, *(run.outcome for run in self.runs)])
 
+    @property
+    def standing(self) -> str:
+        """``verified, unsigned``, or by whom it was signed; ``not verified`` where the outcome is no pass."""
+        if self.outcome is not Outcome.PASS:
+            return "not verified"
+        if self.signature is None:
+            return "verified, unsigned"
+        part = f" up to entry {self.signed_entries}" if self.run is None and self.signed_entries < self.entries else ""
+        return f"verified, {self.signature.told}{part}"
+
     def as_json(self) -> dict[str, Any]:
         """The result as JSON-able data."""
         return {
             "path": str(self.path),
             "run": self.run,
             "outcome": self.outcome.name.lower(),
-            "signed": False,
+            "signed": self.signature is not None and self.signature.signer is not None,
+            "signature": None if self.signature is None else dict(self.signature.__dict__),
+            "signed_entries": self.signed_entries,
             "subjects": self.subjects,
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
@@ -79,61 +97,96 @@ class Verification:
         }
 
 
-def verify_evidence(path: Path, *, hasher: Hash = file_sha256) -> Verification:
+def verify_evidence(
+    path: Path, *, hasher: Hash = file_sha256, signers: Path | None = None, heads: Sequence[Path] = ()
+) -> Verification:
     """Verify a run folder, a ``manifest.json``, or a folder of runs with its ledger; nothing is written.
 
-    RefusedError where the path is none of these. ``hasher`` computes a file's sha256 (the falsifier's control plants
-    one that does not).
+    Signatures that are there are always checked. With ``signers`` (OpenSSH's allowed signers) each run must be signed
+    by someone whom that file names, itself or by a head of the ledger that covers it; a run that is signed itself is
+    verified without a ledger, too. ``heads`` are signed heads of the ledger that lay elsewhere. RefusedError where the
+    path is none of these. ``hasher`` computes a file's sha256 (the falsifier's control plants one that does not).
     """
-    path = Path(path)
-    if path.name in (MANIFEST, LEDGER) and path.is_file():
-        path = path.parent
-    if not path.is_dir():
-        raise RefusedError(f"{path} is not a folder", next="latentforge evidence verify runs/")
-    if not path.name:
-        path = path.resolve()
+    given = Path(path)
+    if given.name in (MANIFEST, LEDGER) and given.is_file():
+        given = given.parent
+    if not given.is_dir():
+        raise RefusedError(f"{given} is not a folder", next="latentforge evidence verify runs/")
+    path = given.resolve()
     began = time.monotonic()
-    if RUN_ID.fullmatch(path.resolve().name):
-        verification = _verify_run(path.resolve(), None, hasher)
-    elif (path / LEDGER).exists():
-        verification = _verify_ledger(path, hasher)
-    else:
-        raise RefusedError(f"{path} is neither a run folder nor a folder with a {LEDGER}")
-    verification.path = path
+    single = RUN_ID.fullmatch(path.name) is not None
+    if not single and not (path / LEDGER).exists():
+        raise RefusedError(f"{given} is neither a run folder nor a folder with a {LEDGER}")
+    ledger = _read_ledger(path.parent if single else path, signers, heads)
+    verification = _verify_run(path, ledger, hasher) if single else _verify_ledger(path, ledger, hasher)
+    verification.path = given
     verification.seconds = time.monotonic() - began
     return verification
 
 
-def _verify_ledger(folder: Path, hasher: Hash) -> Verification:
-    result = Verification(folder)
+@dataclass(frozen=True)
+class _Ledger:
+    """The ledger beside the runs as it was read: its chain (None: not there, or broken) and who signed for it."""
+
+    chain: Chain | None
+    signed: tuple[SignedHead, ...]
+    problems: tuple[Problem, ...]
+    signers: Path | None
+
+
+def _read_ledger(folder: Path, signers: Path | None, kept: Sequence[Path]) -> _Ledger:
     try:
-        chain = read_chain(folder / LEDGER)
+        chain = read_chain(folder / LEDGER) if (folder / LEDGER).exists() else None
     except LatentForgeError as error:
-        result.problems.append(Problem(LEDGER, str(error)))
+        return _Ledger(None, (), (Problem(LEDGER, str(error)),), signers)
+    if chain is None:
+        text = "is not beside the run, so the manifest's own digest cannot be verified"
+        return _Ledger(None, (), (Problem(LEDGER, text, Outcome.UNKNOWN),), signers)
+    found = list(check_heads(folder, chain, signers, kept))
+    signed = sorted((one for one in found if isinstance(one, SignedHead)), key=lambda one: one.entry)
+    problems = tuple(_unsound(*one) for one in found if not isinstance(one, SignedHead))
+    return _Ledger(chain, tuple(signed), problems, signers)
+
+
+def _unsound(name: str, error: Exception) -> Problem:
+    unknown = isinstance(error, UnknownOutcomeError)
+    return Problem(name, str(error), Outcome.UNKNOWN if unknown else Outcome.FAIL)
+
+
+def _verify_ledger(folder: Path, ledger: _Ledger, hasher: Hash) -> Verification:
+    result = Verification(folder, problems=list(ledger.problems))
+    if ledger.chain is None:
         return result
-    result.entries = len(chain.entries)
-    for entry in chain.entries:
+    result.entries = len(ledger.chain.entries)
+    if ledger.signed:
+        result.signature, result.signed_entries = ledger.signed[-1].signature, ledger.signed[-1].entry
+    alone = replace(ledger, problems=())  # said once, of the ledger
+    for entry in ledger.chain.entries:
         if (folder / entry.run).is_dir():
-            result.runs.append(_verify_run(folder / entry.run, chain, hasher))
+            result.runs.append(_verify_run(folder / entry.run, alone, hasher))
         else:
             text = f"entry {entry.entry} is not here, so its files cannot be verified"
             result.problems.append(Problem(entry.run, text, Outcome.UNKNOWN))
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
-        if RUN_ID.fullmatch(manifest.parent.name) and chain.of_run(manifest.parent.name) is None:
+        if RUN_ID.fullmatch(manifest.parent.name) and ledger.chain.of_run(manifest.parent.name) is None:
             result.problems.append(Problem(manifest.parent.name, f"has a manifest that is not in {LEDGER}"))
     result.subjects = sum(run.subjects for run in result.runs)
     result.bytes = sum(run.bytes for run in result.runs)
     return result
 
 
-def _verify_run(run_dir: Path, chain: Chain | None, hasher: Hash) -> Verification:
+def _verify_run(run_dir: Path, ledger: _Ledger, hasher: Hash) -> Verification:
     result = Verification(run_dir, run=run_dir.name)
     try:
         content = (run_dir / MANIFEST).read_bytes()
     except OSError as error:
         result.problems.append(Problem(MANIFEST, f"cannot be read: {error.strerror}"))
         return result
-    _check_ledger(run_dir, content, chain, result)
+    _check_ledger(run_dir.name, content, ledger, result)
+    _check_signature(run_dir, content, ledger, result)
+    # What the ledger is asked here is the manifest's digest: someone who is known and signed it has said that, too.
+    vouched = result.signature is not None and result.signature.signer is not None
+    result.problems += [one for one in ledger.problems if not (vouched and one.outcome is Outcome.UNKNOWN)]
     statement = _statement(content, result)
     if statement is None:
         return result
@@ -144,6 +197,23 @@ def _verify_run(run_dir: Path, chain: Chain | None, hasher: Hash) -> Verificatio
         # Only over whole files: what follows from an altered file differs too, and would bury its name.
         _check_statement(run_dir, statement, digests, result)
     return result
+
+
+def _check_signature(run_dir: Path, content: bytes, ledger: _Ledger, result: Verification) -> None:
+    """The manifest's own signature, else the first head that covers its entry; one of them where signers are named."""
+    file = run_dir / f"{MANIFEST}{SUFFIX}"
+    if file.exists():
+        try:
+            result.signature = check_signature(content, file, ledger.signers)
+        except LatentForgeError as error:
+            result.problems.append(_unsound(file.name, error))
+            return
+    elif (entry := result.entry) is not None:
+        covering = [one.signature for one in ledger.signed if one.entry >= entry.entry]
+        result.signature = covering[0] if covering else None
+    if ledger.signers is not None and result.signature is None:
+        text = f"is not signed by anyone of {ledger.signers}: latentforge evidence sign {run_dir.name}"
+        result.problems.append(Problem(MANIFEST, text, Outcome.UNKNOWN))
 
 
 def _statement(content: bytes, result: Verification) -> dict[str, Any] | None:
@@ -168,25 +238,16 @@ def _statement(content: bytes, result: Verification) -> dict[str, Any] | None:
     return statement
 
 
-def _check_ledger(run_dir: Path, content: bytes, chain: Chain | None, result: Verification) -> None:
-    sha256 = hashlib.sha256(content).hexdigest()
-    path = run_dir.parent / LEDGER
-    if chain is None:
-        if not path.exists():
-            text = f"is not beside {run_dir.name}, so the manifest's own digest cannot be verified"
-            result.problems.append(Problem(LEDGER, text, Outcome.UNKNOWN))
-            return
-        try:
-            chain = read_chain(path)
-        except LatentForgeError as error:
-            result.problems.append(Problem(LEDGER, str(error)))
-            return
-    result.entries = len(chain.entries)
-    entry = chain.of_run(run_dir.name)
+def _check_ledger(run: str, content: bytes, ledger: _Ledger, result: Verification) -> None:
+    if ledger.chain is None:
+        return
+    result.entries = len(ledger.chain.entries)
+    entry = ledger.chain.of_run(run)
     if entry is None:
-        result.problems.append(Problem(MANIFEST, f"{run_dir.name} is not in {LEDGER}"))
+        result.problems.append(Problem(MANIFEST, f"{run} is not in {LEDGER}"))
         return
     result.entry = entry
+    sha256 = hashlib.sha256(content).hexdigest()
     if entry.manifest != sha256:
         result.problems.append(Problem(MANIFEST, _differ(entry.manifest, sha256)))
 

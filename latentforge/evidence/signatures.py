@@ -1,0 +1,115 @@
+"""Signatures of SSH keys over evidence: made and checked by OpenSSH's own ``ssh-keygen -Y``."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentforge.errors import FailedError, RefusedError, UnknownOutcomeError
+
+NAMESPACE = "latentforge-evidence"
+"""What the signatures are for: one made for git or for a file of another program does not pass as evidence."""
+
+SUFFIX = ".sig"
+_LARGEST = 1 << 16  # a signature is a few hundred bytes, of a large RSA key some thousands
+_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A good signature: its file, the key (``ED25519 SHA256:…``), and who it is.
+
+    ``signer`` is the name that the allowed-signers file gives the key; None where no such file was named, so that the
+    key may be anybody's.
+    """
+
+    file: str
+    key: str
+    signer: str | None
+
+    @property
+    def told(self) -> str:
+        """The signature in the words of a verification."""
+        return f"signed by {self.signer}" if self.signer is not None else f"signed with {self.key}, whose was not asked"
+
+
+def sign_bytes(content: bytes, key: Path) -> bytes:
+    """The armoured signature of ``content``; ``key`` is a private key, or a public one whose other half an agent holds.
+
+    RefusedError where there is no such key or it does not sign (a passphrase is asked for on the terminal).
+    """
+    if not key.is_file():
+        raise RefusedError(f"there is no key {key}", next=f"ssh-keygen -t ed25519 -f {key}")
+    done = _ssh_keygen(["sign", "-f", str(key), "-n", NAMESPACE], content, seconds=None)
+    if done.returncode != 0 or not done.stdout.startswith(b"-----BEGIN SSH SIGNATURE-----"):
+        raise RefusedError(f"{key} does not sign: {_words(done)}", next=f"ssh-add {key}   (or another key, with --key)")
+    return done.stdout
+
+
+def check_signature(content: bytes, file: Path, signers: Path | None, *, name: str | None = None) -> Signature:
+    """The signature in ``file`` over ``content``, by a key of ``signers`` (OpenSSH's allowed signers) if given.
+
+    ``name`` is what the file is called in the result. FailedError where the signature is not one of these bytes, or of
+    no key that ``signers`` names for this namespace and this day; UnknownOutcomeError where it cannot be checked here.
+    """
+    name = name or file.name
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise FailedError(f"{name} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+        raise FailedError(f"{name} is no signature: a file of {found.st_size} bytes")
+    checked = _ssh_keygen(["check-novalidate", "-n", NAMESPACE, "-s", str(file)], content)
+    if checked.returncode != 0:
+        raise FailedError(f"{name} is a bad signature: {_words(checked)}")
+    key = checked.stdout.decode("utf-8", "replace").partition(" with ")[2].strip().replace(" key ", " ")
+    if signers is None:
+        return Signature(name, key, None)
+    principals = _ssh_keygen(["find-principals", "-f", str(signers), "-s", str(file)])
+    refused = principals
+    for principal in principals.stdout.decode("utf-8", "replace").split("\n"):
+        if not principal or principal.startswith("!"):
+            continue
+        refused = _ssh_keygen(
+            ["verify", "-f", str(signers), "-I", principal, "-n", NAMESPACE, "-s", str(file)], content
+        )
+        if refused.returncode == 0:
+            return Signature(name, key, principal)
+    raise FailedError(f"{name} is a signature of {key}, whom {signers} does not name: {_words(refused)}")
+
+
+def allowed_signers(named: str | None) -> Path | None:
+    """The allowed-signers file that ``--signers``, else ``EVIDENCE_SIGNERS``, names; refused where it is no file."""
+    text = named or os.environ.get("EVIDENCE_SIGNERS")
+    if not text:
+        return None
+    if not Path(text).is_file():
+        raise RefusedError(
+            f"there is no file of allowed signers at {text!r} ({'--signers' if named else 'EVIDENCE_SIGNERS'})",
+            next=f'echo "you@example.org $(cat ~/.ssh/id_ed25519.pub)" >> {text}',
+        )
+    return Path(text)
+
+
+def _ssh_keygen(
+    arguments: list[str], content: bytes = b"", *, seconds: float | None = _SECONDS
+) -> subprocess.CompletedProcess[bytes]:
+    command = ["ssh-keygen", "-Y", *arguments]
+    try:
+        return subprocess.run(command, input=content, capture_output=True, timeout=seconds, check=False)
+    except FileNotFoundError:
+        raise UnknownOutcomeError(
+            "ssh-keygen, which makes and checks signatures, is not on this machine", next="install openssh-client"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UnknownOutcomeError(f"ssh-keygen -Y {arguments[0]} gave no answer in {_SECONDS:.0f} s") from None
+
+
+def _words(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What ssh-keygen said, in one line."""
+    text = done.stderr.decode("utf-8", "replace").replace("Signing data on standard input", "")
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines)) or f"ssh-keygen ended with {done.returncode}"

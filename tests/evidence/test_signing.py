@@ -1,0 +1,243 @@
+"""Signatures of SSH keys: who wrote it, of what, and nothing that a copy of another's would show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from latentforge.cli import main
+from latentforge.errors import FailedError, RefusedError, UnknownOutcomeError
+from latentforge.evidence.checks import recorded_run
+from latentforge.evidence.heads import HEADS
+from latentforge.evidence.ledger import read_chain
+from latentforge.evidence.signatures import NAMESPACE, check_signature, sign_bytes
+from latentforge.evidence.signing import sign_evidence
+from latentforge.evidence.verify import Verification, verify_evidence
+from latentforge.verdicts import ExitCode, Outcome
+
+SIG = "manifest.json.sig"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys of Alice and Mallory, and the file that names Alice as an allowed signer."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("alice", "mallory"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "signers").write_text(f"alice@example.org {(folder / 'alice.pub').read_text()}")
+    return folder
+
+
+def problems(verification: Verification) -> dict[str, str]:
+    return {one.what: one.text for one in verification.problems}
+
+
+def test_a_signed_run_is_verified_as_signed_by_name(run_dir: Path, keys: Path) -> None:
+    before = (run_dir / "manifest.json").read_bytes()
+    assert sign_evidence(run_dir, keys / "alice") == (run_dir.name, run_dir.resolve() / SIG)
+    result = verify_evidence(run_dir, signers=keys / "signers")
+    assert (result.outcome, result.standing) == (Outcome.PASS, "verified, signed by alice@example.org")
+    assert (run_dir / "manifest.json").read_bytes() == before
+    openssh = ["ssh-keygen", "-Y", "verify", "-f", str(keys / "signers"), "-I", "alice@example.org", "-n", NAMESPACE]
+    subprocess.run([*openssh, "-s", str(run_dir / SIG)], input=before, check=True, capture_output=True)
+
+
+def test_without_signers_a_signature_names_its_key_and_nobody(run_dir: Path, keys: Path) -> None:
+    sign_evidence(run_dir, keys / "alice")
+    result = verify_evidence(run_dir)
+    assert result.outcome is Outcome.PASS
+    assert result.standing.startswith("verified, signed with ED25519 SHA256:")
+    assert result.standing.endswith(", whose was not asked")
+    assert result.as_json()["signed"] is False
+
+
+def test_who_names_signers_is_not_told_that_unsigned_evidence_verifies(run_dir: Path, keys: Path) -> None:
+    result = verify_evidence(run_dir, signers=keys / "signers")
+    assert result.outcome is Outcome.UNKNOWN
+    assert "is not signed by anyone of" in problems(result)["manifest.json"]
+
+
+def test_the_signature_of_another_key_fails(run_dir: Path, keys: Path) -> None:
+    sign_evidence(run_dir, keys / "mallory")
+    result = verify_evidence(run_dir, signers=keys / "signers")
+    assert result.outcome is Outcome.FAIL
+    assert "does not name" in problems(result)[SIG]
+
+
+def test_the_signature_of_another_run_fails_with_and_without_signers(runs: Path, keys: Path) -> None:
+    one, two = (runs / entry.run for entry in read_chain(runs / "ledger.jsonl").entries)
+    sign_evidence(one, keys / "alice")
+    shutil.copy(one / SIG, two / SIG)
+    for signers in (None, keys / "signers"):
+        result = verify_evidence(two, signers=signers)
+        assert result.outcome is Outcome.FAIL
+        assert "bad signature" in problems(result)[SIG]
+
+
+def test_a_signature_made_for_another_purpose_fails(run_dir: Path, keys: Path) -> None:
+    command = ["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", str(keys / "alice"), str(run_dir / "manifest.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "namespace does not match" in problems(verify_evidence(run_dir))[SIG]
+
+
+def test_a_flipped_byte_or_a_cut_or_a_strange_signature_fails(run_dir: Path, keys: Path) -> None:
+    sign_evidence(run_dir, keys / "alice")
+    path = run_dir / SIG
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (flipped, whole[:middle], b"", b"x" * (1 << 17)):
+        path.write_bytes(content)
+        assert verify_evidence(run_dir).outcome is Outcome.FAIL
+    path.unlink()
+    path.mkdir()
+    assert verify_evidence(run_dir).outcome is Outcome.FAIL
+
+
+def test_a_key_whose_time_is_over_does_not_sign(run_dir: Path, keys: Path, tmp_path: Path) -> None:
+    sign_evidence(run_dir, keys / "alice")
+    signers = tmp_path / "signers"
+    signers.write_text(f'alice@example.org valid-before="20200101" {(keys / "alice.pub").read_text()}')
+    assert "key has expired" in problems(verify_evidence(run_dir, signers=signers))[SIG]
+
+
+def test_a_signed_run_that_was_handed_on_alone_is_verified_by_its_signature(
+    run_dir: Path, keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sign_evidence(run_dir, keys / "alice")
+    alone = tmp_path / "alone" / run_dir.name
+    shutil.copytree(run_dir, alone)
+    assert verify_evidence(alone).outcome is Outcome.UNKNOWN
+    assert main(["evidence", "verify", str(alone), "--signers", str(keys / "signers")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("verified, signed by alice@example.org")
+    assert "no ledger.jsonl beside it" in said
+
+
+def test_a_second_signature_is_refused_and_the_first_stays(run_dir: Path, keys: Path) -> None:
+    sign_evidence(run_dir, keys / "alice")
+    before = (run_dir / SIG).read_bytes()
+    with pytest.raises(RefusedError, match="is signed already"):
+        sign_evidence(run_dir, keys / "mallory")
+    assert (run_dir / SIG).read_bytes() == before
+
+
+def test_what_does_not_verify_is_not_signed(runs: Path, run_dir: Path, keys: Path) -> None:
+    (run_dir / "launch.log").write_text("something else")
+    with pytest.raises(FailedError, match=r"is not signed: launch\.log"):
+        sign_evidence(run_dir, keys / "alice")
+    with pytest.raises(FailedError, match=r"is not signed: launch\.log"):
+        sign_evidence(runs, keys / "alice")
+    assert not (run_dir / SIG).exists()
+    assert not (runs / HEADS).exists()
+
+
+def test_a_key_that_is_none_or_does_not_sign_leaves_nothing(runs: Path, run_dir: Path, keys: Path) -> None:
+    with pytest.raises(RefusedError, match="there is no key"):
+        sign_evidence(run_dir, keys / "nobody")
+    with pytest.raises(RefusedError, match="does not sign"):
+        sign_evidence(run_dir, keys / "signers")
+    with pytest.raises(RefusedError, match="does not sign"):
+        sign_evidence(runs, keys / "signers")
+    assert not (run_dir / SIG).exists()
+    assert not (runs / HEADS).exists()
+
+
+def test_without_ssh_keygen_a_signature_is_unknown_never_passed(
+    run_dir: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sign_evidence(run_dir, keys / "alice")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert verify_evidence(run_dir).outcome is Outcome.UNKNOWN
+    with pytest.raises(UnknownOutcomeError, match="ssh-keygen"):
+        sign_bytes(b"", keys / "alice")
+
+
+def test_a_signed_ledger_vouches_for_every_run_in_it_and_for_none_after(runs: Path, keys: Path) -> None:
+    what, signature = sign_evidence(runs, keys / "alice")
+    assert (what, signature.name) == ("ledger.jsonl up to entry 2", "00000002.json.sig")
+    signers = keys / "signers"
+    whole = verify_evidence(runs, signers=signers)
+    assert (whole.outcome, whole.standing) == (Outcome.PASS, "verified, signed by alice@example.org")
+    first = verify_evidence(runs / whole.runs[0].run if whole.runs[0].run else runs, signers=signers)
+    assert (first.outcome, first.standing) == (Outcome.PASS, "verified, signed by alice@example.org")
+    later = recorded_run(runs, seed=8)
+    assert verify_evidence(later, signers=signers).outcome is Outcome.UNKNOWN
+    assert verify_evidence(runs).standing.endswith(" up to entry 2")
+    assert verify_evidence(runs, signers=signers).outcome is Outcome.UNKNOWN
+
+
+def test_a_ledger_that_was_cut_after_it_was_signed_fails(runs: Path, keys: Path) -> None:
+    sign_evidence(runs, keys / "alice")
+    last = read_chain(runs / "ledger.jsonl").entries[-1]
+    lines = (runs / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (runs / "ledger.jsonl").write_bytes(lines[0])
+    shutil.rmtree(runs / last.run)
+    result = verify_evidence(runs)
+    assert result.outcome is Outcome.FAIL
+    assert "the last were cut off" in problems(result)["heads/00000002.json"]
+
+
+def test_a_ledger_written_anew_fails_against_a_head_that_was_kept_elsewhere(
+    runs: Path, keys: Path, tmp_path: Path
+) -> None:
+    sign_evidence(runs, keys / "alice")
+    kept = tmp_path / "kept"
+    (runs / HEADS).rename(kept)
+    assert verify_evidence(runs, signers=keys / "signers", heads=[kept / "00000002.json"]).outcome is Outcome.PASS
+    anew = tmp_path / "anew"
+    for seed in (7, 6):
+        recorded_run(anew, seed=seed)
+    assert verify_evidence(anew).outcome is Outcome.PASS
+    result = verify_evidence(anew, heads=[kept / "00000002.json"])
+    assert result.outcome is Outcome.FAIL
+    assert "the ledger was written anew" in problems(result)[str(kept / "00000002.json")]
+
+
+@pytest.mark.parametrize("name", ["00000002.json", "00000002.json.sig"])
+def test_a_byte_flipped_in_a_signed_head_fails(runs: Path, keys: Path, name: str) -> None:
+    sign_evidence(runs, keys / "alice")
+    path = runs / HEADS / name
+    content = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
+    assert verify_evidence(runs).outcome is Outcome.FAIL
+    path.unlink()
+    assert verify_evidence(runs).outcome is (Outcome.FAIL if name.endswith("json") else Outcome.PASS)
+
+
+def test_the_same_head_is_signed_once_and_a_torn_signing_is_taken_up(runs: Path, keys: Path) -> None:
+    _, signature = sign_evidence(runs, keys / "alice")
+    with pytest.raises(RefusedError, match=r"entry 2 of .* is signed already"):
+        sign_evidence(runs, keys / "alice")
+    signature.unlink()
+    sign_evidence(runs, keys / "alice")
+    assert check_signature((runs / HEADS / "00000002.json").read_bytes(), signature, keys / "signers").signer
+
+
+def test_the_commands_sign_and_verify(
+    runs: Path, run_dir: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EVIDENCE_DIR", str(runs))
+    monkeypatch.delenv("EVIDENCE_KEY", raising=False)
+    assert main(["evidence", "sign", run_dir.name]) == ExitCode.REFUSED
+    assert "--key ~/.ssh/id_ed25519" in capsys.readouterr().err
+    assert main(["evidence", "sign", run_dir.name, str(runs), "--key", str(keys / "alice"), "--json"]) == 0
+    assert [one["signed"] for one in json.loads(capsys.readouterr().out)] == [
+        run_dir.name,
+        "ledger.jsonl up to entry 2",
+    ]
+    assert main(["evidence", "verify", str(runs), "--signers", str(keys / "signers")]) == 0
+    assert capsys.readouterr().out.startswith("verified, signed by alice@example.org  2 runs, ")
+    monkeypatch.setenv("EVIDENCE_SIGNERS", str(keys / "signers"))
+    assert main(["evidence", "verify", run_dir.name, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["signed"], report["signature"]["signer"]) == (True, "alice@example.org")
+    monkeypatch.setenv("EVIDENCE_SIGNERS", str(keys / "absent"))
+    assert main(["evidence", "verify", run_dir.name]) == ExitCode.REFUSED
+    assert "EVIDENCE_SIGNERS" in capsys.readouterr().err
