@@ -1,0 +1,158 @@
+"""A run at a glance: the handful of figures that stand above the charts, and its phases in time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from latentforge.evidence.reading import RunRecord
+from latentforge.report.panels import of_model
+from latentforge.report.words import duration, number, once, size
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with its name, and what it is to be seen beside."""
+
+    name: str
+    value: str
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A phase as a bar: where it begins and how long it is in percent of the run; ``open_`` where it never ended."""
+
+    name: str
+    begin: float
+    length: float
+    told: str
+    open_: bool
+
+
+def figures(record: RunRecord) -> list[Figure]:
+    """Time, speed, memory, teacher coverage and compute, as far as the run states them."""
+    found = [_held_out(record, "val_loss", "held-out loss"), _held_out(record, "val_kl", "held-out KL")]
+    found += [_time(record), _speed(record), _memory(record), _coverage(record), _compute(record)]
+    return [one for one in found if one is not None]
+
+
+def timeline(record: RunRecord) -> list[Bar]:
+    """The phases of a run from its first event to its last; what never ended reaches to the last event."""
+    if not record.events or not record.phases:
+        return []
+    begin, end = record.events[0].t, record.events[-1].t
+    whole = max(end - begin, 1e-9)
+    bars = []
+    for phase in record.phases:
+        seconds = phase.seconds if phase.seconds is not None else max(0.0, end - phase.began)
+        left = min(100.0, max(0.0, 100 * (phase.began - begin) / whole))
+        told = duration(seconds) if phase.seconds is not None else f"{duration(seconds)}, not ended"
+        bars.append(Bar(phase.name, left, min(100 - left, 100 * seconds / whole), told, phase.seconds is None))
+    return bars
+
+
+def compiles(record: RunRecord) -> list[str]:
+    """What was compiled after set-up, a line each; what a trainer counted without an event of its own too."""
+    lines = []
+    for event in record.events:
+        if event.kind == "compile":
+            said = event.fields
+            what = ", ".join(map(str, said.get("what") or [])) or "not named"
+            lines.append(f"{said.get('compiler')}: {said.get('count')} by step {said.get('step')}: {what}")
+    return lines
+
+
+def compile_line(record: RunRecord) -> str | None:
+    """Whether anything was compiled while it trained; None where no step counted."""
+    counted = [value for one in of_model(record, "compiles") for value in one.values]
+    named = [event for event in record.events if event.kind == "compile"]
+    if not counted and not named:
+        return None
+    total = sum(int(event.fields.get("count") or 0) for event in named) or int(max(counted, default=0))
+    return f"{once(total, 'compile')} after set-up, {once(len(counted), 'step')}"
+
+
+def wall(record: RunRecord) -> float | None:
+    """Seconds from the first event to the last; None without events."""
+    return record.events[-1].t - record.events[0].t if record.events else None
+
+
+def coverage(record: RunRecord) -> dict[str, Any] | None:
+    """What the trainer counted of its teacher: the fields of its last ``kd_coverage`` event."""
+    told = [
+        event.fields for event in record.events if event.kind == "metric" and event.fields.get("name") == "kd_coverage"
+    ]
+    return told[-1] if told else None
+
+
+def _held_out(record: RunRecord, name: str, title: str) -> Figure | None:
+    model = {"distill": "student", "latent": "latent"}.get(record.kind, record.kind)
+    series = record.metric(name, model=model, split="heldout")
+    if series is None:
+        return None
+    twin = record.metric(name, model="twin", split="heldout")
+    first = f"from {number(series.values[0])}" if len(series.values) > 1 else f"at step {number(series.steps[-1])}"
+    return Figure(title, number(series.values[-1]), first + (f"; twin {number(twin.values[-1])}" if twin else ""))
+
+
+def _time(record: RunRecord) -> Figure | None:
+    seconds = wall(record)
+    if seconds is None:
+        return None
+    trained = (record.timings or {}).get("train")
+    return Figure(
+        "time", duration(seconds), f"training {duration(trained)}" if trained is not None else "first to last event"
+    )
+
+
+def _speed(record: RunRecord) -> Figure | None:
+    series = of_model(record, "tokens_per_second")
+    if not series:
+        return None
+    chosen = next((one for one in series if one.model != "twin"), series[0])
+    median = statistics.median(chosen.values)
+    steps = max((int(event.fields.get("steps") or 0) for event in record.events if event.kind == "step"), default=0)
+    done = f"{once(len(chosen.values), 'step')}" + (f" of {number(steps)}" if steps != len(chosen.values) else "")
+    return Figure("tokens/s, median", number(round(median)), done)
+
+
+def _memory(record: RunRecord) -> Figure | None:
+    if record.peak_memory_bytes is None:
+        return None
+    planned = _last(record, "planned_bytes")
+    return Figure("peak memory", size(record.peak_memory_bytes), f"of {size(planned)} planned" if planned else "")
+
+
+def _coverage(record: RunRecord) -> Figure | None:
+    told = coverage(record)
+    if told is None or not isinstance(told.get("value"), int | float):
+        return None
+    beside = f"{number(told.get('target_rows'))} of {number(told.get('rows'))} rows" if "rows" in told else ""
+    return Figure("teacher coverage", f"{100 * told['value']:.4g} %", beside)
+
+
+def _compute(record: RunRecord) -> Figure | None:
+    if not isinstance(record.flops, dict):
+        return None
+    parts = {name: value for name, value in record.flops.items() if isinstance(value, int | float)}
+    if not parts:
+        return None
+    return Figure(
+        "compute", flops(sum(parts.values())), ", ".join(f"{name} {flops(value)}" for name, value in parts.items())
+    )
+
+
+def flops(value: float) -> str:
+    """Operations for people: ``0.80 TFLOP``."""
+    for least, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if value >= 0.1 * least:
+            return f"{value / least:.3g} {unit}"
+    return f"{number(value)} FLOP"
+
+
+def _last(record: RunRecord, field: str) -> float | None:
+    values: Iterable[Any] = (event.fields.get(field) for event in record.events if event.kind == "memory")
+    return next((value for value in reversed(list(values)) if isinstance(value, int | float)), None)

@@ -1,0 +1,160 @@
+"""The page: one HTML file with everything in it. No script, nothing from elsewhere, and a policy that forbids both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from latentforge import __version__
+from latentforge.evidence.reading import RunRecord
+from latentforge.report import attached, glance, panels, telling
+from latentforge.report.chart import HEIGHT, WIDTH, Chart, Drawn, draw
+from latentforge.report.standing import Standing
+from latentforge.report.words import plain
+
+_ROWS = 400
+"""Lines of a list (warnings, settings) that a page shows."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of a report: its record, what its evidence is worth, and what else lies in its folder."""
+
+    record: RunRecord
+    standing: Standing
+    samples: list[attached.Sample]
+    contestants: list[attached.Contestant]
+    wrong: list[str]
+
+    @property
+    def learning(self) -> list[Chart]:
+        """Loss, KL, and quality against compute."""
+        return [*panels.learning(self.record), *attached.quality(self.contestants)]
+
+    @property
+    def working(self) -> list[Chart]:
+        """Throughput, memory, learning rate."""
+        return panels.working(self.record)
+
+
+def section(record: RunRecord, standing: Standing) -> Section:
+    """A run with everything that a report shows of it."""
+    samples, wrong_samples = attached.samples(record.folder)
+    contestants, wrong_bench = attached.bench(record.folder)
+    wrong = [one for one in (wrong_samples, wrong_bench) if one is not None]
+    return Section(record, standing, samples, contestants, wrong)
+
+
+def page(sections: Sequence[Section], *, made: str) -> str:
+    """The HTML of a report; ``made`` is the time (UTC) that stands at its foot."""
+    environment = Environment(
+        loader=PackageLoader("latentforge.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    template = environment.get_template("report.html")
+    text = template.render(
+        runs=[_of_run(one) for one in sections], made=made, version=__version__, width=WIDTH, height=HEIGHT
+    )
+    return text + "\n"
+
+
+def _finalize(value: Any) -> Any:
+    """Every text of a run, with what is not seen written out; markup of the template itself stays."""
+    return plain(value) if type(value) is str else value
+
+
+def _of_run(one: Section) -> dict[str, Any]:
+    record = one.record
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "headline": telling.headline(record),
+        "state": telling.state(record),
+        "sentence": telling.sentence(record),
+        "verdicts": [(verdict.outcome.name.lower(), verdict.falsifier, verdict.text) for verdict in record.verdicts],
+        "figures": glance.figures(record),
+        "learning": _drawn(one.learning),
+        "working": _drawn(one.working),
+        "timeline": glance.timeline(record),
+        "compile_line": glance.compile_line(record),
+        "compiles": glance.compiles(record),
+        "checkpoints": _checkpoints(record),
+        "warnings": [*record.warnings, *record.unread, *one.wrong][:_ROWS],
+        "samples": one.samples,
+        "contestants": one.contestants,
+        "fastest": max((each.greatest for each in one.contestants), default=1.0) or 1.0,
+        "settings": _settings(record),
+        "differences": [
+            (str(each["field"]), _value(each["requested"]), _value(each["effective"])) for each in record.differences
+        ],
+        "effective": record.effective is not None,
+        "standing": one.standing,
+        "facts": _facts(record),
+    }
+
+
+def _drawn(charts: Sequence[Chart]) -> list[Drawn]:
+    return [draw(chart) for chart in charts]
+
+
+def _settings(record: RunRecord) -> list[tuple[str, str]]:
+    values = record.effective if record.effective is not None else record.requested or {}
+    return [(name, _value(value)) for name, value in values.items()][:_ROWS]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "–" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _checkpoints(record: RunRecord) -> list[str]:
+    told = []
+    for event in record.events:
+        said = event.fields
+        if event.kind == "checkpoint":
+            moved = f", {said['moved']} of {said['tensors']} tensors moved" if {"moved", "tensors"} <= set(said) else ""
+            size = f"{said['bytes'] / 1e6:.1f} MB" if isinstance(said.get("bytes"), int | float) else "size not told"
+            told.append(f"step {said.get('step')}: {said.get('path')}, {size}{moved}")
+    return told
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """Where and when it ran, on what, from which code: as recorded."""
+    host, device, effective = record.host or {}, record.device or {}, record.effective_file or {}
+    machine = ", ".join(str(part) for part in (host.get("cpu") or device.get("name"), host.get("os")) if part)
+    facts = [
+        ("run", record.id),
+        ("began", record.events[0].wall if record.events else ""),
+        ("ended", record.events[-1].wall if record.events and record.end.get("code") is not None else ""),
+        ("host", str(host.get("name") or host.get("hostname") or "")),
+        ("machine", machine),
+        (
+            "device",
+            " ".join(
+                str(device[name])
+                for name in ("type", "kind", "name", "threads")
+                if name in device and name != "threads"
+            ),
+        ),
+        ("threads", str(device.get("threads") or "")),
+        ("kernels", str(effective.get("kernel_backend") or "")),
+        ("seeds", ", ".join(f"{name} {value}" for name, value in (record.seeds or {}).items())),
+        ("versions", ", ".join(f"{name} {value}" for name, value in (record.versions or {}).items())),
+        ("code", str(effective.get("code") or (record.identity.code if record.identity else ""))),
+        ("lock file", record.identity.lock if record.identity else ""),
+        (
+            "inputs",
+            ", ".join(f"{name} {value}" for name, value in (record.identity.inputs if record.identity else {}).items()),
+        ),
+        ("attempt", str(record.attempt) if record.attempt is not None else ""),
+    ]
+    return [(name, value) for name, value in facts if value]

@@ -1,0 +1,61 @@
+"""The page in a real browser: what it shows, asks for and says at the widths of a phone and a desk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from latentforge.report.making import make_report
+
+from .chromium import Chromium
+from .planted import distilled
+
+WIDTHS = [390, 1280]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_report_fits_says_nothing_and_asks_for_nothing(
+    browser: Chromium, runs: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
+    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    seen = browser.show(page, width=width, dark=dark)
+    assert seen.overflow == []
+    assert seen.console == []
+    assert seen.asked == []
+    assert seen.height > 800
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_planted_overflow_is_caught(browser: Chromium, runs: Path, tmp_path: Path, width: int) -> None:
+    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    whole = page.read_text()
+    page.write_text(whole.replace("<footer>", f'<div style="width:{width + 40}px">wide</div><footer>'))
+    assert any("wide in" in line for line in browser.show(page, width=width).overflow)
+    cut = '<div style="width:50px;overflow:hidden"><pre style="white-space:pre">a word that is cut off</pre></div>'
+    page.write_text(whole.replace("<footer>", f"{cut}<footer>"))
+    assert any("cuts off" in line for line in browser.show(page, width=width).overflow)
+
+
+def test_a_planted_script_is_refused_by_the_page_and_the_refusal_is_caught(
+    browser: Chromium, runs: Path, tmp_path: Path
+) -> None:
+    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    page.write_text(page.read_text().replace("<footer>", "<script>document.title = 'ran'</script><footer>"))
+    seen = browser.show(page, width=1280)
+    assert any("Content Security Policy" in line for line in seen.console)
+    assert browser.ask("Runtime.evaluate", expression="document.title")["result"]["value"] != "ran"
+
+
+def test_a_planted_console_error_and_a_planted_picture_from_elsewhere_are_caught(
+    browser: Chromium, tmp_path: Path
+) -> None:
+    page = tmp_path / "planted.html"
+    page.write_text(
+        "<!doctype html><script>console.error('planted'); undefined.x</script><img src='http://127.0.0.1:9/x'>"
+    )
+    seen = browser.show(page, width=390)
+    assert "planted" in seen.console
+    assert any("Uncaught" in line for line in seen.console)
+    assert any("127.0.0.1" in address for address in seen.asked)
