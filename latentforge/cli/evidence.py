@@ -116,9 +116,15 @@ def _told(verification: Verification) -> list[str]:
     lines = []
     for run in [verification, *verification.runs]:
         where = f"{run.run}/" if run.run is not None and run is not verification else ""
+        # A ledger of thousands names as many runs that are elsewhere; --json lists them all.
+        unknown = [problem for problem in run.problems if problem.outcome is Outcome.UNKNOWN]
         for problem in run.problems:
+            if problem.outcome is Outcome.UNKNOWN and problem not in unknown[:_MOST]:
+                continue
             word = "FAILED " if problem.outcome is Outcome.FAIL else "UNKNOWN"
             lines.append(f"{accent(word)}  {where}{problem.what}  {problem.text}")
+        if len(unknown) > _MOST:
+            lines.append(f"{accent('UNKNOWN')}  {where}and {len(unknown) - _MOST} more: --json lists all")
     if verification.outcome is Outcome.PASS:
         counted = f"{verification.subjects} subjects, {size(verification.bytes)} in {verification.seconds:.1f} s"
         verified = accent(verification.standing)
@@ -137,6 +143,7 @@ def _told(verification: Verification) -> list[str]:
     return lines
 
 
+_MOST = 10  # problems of the same weight that are worth a line each
 _AGREE = "requested and effective configuration agree"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,17 +12,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from latentforge.errors import FailedError, RefusedError
 from latentforge.evidence.numbers import parse_json
-from latentforge.spec.canonical import canonical_bytes
-from latentforge.spec.identity import check_run_id
+from latentforge.spec.identity import RUN_ID, check_run_id
 
 LEDGER = "ledger.jsonl"
 FIRST = "0" * 64
 """``prev`` of the first line."""
 
+_QUOTED = json.JSONEncoder(ensure_ascii=False).encode
 _FIELDS = {"entry", "prev", "run", "manifest", "wall", "sha256"}
 
 
@@ -38,9 +38,19 @@ class Entry:
     @property
     def line(self) -> bytes:
         """The line's bytes with its end; it also holds its own digest, so that the last line is covered too."""
-        content: dict[str, Any] = dict(self.__dict__)
-        digest = hashlib.sha256(canonical_bytes(content)).hexdigest()
-        return canonical_bytes({**content, "sha256": digest}) + b"\n"
+        bare = self._text(None)
+        # Half a character has no place in UTF-8: such a line equals none that was ever written.
+        digest = hashlib.sha256(bare.encode(errors="replace")).hexdigest()
+        return (self._text(digest) + "\n").encode(errors="replace")
+
+    def _text(self, sha256: str | None) -> str:
+        # What canonical_bytes writes, which for whole numbers and text is what the standard library writes in this
+        # order: a ledger is read whole before each line that is added to it.
+        own = "" if sha256 is None else f',"sha256":{_QUOTED(sha256)}'
+        return (
+            f'{{"entry":{self.entry:d},"manifest":{_QUOTED(self.manifest)},"prev":{_QUOTED(self.prev)},'
+            f'"run":{_QUOTED(self.run)}{own},"wall":{_QUOTED(self.wall)}}}'
+        )
 
 
 @dataclass(frozen=True)
@@ -166,4 +176,6 @@ def _entry(line: bytes, where: str) -> Entry:
     entry, texts = value["entry"], {name: value[name] for name in ("prev", "run", "manifest", "wall")}
     if not isinstance(entry, int) or isinstance(entry, bool) or not all(isinstance(t, str) for t in texts.values()):
         raise FailedError(f"{where} holds values of the wrong kind: it was altered")
+    if not RUN_ID.fullmatch(texts["run"]):
+        raise FailedError(f"{where} names the run {texts['run']!r}, which is none: it was altered")
     return Entry(entry, **texts)

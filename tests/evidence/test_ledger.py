@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from latentforge.errors import FailedError, RefusedError
 from latentforge.evidence.ledger import FIRST, Chain, Entry, append, check_chain, read_chain
+from latentforge.spec.canonical import canonical_bytes
 
 
 def run_id(number: int) -> str:
@@ -128,9 +129,26 @@ def test_processes_that_append_at_once_make_one_chain(tmp_path: Path) -> None:
     assert len(read_chain(path).entries) == 45
 
 
-def test_ten_thousand_entries_are_checked_within_seconds() -> None:
+def test_ten_thousand_entries_are_checked_within_seconds_of_computing() -> None:
     content = b"".join(lines(10_000))
-    began = time.perf_counter()
+    began = time.process_time()
     chain: Chain = check_chain(content)
     assert len(chain.entries) == 10_000
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
+
+
+@given(entry=st.integers(0, 2**53 - 1), texts=st.tuples(st.text(), st.text(), st.text(), st.text()))
+def test_a_line_is_canonical_json(entry: int, texts: tuple[str, str, str, str]) -> None:
+    prev, run, manifest, wall = texts
+    content = {"entry": entry, "prev": prev, "run": run, "manifest": manifest, "wall": wall}
+    digest = hashlib.sha256(canonical_bytes(content)).hexdigest()
+    assert Entry(entry, prev, run, manifest, wall).line == canonical_bytes({**content, "sha256": digest}) + b"\n"
+
+
+@pytest.mark.parametrize("run", ["../elsewhere", "\ud800", "distill-1"])
+def test_a_line_that_names_no_run_is_no_line(run: str) -> None:
+    line = Entry(1, FIRST, run, "0" * 64, "2026-11-19T14:02:00Z").line
+    with pytest.raises(FailedError, match="line 1"):
+        check_chain(line)
+    with pytest.raises(FailedError, match="line 1"):
+        check_chain(line.replace(b'"?"', b'"\\ud800"'))

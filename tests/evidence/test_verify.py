@@ -287,3 +287,16 @@ def test_sound_evidence_of_a_failed_run_says_that_it_failed(tmp_path: Path, caps
     record(run_dir, build_statement(run_dir, plan=None, host={}, dispatched={}, environ={}))
     assert main(["evidence", "verify", str(run_dir)]) == 0
     assert "the run itself did not pass: fail, exit code 1" in capsys.readouterr().out
+
+
+def test_thousands_of_runs_that_are_elsewhere_do_not_bury_what_failed(
+    runs: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(40):
+        append(runs / "ledger.jsonl", f"distill-{number:020x}", "0" * 64)
+    (run_dir / "launch.log").unlink()
+    assert main(["evidence", "verify", str(runs)]) == ExitCode.FAIL
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) < 20
+    assert any("and 30 more: --json lists all" in line for line in said)
+    assert any(line.startswith("FAILED") and "launch.log  is missing" in line for line in said)
