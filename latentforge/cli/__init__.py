@@ -36,7 +36,7 @@ ENTRIES = {
     "spec": Entry("latentforge.cli.spec", "Show a pipeline's values and where each comes from."),
     "memory": Entry("latentforge.cli.memory", "Show what a pipeline will hold on a host, term by term.", single=True),
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
-    "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind; sign it."),
+    "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind; sign and compare runs."),
     "report": Entry("latentforge.cli.report", "Show what runs did, as one page that needs nothing else.", single=True),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
     "generate": Entry("latentforge.cli.generate", "Write text with a student that was trained here.", single=True),

@@ -1,22 +1,23 @@
-"""``latentforge evidence``: verify and sign what runs left behind."""
+"""``latentforge evidence``: verify, sign and compare what runs left behind."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from latentforge.evidence.difference import Change
     from latentforge.evidence.verify import Verification
 
-app = typer.Typer(no_args_is_help=True, help="Verify, offline, what a run left behind; sign it.")
+app = typer.Typer(no_args_is_help=True, help="Verify, offline, what a run left behind; sign and compare runs.")
 
 
 @app.callback()
 def _group() -> None:
-    """Verify, offline, what a run left behind; sign it."""
+    """Verify, offline, what a run left behind; sign and compare runs."""
 
 
 @app.command()
@@ -106,6 +107,61 @@ def sign(
     if json:
         print_json(signed)
     return 0
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A run's folder, or the beginning of its id.", metavar="A")],
+    after: Annotated[str, typer.Argument(help="The run to compare with it.", metavar="B")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Say what changed between two runs: asked for, in force, identities, verdicts, results, cost, files.
+
+    Read from the runs' files, which are not verified by this: evidence verify does.
+    """
+    from latentforge.cli.terminal import accent, print_json
+    from latentforge.evidence.difference import compare_runs
+    from latentforge.evidence.reading import find_run, read_run
+
+    first, second = (read_run(find_run(text, next="latentforge runs list")) for text in (before, after))
+    sections = compare_runs(first, second)
+    if json:
+        changes = {one.name: {"changed": [it.as_json() for it in one.changes], "same": one.same} for one in sections}
+        print_json({"before": first.id, "after": second.id, "sections": changes})
+        return 0
+    print(f"{first.id} → {second.id}")
+    for section in sections:
+        if section.changes:
+            print(f"{accent(section.name)}  ({section.same} the same)")
+            width = min(48, max(len(change.what) for change in section.changes))
+            for change in section.changes:
+                print(f"  {change.what:<{width}}  {_shown(change.before)} → {_shown(change.after)}{_ratio(change)}")
+    alike = [section.name for section in sections if section.same and not section.changes]
+    if alike:
+        print(f"the same: {', '.join(alike)}")
+    return 0
+
+
+def _shown(value: Any) -> str:
+    import json
+    import re
+
+    from latentforge.evidence.difference import ABSENT
+
+    if value is ABSENT:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return f"{value[:12]}…" if re.fullmatch(r"[0-9a-f]{40,}", value) else value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _ratio(change: Change) -> str:
+    numbers = [value for value in (change.before, change.after) if isinstance(value, float | int)]
+    if len(numbers) < 2 or any(isinstance(value, bool) or value <= 0 for value in numbers):
+        return ""
+    return f"  (× {numbers[1] / numbers[0]:.3g})"
 
 
 def _told(verification: Verification) -> list[str]:
