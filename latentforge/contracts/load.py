@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -66,7 +66,7 @@ def load_contracts(folder: Traversable | None = None) -> ContractSet:
     files = sorted((item for item in folder.iterdir() if item.name.endswith((".yaml", ".yml"))), key=lambda i: i.name)
     if not files:
         raise RefusedError(f"there are no contracts (*.yaml) in {folder}")
-    contracts: list[Contract] = []
+    read: list[tuple[Contract, Document]] = []
     problems: list[str] = []
     owners: dict[str, str] = {}
     for file in files:
@@ -85,15 +85,12 @@ def load_contracts(folder: Traversable | None = None) -> ContractSet:
                 message = f"falsifier {falsifier.id} is already defined in {owners[falsifier.id]}"
                 problems.append(document.problem(("falsifiers", index, "id"), message))
             owners.setdefault(falsifier.id, name)
-        contracts.append(contract)
-    known = {contract.contract for contract in contracts}
-    for contract in contracts:
-        for other in contract.depends_on:
-            if other not in known and not problems:
-                problems.append(f"{folder.name}/{contract.contract}.yaml: depends_on {other!r}: no such contract")
+        read.append((contract, document))
+    # Of a file that could not be read nothing is known: what the others say of it cannot be judged.
+    problems = problems or [*_dependencies(read), *_supersession(read)]
     if problems:
         raise RefusedError("\n".join(problems), next="correct the lines above; contracts/ is read strictly")
-    return ContractSet(tuple(_ordered(contracts)))
+    return ContractSet(tuple(_ordered([contract for contract, _ in read])))
 
 
 def validate_contract(document: Document, *, stem: str) -> Contract:
@@ -161,20 +158,64 @@ def _dotted(location: Location) -> str:
     return text
 
 
-def _ordered(contracts: list[Contract]) -> Iterator[Contract]:
-    """Dependencies first, otherwise by name; a cycle is refused."""
+def _dependencies(read: Sequence[tuple[Contract, Document]]) -> Iterator[str]:
+    """Problems of ``depends_on``: a contract that is not there, a circle."""
+    wanted = {contract.contract: contract.depends_on for contract, _ in read}
+    for contract, document in read:
+        for index, other in enumerate(contract.depends_on):
+            where = ("depends_on", index)
+            if other not in wanted:
+                near = difflib.get_close_matches(other, wanted, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                yield document.problem(where, f"depends_on {other!r}: no such contract{hint}")
+            elif circle := _circle(contract.contract, other, wanted):
+                yield document.problem(where, f"contracts depend on each other in a circle: {circle}")
+
+
+def _supersession(read: Sequence[tuple[Contract, Document]]) -> Iterator[str]:
+    """Problems of ``supersedes``: a claim that is not there, two successors of one, a circle."""
+    owner = {falsifier.id: contract.contract for contract, _ in read for falsifier in contract.falsifiers}
+    successors: dict[str, str] = {}
+    replaced = {contract.contract: [owner[one] for one in contract.supersedes if one in owner] for contract, _ in read}
+    for contract, document in read:
+        for index, one in enumerate(contract.supersedes):
+            where = ("supersedes", index)
+            if one not in owner:
+                near = difflib.get_close_matches(one, owner, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                yield document.problem(where, f"supersedes {one}: no contract claims it{hint}")
+            elif one in successors:
+                yield document.problem(where, f"{one} is already superseded by {successors[one]}")
+            elif circle := _circle(contract.contract, owner[one], replaced):
+                yield document.problem(where, f"contracts supersede each other in a circle: {circle}")
+            successors.setdefault(one, contract.contract)
+
+
+def _circle(start: str, first: str, onward: Mapping[str, Sequence[str]]) -> str | None:
+    """The way from ``first`` back to ``start``, told; None where there is none."""
+    ways, seen = [[start, first]], {first}
+    for way in ways:  # grows meanwhile: breadth first, so that the shortest way is told
+        if way[-1] == start:
+            return " → ".join(way)
+        for name in onward.get(way[-1], ()):
+            if name not in seen:
+                seen.add(name)
+                ways.append([*way, name])
+    return None
+
+
+def _ordered(contracts: Sequence[Contract]) -> Iterator[Contract]:
+    """Dependencies first, otherwise by name; there is no circle among them."""
     by_name = {contract.contract: contract for contract in contracts}
     done: set[str] = set()
 
-    def visit(name: str, path: tuple[str, ...]) -> Iterator[Contract]:
-        if name in path:
-            raise RefusedError(f"contracts depend on each other in a circle: {' → '.join([*path, name])}")
+    def visit(name: str) -> Iterator[Contract]:
         if name in done:
             return
-        for other in by_name[name].depends_on:
-            yield from visit(other, (*path, name))
         done.add(name)
+        for other in by_name[name].depends_on:
+            yield from visit(other)
         yield by_name[name]
 
     for name in by_name:
-        yield from visit(name, ())
+        yield from visit(name)

@@ -133,7 +133,13 @@ def test_a_missing_key_is_refused(tmp_path: Path, missing: str) -> None:
         ("    with: {}", "    with: {mutant: two}", "nothing is planted"),
         ("device: any", "device: tpu", "planted.yaml:9: scope.device = 'tpu'"),
         ("contract: planted", "contract: other", "planted.yaml:1: contract 'other' stands in planted.yaml"),
-        ("depends_on: []", "depends_on: [absent]", "depends_on 'absent': no such contract"),
+        ("depends_on: []", "depends_on: [absent]", "planted.yaml:7: depends_on 'absent': no such contract"),
+        ("depends_on: []", "depends_on: [plant]", "planted.yaml:7: depends_on 'plant': no such contract"),
+        (
+            "supersedes: []",
+            "supersedes: [F-PLANTED-TWO-001]",
+            "planted.yaml:8: supersedes F-PLANTED-TWO-001: no",
+        ),
         ("depends_on: []", "depends_on: [planted]", "names this contract itself"),
         ("supersedes: []", "supersedes: [F-PLANTED-ONE-001]", "own falsifier F-PLANTED-ONE-001"),
         ("title: a planted contract", "title: &a x", "planted.yaml:3: anchors"),
@@ -161,12 +167,54 @@ def test_one_falsifier_id_in_two_files_is_refused(tmp_path: Path) -> None:
         load_contracts(tmp_path)
 
 
-def test_contracts_that_depend_on_each_other_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, GOOD.replace("depends_on: []", "depends_on: [second]"))
-    second = GOOD.replace("contract: planted", "contract: second").replace("ONE-001", "TWO-001")
-    write(tmp_path, second.replace("depends_on: []", "depends_on: [planted]"), "second")
-    with pytest.raises(RefusedError, match="circle"):
+def several(folder: Path, **changes: tuple[str, str]) -> Path:
+    """One contract for each name, with falsifier ``F-<NAME>-001``, and one replacement in its text."""
+    for name, (right, wrong) in changes.items():
+        text = GOOD.replace("contract: planted", f"contract: {name}").replace("F-PLANTED-ONE", f"F-{name.upper()}")
+        assert right in text
+        write(folder, text.replace(right, wrong), name)
+    return folder
+
+
+def test_contracts_that_depend_on_each_other_are_refused_with_the_circle(tmp_path: Path) -> None:
+    several(
+        tmp_path,
+        a=("depends_on: []", "depends_on: [b]"),
+        b=("depends_on: []", "depends_on: [c]"),
+        c=("depends_on: []", "depends_on: [d, a]"),
+        d=("", ""),
+    )
+    with pytest.raises(RefusedError, match=r"c.yaml:7: contracts depend on each other in a circle: c → a → b → c"):
         load_contracts(tmp_path)
+
+
+def test_a_claim_has_one_successor(tmp_path: Path) -> None:
+    retires = ("supersedes: []", "supersedes: [F-OLD-001]")
+    several(tmp_path, old=("", ""), first=retires, second=retires)
+    with pytest.raises(RefusedError, match=r"second.yaml:8: F-OLD-001 is already superseded by first"):
+        load_contracts(tmp_path)
+
+
+def test_contracts_that_retire_each_other_are_refused(tmp_path: Path) -> None:
+    several(
+        tmp_path,
+        a=("supersedes: []", "supersedes: [F-B-001]"),
+        b=("supersedes: []", "supersedes: [F-A-001]"),
+    )
+    with pytest.raises(RefusedError, match=r"b.yaml:8: contracts supersede each other in a circle: b → a → b"):
+        load_contracts(tmp_path)
+
+
+def test_a_successor_can_have_a_successor(tmp_path: Path) -> None:
+    several(
+        tmp_path,
+        old=("", ""),
+        newer=("supersedes: []", "supersedes: [F-OLD-001]"),
+        newest=("supersedes: []", "supersedes: [F-NEWER-001]"),
+    )
+    contracts = load_contracts(tmp_path)
+    found = {falsifier.id: contracts.superseded_by(falsifier.id) for _, falsifier in contracts.falsifiers()}
+    assert found == {"F-OLD-001": "newer", "F-NEWER-001": "newest", "F-NEWEST-001": None}
 
 
 def test_dependencies_come_before_what_depends_on_them(tmp_path: Path) -> None:

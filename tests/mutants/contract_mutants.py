@@ -66,6 +66,12 @@ _text("prediction left empty", "difference 0", '" "', how="a prediction of blank
 _text("unknown dependency", "depends_on: []", "depends_on: [absent]", how="`depends_on` names no contract")
 _text("depends on itself", "depends_on: []", "depends_on: [planted]", how="a contract that depends on itself")
 _text("supersedes itself", "supersedes: []", "supersedes: [F-PLANTED-001]", how="a contract that retires its own claim")
+_text(
+    "supersedes a claim that is not there",
+    "supersedes: []",
+    "supersedes: [F-OTHR-001]",
+    how="a misspelt id, with which the old claim goes on to count",
+)
 _text("scope that is none", "device: any", "device: gpu", how="`device: gpu` in place of `cuda`")
 _text("version as text", "version: 1", 'version: "1"', how='`version: "1"`')
 _text("contract under another name", "contract: planted", "contract: plantd", how="a name unlike that of its file")
@@ -76,7 +82,9 @@ def _pair(name: str, change: Callable[[str], str], *, how: str) -> None:
 
     @mutant("contracts", name, how=how, by=LOADER)
     def _(folder: Path, planted: bool) -> str | None:
-        (folder / "planted.yaml").write_text(GOOD.replace("depends_on: []", "depends_on: [other]"))
+        first = GOOD.replace("depends_on: []", "depends_on: [other]")
+        (folder / "planted.yaml").write_text(first.replace("supersedes: []", "supersedes: [F-THIRD-001]"))
+        (folder / "third.yaml").write_text(OTHER.replace("other", "third").replace("F-OTHER", "F-THIRD"))
         (folder / "other.yaml").write_text(change(OTHER) if planted else OTHER)
         return refused(lambda: load_contracts(folder))
 
@@ -87,3 +95,17 @@ _pair(
     lambda text: text.replace("depends_on: []", "depends_on: [planted]"),
     how="two contracts that depend on each other",
 )
+_pair(
+    "superseded twice",
+    lambda text: text.replace("supersedes: []", "supersedes: [F-THIRD-001]"),
+    how="two contracts that each replace the same claim",
+)
+
+
+@mutant("contracts", "circle of supersession", how="two contracts that retire each other: nothing is left", by=LOADER)
+def _(folder: Path, planted: bool) -> str | None:
+    (folder / "planted.yaml").write_text(GOOD.replace("supersedes: []", "supersedes: [F-OTHER-001]"))
+    (folder / "other.yaml").write_text(
+        OTHER.replace("supersedes: []", "supersedes: [F-PLANTED-001]") if planted else OTHER
+    )
+    return refused(lambda: load_contracts(folder))
