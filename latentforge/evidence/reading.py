@@ -200,7 +200,7 @@ def _metrics(events: Iterable[Event]) -> Iterable[Series]:
     found: dict[tuple[str, str | None, str | None], list[Event]] = {}
     for event in events:
         said = event.fields
-        if event.kind == "metric" and _number(said.get("value")) is not None and isinstance(said.get("step"), int):
+        if event.kind == "metric" and as_number(said.get("value")) is not None and isinstance(said.get("step"), int):
             key = (str(said.get("name")), said.get("model"), said.get("split"))
             found.setdefault(key, []).append(event)
     for (name, model, split), seen in found.items():
@@ -212,7 +212,7 @@ def _trained(events: Iterable[Event]) -> Iterable[Series]:
     for event in events:
         if event.kind == "step" and isinstance(event.fields.get("step"), int):
             for name, value in event.fields.items():
-                if name not in ("step", "steps") and _number(value) is not None:
+                if name not in ("step", "steps") and as_number(value) is not None:
                     found.setdefault((name, event.fields.get("model")), []).append(event)
     for (name, model), seen in found.items():
         yield _series(name, model, None, seen, name)
@@ -240,11 +240,11 @@ def _phases(events: Iterable[Event]) -> Iterable[Phase]:
             found.append(Phase(name, event.t, event.wall, None))
         elif event.kind == "phase" and state == "end" and name in running:
             begun = found[running[name]]
-            found[running.pop(name)] = Phase(name, begun.began, begun.wall, _number(event.fields.get("seconds")))
+            found[running.pop(name)] = Phase(name, begun.began, begun.wall, as_number(event.fields.get("seconds")))
     return found
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A number of an event; the log writes those that JSON has not as words (``nan``, ``inf``)."""
     if isinstance(value, str):
         return float(value) if value in ("nan", "inf", "-inf") else None

@@ -56,7 +56,8 @@ def step_axis(values: Sequence[float], count: int = 5) -> Axis:
     low, high = min(0.0, *finite), max(finite)
     if high <= low:
         high = low + 1
-    step = max(1.0, _step((high - low) / count))
+    step = _step((high - low) / count)
+    step = max(1.0, step if step >= 10 else math.ceil(step))  # there is no step 2.5
     ticks = [low + n * step for n in range(int((high - low) / step) + 1)]
     if high - ticks[-1] > 0.4 * step:
         ticks.append(high)

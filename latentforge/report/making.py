@@ -23,14 +23,17 @@ def make_report(runs: Sequence[str], to: Path | None, *, verify: bool = True) ->
     RefusedError where a folder is no run's, one is named twice, or ``to`` lies in a run's folder or is something else.
     """
     folders = [find_run(run, next="latentforge report runs/RUN").resolve() for run in runs]
-    if len(set(folders)) != len(folders):
-        twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise RefusedError(f"{twice.name} is named twice", next=f"latentforge report {twice.name}")
+    names = [folder.name for folder in folders]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RefusedError(f"{twice} is named twice", next=f"latentforge report {twice}")
     more = f"-and-{len(folders) - 1}-more" if len(folders) > 1 else ""
     path = (Path("reports") / f"{folders[0].name}{more}.html" if to is None else to).absolute()
     _check(path)
     records = [read_run(folder) for folder in folders]
-    sections = [section(record, standing(record.folder, verify=verify)) for record in records]
+    named = os.environ.get("EVIDENCE_SIGNERS")
+    signers = Path(named) if named else None
+    sections = [section(record, standing(record.folder, verify=verify, signers=signers)) for record in records]
     made = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     content = page(sections, made=made).encode()
     path.parent.mkdir(parents=True, exist_ok=True)

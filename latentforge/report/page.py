@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,17 @@ from latentforge import __version__
 from latentforge.evidence.reading import RunRecord
 from latentforge.report import attached, glance, panels, telling
 from latentforge.report.chart import HEIGHT, WIDTH, Chart, Drawn, draw
+from latentforge.report.comparison import Comparison, compare
 from latentforge.report.standing import Standing
 from latentforge.report.words import plain
+from latentforge.verdicts import FALSIFIER_ID
 
 _ROWS = 400
 """Lines of a list (warnings, settings) that a page shows."""
+
+
+FALSIFIER_PARTS = re.compile(f"({FALSIFIER_ID.pattern})")
+"""Cuts a text at the names of falsifiers, which every second part then is: they are not broken across lines."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,13 @@ class Section:
 
     @property
     def learning(self) -> list[Chart]:
-        """Loss, KL, and quality against compute."""
-        return [*panels.learning(self.record), *attached.quality(self.contestants)]
+        """Loss and KL, in training and held out."""
+        return panels.learning(self.record)
+
+    @property
+    def quality(self) -> list[Chart]:
+        """Quality against compute, of a bench."""
+        return attached.quality(self.contestants)
 
     @property
     def working(self) -> list[Chart]:
@@ -60,8 +72,16 @@ def page(sections: Sequence[Section], *, made: str) -> str:
         finalize=_finalize,
     )
     template = environment.get_template("report.html")
+    compared = compare([one.record for one in sections]) if len(sections) > 1 else None
     text = template.render(
-        runs=[_of_run(one) for one in sections], made=made, version=__version__, width=WIDTH, height=HEIGHT
+        runs=[_of_run(one) for one in sections],
+        compared=compared,
+        compared_charts=_drawn(compared.charts) if compared else [],
+        compared_sentence=_compared(compared) if compared else "",
+        made=made,
+        version=__version__,
+        width=WIDTH,
+        height=HEIGHT,
     )
     return text + "\n"
 
@@ -71,6 +91,26 @@ def _finalize(value: Any) -> Any:
     return plain(value) if type(value) is str else value
 
 
+def _compared(compared: Comparison) -> str:
+    """What the comparison shows, in a sentence: how many ended how, and in which settings they differ."""
+    ends: dict[str, int] = {}
+    for row in compared.rows:
+        ends[row.state] = ends.get(row.state, 0) + 1
+    ended = ", ".join(f"{count} {end}" for end, count in ends.items())
+    names = [field.name for field in compared.fields]
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    differ = f"they differ in {shown}" if names else "their settings are the same"
+    return f"{len(compared.rows)} runs, {ended}; {differ}."
+
+
+_WORST_FIRST = {"fail": 0, "unknown": 1, "pass": 2}
+
+
+def _verdicts(record: RunRecord) -> list[tuple[str, str, str]]:
+    told = [(one.outcome.name.lower(), one.falsifier, one.text) for one in record.verdicts]
+    return sorted(told, key=lambda one: _WORST_FIRST[one[0]])
+
+
 def _of_run(one: Section) -> dict[str, Any]:
     record = one.record
     return {
@@ -78,10 +118,11 @@ def _of_run(one: Section) -> dict[str, Any]:
         "kind": record.kind,
         "headline": telling.headline(record),
         "state": telling.state(record),
-        "sentence": telling.sentence(record),
-        "verdicts": [(verdict.outcome.name.lower(), verdict.falsifier, verdict.text) for verdict in record.verdicts],
+        "sentence": FALSIFIER_PARTS.split(telling.sentence(record)),
+        "verdicts": _verdicts(record),
         "figures": glance.figures(record),
         "learning": _drawn(one.learning),
+        "quality": _drawn(one.quality),
         "working": _drawn(one.working),
         "timeline": glance.timeline(record),
         "compile_line": glance.compile_line(record),

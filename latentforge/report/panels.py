@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
-from latentforge.evidence.reading import RunRecord, Series
+from latentforge.evidence.reading import RunRecord, Series, as_number
 from latentforge.report.chart import Chart, Mark
 
-_CROSS_ENTROPY = {"distill": "val_loss", "teacher": "val_loss", "autoencoder": "val_loss", "latent": "val_token_ce"}
-_KL = {"distill": "val_kl", "latent": "val_token_kd"}
+# The held-out metric of each kind of run that is measured as its steps' cross-entropy, and as their KL.
+CROSS_ENTROPY = {"distill": "val_loss", "teacher": "val_loss", "autoencoder": "val_loss", "latent": "val_token_ce"}
+KL = {"distill": "val_kl", "latent": "val_token_kd"}
+_COLOURS = 6
 _WHAT_LOSS_IS = {
     "distill": "ce_weight x cross-entropy + kd_weight x KL; the twin has no KL",
     "latent": "the energy score of the latents, and what is added to it",
@@ -19,8 +21,8 @@ _WHAT_LOSS_IS = {
 def learning(record: RunRecord) -> list[Chart]:
     """Loss and KL against steps, held-out values marked; the charts that come first."""
     charts = [
-        _beside(record, "cross-entropy", "Cross-entropy", "nats a token", "ce", _CROSS_ENTROPY.get(record.kind)),
-        _beside(record, "kl", "KL to the teacher", "nats a token", "kd", _KL.get(record.kind)),
+        _beside(record, "cross-entropy", "Cross-entropy", "nats a token", "ce", CROSS_ENTROPY.get(record.kind)),
+        _beside(record, "kl", "KL to the teacher", "nats a token", "kd", KL.get(record.kind)),
         _beside(record, "loss", "Loss", "as minimised", "loss", None, _WHAT_LOSS_IS.get(record.kind)),
         *_other_metrics(record),
     ]
@@ -73,29 +75,29 @@ def _same(record: RunRecord, loss: Series, field: str) -> bool:
 
 def _other_metrics(record: RunRecord) -> list[Chart]:
     """Held-out values that no other chart shows: shares of a codec, terms of a latent student's loss."""
-    shown = {_CROSS_ENTROPY.get(record.kind), _KL.get(record.kind)}
-    held = [
-        one for one in record.metrics if one.split == "heldout" and one.name not in shown and len(set(one.steps)) > 1
-    ]
-    shares = [one for one in held if "accuracy" in one.name]
-    terms = [one for one in held if one.name.startswith("val_")]
+    shown = {CROSS_ENTROPY.get(record.kind), KL.get(record.kind)}
+    told: dict[str, list[tuple[float, float]]] = {}
+    for event in record.events:
+        said = event.fields
+        if event.kind == "metric" and said.get("split") == "heldout" and said.get("name") not in shown:
+            noise = f" at noise {said['noise']}" if "noise" in said else ""
+            name, step, value = f"{said.get('name')}{noise}", said.get("step"), as_number(said.get("value"))
+            if isinstance(step, int) and value is not None:
+                told.setdefault(name, []).append((float(step), value))
+    held = {name: tuple(found) for name, found in told.items() if len({step for step, _ in found}) > 1}
     charts = []
-    for name, title, unit, chosen in (
-        ("accuracy", "Held-out accuracy", "share that came back", shares),
-        ("terms", "Held-out terms of the loss", "as measured", terms),
+    for name, title, unit, word in (
+        ("accuracy", "Held-out accuracy", "share that came back", "accuracy"),
+        ("terms", "Held-out terms of the loss", "as measured", "val_"),
     ):
-        marks = [
-            Mark(one.name.removeprefix("val_"), f"run{number}", _last_of_each_step(one), dots=False)
-            for number, one in enumerate(chosen[:6])
-        ]
-        if marks:
+        chosen = [(one, found) for one, found in held.items() if word in one][:_COLOURS]
+        if chosen:
+            marks = [
+                Mark(one.removeprefix("val_").replace("_", " "), f"run{number}", found, dots=True)
+                for number, (one, found) in enumerate(chosen)
+            ]
             charts.append(Chart(name, title, unit, tuple(marks)))
     return charts
-
-
-def _last_of_each_step(series: Series) -> tuple[tuple[float, float], ...]:
-    """One point a step: a value told for several levels of noise is drawn for the last of them alone."""
-    return tuple((float(step), value) for step, value in dict(zip(series.steps, series.values, strict=True)).items())
 
 
 def _of_steps(

@@ -129,8 +129,8 @@ class Chromium:
         told: dict[str, Any] = json.loads(whole)
         return told
 
-    def show(self, page: Path, *, width: int, dark: bool = False, media: str = "screen") -> Seen:
-        """Open a page ``width`` CSS pixels wide and say what it did."""
+    def show(self, page: Path, *, width: int, dark: bool = False, media: str = "") -> Seen:
+        """Open a page ``width`` CSS pixels wide and say what it did; ``media`` ``print`` lays it out as paper is."""
         self._events.clear()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=2, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

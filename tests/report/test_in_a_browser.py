@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,10 @@ def test_a_planted_console_error_and_a_planted_picture_from_elsewhere_are_caught
     assert "planted" in seen.console
     assert any("Uncaught" in line for line in seen.console)
     assert any("127.0.0.1" in address for address in seen.asked)
+
+
+def test_a_report_of_a_run_prints_on_two_pages(browser: Chromium, runs: Path, tmp_path: Path) -> None:
+    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    browser.show(page, width=1280)
+    assert len(re.findall(rb"/Type\s*/Page\b", browser.printed())) <= 2
+    assert browser.show(page, width=688, media="print").overflow == []
