@@ -137,8 +137,7 @@ def clip_arrives(*, mutant: str | None = None) -> Finding:
         trainer.optimiser.clip_norm = None
     before = trainer.step(0, small_batch(), fixture_targets()).grad_norm
     (beta, _) = trainer.optimiser.groups[0]["betas"]
-    moments = [value for name, value in trainer.optimiser.moments().items() if name.endswith("/exp_avg")]
-    taken = float(torch.cat([value.reshape(-1) for value in moments]).norm()) / (1.0 - beta)
+    taken = float(_taken(trainer).norm()) / (1.0 - beta)
     text = f"gradient norm {before:.3g} before clipping to {limit:g}, {taken:.3g} as AdamW took it"
     return Finding(before > limit and abs(taken / limit - 1.0) < 1e-2, text, {"before": before, "taken": taken})
 
@@ -199,6 +198,39 @@ def _divide_by_own_rows(trainer: Trainer) -> None:
         return forward(tokens, targets, tokens[:, 1:].numel(), **settings)
 
     student.forward = own  # type: ignore[method-assign]
+
+
+def cuda_student_is_the_cpus(*, device: str = "cuda", mutant: str | None = None) -> Finding:
+    """Steps of a student on ``device`` have the losses and the gradient of the same steps on the CPU, both in fp32.
+
+    UNKNOWN where torch sees no such device, or no kernel is proven there. Mutant ``forgetful``: the KD term is lost on
+    the device.
+    """
+    if mutant not in (None, "forgetful"):
+        raise ValueError(f"unknown mutant {mutant!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        return Finding(None, "torch sees no CUDA device")
+    losses, gradients = [], []
+    for place in ("cpu", device):
+        kd_weight = 0.0 if mutant and losses else 0.7
+        trainer = small_trainer(ce_weight=0.3, kd_weight=kd_weight, device=place)
+        tokens = small_batch().to(place)
+        steps = [trainer.step(0, tokens, fixture_targets()).loss]
+        gradients.append(_taken(trainer).cpu())
+        steps += [trainer.step(step, tokens, fixture_targets()).loss for step in (1, 2)]
+        losses.append(steps)
+    (first, *_, last), (its_first, *_, its_last) = losses
+    off = {
+        "loss": abs(its_first - first) / first,
+        "gradient": float((gradients[1] - gradients[0]).norm() / gradients[0].norm()),
+        "third_loss": abs(its_last - last) / last,
+    }
+    passed = off["loss"] < 1e-5 and off["gradient"] < 1e-4 and off["third_loss"] < 1e-3
+    text = (
+        f"a student on {device} differs from the CPU's by {off['loss']:.1e} of its loss, {off['gradient']:.1e} of its "
+        f"gradient, {off['third_loss']:.1e} of the third step's loss"
+    )
+    return Finding(passed, text, off)
 
 
 def preferred_logit_rises(*, mutant: str | None = None) -> Finding:
@@ -326,6 +358,12 @@ def _save(trainer: Trainer, folder: Path, step: int) -> Any:
     weights: dict[str, Tensor] = {**dict(trainer.student.model.named_parameters()), **optimiser.masters}
     checkpoint = Checkpoint("student", step, weights, optimiser.moments(), torch.get_rng_state(), 1)
     return save_checkpoint(folder, checkpoint, start=start)
+
+
+def _taken(trainer: Trainer) -> Tensor:
+    """AdamW's first moment: after one step the gradient that it took, times 1 - beta."""
+    moments = trainer.optimiser.moments()
+    return torch.cat([value.reshape(-1) for name, value in moments.items() if name.endswith("/exp_avg")])
 
 
 def _flat(trainer: Trainer) -> Tensor:

@@ -97,10 +97,11 @@ def small_trainer(
     precision: torch.dtype = torch.float32,
     clip_norm: float | None = None,
     weight_decay: float = 0.0,
+    device: str = "cpu",
 ) -> Trainer:
-    """A one-layer student of 64 tokens with its optimiser; always the same start."""
+    """A one-layer student of 64 tokens with its optimiser; always the same start, on every device."""
     shape = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=64)
-    model = new_model(shape, vocab_size=VOCABULARY, positions=LENGTH, eos_id=0, seed=3).to(precision)
+    model = new_model(shape, vocab_size=VOCABULARY, positions=LENGTH, eos_id=0, seed=3).to(device, precision)
     optimiser = MasterOptimiser(
         model,
         learning_rate=learning_rate,
@@ -109,7 +110,7 @@ def small_trainer(
         steps=steps,
         clip_norm=clip_norm,
     )
-    kernel, _ = choose_kernel(torch.device("cpu"), precision)
+    kernel, _ = choose_kernel(torch.device(device), precision)
     objective = Objective(1.0, ce_weight, kd_weight, kernel)
     return Trainer(Student(model, VOCABULARY), optimiser, objective, micro_batch_size=micro_batch_size)
 

@@ -15,7 +15,10 @@ from latentforge.verdicts import Outcome
 
 CONTRACTS = load_contracts()
 TESTS = Path(__file__).parents[1]
-CONTROL_SEEN_BY = {"F-BACKEND-SELECT-003": "teachers/precision/test_contract.py"}
+CONTROL_SEEN_BY = {
+    "F-BACKEND-SELECT-003": "teachers/precision/test_contract.py",
+    "F-DISTILL-CUDA-STUDENT-001": "train/test_gpu_student.py",
+}
 """Claims about a GPU: the test that sees each one's control fail where there is none."""
 
 
