@@ -134,8 +134,12 @@ def diff(
         if section.changes:
             print(f"{accent(section.name)}  ({section.same} the same)")
             width = min(48, max(len(change.what) for change in section.changes))
-            for change in section.changes:
+            # Of a model that was trained again every tensor differs: their count says it.
+            shown = section.changes if section.name != "tensors" else section.changes[:3]
+            for change in shown:
                 print(f"  {change.what:<{width}}  {_shown(change.before)} → {_shown(change.after)}{_ratio(change)}")
+            if len(shown) < len(section.changes):
+                print(f"  and {len(section.changes) - len(shown)} more: --json lists all")
     alike = [section.name for section in sections if section.same and not section.changes]
     if alike:
         print(f"the same: {', '.join(alike)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,11 @@ from latentforge.data.special import BosRule, bos_of
 from latentforge.data.split import packing_order
 from latentforge.data.tokenizer import Tokenizer, copy_tokenizer, train_bpe
 from latentforge.errors import RefusedError
+from latentforge.evidence.digests import file_sha256
 from latentforge.spec.run import write_record
+
+READ_ORDER = "corpus.jsonl"
+"""The files that were read, in order; in the product of a data run that asks nobody."""
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -32,7 +37,7 @@ def build_shards(
     chunk: int = 1,
     phase: Phase = lambda name: nullcontext(),
 ) -> ShardSet:
-    """Write ``tokenizer/``, ``train.bin``, ``heldout.bin`` and ``data.json`` into ``out``.
+    """Write ``tokenizer/``, ``train.bin``, ``heldout.bin``, ``corpus.jsonl`` and ``data.json`` into ``out``.
 
     The same inputs give the same bytes. ``tokenizer_folder`` is used unchanged where given, ``vocab_size`` then not.
     ``bos = "add"`` begins each document with the tokenizer's BOS; see :func:`latentforge.data.special.bos_of`. With
@@ -67,12 +72,31 @@ def build_shards(
         _check_enough("heldout_sequences", heldout_sequences, packed_heldout, sequence_length, len(heldout))
         packed_train = packing.write(corpus, train, out / "train.bin", train_sequences)
         _check_enough("train_sequences", train_sequences or 1, packed_train, sequence_length, len(train))
+    splits = {"heldout": heldout[: packed_heldout.documents], "train": train[: packed_train.documents]}
+    write_read_order(out / READ_ORDER, corpus, splits)
     record = record_of(corpus, tokenizer, sequence_length, packed_train, packed_heldout) | {
         "bos": bos,
         "bos_id": bos_id,
         "chunk": chunk,
     }
     return finished(out, record)
+
+
+def write_read_order(path: Path, corpus: Corpus, splits: Mapping[str, Sequence[Entry]]) -> None:
+    """Write the files that the rows come from, in the order in which each split began to read them.
+
+    A JSON object a line: ``split``, ``name`` below the corpus, ``bytes``, ``sha256`` of the file. ``splits`` holds the
+    documents that were packed, in their order.
+    """
+    digests: dict[Path, str] = {}
+    lines = []
+    for split, entries in splits.items():
+        for source in dict.fromkeys(entry.path for entry in entries):
+            if source not in digests:
+                digests[source] = file_sha256(source)
+            size, name = source.stat().st_size, corpus.names[source]
+            lines.append({"split": split, "name": name, "bytes": size, "sha256": digests[source]})
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def finished(out: Path, record: dict[str, Any]) -> ShardSet:

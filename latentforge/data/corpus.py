@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,6 +54,8 @@ class Corpus:
 
     ``sha256`` is the content digest by the rule of :func:`latentforge.evidence.digests.tree_sha256` (of the standard
     library: over the selected files), ``files`` and ``bytes`` count what was read. ``entries`` are sorted by name.
+    ``names`` are the files' own, below the corpus; a corpus that is one file calls it ``corpus`` with its ending,
+    wherever it lies.
     """
 
     kind: CorpusKind
@@ -62,6 +64,7 @@ class Corpus:
     bytes: int
     entries: tuple[Entry, ...]
     empty: int
+    names: Mapping[Path, str]
 
     @classmethod
     def open(cls, ref: str | os.PathLike[str]) -> Corpus:
@@ -76,7 +79,8 @@ class Corpus:
         if path.suffix not in (".txt", ".jsonl"):
             raise RefusedError(f"corpus {str(ref)!r} is neither a folder nor a .txt or .jsonl file", next=ASK_FOR)
         jsonl = path.suffix == ".jsonl"
-        return _corpus("jsonl" if jsonl else "txt", tree_sha256(path), [(path, _index_lines(path, "", jsonl=jsonl))])
+        indexed = [(f"corpus{path.suffix}", path, _index_lines(path, "", jsonl=jsonl))]
+        return _corpus("jsonl" if jsonl else "txt", tree_sha256(path), indexed)
 
     def read(self, entry: Entry) -> Document:
         """The document of an entry; refused where the file has changed since it was indexed."""
@@ -108,13 +112,14 @@ def _changed(entry: Entry) -> RefusedError:
     return RefusedError(f"{entry.path} changed while it was read (document {entry.name!r})", next="run again")
 
 
-def _corpus(kind: CorpusKind, sha256: str, indexed: list[tuple[Path, list[Entry]]]) -> Corpus:
-    entries = [entry for _, found in indexed for entry in found]
+def _corpus(kind: CorpusKind, sha256: str, indexed: list[tuple[str, Path, list[Entry]]]) -> Corpus:
+    entries = [entry for _, _, found in indexed for entry in found]
     whole = tuple(sorted((entry for entry in entries if entry.length), key=lambda entry: entry.name))
     if not whole:
         raise RefusedError(f"corpus has no text in its {len(indexed)} file(s)", next=ASK_FOR)
-    size = sum(path.stat().st_size for path, _ in indexed)
-    return Corpus(kind, sha256, len(indexed), size, whole, len(entries) - len(whole))
+    size = sum(path.stat().st_size for _, path, _ in indexed)
+    names = {path: name for name, path, _ in indexed}
+    return Corpus(kind, sha256, len(indexed), size, whole, len(entries) - len(whole), names)
 
 
 def _index_stdlib() -> Corpus:
@@ -124,7 +129,7 @@ def _index_stdlib() -> Corpus:
     for name, path in sorted(_stdlib_files(root)):
         content = path.read_bytes()
         digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
-        indexed.append((path, [_index_text(path, name, content)]))
+        indexed.append((name, path, [_index_text(path, name, content)]))
     if not indexed:
         raise RefusedError(
             f"corpus 'stdlib': no .py file in {root} (this Python came without its sources)", next=ASK_FOR
@@ -149,9 +154,9 @@ def _index_folder(root: Path) -> Corpus:
     indexed = []
     for name, path in chosen:
         if path.suffix == ".jsonl":
-            indexed.append((path, _index_lines(path, name, jsonl=True)))
+            indexed.append((name, path, _index_lines(path, name, jsonl=True)))
         else:
-            indexed.append((path, [_index_text(path, name, path.read_bytes())]))
+            indexed.append((name, path, [_index_text(path, name, path.read_bytes())]))
     return _corpus("folder", tree_sha256(root), indexed)
 
 

@@ -52,7 +52,10 @@ def planted_run(runs: Path, *, seed: int = 7) -> Path:
     }
     run.effective_file.write_text(json.dumps(content, indent=1))
     (run.out / "student").mkdir(parents=True)
-    (run.out / "student" / "model.safetensors").write_bytes(hashlib.sha256(b"weights").digest() * 64)
+    tensor = {"dtype": "F32", "shape": [16, 32], "data_offsets": [0, 2048]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "embed.weight": tensor}).encode()
+    weights = len(header).to_bytes(8, "little") + header + hashlib.sha256(b"weights").digest() * 64
+    (run.out / "student" / "model.safetensors").write_bytes(weights)
     (run.out / "student" / "config.json").write_text('{"vocab_size": 320}')
     (run.path / "exit.json").write_text(json.dumps({"code": 0, "signal": None, "outcome": "pass"}))
     return run.path

@@ -61,6 +61,7 @@ def _picture(record: RunRecord) -> dict[str, dict[str, Any]]:
     digests = digest_files(record.folder)
     derived = derive(record.folder, digests)
     host = record.host or {}
+    tensors = {file: each or {} for file, each in derived["identities"].pop("tensors").items()}
     identities = {
         **derived["identities"],
         "driver": host_version("driver", derived, host),
@@ -77,6 +78,7 @@ def _picture(record: RunRecord) -> dict[str, dict[str, Any]]:
         "verdicts": _verdicts(record),
         "results": _results(record),
         "cost": _cost(record),
+        "tensors": {f"{file} {name}": one["sha256"] for file, each in tensors.items() for name, one in each.items()},
         "files": digests,
     }
 

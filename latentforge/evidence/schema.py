@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from latentforge.spec.identity import RUN_ID
 from latentforge.verdicts import FALSIFIER_ID
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:latentforge:evidence:run:v1"
+
+SINCE_2 = frozenset({"tensors", "data_files"})
+"""The identities that a predicate of schema 2 states and one of schema 1 did not know."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=rf"^{RUN_ID.pattern}$")]
@@ -92,13 +95,30 @@ class Conclusion(Shape):
     status: Literal["checked", "claim"]
 
 
+class Tensor(Shape):
+    """A tensor of a weights file: its type and shape as the file names them, sha256 of its bytes (little-endian)."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    sha256: Sha256
+
+
+class DataFiles(Shape):
+    """The files of the corpus that rows were made of, in the order of reading: ``out/corpus.jsonl`` and its lines."""
+
+    files: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
 class Identities(Shape):
     """By digest, what took part: code, lock file, extension, inputs, tokenizer; products; driver and kernel by version.
 
     ``extension`` holds the ``sha256`` of the native library's file and the digest of its sources (``source_digest``),
     or ``unavailable`` with the reason.
 
-    ``code`` is what the run asked for, ``code_effective`` what the trainer found itself running.
+    ``code`` is what the run asked for, ``code_effective`` what the trainer found itself running. ``tensors`` holds each
+    weights file (``.safetensors``) of the run, tensor by tensor (null: a file that is not of this format), and
+    ``data_files`` what a data run read (null: it read none); neither stands in a predicate of schema 1.
     """
 
     code: Sha256
@@ -108,6 +128,8 @@ class Identities(Shape):
     inputs: dict[str, JsonValue]
     tokenizer: str | None
     products: dict[str, Sha256]
+    tensors: dict[str, dict[str, Tensor] | None] | None = None
+    data_files: DataFiles | None = None
     driver: str | None
     kernel: str | None
 
@@ -129,9 +151,9 @@ class NotCollected(Shape):
 
 
 class Predicate(Shape):
-    """What LatentForge states about a run."""
+    """What LatentForge states about a run; schema 1 is that of manifests without ``tensors`` and ``data_files``."""
 
-    schema_: Literal[1] = Field(alias="schema")
+    schema_: Literal[1, 2] = Field(alias="schema")
     run: RunPart
     configuration: Configuration
     verdicts: list[VerdictPart]
@@ -149,6 +171,15 @@ class Predicate(Shape):
     plan: JsonValue
     host: dict[str, JsonValue]
     dispatched: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _of_its_schema(self) -> Self:
+        stated = self.identities.model_fields_set & SINCE_2
+        if stated != (SINCE_2 if self.schema_ == 2 else set()):
+            raise ValueError(
+                f"identities of schema {self.schema_} with {sorted(stated) or 'neither'} of {sorted(SINCE_2)}"
+            )
+        return self
 
 
 class Statement(Shape):

@@ -18,10 +18,12 @@ from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.schema import PREDICATE_TYPE, STATEMENT_TYPE, Statement
 from latentforge.evidence.secrets import refuse_secret_files, refuse_secrets
+from latentforge.evidence.tensors import tensor_digests
 from latentforge.spec.identity import RunIdentity
 from latentforge.verdicts import Outcome, meet
 
 MANIFEST = "manifest.json"
+_READ_ORDER = "out/corpus.jsonl"
 UNLISTED = frozenset({MANIFEST, f"{MANIFEST}.sig"})
 """The files of a run folder that the statement does not cover: itself and its signature."""
 
@@ -64,7 +66,7 @@ def build_statement(
         "kernel": host_version("kernel", derived, host),
     }
     predicate = {
-        "schema": 1,
+        "schema": 2,
         **{name: derived[name] for name in DERIVED},
         "conclusions": conclusions,
         "identities": identities,
@@ -153,6 +155,8 @@ def derive(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any]:
             "inputs": _inputs(identity.inputs, _mapping(effective.get("inputs"))),
             "tokenizer": _tokenizer(effective) or _products(digests).get("tokenizer"),
             "products": _products(digests),
+            "tensors": {name: tensor_digests(run_dir / name) for name in digests if name.endswith(".safetensors")},
+            "data_files": _data_files(run_dir, digests),
         },
         "driver": device.get("driver") if isinstance(device, dict) else None,
     }
@@ -266,6 +270,13 @@ def _products(digests: Mapping[str, str]) -> dict[str, str]:
         if name.startswith("out/") and rest:
             folders.setdefault(top, []).append(f"{rest}\0{digests[name]}\n")
     return {top: hashlib.sha256("".join(lines).encode()).hexdigest() for top, lines in folders.items()}
+
+
+def _data_files(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a data run read: the digest of its list of files in the order of reading, and how many lines that has."""
+    if (sha256 := digests.get(_READ_ORDER)) is None:
+        return None
+    return {"files": (run_dir / _READ_ORDER).read_bytes().count(b"\n"), "sha256": sha256}
 
 
 def _inputs(named: Mapping[str, str], read: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.evidence.heads import SignedHead, check_heads
 from latentforge.evidence.ledger import LEDGER, Chain, Entry, read_chain
 from latentforge.evidence.numbers import parse_json
-from latentforge.evidence.schema import Statement
+from latentforge.evidence.schema import SINCE_2, Statement
 from latentforge.evidence.signatures import SUFFIX, Signature, check_signature
 from latentforge.evidence.statement import DERIVED, MANIFEST, UNLISTED, checked_conclusions, derive, host_version
 from latentforge.spec.canonical import canonical_bytes
@@ -299,6 +299,8 @@ def _check_statement(
         if _plain(derived[name]) != predicate[name]:
             result.problems.append(Problem(MANIFEST, f"predicate.{name} does not follow from the run's files"))
     for name, value in derived["identities"].items():
+        if predicate["schema"] == 1 and name in SINCE_2:
+            continue
         if _plain(value) != predicate["identities"][name]:
             result.problems.append(Problem(MANIFEST, f"predicate.identities.{name} does not follow from the files"))
     for name in ("driver", "kernel"):

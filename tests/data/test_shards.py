@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentforge.data import BatchOrder, ShardSet, build_shards
+from latentforge.data.corpus import Corpus
 from latentforge.data.shards import pack
+from latentforge.data.split import packing_order
 from latentforge.data.tokenizer import EOS, Tokenizer, copy_tokenizer, train_bpe
 from latentforge.errors import RefusedError
+from latentforge.evidence.digests import file_sha256
 
 WORDS = ["grüße", "the", "other", "return", "def", "import", "日本", "\n", "  ", EOS, "x=1"]
 
@@ -294,3 +297,25 @@ def test_copying_a_tokenizer_never_replaces_a_models_configuration(tmp_path: Pat
     (student / "config.json").write_text('{"eos_token_id": 5, "hidden_size": 64}')
     assert copy_tokenizer(teacher, student).eos_id == 5
     assert "64" in (student / "config.json").read_text()
+
+
+def test_the_files_that_rows_come_from_are_listed_in_the_order_of_reading(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(60):
+        (corpus / f"{number:02d}.txt").write_text(f"text number {number} " * 30)
+    (corpus / "empty.txt").write_text(" \n")
+    out = tmp_path / "out"
+    asked = {"vocab_size": 270, "sequence_length": 16, "heldout_sequences": 2}
+    build_shards(corpus, out, **asked, train_sequences=40)
+    lines = [json.loads(line) for line in (out / "corpus.jsonl").read_text().splitlines()]
+    splits = {split: [one["name"] for one in lines if one["split"] == split] for split in ("heldout", "train")}
+    entries = Corpus.open(corpus).entries
+    orders = dict(zip(("train", "heldout"), packing_order(entries), strict=True))
+    record = json.loads((out / "data.json").read_bytes())
+    for split, names in splits.items():
+        assert names == [entry.name for entry in orders[split]][: record["documents"][split]]
+    assert 0 < len(splits["train"]) < 50, "files of which no row was packed are not named"
+    assert all(one["sha256"] == file_sha256(corpus / one["name"]) for one in lines)
+    build_shards(corpus, tmp_path / "again", **asked, train_sequences=40)
+    assert (tmp_path / "again" / "corpus.jsonl").read_bytes() == (out / "corpus.jsonl").read_bytes()
