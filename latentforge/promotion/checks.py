@@ -1,0 +1,94 @@
+"""Executable checks of the promotion contract, on a small student that is broken for them, with its evidence sound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentforge.contracts.finding import Finding
+from latentforge.promotion.gate import PRODUCT, look
+
+WEIGHTS = f"{PRODUCT}/model.safetensors"
+
+
+def with_evidence(run: Path) -> Path:
+    """The run with the evidence that it would have had, had it left what lies there now."""
+    from latentforge.evidence.ledger import LEDGER
+    from latentforge.evidence.manifest import record
+    from latentforge.evidence.statement import MANIFEST, build_statement
+    from latentforge.spec.run import RunDir
+    from latentforge.train.inprocess import record_artifacts
+
+    for path in (run / MANIFEST, run.parent / LEDGER, run / "artifacts.json"):
+        path.unlink(missing_ok=True)
+    (run / "exit.json").write_text(json.dumps({"code": 0, "signal": None, "outcome": "pass"}))
+    record_artifacts(RunDir(run))
+    record(run, build_statement(run, plan="0" * 64, host={"hostname": "here"}, dispatched={}, environ={}))
+    return run
+
+
+def zeros(run: Path) -> None:
+    """Weights of zeros: a model that knows nothing, in a file of the right size."""
+    tensors = {name: torch.zeros_like(value) for name, value in load_file(run / WEIGHTS).items()}
+    save_file(tensors, run / WEIGHTS, metadata={"format": "pt"})
+
+
+def drawn_anew(run: Path) -> None:
+    """Weights that nobody trained."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(run / WEIGHTS)
+    drawn = {name: torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+    save_file(drawn, run / WEIGHTS, metadata={"format": "pt"})
+
+
+def cut_short(run: Path) -> None:
+    """A file of 200 bytes."""
+    (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:200])
+
+
+def unmoved(run: Path) -> None:
+    """A saved model whose tensors are those of the start, as the trainer said; the verdict says otherwise."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "checkpoint" and line.get("product"):
+            line["moved"] = 0
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def broken_students_are_refused(*, mutant: str | None = None) -> Finding:
+    """A student that is as it was trained may be promoted; each broken one, with sound evidence of its own, may not.
+
+    Mutant ``evidence_alone``: a gate that asks for nothing but evidence that verifies.
+    """
+    from latentforge.train.rehearsal import tiny_run
+
+    if mutant not in (None, "evidence_alone"):
+        raise ValueError(f"unknown mutant {mutant!r}")
+    faults: tuple[Callable[[Path], None], ...] = (zeros, drawn_anew, cut_short, unmoved)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = with_evidence(_copy(tiny_run().path, Path(folder) / "whole"))
+        held_back = [one.name for one in look(whole, smoke=True).unmet]
+        if held_back:
+            return Finding(False, f"a sound student is held back by {', '.join(held_back)}", {"sound": held_back})
+        promoted = []
+        for fault in faults:
+            run = _copy(whole, Path(folder) / fault.__name__)
+            fault(run)
+            unmet = look(with_evidence(run), smoke=True).unmet
+            if not [one for one in unmet if mutant is None or one.name == "evidence"]:
+                promoted.append(fault.__name__)
+    told = f"; promoted: {', '.join(promoted)}" if promoted else ""
+    refused = len(faults) - len(promoted)
+    measured = {"refused": refused, "broken": len(faults), "promoted": promoted}
+    return Finding(not promoted, f"{refused} of {len(faults)} broken students refused, a sound one not{told}", measured)
+
+
+def _copy(run: Path, runs: Path) -> Path:
+    runs.mkdir()
+    return Path(shutil.copytree(run, runs / run.name, ignore=shutil.ignore_patterns("checkpoints")))

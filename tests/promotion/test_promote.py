@@ -1,0 +1,191 @@
+"""A student is published only where its evidence, its claims and its weights hold, and then as it was trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from latentforge.cli import main
+from latentforge.errors import FailedError, RefusedError
+from latentforge.promotion.checks import WEIGHTS, broken_students_are_refused, cut_short, drawn_anew, unmoved, zeros
+from latentforge.promotion.gate import PRODUCT, Gate, look
+from latentforge.promotion.publish import publish, read_published
+from latentforge.verdicts import ExitCode, Outcome
+
+Plant = Callable[[Path], object]
+
+
+def unmet(gate: Gate) -> dict[str, tuple[Outcome, str]]:
+    return {one.name: (one.outcome, one.text) for one in gate.unmet}
+
+
+def reworded(change: Callable[[dict[str, object]], object], kind: str) -> Plant:
+    """Changes every event of a kind."""
+
+    def plant(run: Path) -> None:
+        lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        for line in lines:
+            if line["kind"] == kind:
+                change(line)
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return plant
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Plant:
+    def plant(run: Path) -> None:
+        tensors = load_file(run / WEIGHTS)
+        change(tensors)
+        save_file(tensors, run / WEIGHTS, metadata={"format": "pt"})
+
+    return plant
+
+
+def test_a_student_whose_claims_hold_is_published_as_a_folder_that_transformers_reads(
+    student: Path, tmp_path: Path
+) -> None:
+    gate = look(student, smoke=True)
+    assert unmet(gate) == {}
+    assert {"evidence", "end", "profile", "weights", "knows", "F-DISTILL-SMOKE-001", "F-ARTEFACT-MOVED-001"} <= {
+        one.name for one in gate.conditions
+    }
+    there = publish(gate, tmp_path / "published")
+    model, info = AutoModelForCausalLM.from_pretrained(there, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = load_file(student / WEIGHTS)
+    assert all(torch.equal(ours[name], value) for name, value in model.state_dict().items() if name in ours)
+    assert AutoTokenizer.from_pretrained(there).encode("def")
+    card = (there / "README.md").read_text()
+    assert student.name in card
+    assert "library_name: transformers" in card
+    assert "smoke run" in card
+    assert re.search(r"\| F-DISTILL-SMOKE-001 \| val\\_loss [0-9.]+ \\< [0-9.]+ at step", card)
+    assert read_published(there)["run"] == student.name
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_smoke_run_is_not_promoted_unless_asked_for(student: Path, tmp_path: Path) -> None:
+    gate = look(student)
+    assert unmet(gate) == {"profile": (Outcome.FAIL, unmet(gate)["profile"][1])}
+    with pytest.raises(FailedError, match="profile  FAIL  smoke"):
+        publish(gate, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> None:
+    first = sorted(tensors)[0]
+    tensors[first] = tensors[first].clone()
+    tensors[first].view(-1)[3] = float("nan")
+
+
+def missing(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[next(name for name in tensors if "mlp" in name)]
+
+
+def pickled(run: Path) -> None:
+    torch.save({}, run / PRODUCT / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("plant", "condition", "told"),
+    [
+        (zeros, "weights", "every element of"),
+        (drawn_anew, "knows", "is a guess"),
+        (weights(not_finite), "weights", "not finite"),
+        (weights(missing), "weights", "mlp"),
+        (cut_short, "weights", "200 bytes"),
+        (pickled, "weights", "pickle"),
+        (lambda run: (run / WEIGHTS).unlink(), "weights", "no safetensors"),
+        (lambda run: (run / "out" / "samples.json").write_text("{}"), "knows", "no held-out text"),
+    ],
+    ids=["zeros", "not trained", "nan", "a tensor missing", "200 bytes", "pickle", "no weights", "no samples"],
+)
+def test_a_broken_model_is_refused_although_its_evidence_is_sound(
+    broken: Callable[[Plant], Path], plant: Plant, condition: str, told: str, tmp_path: Path
+) -> None:
+    gate = look(broken(plant), smoke=True)
+    assert condition in unmet(gate), unmet(gate)
+    assert told in unmet(gate)[condition][1]
+    with pytest.raises(FailedError, match="is not promoted"):
+        publish(gate, tmp_path / "published")
+
+
+def other_rate(event: dict[str, object]) -> None:
+    event["learning_rate"] = 1e-9
+
+
+def one_row(event: dict[str, object]) -> None:
+    event["rows"] = 1
+
+
+@pytest.mark.parametrize(
+    ("plant", "falsifier"),
+    [
+        (unmoved, "F-ARTEFACT-MOVED-001"),
+        (reworded(other_rate, "step"), "F-EFFECTIVE-LR-001"),
+        (reworded(one_row, "step"), "F-BATCH-ROWS-001"),
+        (reworded(lambda event: event.update(value=9.0), "metric"), "F-DISTILL-SMOKE-001"),
+    ],
+    ids=["unchanged tensors", "another learning rate", "last row only", "loss that did not fall"],
+)
+def test_a_verdict_that_the_events_do_not_bear_out_does_not_promote(
+    broken: Callable[[Plant], Path], plant: Plant, falsifier: str
+) -> None:
+    found = unmet(look(broken(plant), smoke=True))
+    assert falsifier in found
+    assert found[falsifier][0] is Outcome.FAIL
+
+
+def test_one_byte_changed_since_the_evidence_was_written_is_no_promotion(student: Path) -> None:
+    content = bytearray((student / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (student / WEIGHTS).write_bytes(content)
+    assert "sha256" in unmet(look(student, smoke=True))["evidence"][1]
+
+
+def test_a_run_without_a_ledger_is_not_known_and_not_promoted(
+    student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (student.parent / "ledger.jsonl").unlink()
+    assert main(["promote", str(student), "--smoke"]) == ExitCode.UNKNOWN
+    assert "conditions do not hold" in capsys.readouterr().out
+    assert unmet(look(student, smoke=True))["evidence"][0] is Outcome.UNKNOWN
+
+
+def test_what_was_published_is_kept_and_an_altered_one_is_named(student: Path, tmp_path: Path) -> None:
+    gate, there = look(student, smoke=True), tmp_path / "published"
+    publish(gate, there)
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
+    assert publish(gate, there) == there
+    assert {path: path.stat().st_mtime_ns for path in there.rglob("*")} == before
+    (there / "config.json").write_text("{}")
+    with pytest.raises(FailedError, match=r"config\.json is not what was published"):
+        publish(gate, there)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RefusedError, match="was not made by promote"):
+        publish(gate, tmp_path / "mine")
+
+
+def test_a_run_of_another_kind_is_refused_by_name(trained: Path) -> None:
+    data = next(trained.parent.glob("teacher-*"))
+    with pytest.raises(RefusedError, match="is a teacher run: students are promoted"):
+        look(data)
+
+
+def test_text_of_a_run_is_no_markup_of_its_card() -> None:
+    from latentforge.promotion.card import _cell
+
+    assert _cell("a|b <img src=x>\n# x `c` [d](e)") == r"a\|b \<img src=x\> # x \`c\` \[d\](e)"
+
+
+def test_a_gate_that_asks_for_evidence_alone_is_seen_to_promote_what_is_broken() -> None:
+    assert broken_students_are_refused().passed is True
+    assert broken_students_are_refused(mutant="evidence_alone").passed is False
