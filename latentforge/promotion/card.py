@@ -72,8 +72,8 @@ def model_card(gate: Gate) -> str:
             "## What this does not show",
             "",
             "Nothing was measured but what stands above. No licence is stated: those of the teacher and of the text",
-            "that it was trained on apply. The manifest of the run is in `evidence/`; `promotion.json` lists the sha256",
-            "of every file of this folder.",
+            "that it was trained on apply. The manifest of the run is in `evidence/`; `promotion.json` lists the",
+            "sha256 of every file of this folder.",
             "",
         ]
     )
