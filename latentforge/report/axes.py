@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Point = tuple[float, float]
+_LARGEST = 1e300
 _SHOWN = 480
 """Points of a line that a picture shows: more lie on one another."""
 
@@ -28,17 +29,22 @@ class Axis:
         return (value - low) / (high - low)
 
 
+def drawable(value: float) -> bool:
+    """Whether a number has a place in a picture: it is one, and far enough from where doubles end."""
+    return abs(value) <= _LARGEST
+
+
 def axis_of(values: Sequence[float], *, zero: bool = False, logarithmic: bool | None = None, count: int = 5) -> Axis:
     """The axis that holds all finite ``values``.
 
     ``logarithmic`` None: where all are positive and the greatest is more than 60 times the least. ``zero`` has a linear
     axis begin at 0.
     """
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if drawable(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     if logarithmic is None:
-        logarithmic = not zero and low > 0 and high / low > 60
-    if logarithmic and low > 0:
+        logarithmic = not zero and low > 1 / _LARGEST and math.log10(high) - math.log10(low) > math.log10(60)
+    if logarithmic and low > 1 / _LARGEST:
         return _logarithmic(low, high)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
@@ -47,12 +53,12 @@ def axis_of(values: Sequence[float], *, zero: bool = False, logarithmic: bool | 
         low, high = (low if zero and low == 0 else low - reach), high + reach
     step = _step((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Axis(first * step, last * step, tuple(round(n * step, 12) for n in range(first, last + 1)))
+    return Axis(first * step, last * step, tuple(float(f"{n * step:.12g}") for n in range(first, last + 1)))
 
 
 def step_axis(values: Sequence[float], count: int = 5) -> Axis:
     """The axis of steps: from 0, or the first, to exactly the last."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    finite = [value for value in values if drawable(value)] or [0.0, 1.0]
     low, high = min(0.0, *finite), max(finite)
     if high <= low:
         high = low + 1
@@ -77,7 +83,7 @@ def thinned(points: Sequence[Point], shown: int = _SHOWN) -> list[Point]:
     kept: list[Point] = []
     for begin in range(0, len(points), width):
         stretch = points[begin : begin + width]
-        finite = [point for point in stretch if math.isfinite(point[1])]
+        finite = [point for point in stretch if drawable(point[1])]
         chosen = (
             {stretch[0], stretch[-1]}
             if not finite
@@ -88,7 +94,7 @@ def thinned(points: Sequence[Point], shown: int = _SHOWN) -> list[Point]:
                 max(finite, key=lambda point: point[1]),
             }
         )
-        gap = next((point for point in stretch if not math.isfinite(point[1])), None)
+        gap = next((point for point in stretch if not drawable(point[1])), None)
         kept += sorted({*chosen, *([gap] if gap is not None else [])}, key=lambda point: point[0])
     return kept
 
@@ -100,12 +106,12 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
     half = window // 2
     sums, counts = [0.0], [0]
     for _, value in points:
-        finite = math.isfinite(value)
+        finite = drawable(value)
         sums.append(sums[-1] + (value if finite else 0.0))
         counts.append(counts[-1] + finite)
     mean: list[Point] = []
     for index, (x, value) in enumerate(points):
-        if not math.isfinite(value):
+        if not drawable(value):
             mean.append((x, math.nan))
             continue
         begin, end = max(0, index - half), min(len(points), index + half + 1)
@@ -116,7 +122,7 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
 def _logarithmic(low: float, high: float) -> Axis:
     """From a little below the least to a little above the greatest, ticks at 1, 2 and 5 or at powers of ten alone."""
     low, high = low / 1.2, high * 1.2
-    decades = math.log10(high / low)
+    decades = math.log10(high) - math.log10(low)
     factors = (1, 2, 5) if decades < 2.5 else (1,)
     every = max(1, math.ceil(decades / 6))
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1, every)
@@ -126,7 +132,7 @@ def _logarithmic(low: float, high: float) -> Axis:
 
 def _step(rough: float) -> float:
     """The nearest of 1, 2, 2.5, 5 and 10 times a power of ten that is not smaller."""
-    if rough <= 0 or not math.isfinite(rough):
+    if rough <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10, 20) if factor * power >= rough * (1 - 1e-9))

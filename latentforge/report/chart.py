@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from latentforge.report.axes import Axis, Point, axis_of, smoothed, step_axis, thinned
-from latentforge.report.words import number, short
+from latentforge.report.axes import Axis, Point, axis_of, drawable, smoothed, step_axis, thinned
+from latentforge.report.words import number, short, size
 
 WIDTH, HEIGHT = 1000, 300
 """The units of a plot area; the page stretches it to its own."""
@@ -31,8 +31,8 @@ class Mark:
 
     @property
     def finite(self) -> tuple[Point, ...]:
-        """The points that can be drawn."""
-        return tuple(point for point in self.points if math.isfinite(point[0]) and math.isfinite(point[1]))
+        """The points that have a place in the picture."""
+        return tuple(point for point in self.points if drawable(point[0]) and drawable(point[1]))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def draw(chart: Chart) -> Drawn:
     """Place everything of a chart: ticks in percent, paths in ``WIDTH`` x ``HEIGHT``. What is not finite is a gap."""
     x, y = axes(chart)
     strokes = [stroke for mark in chart.marks for stroke in _strokes(mark, x, y)]
-    unit = _bytes if chart.bytes else short
+    unit = bytes_label if chart.bytes else short
     notes = [*_gaps(chart.marks), *([chart.note] if chart.note else [])]
     if any(window(mark) > 1 for mark in chart.marks):
         notes.insert(0, f"faint: each step; strong: mean of {max(window(mark) for mark in chart.marks)}")
@@ -106,7 +106,7 @@ def draw(chart: Chart) -> Drawn:
             mark.who,
             mark.name,
             mark.dots,
-            (_bytes if chart.bytes else number)(mark.finite[-1][1]) if mark.finite else "–",
+            (bytes_label if chart.bytes else number)(mark.finite[-1][1]) if mark.finite else "–",
         )
         for mark in chart.marks
     )
@@ -151,7 +151,7 @@ def _path(points: Sequence[Point], x: Axis, y: Axis, levels: bool) -> str:
     parts: list[str] = []
     pen = False
     for index, (across, up) in enumerate(points):
-        if not (math.isfinite(across) and math.isfinite(up)):
+        if not (drawable(across) and drawable(up)):
             pen = False
             continue
         place = f"{_at(x, across)} {_down(y, up)}"
@@ -160,7 +160,7 @@ def _path(points: Sequence[Point], x: Axis, y: Axis, levels: bool) -> str:
         else:
             parts.append(f"{'L' if pen else 'M'}{place}")
         following = points[index + 1] if index + 1 < len(points) else None
-        if not pen and (following is None or not math.isfinite(following[1])):
+        if not pen and (following is None or not drawable(following[1])):
             parts.append("h0")  # a point alone: a dot, by the line's round end
         pen = True
     return "".join(parts)
@@ -179,7 +179,7 @@ def _down(y: Axis, value: float) -> str:
 def _gaps(marks: Sequence[Mark]) -> list[str]:
     told = []
     for mark in marks:
-        wrong = [int(step) for step, value in mark.points if not math.isfinite(value)]
+        wrong = [int(step) for step, value in mark.points if not drawable(value)]
         if wrong:
             told.append(
                 f"{mark.name}: {number(len(wrong))} of {number(len(mark.points))} values are not finite, "
@@ -189,13 +189,12 @@ def _gaps(marks: Sequence[Mark]) -> list[str]:
 
 
 def _memory_axis(values: Sequence[float]) -> Axis:
-    greatest = max((value for value in values if math.isfinite(value)), default=1.0)
+    greatest = max((value for value in values if drawable(value)), default=1.0)
     unit = 2.0 ** (10 * max(0, math.floor(math.log2(max(greatest, 1.0)) / 10)))
     inner = axis_of([value / unit for value in values], zero=True)
     return Axis(inner.low * unit, inner.high * unit, tuple(tick * unit for tick in inner.ticks))
 
 
-def _bytes(value: float) -> str:
-    from latentforge.report.words import size
-
+def bytes_label(value: float) -> str:
+    """A tick of memory."""
     return "0" if value == 0 else size(value)

@@ -14,7 +14,7 @@ from latentforge import __version__
 from latentforge.evidence.reading import RunRecord
 from latentforge.report import attached, glance, panels, telling
 from latentforge.report.chart import HEIGHT, WIDTH, Chart, Drawn, draw
-from latentforge.report.comparison import Comparison, compare
+from latentforge.report.comparison import Comparison
 from latentforge.report.standing import Standing
 from latentforge.report.words import plain
 from latentforge.verdicts import FALSIFIER_ID
@@ -61,8 +61,8 @@ def section(record: RunRecord, standing: Standing) -> Section:
     return Section(record, standing, samples, contestants, wrong)
 
 
-def page(sections: Sequence[Section], *, made: str) -> str:
-    """The HTML of a report; ``made`` is the time (UTC) that stands at its foot."""
+def page(sections: Sequence[Section], compared: Comparison | None, *, made: str) -> str:
+    """The HTML of a report, the comparison of several runs first; ``made`` is the time (UTC) at its foot."""
     environment = Environment(
         loader=PackageLoader("latentforge.report"),
         autoescape=True,
@@ -72,7 +72,6 @@ def page(sections: Sequence[Section], *, made: str) -> str:
         finalize=_finalize,
     )
     template = environment.get_template("report.html")
-    compared = compare([one.record for one in sections]) if len(sections) > 1 else None
     text = template.render(
         runs=[_of_run(one) for one in sections],
         compared=compared,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import unicodedata
 
-from latentforge.errors import RefusedError
-
 _SHOWN = {"\n", "\t"}
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn")
-"""Unicode's categories of what is not seen: controls, direction marks, halves of characters, what is no character."""
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode's categories of what is not seen: controls, direction marks, halves of characters, other line ends."""
 
 
 def plain(value: object) -> str:
@@ -22,6 +20,11 @@ def plain(value: object) -> str:
     )
 
 
+def one_line(value: object) -> str:
+    """A text as :func:`plain`, on one line: no text of a run can look like a line of the report."""
+    return plain(value).replace("\n", "⏎").replace("\t", " ")
+
+
 def number(value: float | int | None, digits: int = 4) -> str:
     """A number for people: whole ones with thousands apart, others with ``digits`` significant digits."""
     if value is None:
@@ -32,12 +35,12 @@ def number(value: float | int | None, digits: int = 4) -> str:
         return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    if 1e-4 <= abs(value) < 10**digits:
+    if 1e-3 <= abs(value) < 10**digits:
         return f"{value:#.{digits}g}".rstrip(".")
     if 10**digits <= abs(value) < 1e15:
         return f"{value:,.0f}"
     mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
 def short(value: float) -> str:
@@ -83,8 +86,3 @@ def size(count: float | None) -> str:
 def once(count: int, one: str, many: str | None = None) -> str:
     """``1 step``, ``2 steps``."""
     return f"{number(count)} {one if count == 1 else many or one + 's'}"
-
-
-def refuse_folder(path: object, why: str) -> RefusedError:
-    """The error of a place where a report must not be written."""
-    return RefusedError(f"--to {path}: {why}", next="latentforge report RUN --to report.html")

@@ -15,12 +15,18 @@ from .planted import distilled
 WIDTHS = [390, 1280]
 
 
+def _made(runs: Path, folder: Path) -> Path:
+    page = make_report([str(distilled(runs))], folder / "report.html").page
+    assert page is not None
+    return page
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_report_fits_says_nothing_and_asks_for_nothing(
     browser: Chromium, runs: Path, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    page = _made(runs, tmp_path)
     seen = browser.show(page, width=width, dark=dark)
     assert seen.overflow == []
     assert seen.console == []
@@ -30,7 +36,7 @@ def test_a_report_fits_says_nothing_and_asks_for_nothing(
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_planted_overflow_is_caught(browser: Chromium, runs: Path, tmp_path: Path, width: int) -> None:
-    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    page = _made(runs, tmp_path)
     whole = page.read_text()
     page.write_text(whole.replace("<footer>", f'<div style="width:{width + 40}px">wide</div><footer>'))
     assert any("wide in" in line for line in browser.show(page, width=width).overflow)
@@ -42,7 +48,7 @@ def test_a_planted_overflow_is_caught(browser: Chromium, runs: Path, tmp_path: P
 def test_a_planted_script_is_refused_by_the_page_and_the_refusal_is_caught(
     browser: Chromium, runs: Path, tmp_path: Path
 ) -> None:
-    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    page = _made(runs, tmp_path)
     page.write_text(page.read_text().replace("<footer>", "<script>document.title = 'ran'</script><footer>"))
     seen = browser.show(page, width=1280)
     assert any("Content Security Policy" in line for line in seen.console)
@@ -63,7 +69,7 @@ def test_a_planted_console_error_and_a_planted_picture_from_elsewhere_are_caught
 
 
 def test_a_report_of_a_run_prints_on_two_pages(browser: Chromium, runs: Path, tmp_path: Path) -> None:
-    page = make_report([str(distilled(runs))], tmp_path / "report.html")
+    page = _made(runs, tmp_path)
     browser.show(page, width=1280)
     assert len(re.findall(rb"/Type\s*/Page\b", browser.printed())) <= 2
     assert browser.show(page, width=688, media="print").overflow == []

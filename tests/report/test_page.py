@@ -1,0 +1,167 @@
+"""The page's text: what a run says stands in it as text, whatever it is, and what is missing is said to be."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from latentforge.cli import main
+from latentforge.errors import RefusedError
+from latentforge.evidence.checks import recorded_run
+from latentforge.report.making import make_report
+from latentforge.verdicts import Outcome
+
+from .chromium import Chromium
+from .planted import SAMPLES, distilled
+
+HOSTILE = (
+    '"></pre></style><script>document.title="ran"</script><img src=x onerror=alert(1)>{{ 7 * 7 }}\u202egnp.x\x1b[2J'
+)
+
+
+def _page(*folders: Path, to: Path, **options: bool) -> str:
+    made = make_report([str(folder) for folder in folders], to, **options)
+    assert made.page == to
+    return to.read_text()
+
+
+def test_markup_in_prompts_verdicts_warnings_and_settings_stays_text(
+    browser: Chromium, runs: Path, tmp_path: Path
+) -> None:
+    run = distilled(
+        runs,
+        samples=[{"prompt": HOSTILE, "text": HOSTILE, HOSTILE: HOSTILE}],
+        verdicts=[("F-BATCH-ROWS-001", Outcome.FAIL, HOSTILE.replace("\x1b", ""))],
+        warnings=(HOSTILE,),
+    )
+    effective = json.loads((run / "effective.json").read_text())
+    effective["effective"]["distill"][HOSTILE] = HOSTILE
+    effective["versions"][HOSTILE] = HOSTILE
+    (run / "effective.json").write_text(json.dumps(effective))
+    text = (run / "events.jsonl").read_text().replace('"model": "twin"', f'"model": {json.dumps(HOSTILE)}')
+    (run / "events.jsonl").write_text(text)
+
+    page = _page(run, to=tmp_path / "report.html")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "\u202e" not in page
+    assert "\x1b" not in page
+    assert "⟨U+202E⟩" in page
+    assert "{{ 7 * 7 }}" in page
+    for width in (390, 1280):
+        seen = browser.show(tmp_path / "report.html", width=width)
+        assert (seen.console, seen.asked, seen.overflow) == ([], [], [])
+    assert "ran" not in browser.ask("Runtime.evaluate", expression="document.title")["result"]["value"]
+
+
+def test_values_that_are_not_finite_are_gaps_that_are_counted(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs, loss_at=lambda step: math.nan if 20 <= step < 23 else math.inf if step == 30 else 4.0)
+    page = _page(run, to=tmp_path / "report.html")
+    assert "student: 4 of 60 values are not finite, the first at step 20" in page
+    assert not re.search(r'd="[^"]*(nan|inf)', page)
+
+
+def test_a_run_of_nothing_but_nan_still_has_a_report(runs: Path, tmp_path: Path) -> None:
+    page = _page(distilled(runs, loss_at=lambda step: math.nan), to=tmp_path / "report.html")
+    assert "student: 60 of 60 values are not finite" in page
+
+
+@pytest.mark.parametrize(
+    "lacking", ["events.jsonl", "effective.json", "identity.json", "launch.json", "out/samples.json"]
+)
+def test_a_folder_that_lacks_a_file_has_a_report(runs: Path, tmp_path: Path, lacking: str) -> None:
+    run = distilled(runs)
+    (run / lacking).unlink()
+    page = _page(run, to=tmp_path / "report.html")
+    assert run.name in page
+    assert ("nothing recorded" in page) == (lacking == "events.jsonl")
+    assert ("What was in force was not recorded" in page) == (lacking == "effective.json")
+
+
+def test_samples_that_cannot_be_read_are_named(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs)
+    (run / "out" / "samples.json").write_text("[{")
+    assert "out/samples.json cannot be read" in _page(run, to=tmp_path / "report.html")
+    (run / "out" / "samples.json").write_text('{"prompt": 1}')
+    assert "out/samples.json holds no list of samples" in _page(run, to=tmp_path / "report.html")
+
+
+def test_the_evidence_is_verified_for_the_report_and_a_flipped_byte_is_named(runs: Path, tmp_path: Path) -> None:
+    run = recorded_run(runs)
+    assert "verified, unsigned" in _page(run, to=tmp_path / "report.html")
+    assert "not verified for this report" in _page(run, to=tmp_path / "report.html", verify=False)
+    weights = run / "out" / "student" / "model.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    page = _page(run, to=tmp_path / "report.html")
+    assert "FAILED" in page
+    assert "out/student/model.safetensors" in page
+
+
+def test_a_setting_that_was_not_in_force_is_shown(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs)
+    effective = (run / "effective.json").read_text()
+    whole = json.loads(effective)
+    whole["effective"]["distill"]["learning_rate"] = 2e-3
+    (run / "effective.json").write_text(json.dumps(whole))
+    assert "0.001 asked, 0.002 in force" in _page(run, to=tmp_path / "report.html")
+
+
+def test_several_runs_are_compared_and_only_what_differs_is_listed(runs: Path, tmp_path: Path) -> None:
+    first, second = distilled(runs), distilled(runs, rate=2e-3, loss_at=lambda step: 6.0)
+    page = _page(first, second, to=tmp_path / "report.html")
+    assert "2 runs, 2 pass; they differ in learning_rate." in page
+    assert "Quality against compute" in page
+    assert re.findall(r'<dl class="field"><dt>(.*?)</dt>', page) == ["learning_rate"]
+
+
+def test_held_out_values_of_other_rows_are_not_compared(runs: Path, tmp_path: Path) -> None:
+    first, second = distilled(runs), distilled(runs, rate=2e-3)
+    events = (second / "events.jsonl").read_text()
+    (second / "events.jsonl").write_text(events.replace('"rows_sha256": "3d', '"rows_sha256": "77'))
+    page = _page(first, second, to=tmp_path / "report.html")
+    assert "held-out values compare only within a group" in page
+    assert "Quality against compute" not in page
+
+
+def test_a_report_is_not_written_into_a_run_nor_over_something_else(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs)
+    with pytest.raises(RefusedError, match="is a run's folder"):
+        make_report([str(run)], run / "report.html")
+    with pytest.raises(RefusedError, match="is a run's folder"):
+        make_report([str(run)], tmp_path / "report.html", tensorboard=run / "out")
+    other = tmp_path / "thesis.html"
+    other.write_text("<!doctype html><p>years of work")
+    with pytest.raises(RefusedError, match="is no report"):
+        make_report([str(run)], other)
+    assert other.read_text() == "<!doctype html><p>years of work"
+    with pytest.raises(RefusedError, match="named twice"):
+        make_report([str(run), str(run)], tmp_path / "report.html")
+    with pytest.raises(RefusedError, match=r"an \.html file"):
+        make_report([str(run)], tmp_path / "report.pdf")
+
+
+def test_the_command_writes_the_page_plots_and_events_and_says_where(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = distilled(runs)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", run.name[:12], "--tensorboard", "tb"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"reports/{run.name}.html"
+    assert told[1] == f"reports/{run.name}-plots/  8 plots"
+    assert Path(told[2]).is_file()
+    pictures = sorted((tmp_path / "reports" / f"{run.name}-plots").iterdir())
+    assert len(pictures) == 8
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert main(["report", run.name, "--terminal", "--to", "x.html"]) == 2
+
+
+def test_samples_stand_side_by_side_in_a_fixed_order(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs, samples=[dict(reversed(SAMPLES[0].items()))])
+    page = _page(run, to=tmp_path / "report.html")
+    sides = re.findall(r"<div><b>(.*?)</b><pre>", page)
+    assert sides == ["the text itself", "teacher", "student", "twin"]
