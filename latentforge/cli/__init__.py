@@ -38,6 +38,7 @@ ENTRIES = {
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
     "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind; sign and compare runs."),
     "report": Entry("latentforge.cli.report", "Show what runs did, as one page that needs nothing else.", single=True),
+    "runs": Entry("latentforge.cli.runs", "List, show and compare runs, of this folder, its ledger and hosts."),
     "promote": Entry("latentforge.cli.promote", "Publish a student whose evidence and claims hold.", single=True),
     "teacher": Entry("latentforge.cli.teacher", "Serve a teacher on this machine, and ask what one can do."),
     "generate": Entry("latentforge.cli.generate", "Write text with a student that was trained here.", single=True),

@@ -1,0 +1,189 @@
+"""Every run that is known of, a row each: read from manifests, which is cheap, and from events where there is none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.evidence.ledger import LEDGER, read_chain
+from latentforge.evidence.reading import read_run
+from latentforge.evidence.statement import MANIFEST, read_json
+from latentforge.spec.identity import RUN_ID
+from latentforge.verdicts import Outcome
+
+Where = Literal["here", "ledger", "host"]
+"""``here``: its files were collected. ``ledger``: the ledger names it, its files are elsewhere. ``host``: given to a
+host from this laptop and not collected."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run. ``began`` is UTC (ISO 8601, seconds); ``outcome`` None where nobody here knows it; ``told`` its first
+    verdict that is no pass, else its last. ``asked`` is flat, as in manifests; None where the files are not here."""
+
+    run: str
+    kind: str
+    where: Where
+    outcome: str | None
+    host: str | None
+    began: str | None
+    seconds: float | None
+    entry: int | None
+    told: str
+    asked: dict[str, Any] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A run that was given to a host: what a laptop remembers of it."""
+
+    run: str
+    host: str
+    at: str
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which rows are meant; each field that is None asks for nothing. ``where`` holds ``FIELD=VALUE`` of what was
+    asked for, ``since`` a date or time (ISO 8601, UTC)."""
+
+    kind: str | None = None
+    outcome: str | None = None
+    host: str | None = None
+    since: str | None = None
+    where: tuple[str, ...] = ()
+
+    def takes(self, row: Row) -> bool:
+        """Whether a row is meant. What a row does not say is never what was asked for."""
+        plain = ((self.kind, row.kind), (self.outcome, row.outcome), (self.host, row.host))
+        if any(asked is not None and asked != found for asked, found in plain):
+            return False
+        if self.since is not None and (row.began is None or row.began < utc(self.since)):
+            return False
+        return all(_asked(row, one) for one in self.where)
+
+
+def list_rows(folder: Path, given: Iterable[Given] = ()) -> tuple[list[Row], list[str]]:
+    """All runs by their beginning, and what could not be read, in a line each.
+
+    ``folder`` holds run folders and the ledger; one that does not exist holds none.
+    """
+    problems: list[str] = []
+    entries: dict[str, Any] = {}
+    try:
+        if (folder / LEDGER).is_file():
+            entries = {entry.run: entry for entry in read_chain(folder / LEDGER).entries}
+    except LatentForgeError as error:
+        problems.append(f"{LEDGER}: {error}")
+    rows: dict[str, Row] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if RUN_ID.fullmatch(path.name) and path.is_dir():
+            try:
+                rows[path.name] = _here(path, entries.get(path.name))
+            except LatentForgeError as error:
+                problems.append(f"{path.name}: {error}")
+    for run, entry in entries.items():
+        if run not in rows and not any(one.startswith(f"{run}:") for one in problems):
+            told = "its files are not here"
+            rows[run] = Row(run, kind_of(run), "ledger", None, None, entry.wall, None, entry.entry, told, None)
+    for one in given:
+        if one.run not in rows and not any(told.startswith(f"{one.run}:") for told in problems):
+            told = f"latentforge dispatch collect {one.run}"
+            rows[one.run] = Row(one.run, kind_of(one.run), "host", None, one.host, utc(one.at), None, None, told, None)
+    return sorted(rows.values(), key=lambda row: (row.began or "", row.run)), problems
+
+
+def kind_of(run: str) -> str:
+    """The kind of a run id."""
+    return run.partition("-")[0]
+
+
+def utc(text: str) -> str:
+    """A date or time as UTC to the second, the form that rows are compared in; one without a zone is UTC."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise RefusedError(f"{text!r} is no date or time", next="--since 2026-11-19, or 2026-11-19T14:02") from None
+    found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    return found.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def check_filter(asked: Filter) -> None:
+    """Refuse a value that no row could have."""
+    if asked.outcome is not None and asked.outcome.upper() not in Outcome.__members__:
+        known = ", ".join(one.lower() for one in Outcome.__members__)
+        raise RefusedError(f"--outcome {asked.outcome!r} is none of {known}")
+    if asked.since is not None:
+        utc(asked.since)
+    for one in asked.where:
+        if "=" not in one.strip("="):
+            raise RefusedError(f"--where {one!r} is no FIELD=VALUE", next="--where teacher.layers=3")
+
+
+def _here(path: Path, entry: Any) -> Row:
+    """From the manifest; from the run's own files where it has none yet."""
+    manifest = read_json(path / MANIFEST)
+    if manifest is None:
+        record = read_run(path)
+        began = utc(record.events[0].wall) if record.events else None
+        seconds = record.events[-1].t - record.events[0].t if record.events else None
+        verdicts: Sequence[Mapping[str, Any]] = [
+            {"falsifier": one.falsifier, "outcome": one.outcome.name, "text": one.text} for one in record.verdicts
+        ]
+        end, asked, host = record.end, record.requested, record.host
+    else:
+        try:
+            said = manifest["predicate"]
+            end, verdicts, asked, host = said["end"], said["verdicts"], said["configuration"]["requested"], said["host"]
+            ended = end["record"] or {}
+            began = _clock(ended.get("started")) or (entry.wall if entry is not None else None)
+            seconds = ended.get("seconds")
+        except (KeyError, TypeError, AttributeError):
+            raise RefusedError(
+                f"{MANIFEST} is not one that is known here", next=f"latentforge evidence verify {path}"
+            ) from None
+    name = (host or {}).get("name") or (host or {}).get("hostname")
+    number = None if entry is None else entry.entry
+    told = _told(verdicts)
+    return Row(path.name, kind_of(path.name), "here", end["outcome"], name, began, seconds, number, told, asked)
+
+
+def _told(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """The first verdict that is no pass, else the last one."""
+    if not verdicts:
+        return ""
+    shown = next((one for one in verdicts if str(one["outcome"]).lower() != "pass"), verdicts[-1])
+    return f"{shown['falsifier']} {str(shown['outcome']).upper()} {shown['text']}"
+
+
+def _clock(seconds: Any) -> str | None:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _asked(row: Row, condition: str) -> bool:
+    """Whether a field that was asked for has a value, as a pipeline file writes it; its own section may be named."""
+    field, _, value = condition.partition("=")
+    field = field.removeprefix(f"{row.kind}.")
+    if row.asked is None or field not in row.asked:
+        return False
+    found = row.asked[field]
+    if found is None or isinstance(found, bool):
+        return json.dumps(found) == value
+    if isinstance(found, int | float):
+        try:
+            return float(value) == found
+        except ValueError:
+            return False
+    return str(found) == value
