@@ -13,7 +13,7 @@ TORCH  ?= 2.12.0
 SECOND := build/torch-$(TORCH)
 VLLM   := .venv-vllm
 TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/contracts latentforge/evidence \
-          latentforge/memory latentforge/report latentforge/errors.py dispatch
+          latentforge/memory latentforge/report latentforge/history latentforge/promotion latentforge/errors.py dispatch
 
 DISPATCH_TESTS := $(addprefix tests/,agent dispatch faults following preflight pulling)
 

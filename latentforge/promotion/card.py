@@ -117,9 +117,9 @@ def _made(gate: Gate) -> Iterator[tuple[str, str]]:
         yield "lock file", f"sha256 {identity.lock}"
         for name, value in identity.inputs.items():
             yield name, value
-    for name, value in (("versions", record.versions), ("device", record.device), ("seeds", record.seeds)):
-        if value:
-            yield name, _plain(value)
+    for name, stated in (("versions", record.versions), ("device", record.device), ("seeds", record.seeds)):
+        if stated:
+            yield name, _plain(stated)
     if record.peak_memory_bytes is not None:
         yield "peak memory", f"{record.peak_memory_bytes / 2**30:.2f} GiB"
     if record.flops:
