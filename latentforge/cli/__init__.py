@@ -36,7 +36,7 @@ ENTRIES = {
     "spec": Entry("latentforge.cli.spec", "Show a pipeline's values and where each comes from."),
     "memory": Entry("latentforge.cli.memory", "Show what a pipeline will hold on a host, term by term.", single=True),
     "contracts": Entry("latentforge.cli.contracts", "List, show and check the claims that this project makes."),
-    "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind; sign and compare runs."),
+    "evidence": Entry("latentforge.cli.evidence", "Verify, offline, what a run left behind; sign, compare, reproduce."),
     "report": Entry("latentforge.cli.report", "Show what runs did, as one page that needs nothing else.", single=True),
     "runs": Entry("latentforge.cli.runs", "List, show and compare runs, of this folder, its ledger and hosts."),
     "promote": Entry("latentforge.cli.promote", "Publish a student whose evidence and claims hold.", single=True),

@@ -1,4 +1,4 @@
-"""``latentforge evidence``: verify, sign and compare what runs left behind."""
+"""``latentforge evidence``: verify, sign, compare and reproduce what runs left behind."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from latentforge.evidence.difference import Change
     from latentforge.evidence.verify import Verification
 
-app = typer.Typer(no_args_is_help=True, help="Verify, offline, what a run left behind; sign and compare runs.")
+app = typer.Typer(no_args_is_help=True, help="Verify, offline, what a run left behind; sign, compare, reproduce.")
 
 
 @app.callback()
 def _group() -> None:
-    """Verify, offline, what a run left behind; sign and compare runs."""
+    """Verify, offline, what a run left behind; sign, compare, reproduce."""
 
 
 @app.command()
@@ -166,6 +166,57 @@ def _ratio(change: Change) -> str:
     if len(numbers) < 2 or any(isinstance(value, bool) or value <= 0 for value in numbers):
         return ""
     return f"  (× {numbers[1] / numbers[0]:.3g})"
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help="A run's folder, or the beginning of its id.")],
+    to: Annotated[
+        str | None, typer.Option(help="Keep the new execution here. Default: removed when compared.", metavar="FOLDER")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option(help="Where runs that are its inputs lie; again for more.", metavar="FOLDER")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as the first time.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="What may be apart, relative, where sums were made in another order.")
+    ] = 1e-2,
+    python: Annotated[
+        str | None, typer.Option(help="Whose LatentForge runs it. Default: this one.", metavar="FILE")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Run a run again from its identity and its inputs, in a fresh folder, and compare the weights bit for bit.
+
+    With the threads, processor and versions of the first time every bit has to be the same. Where one of them differs,
+    weights and metrics have to agree within the tolerance, and the difference is named.
+
+    Exit code: 0 bit-equal or within tolerance, 1 not reproduced.
+    """
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    from latentforge.cli.terminal import Passing, print_json
+    from latentforge.evidence.reading import find_run
+    from latentforge.train.reproduce import Rerun, reproduce
+    from latentforge.verdicts import exit_code
+
+    source = find_run(run, next="latentforge runs list")
+    passing = Passing(active=not json)
+    with tempfile.TemporaryDirectory(prefix="latentforge-reproduce-") as fresh:
+        folder = Path(fresh if to is None else to).absolute()
+        places = tuple(Path(one).absolute() for one in inputs or ())
+        how = Rerun(folder, places, threads, tolerance, Path(python or sys.executable))
+        try:
+            found = reproduce(source, how, say=passing.show)
+        finally:
+            passing.clear()
+    if json:
+        print_json({**found.as_json(), **({"folder": None} if to is None else {})})
+    else:
+        print("\n".join(found.lines()))
+    return exit_code(found.outcome)
 
 
 def _told(verification: Verification) -> list[str]:
