@@ -18,7 +18,7 @@ TYPED  := latentforge/spec latentforge/events latentforge/verdicts latentforge/c
 DISPATCH_TESTS := $(addprefix tests/,agent dispatch faults following preflight pulling)
 
 .NOTPARALLEL:  # targets share one environment, which each of them sets up first
-.PHONY: help setup smoke smoke-latent sweep-ae test test-fast test-aarch64 test-second-torch lint bench-kernels soak clean
+.PHONY: help setup smoke smoke-latent sweep-ae test test-fast test-aarch64 test-second-torch lint bench-kernels screenshots soak clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ lint: $(VENV)/.dev setup  ## ruff, mypy, import-linter, clang-format
 	@$(BIN)/mypy --strict $(TYPED)
 	@$(BIN)/lint-imports
 	@$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+screenshots: smoke $(VENV)/.dev  ## docs/pictures: the report of the main job at 390 and 1280 px, light and dark, by chromium
+	@$(BIN)/python tests/report/screenshots.py
 
 bench-kernels: setup  ## time the KD kernels beside torch, with the machine's bandwidth
 	@$(BIN)/latentforge kernels bench kd --rows 512 --vocab 151936 --dtype bf16

@@ -88,6 +88,25 @@ def coverage(record: RunRecord) -> dict[str, Any] | None:
     return told[-1] if told else None
 
 
+def teacher(record: RunRecord) -> list[tuple[str, str]]:
+    """What the run counted of its teacher, the last time that it did: rows with targets, requests, retries, hits."""
+    found: dict[str, Any] = {}
+    for event in record.events:
+        said = event.fields
+        if event.kind == "metric" and said.get("name") == "kd_coverage":
+            found |= {name: value for name, value in said.items() if name not in _NO_COUNT}
+        elif event.kind == "metric" and said.get("name") == "teacher":
+            found |= {name.removeprefix("teacher_"): v for name, v in said.items() if name.startswith("teacher_")}
+    return [
+        (name.replace("_", " "), number(value) if isinstance(value, int | float) else str(value))
+        for name, value in found.items()
+        if value is not None and not isinstance(value, dict | list)
+    ]
+
+
+_NO_COUNT = frozenset({"name", "value", "step", "split", "model"})
+
+
 def _held_out(record: RunRecord, name: str, title: str) -> Figure | None:
     model = {"distill": "student", "latent": "latent"}.get(record.kind, record.kind)
     series = record.metric(name, model=model, split="heldout")

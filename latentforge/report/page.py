@@ -123,6 +123,7 @@ def _of_run(one: Section) -> dict[str, Any]:
         "learning": _drawn(one.learning),
         "quality": _drawn(one.quality),
         "working": _drawn(one.working),
+        "teacher": glance.teacher(record),
         "timeline": glance.timeline(record),
         "compile_line": glance.compile_line(record),
         "compiles": glance.compiles(record),

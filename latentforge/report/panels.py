@@ -37,6 +37,7 @@ def working(record: RunRecord) -> list[Chart]:
         _of_steps(record, "learning-rate", "Learning rate", "in force", "learning_rate", zero=True),
         _of_steps(record, "grad-norm", "Gradient norm", "before clipping", "grad_norm", smooth=True),
         _supply(record),
+        _covered(record),
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -127,3 +128,16 @@ def _supply(record: RunRecord) -> Chart | None:
             in_ms = tuple((x, 1e3 * y) for x, y in points(one))
             marks.append(Mark(name, "teacher" if field == "target_seconds" else str(one.model), in_ms, smooth=True))
     return Chart("teacher-wait", "Teacher's targets", "ms a step", tuple(marks), zero=True) if marks else None
+
+
+def _covered(record: RunRecord) -> Chart | None:
+    """The share of a step's rows that the teacher had targets for; no chart where all of them had."""
+    marks = []
+    for rows in of_model(record, "rows"):
+        taught = [one for one in of_model(record, "kd_rows") if one.model == rows.model]
+        if taught and len(taught[0].values) == len(rows.values):
+            shares = zip(rows.steps, taught[0].values, rows.values, strict=True)
+            found = tuple((float(step), had / of if of else float("nan")) for step, had, of in shares)
+            if any(share != 1.0 for _, share in found):
+                marks.append(Mark(str(rows.model), rows.model or "", found, smooth=True))
+    return Chart("coverage", "Teacher coverage", "share of rows", tuple(marks), zero=True) if marks else None

@@ -39,6 +39,10 @@ def lines(section: Section, *, columns: int, accent: Accent = str) -> list[str]:
         ("how it ran", section.working),
     ):
         told += _charts(title, charts, columns)
+    counted = glance.teacher(record)
+    if counted:
+        said = ", ".join(f"{one_line(name)} {one_line(value)}" for name, value in counted)
+        told += ["", *_hanging("counted of the teacher", 24, said, columns)]
     if section.contestants:
         told += ["", "how fast it writes"]
         wide = max(len(one_line(one.name)) for one in section.contestants)

@@ -129,10 +129,12 @@ class Chromium:
         told: dict[str, Any] = json.loads(whole)
         return told
 
-    def show(self, page: Path, *, width: int, dark: bool = False, media: str = "") -> Seen:
-        """Open a page ``width`` CSS pixels wide and say what it did; ``media`` ``print`` lays it out as paper is."""
+    def show(self, page: Path, *, width: int, dark: bool = False, media: str = "", scale: float = 2) -> Seen:
+        """Open a page ``width`` CSS pixels wide and say what it did; ``media`` ``print`` lays it out as paper is.
+
+        ``scale`` is how many pixels of a picture a CSS pixel is wide."""
         self._events.clear()
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=2, mobile=False)
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=scale, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", media=media, features=[scheme])
         address = page.resolve().as_uri()
