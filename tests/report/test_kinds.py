@@ -106,3 +106,13 @@ def test_rows_without_a_teacher_have_a_chart(runs: Path, tmp_path: Path, lost: i
     (run / "events.jsonl").write_text(events)
     make_report([str(run)], tmp_path / "report.html")
     assert ("<b>Teacher coverage</b>" in (tmp_path / "report.html").read_text()) == (lost > 0)
+
+
+def test_a_phase_at_the_very_end_is_not_cut_off(browser: Chromium, runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs)
+    lines = (run / "events.jsonl").read_text().splitlines()
+    late = json.loads(lines[-1])
+    late |= {"t": late["t"] + 1000.0}
+    save = [late | {"kind": "phase", "name": "save", "state": state, "seconds": 0.001} for state in ("begin", "end")]
+    (run / "events.jsonl").write_text("\n".join([*lines[:-1], *map(json.dumps, save), json.dumps(late)]) + "\n")
+    _page(run, tmp_path / "report.html", browser)
