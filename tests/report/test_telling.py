@@ -67,3 +67,10 @@ def test_a_held_out_loss_that_is_no_number_is_not_called_lower(runs: Path, value
     told = sentence(read_run(run))
     assert "lowered" not in told
     assert ("not a number" if value == "nan" else "∞") in told
+
+
+def test_a_held_out_loss_that_rose_is_told_as_raised(runs: Path) -> None:
+    run = distilled(runs)
+    lines = (run / "events.jsonl").read_text().replace('"value": 5.6,', '"value": 9.25,')
+    (run / "events.jsonl").write_text(lines)
+    assert "raised its held-out loss from 7.600 to 9.250" in sentence(read_run(run))
