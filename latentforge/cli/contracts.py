@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from latentforge.contracts.load import ContractSet
     from latentforge.contracts.runner import Checked
     from latentforge.contracts.schema import Contract, Falsifier
 
@@ -87,16 +88,24 @@ def _told(contract: Contract, only: str | None, superseded: dict[str, str | None
         lines += [
             f"    predicts   {falsifier.prediction}",
             f"    check      {falsifier.check}" + (f"  with {falsifier.arguments}" if falsifier.arguments else ""),
-            f"    control    {falsifier.control.name}  with {falsifier.control.arguments}",
+            f"    control    {falsifier.control.name}  {_planted(falsifier)}",
             f"    if it fails  {falsifier.if_fails}",
         ]
     return lines
+
+
+def _planted(falsifier: Falsifier) -> str:
+    control = falsifier.control
+    return f"with {control.arguments}" if control.change is None else f"change {control.change}"
 
 
 @app.command()
 def check(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="NAME", help="Contracts or falsifier ids; all if none is named.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Judge the predicates over events on this run (folder or id).")
     ] = None,
     json: AsJson = False,
 ) -> int:
@@ -109,6 +118,8 @@ def check(
     from latentforge.contracts.machine import this_machine
 
     contracts = load_contracts()
+    if run is not None:
+        return _check_run(contracts, run, names or [], json=json)
     wanted: dict[str, set[str]] = {}
     for name in names or [contract.contract for contract in contracts]:
         contract = contracts.named(name)
@@ -143,6 +154,32 @@ def check(
         )
     else:
         print(summary(results), flush=True)
+    return code
+
+
+def _check_run(contracts: ContractSet, run: str, names: list[str], *, json: bool) -> int:
+    """The predicates over events, on the events of a run, each with its control planted into them."""
+    from latentforge.cli.terminal import print_json
+    from latentforge.contracts import check_run, overall, summary
+    from latentforge.evidence.reading import find_run, read_run
+
+    wanted: list[str] = []
+    for name in names:
+        contract = contracts.named(name)
+        wanted += [name] if name != contract.contract else [falsifier.id for falsifier in contract.falsifiers]
+    record = read_run(find_run(run, next="latentforge contracts check --run FOLDER"))
+    profile = None if record.identity is None else record.identity.spec.get("profile")
+    results = check_run(contracts, record.events, kind=record.kind, profile=profile, only=wanted)
+    code = overall(results)
+    if json:
+        found = [result.as_json() for result in results]
+        print_json({"exit_code": int(code), "run": record.id, "summary": summary(results), "falsifiers": found})
+        return code
+    print(record.id)
+    table = _Table(max((len(result.falsifier.id) for result in results), default=0), quiet=False)
+    for result in results:
+        table.end(result)
+    print(summary(results), flush=True)
     return code
 
 

@@ -11,7 +11,7 @@ from latentforge.contracts.finding import Finding
 
 if TYPE_CHECKING:
     from latentforge.contracts.load import ContractSet, contracts_folder, load_contracts
-    from latentforge.contracts.runner import Checked, check_contract, check_falsifier, overall, summary
+    from latentforge.contracts.runner import Checked, check_contract, check_falsifier, check_run, overall, summary
     from latentforge.contracts.schema import Contract, Falsifier
 
 _HOMES = {
@@ -21,6 +21,7 @@ _HOMES = {
     "Checked": "runner",
     "check_contract": "runner",
     "check_falsifier": "runner",
+    "check_run": "runner",
     "overall": "runner",
     "summary": "runner",
     "Contract": "schema",
@@ -35,6 +36,7 @@ __all__ = [
     "Finding",
     "check_contract",
     "check_falsifier",
+    "check_run",
     "contracts_folder",
     "load_contracts",
     "overall",

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from latentforge.contracts.document import Document, Location, parse_document
-from latentforge.contracts.schema import Contract, Falsifier
+from latentforge.contracts.schema import TAGS, Contract, Falsifier
 from latentforge.errors import RefusedError
 
 
@@ -137,7 +137,7 @@ def _unknown_keys(document: Document, value: Any, model: type[BaseModel], locati
 
 
 def _told(document: Document, problem: Any) -> str:
-    location: Location = tuple(problem["loc"])
+    location: Location = tuple(part for part in problem["loc"] if part not in TAGS)
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     where = _dotted(location)

@@ -7,17 +7,19 @@ import importlib
 import inspect
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from latentforge.contracts.events import judge_events
 from latentforge.contracts.finding import Finding
 from latentforge.contracts.load import ContractSet
 from latentforge.contracts.machine import Machine, this_machine
-from latentforge.contracts.schema import Contract, Falsifier
+from latentforge.contracts.schema import Contract, EventCheck, Falsifier
+from latentforge.events import Event
 from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
 
-Check = Callable[..., Finding]
+Check = Callable[..., Any]
 
 
 class UndecidedError(Exception):
@@ -76,6 +78,21 @@ def resolve_check(reference: str) -> Check:
 
 def call_check(check: Check, arguments: dict[str, Any]) -> Finding:
     """Call a check with its output kept off the terminal; UndecidedError where it raises or answers nothing."""
+    finding = _called(check, arguments)
+    if not isinstance(finding, Finding):
+        raise UndecidedError(f"the check returned {type(finding).__name__}, not a Finding")
+    return finding
+
+
+def call_events(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Event]:
+    """The events that a predicate is about; UndecidedError where they cannot be made, or are none."""
+    events = _called(function, arguments)
+    if not isinstance(events, list) or not all(isinstance(event, Event) for event in events):
+        raise UndecidedError(f"the events of the check are {type(events).__name__}, not a list of events")
+    return events
+
+
+def _called(check: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
         inspect.signature(check).bind(**arguments)
     except TypeError as error:
@@ -83,20 +100,24 @@ def call_check(check: Check, arguments: dict[str, Any]) -> Finding:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            finding = check(**arguments)
+            return check(**arguments)
     except ModuleNotFoundError as error:
         raise UndecidedError(f"the check cannot run: it needs {error.name}, which is not installed") from error
     except (Exception, SystemExit) as error:
         raise UndecidedError(f"the check raised {_shown(error)}") from error
-    if not isinstance(finding, Finding):
-        raise UndecidedError(f"the check returned {type(finding).__name__}, not a Finding")
-    return finding
 
 
 def check_falsifier(
-    contract: Contract, falsifier: Falsifier, *, stage: Callable[[str], None] = lambda stage: None
+    contract: Contract,
+    falsifier: Falsifier,
+    *,
+    stage: Callable[[str], None] = lambda stage: None,
+    events: Sequence[Event] | None = None,
 ) -> Checked:
-    """Run a falsifier's check, then its control; ``stage`` is told ``check`` and ``control`` as each begins."""
+    """Run a falsifier's check, then its control; ``stage`` is told ``check`` and ``control`` as each begins.
+
+    A predicate over events is judged on ``events`` where they are given, else on those that its function makes.
+    """
     began = time.monotonic()
 
     def checked(outcome: Outcome, text: str, measured: dict[str, Any], control: Finding | None = None) -> Checked:
@@ -105,8 +126,8 @@ def check_falsifier(
 
     try:
         stage("check")
-        check = resolve_check(falsifier.check)
-        finding = call_check(check, falsifier.arguments)
+        run = _prepared(falsifier, events)
+        finding = run(False)
     except UndecidedError as error:
         return checked(Outcome.UNKNOWN, str(error), {})
     if finding.passed is None:
@@ -116,7 +137,7 @@ def check_falsifier(
     name = falsifier.control.name
     try:
         stage("control")
-        control = call_check(check, falsifier.control_arguments)
+        control = run(True)
     except UndecidedError as error:
         return checked(Outcome.UNKNOWN, f"{finding.text}; control {name}: {error}", finding.measured)
     if control.passed is None:
@@ -127,6 +148,45 @@ def check_falsifier(
             Outcome.FAIL, f"control not caught: {name} passes the check ({control.text})", finding.measured, control
         )
     return checked(Outcome.PASS, finding.text, finding.measured, control)
+
+
+def _prepared(falsifier: Falsifier, events: Sequence[Event] | None) -> Callable[[bool], Finding]:
+    """The check as a function of whether its control is planted; UndecidedError where it is not there."""
+    predicate = falsifier.check
+    if isinstance(predicate, EventCheck):
+        if events is None:
+            events = call_events(resolve_check(predicate.events), falsifier.arguments)
+        seen = events
+        return lambda planted: judge_events(predicate, seen, change=falsifier.control.change if planted else None)
+    check = resolve_check(falsifier.function)
+    return lambda planted: call_check(check, falsifier.control_arguments if planted else falsifier.arguments)
+
+
+def check_run(
+    contracts: ContractSet, events: Sequence[Event], *, kind: str, profile: str | None = None, only: Iterable[str] = ()
+) -> list[Checked]:
+    """Judge every predicate over events (or the named ones) on the events of a run, with its control planted into them.
+
+    A predicate that is not about runs of this ``kind`` or ``profile`` does not count.
+    """
+    wanted, results = set(only), []
+    for contract, falsifier in contracts.falsifiers():
+        predicate = falsifier.check
+        if not isinstance(predicate, EventCheck) or (wanted and falsifier.id not in wanted):
+            continue
+        scope = contract.scope_of(falsifier)
+        successor = contracts.superseded_by(falsifier.id)
+        reason = None if successor is None else f"superseded by {successor}"
+        if reason is None and kind not in predicate.of:
+            reason = f"about {' and '.join(predicate.of)} runs"
+        if reason is None and profile is not None and scope.profile not in ("any", profile):
+            reason = f"holds for {scope.profile} runs"
+        if reason is not None:
+            verdict = Verdict(falsifier.id, Outcome.UNKNOWN, reason)
+            results.append(Checked(contract, falsifier, verdict, None, 0.0, counts=False))
+        else:
+            results.append(check_falsifier(contract, falsifier, events=events))
+    return results
 
 
 def check_contract(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from latentforge.verdicts import FALSIFIER_ID
 
@@ -15,6 +15,9 @@ CHECK = re.compile(r"(?:latentforge|dispatch)(?:\.[A-Za-z_]\w*)+:[A-Za-z_]\w*")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 FalsifierId = Annotated[str, Field(pattern=rf"^{FALSIFIER_ID.pattern}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Function = Annotated[str, Field(pattern=rf"^{CHECK.pattern}$")]
+Scalar = bool | int | float | str
+EventKind = Literal["phase", "step", "metric", "checkpoint", "compile", "memory", "warning", "verdict", "end"]
 Architecture = Annotated[str, Field(pattern=r"^(x86_64|aarch64|arm64|sm_[0-9]{2,3}[a-z]?)$")]
 
 
@@ -51,11 +54,49 @@ class Equation(Part):
     source: Text
 
 
+TAGS = ("<function>", "<events>")
+"""Which kind of check one is, as it stands in the location of a problem; not in the file."""
+
+
+class EventCheck(Part):
+    """A check that is a predicate over the events of a run.
+
+    Of the events of ``kind`` whose fields are as ``where`` says, ``every`` one, ``some`` one, ``none`` or the ``last``
+    has in ``field`` what compares so with ``value``, or with the event's own field ``other``. ``events`` names a
+    function that makes the events of a run on this machine; ``of`` the kinds of run that the predicate is about.
+    """
+
+    events: Function
+    of: Annotated[list[Name], Field(min_length=1)]
+    kind: EventKind
+    where: dict[Text, Scalar] = {}
+    quantifier: Literal["every", "some", "none", "last"]
+    field: Text
+    comparison: Literal["<", "<=", "=", "!=", ">=", ">"]
+    value: Scalar | None = None
+    other: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Self:
+        if (self.value is None) == (self.other is None):
+            raise ValueError("either value or other is what the field is compared with")
+        if isinstance(self.value, bool | str) and self.comparison not in ("=", "!="):
+            raise ValueError(f"{self.value!r} is no number: it is equal or not, neither more nor less")
+        return self
+
+    def __str__(self) -> str:
+        chosen = "".join(f" {name}={value}" for name, value in self.where.items())
+        against = self.other if self.other is not None else self.value
+        return f"{self.quantifier} {self.kind}{chosen}: {self.field} {self.comparison} {against}"
+
+
 class Control(Part):
-    """A planted fault: arguments with which the same check must fail."""
+    """A planted fault: arguments with which the same function must fail, or, for a predicate over events, fields that
+    are put into the events that it looks at (of ``some`` into all of them, otherwise into the last)."""
 
     name: Text
-    arguments: dict[str, Any] = Field(alias="with", min_length=1)
+    arguments: Annotated[dict[str, Any], Field(min_length=1)] | None = Field(None, alias="with")
+    change: Annotated[dict[Text, Scalar], Field(min_length=1)] | None = None
 
 
 class Falsifier(Part):
@@ -64,7 +105,10 @@ class Falsifier(Part):
     id: FalsifierId
     statement: Text
     prediction: Text
-    check: Annotated[str, Field(pattern=rf"^{CHECK.pattern}$")]
+    check: Annotated[
+        Annotated[Function, Tag(TAGS[0])] | Annotated[EventCheck, Tag(TAGS[1])],
+        Discriminator(lambda value: TAGS[isinstance(value, dict | EventCheck)]),
+    ]
     arguments: dict[str, Any] = Field({}, alias="with")
     control: Control
     if_fails: Text
@@ -72,14 +116,24 @@ class Falsifier(Part):
 
     @model_validator(mode="after")
     def _control_is_planted(self) -> Self:
-        if self.control_arguments == self.arguments:
+        if isinstance(self.check, EventCheck):
+            if self.control.change is None or self.control.arguments is not None:
+                raise ValueError(f"the control of {self.id} plants into events: it has change, and nothing else")
+        elif self.control.arguments is None or self.control.change is not None:
+            raise ValueError(f"the control of {self.id} plants arguments: it has with, and nothing else")
+        elif self.control_arguments == self.arguments:
             raise ValueError(f"the control of {self.id} has the arguments of the check: nothing is planted")
         return self
 
     @property
+    def function(self) -> str:
+        """``module:function`` that is called: the check's own, or that of its events."""
+        return self.check.events if isinstance(self.check, EventCheck) else self.check
+
+    @property
     def control_arguments(self) -> dict[str, Any]:
         """The arguments of the control run: those of the check with the planted ones over them."""
-        return {**self.arguments, **self.control.arguments}
+        return {**self.arguments, **(self.control.arguments or {})}
 
 
 class Contract(Part):

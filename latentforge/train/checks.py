@@ -35,6 +35,11 @@ def finding_of(verdict: Verdict) -> Finding:
     return Finding(passed, verdict.text, verdict.measured)
 
 
+def events_of_a_run() -> list[Event]:
+    """The events of the recipe ``tiny``'s distill run, trained once a process: what predicates over events look at."""
+    return tiny_events()
+
+
 def whole_line_trains(*, frozen: bool = False) -> Finding:
     """Data, teacher, targets, student: all steps made and held-out loss lower. ``frozen`` plants a student at rest."""
     return finding_of(falsifiers.pipeline_001(tiny_events(frozen=frozen)))

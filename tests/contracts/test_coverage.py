@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from latentforge.contracts import load_contracts
 from latentforge.contracts.runner import resolve_check
+from latentforge.contracts.schema import EventKind
+from latentforge.events.event import KINDS
 from latentforge.spec.fields import RUN_FALSIFIERS
 from latentforge.verdicts import FALSIFIER_ID
 
@@ -56,8 +59,12 @@ def test_what_a_run_may_be_required_to_pass_is_claimed_and_not_superseded() -> N
 @pytest.mark.parametrize("falsifier_id", sorted(KNOWN))
 def test_its_check_is_there_beside_what_it_checks_and_takes_both_calls(falsifier_id: str) -> None:
     falsifier = KNOWN[falsifier_id]
-    check = resolve_check(falsifier.check)
+    check = resolve_check(falsifier.function)
     assert inspect.getmodule(check) is not None
-    assert falsifier.check.partition(":")[0].endswith("checks")
+    assert falsifier.function.partition(":")[0].endswith("checks")
     for arguments in (falsifier.arguments, falsifier.control_arguments):
         inspect.signature(check).bind(**arguments)
+
+
+def test_predicates_know_every_kind_of_event() -> None:
+    assert set(get_args(EventKind)) == KINDS

@@ -22,13 +22,13 @@ CONTROL_SEEN_BY = {
 """Claims about a GPU: the test that sees each one's control fail where there is none."""
 
 
-def _id(falsifier_id: str, check: str) -> str:
+def _id(falsifier_id: str, function: str) -> str:
     # Before the colon: what shares a trained run shares a worker (tests/conftest.py).
-    return f"{'.'.join(check.split('.')[:2])}:{falsifier_id}"
+    return f"{'.'.join(function.split('.')[:2])}:{falsifier_id}"
 
 
 @pytest.mark.parametrize(
-    "falsifier_id", [pytest.param(one.id, id=_id(one.id, one.check)) for _, one in CONTRACTS.falsifiers()]
+    "falsifier_id", [pytest.param(one.id, id=_id(one.id, one.function)) for _, one in CONTRACTS.falsifiers()]
 )
 def test_the_claim_holds_and_its_control_is_seen_failing(falsifier_id: str) -> None:
     contract = CONTRACTS.named(falsifier_id)
