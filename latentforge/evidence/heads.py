@@ -89,6 +89,8 @@ def check_heads(
 
 def read_head(path: Path, chain: Chain) -> Head:
     """A written head, held against the ledger; FailedError where the ledger is not the one that it names."""
+    if path.exists() and not path.is_file():
+        raise FailedError("is no file")  # a pipe would keep its reader waiting
     try:
         content = path.read_bytes()
         value: Any = parse_json(content)

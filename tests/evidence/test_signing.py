@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -209,6 +210,14 @@ def test_a_byte_flipped_in_a_signed_head_fails(runs: Path, keys: Path, name: str
     assert verify_evidence(runs).outcome is Outcome.FAIL
     path.unlink()
     assert verify_evidence(runs).outcome is (Outcome.FAIL if name.endswith("json") else Outcome.PASS)
+
+
+def test_a_pipe_in_the_place_of_a_head_or_a_signature_fails_and_keeps_nobody_waiting(runs: Path, run_dir: Path) -> None:
+    (runs / HEADS).mkdir()
+    os.mkfifo(runs / HEADS / "00000002.json")
+    assert problems(verify_evidence(runs))["heads/00000002.json"] == "is no file"
+    os.mkfifo(run_dir / SIG)
+    assert verify_evidence(run_dir).outcome is Outcome.FAIL
 
 
 def test_the_same_head_is_signed_once_and_a_torn_signing_is_taken_up(runs: Path, keys: Path) -> None:
