@@ -61,7 +61,7 @@ def _picture(record: RunRecord) -> dict[str, dict[str, Any]]:
     digests = digest_files(record.folder)
     derived = derive(record.folder, digests)
     host = record.host or {}
-    tensors = {file: each or {} for file, each in derived["identities"].pop("tensors").items()}
+    tensors = _tensors(derived["identities"])
     identities = {
         **derived["identities"],
         "driver": host_version("driver", derived, host),
@@ -78,9 +78,20 @@ def _picture(record: RunRecord) -> dict[str, dict[str, Any]]:
         "verdicts": _verdicts(record),
         "results": _results(record),
         "cost": _cost(record),
-        "tensors": {f"{file} {name}": one["sha256"] for file, each in tensors.items() for name, one in each.items()},
+        "tensors": tensors,
         "files": digests,
     }
+
+
+def _tensors(identities: dict[str, Any]) -> dict[str, str]:
+    """The digest of each tensor of the run's weights and of its inputs', which it takes out of the identities."""
+    files: dict[str, Any] = dict(identities.pop("tensors"))
+    for name, each in identities["inputs"].items():
+        if isinstance(each["read"], dict):
+            read = dict(each["read"])
+            files.update({f"{name}: {file}": tensors for file, tensors in read.pop("tensors", {}).items()})
+            identities["inputs"][name] = {**each, "read": read}
+    return {f"{file} {name}": one["sha256"] for file, each in files.items() for name, one in (each or {}).items()}
 
 
 def _verdicts(record: RunRecord) -> dict[str, Any]:

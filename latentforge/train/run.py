@@ -15,7 +15,8 @@ import torch
 
 from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.events import EventLog, read_events
-from latentforge.evidence.digests import file_sha256, tree_sha256
+from latentforge.evidence.digests import file_sha256, tree_files, tree_sha256
+from latentforge.evidence.tensors import tensor_digests
 from latentforge.memory import MemoryPlan
 from latentforge.spec.code import running_code
 from latentforge.spec.identity import RunIdentity
@@ -135,18 +136,31 @@ def set_up(seed: int) -> int:
 
 
 def verify_inputs(run: RunDir) -> dict[str, dict[str, Any]]:
-    """The inputs by name with their content digests; refused where a run that is an input did not pass or changed."""
+    """The inputs by name with their content digests, weights among them tensor by tensor.
+
+    RefusedError where a run that is an input did not pass or changed.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, ref in run.load_launch().resolved.items():
         source = run.input_run(name)
         if source is not None:
             _require_passed(source, name)
-            found[name] = {"run": source.run, "sha256": _verified_tree(source)}
+            found[name] = {"run": source.run, "sha256": _verified_tree(source), **_tensors(source.out)}
         elif "path" in ref:
-            found[name] = {"sha256": ref["sha256"]}  # hashed again by whoever reads it
+            # Hashed again by whoever reads it, and refused there where it changed or is not there.
+            found[name] = {"sha256": ref["sha256"], **_tensors(Path(ref["path"]))}
         else:
             found[name] = dict(ref)
     return found
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    """The weights below an input's folder, tensor by tensor, as ``tensors``; nothing where there are none."""
+    if not folder.is_dir():
+        return {}
+    files = {name: path for name, path in tree_files(folder) if name.endswith(".safetensors")}
+    kept = {name: tensor_digests(path) for name, path in files.items() if not name.startswith("checkpoints/")}
+    return {"tensors": kept} if kept else {}
 
 
 def _require_passed(source: RunDir, name: str) -> None:

@@ -66,6 +66,19 @@ def test_a_change_is_named_under_its_subject(
     assert what not in changes(*(planted_run(before.parent / name, seed=5 + n) for n, name in enumerate("xy")))[section]
 
 
+def test_weights_of_a_run_and_of_its_inputs_are_told_apart_from_other_identities(pair: tuple[Path, Path]) -> None:
+    for run, digest in zip(pair, ("1" * 64, "2" * 64), strict=True):
+        effective = json.loads((run / "effective.json").read_text())
+        tensors = {"model.safetensors": {"w": {"dtype": "F32", "shape": [1], "sha256": digest}}, "broken": None}
+        effective["inputs"]["teacher"] = {"sha256": "3" * 64, "tensors": tensors}
+        (run / "effective.json").write_text(json.dumps(effective))
+    weights = pair[1] / "out/student/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    found = changes(*pair)
+    assert set(found["tensors"]) == {"teacher: model.safetensors w", "out/student/model.safetensors embed.weight"}
+    assert set(found["identities"]) == {"products.student"}
+
+
 def test_what_one_run_lacks_is_absent_and_not_null(pair: tuple[Path, Path]) -> None:
     before, after = pair
     (after / "effective.json").unlink()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from latentforge.cli import main
 from latentforge.errors import FailedError, RefusedError
 from latentforge.evidence.reading import read_run
+from latentforge.evidence.tensors import tensor_digests
 from latentforge.spec.run import RunDir
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.likeness import Likeness, compare_products
@@ -48,6 +49,16 @@ def test_a_run_made_again_on_this_machine_has_the_same_bits(trained: RunDir, tmp
     assert {path: path.stat().st_mtime_ns for path in trained.path.parent.rglob("*")} == before
     with pytest.raises(RefusedError, match="fresh folder"):
         reproduce(trained.path, Rerun(tmp_path))
+
+
+def test_what_was_read_of_a_teacher_is_named_tensor_by_tensor(trained: RunDir) -> None:
+    teacher = trained.input_path("teacher")
+    files = {path.relative_to(teacher).as_posix(): path for path in teacher.rglob("*.safetensors")}
+    kept = {name: path for name, path in files.items() if not name.startswith("checkpoints/")}
+    read = json.loads(trained.effective_file.read_bytes())["inputs"]
+    assert read["teacher"]["tensors"] == {name: tensor_digests(path) for name, path in kept.items()}
+    assert len(next(iter(read["teacher"]["tensors"].values()))) > 5
+    assert "tensors" not in read["data"]
 
 
 def test_on_another_thread_count_it_is_within_tolerance_and_says_so(
