@@ -13,8 +13,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from latentforge.contracts.document import Document, Location, parse_document
-from latentforge.contracts.schema import TAGS, Contract, Falsifier
+from latentforge.contracts.schema import TAGS, Contract, EventCheck, Falsifier, Precondition
 from latentforge.errors import RefusedError
+
+_CHECKS = (EventCheck, Precondition)
+"""The kinds of check that are mappings; the second one has the key ``accepts``."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ def _unknown_keys(document: Document, value: Any, model: type[BaseModel], locati
             yield document.problem((*location, key), f"unknown key {key!r}{where}; {hint}")
             continue
         for inner in _models_of(fields[key].annotation):
+            if inner in _CHECKS and isinstance(item, dict) and inner is not _CHECKS["accepts" in item]:
+                continue  # the other kind of check
             yield from _unknown_keys(document, item, inner, (*location, key))
 
 

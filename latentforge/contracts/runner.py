@@ -15,7 +15,8 @@ from latentforge.contracts.events import judge_events
 from latentforge.contracts.finding import Finding
 from latentforge.contracts.load import ContractSet
 from latentforge.contracts.machine import Machine, this_machine
-from latentforge.contracts.schema import Contract, EventCheck, Falsifier
+from latentforge.contracts.preconditions import judge_precondition
+from latentforge.contracts.schema import Contract, EventCheck, Falsifier, Precondition
 from latentforge.events import Event
 from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
 
@@ -159,6 +160,11 @@ def _prepared(falsifier: Falsifier, events: Sequence[Event] | None) -> Callable[
         seen = events
         return lambda planted: judge_events(predicate, seen, change=falsifier.control.change if planted else None)
     check = resolve_check(falsifier.function)
+    if isinstance(predicate, Precondition):
+        given = (falsifier.arguments, falsifier.control_arguments)
+        return lambda planted: call_check(
+            lambda: judge_precondition(predicate, lambda value: check(value, **given[planted])), {}
+        )
     return lambda planted: call_check(check, falsifier.control_arguments if planted else falsifier.arguments)
 
 

@@ -54,7 +54,7 @@ class Equation(Part):
     source: Text
 
 
-TAGS = ("<function>", "<events>")
+TAGS = ("<function>", "<events>", "<precondition>")
 """Which kind of check one is, as it stands in the location of a problem; not in the file."""
 
 
@@ -90,6 +90,40 @@ class EventCheck(Part):
         return f"{self.quantifier} {self.kind}{chosen}: {self.field} {self.comparison} {against}"
 
 
+class Precondition(Part):
+    """A check that a parameter is taken within its bounds and refused outside them.
+
+    ``accepts`` names a function that is given the value (and ``with``) and raises a refusal or ValueError where it does
+    not take it. What is probed follows from the type and the bounds: both sides of each bound, and what is no number.
+    """
+
+    accepts: Function
+    type: Literal["number", "whole"]
+    above: int | float | None = None
+    at_least: int | float | None = None
+    below: int | float | None = None
+    at_most: int | float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if (self.above is None) == (self.at_least is None):
+            raise ValueError("either above or at_least is the lower bound")
+        if self.below is not None and self.at_most is not None:
+            raise ValueError("below and at_most are both an upper bound")
+        return self
+
+    def __str__(self) -> str:
+        names = ("above", "at_least", "below", "at_most")
+        said = [f"{name} {value:g}" for name in names if (value := getattr(self, name)) is not None]
+        return f"{self.accepts} takes a {self.type} {', '.join(said)}"
+
+
+def _tag_of(value: Any) -> str:
+    if isinstance(value, Precondition) or (isinstance(value, dict) and "accepts" in value):
+        return TAGS[2]
+    return TAGS[isinstance(value, dict | EventCheck)]
+
+
 class Control(Part):
     """A planted fault: arguments with which the same function must fail, or, for a predicate over events, fields that
     are put into the events that it looks at (of ``some`` into all of them, otherwise into the last)."""
@@ -106,8 +140,8 @@ class Falsifier(Part):
     statement: Text
     prediction: Text
     check: Annotated[
-        Annotated[Function, Tag(TAGS[0])] | Annotated[EventCheck, Tag(TAGS[1])],
-        Discriminator(lambda value: TAGS[isinstance(value, dict | EventCheck)]),
+        Annotated[Function, Tag(TAGS[0])] | Annotated[EventCheck, Tag(TAGS[1])] | Annotated[Precondition, Tag(TAGS[2])],
+        Discriminator(lambda value: _tag_of(value)),
     ]
     arguments: dict[str, Any] = Field({}, alias="with")
     control: Control
@@ -128,7 +162,9 @@ class Falsifier(Part):
     @property
     def function(self) -> str:
         """``module:function`` that is called: the check's own, or that of its events."""
-        return self.check.events if isinstance(self.check, EventCheck) else self.check
+        if isinstance(self.check, EventCheck):
+            return self.check.events
+        return self.check.accepts if isinstance(self.check, Precondition) else self.check
 
     @property
     def control_arguments(self) -> dict[str, Any]:

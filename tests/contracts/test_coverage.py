@@ -11,7 +11,7 @@ import pytest
 
 from latentforge.contracts import load_contracts
 from latentforge.contracts.runner import resolve_check
-from latentforge.contracts.schema import EventKind
+from latentforge.contracts.schema import EventKind, Precondition
 from latentforge.events.event import KINDS
 from latentforge.spec.fields import RUN_FALSIFIERS
 from latentforge.verdicts import FALSIFIER_ID
@@ -63,7 +63,7 @@ def test_its_check_is_there_beside_what_it_checks_and_takes_both_calls(falsifier
     assert inspect.getmodule(check) is not None
     assert falsifier.function.partition(":")[0].endswith("checks")
     for arguments in (falsifier.arguments, falsifier.control_arguments):
-        inspect.signature(check).bind(**arguments)
+        inspect.signature(check).bind(*([0] if isinstance(falsifier.check, Precondition) else []), **arguments)
 
 
 def test_predicates_know_every_kind_of_event() -> None:
