@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latentforge.cli import main
-from latentforge.contracts import Finding, check_contract, load_contracts, overall
+from latentforge.contracts import Checked, Finding, check_contract, load_contracts, overall
 from latentforge.contracts import load as loading
 from latentforge.contracts.machine import Machine
-from latentforge.verdicts import ExitCode, Outcome
+from latentforge.verdicts import ExitCode, Outcome, Verdict
 
 CPU = Machine("x86_64", ())
 
@@ -154,6 +156,49 @@ def test_a_check_that_is_not_there_is_unknown(contract: Callable[..., Path], ref
 )
 def test_a_check_that_does_not_answer_with_a_finding_is_unknown(contract: Callable[..., Path], check: Check) -> None:
     assert outcome(contract(check))[0] is Outcome.UNKNOWN
+
+
+ANSWERS: dict[str, Any] = {
+    "passes": lambda: Finding(True, "fine"),
+    "fails": lambda: Finding(False, "bad"),
+    "undecided": lambda: Finding(None, "no data"),
+    "raises": lambda: 1 / 0,
+    "answers True": lambda: True,
+}
+TABLE = {("passes", "fails"): Outcome.PASS, ("passes", "passes"): Outcome.FAIL}
+"""What a check and its control answer together; a check that fails is FAIL whatever its control, all else UNKNOWN."""
+
+
+@pytest.mark.parametrize("control", ANSWERS)
+@pytest.mark.parametrize("of_check", ANSWERS)
+def test_only_a_check_that_passes_with_a_control_that_fails_is_green(
+    contract: Callable[..., Path], of_check: str, control: str
+) -> None:
+    wanted = Outcome.FAIL if of_check == "fails" else TABLE.get((of_check, control), Outcome.UNKNOWN)
+    found, _, code = outcome(contract(lambda *, mutant=None: ANSWERS[control if mutant else of_check]()))
+    assert found is wanted
+    assert (code is ExitCode.PASS) == (wanted is Outcome.PASS)
+
+
+def _checked(outcome: Outcome, counts: bool) -> Checked:
+    return Checked(None, None, Verdict("F-A-001", outcome, ""), None, 0.0, counts)  # type: ignore[arg-type]
+
+
+RESULTS = st.lists(st.builds(_checked, st.sampled_from(list(Outcome)), st.booleans()), max_size=8)
+_RANK = [ExitCode.FAIL, ExitCode.UNKNOWN, ExitCode.PASS]
+
+
+@given(RESULTS, RESULTS)
+def test_the_end_of_a_check_is_its_worst_part_and_what_does_not_count_changes_nothing(
+    some: list[Checked], more: list[Checked]
+) -> None:
+    counted = [one for one in some if one.counts]
+    assert overall(some) is overall(counted) is overall(some[::-1])
+    assert (overall(some) is ExitCode.PASS) == (
+        bool(counted) and all(one.verdict.outcome is Outcome.PASS for one in counted)
+    )
+    if counted:
+        assert _RANK.index(overall(some + more)) <= _RANK.index(overall(some))
 
 
 def test_outside_its_scope_a_falsifier_is_not_run_and_does_not_count(contract: Callable[..., Path]) -> None:
