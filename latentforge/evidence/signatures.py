@@ -52,19 +52,20 @@ def sign_bytes(content: bytes, key: Path) -> bytes:
 def check_signature(content: bytes, file: Path, signers: Path | None, *, name: str | None = None) -> Signature:
     """The signature in ``file`` over ``content``, by a key of ``signers`` (OpenSSH's allowed signers) if given.
 
-    ``name`` is what the file is called in the result. FailedError where the signature is not one of these bytes, or of
-    no key that ``signers`` names for this namespace and this day; UnknownOutcomeError where it cannot be checked here.
+    ``name`` is what the file is called in the result; errors say only what is wrong with it. FailedError where the
+    signature is not one of these bytes, or of no key that ``signers`` names for this namespace and this day;
+    UnknownOutcomeError where it cannot be checked here.
     """
     name = name or file.name
     try:
         found = os.stat(file)
     except OSError as error:
-        raise FailedError(f"{name} cannot be read: {error.strerror}") from None
+        raise FailedError(f"cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
-        raise FailedError(f"{name} is no signature: a file of {found.st_size} bytes")
+        raise FailedError(f"is no signature: {_strange(found)}")
     checked = _ssh_keygen(["check-novalidate", "-n", NAMESPACE, "-s", str(file)], content)
     if checked.returncode != 0:
-        raise FailedError(f"{name} is a bad signature: {_words(checked)}")
+        raise FailedError(f"is a bad signature: {_words(checked)}")
     key = checked.stdout.decode("utf-8", "replace").partition(" with ")[2].strip().replace(" key ", " ")
     if signers is None:
         return Signature(name, key, None)
@@ -78,7 +79,7 @@ def check_signature(content: bytes, file: Path, signers: Path | None, *, name: s
         )
         if refused.returncode == 0:
             return Signature(name, key, principal)
-    raise FailedError(f"{name} is a signature of {key}, whom {signers} does not name: {_words(refused)}")
+    raise FailedError(f"is a signature of {key}, which {signers} does not name: {_words(refused)}")
 
 
 def allowed_signers(named: str | None) -> Path | None:
@@ -106,6 +107,10 @@ def _ssh_keygen(
         ) from None
     except subprocess.TimeoutExpired:
         raise UnknownOutcomeError(f"ssh-keygen -Y {arguments[0]} gave no answer in {_SECONDS:.0f} s") from None
+
+
+def _strange(found: os.stat_result) -> str:
+    return f"a file of {found.st_size} bytes" if stat.S_ISREG(found.st_mode) else "no regular file"
 
 
 def _words(done: subprocess.CompletedProcess[bytes]) -> str:

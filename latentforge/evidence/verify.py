@@ -116,7 +116,9 @@ def verify_evidence(
     began = time.monotonic()
     single = RUN_ID.fullmatch(path.name) is not None
     if not single and not (path / LEDGER).exists():
-        raise RefusedError(f"{given} is neither a run folder nor a folder with a {LEDGER}")
+        raise RefusedError(
+            f"{given} is neither a run folder nor a folder with a {LEDGER}", next="latentforge evidence verify runs/"
+        )
     ledger = _read_ledger(path.parent if single else path, signers, heads)
     verification = _verify_run(path, ledger, hasher) if single else _verify_ledger(path, ledger, hasher)
     verification.path = given
