@@ -39,7 +39,8 @@ def parse_event(line: str | bytes) -> Event:
         seq, t, wall, run, kind = (value.pop(name) for name in _HEAD)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RefusedError(f"not an event: {_shown(line)} ({error})") from error
-    if kind not in KINDS or not isinstance(seq, int) or isinstance(seq, bool) or not isinstance(t, int | float):
+    known = isinstance(kind, str) and kind in KINDS
+    if not known or not isinstance(seq, int) or isinstance(seq, bool) or not isinstance(t, int | float):
         raise RefusedError(f"not an event (kind {kind!r}, seq {seq!r}, t {t!r}): {_shown(line)}")
     return Event(seq, float(t), str(wall), str(run), kind, value)
 

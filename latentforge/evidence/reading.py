@@ -146,8 +146,8 @@ def read_run(folder: Path) -> RunRecord:
         end=end_of(events, read_json(run.path / "exit.json")),
         reason=str(ends[-1].fields["reason"]) if ends and ends[-1].fields.get("reason") else None,
         seeds=_mapping(effective, "seeds"),
-        timings=_mapping(effective, "timings"),
-        peak_memory_bytes=(effective or {}).get("peak_memory_bytes"),
+        timings=_times(effective),
+        peak_memory_bytes=_count(effective, "peak_memory_bytes"),
         flops=(effective or {}).get("flops"),
         versions=_mapping(effective, "versions"),
         device=_mapping(effective, "device"),
@@ -201,7 +201,7 @@ def _metrics(events: Iterable[Event]) -> Iterable[Series]:
     for event in events:
         said = event.fields
         if event.kind == "metric" and as_number(said.get("value")) is not None and isinstance(said.get("step"), int):
-            key = (str(said.get("name")), said.get("model"), said.get("split"))
+            key = (str(said.get("name")), _word(said, "model"), _word(said, "split"))
             found.setdefault(key, []).append(event)
     for (name, model, split), seen in found.items():
         yield _series(name, model, split, seen, "value")
@@ -213,7 +213,7 @@ def _trained(events: Iterable[Event]) -> Iterable[Series]:
         if event.kind == "step" and isinstance(event.fields.get("step"), int):
             for name, value in event.fields.items():
                 if name not in ("step", "steps") and as_number(value) is not None:
-                    found.setdefault((name, event.fields.get("model")), []).append(event)
+                    found.setdefault((name, _word(event.fields, "model")), []).append(event)
     for (name, model), seen in found.items():
         yield _series(name, model, None, seen, name)
 
@@ -256,6 +256,23 @@ def _subjects(manifest: Mapping[str, Any] | None) -> dict[str, str] | None:
         return None if manifest is None else {one["name"]: one["digest"]["sha256"] for one in manifest["subject"]}
     except (KeyError, TypeError):
         raise RefusedError(f"{MANIFEST} names its subjects in no way that is known here") from None
+
+
+def _word(said: Mapping[str, Any], name: str) -> str | None:
+    value = said.get(name)
+    return None if value is None else str(value)
+
+
+def _times(effective: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Seconds by phase, those that are numbers."""
+    told = _mapping(effective, "timings")
+    numbers = {name: as_number(value) for name, value in (told or {}).items()}
+    return None if told is None else {name: value for name, value in numbers.items() if value is not None}
+
+
+def _count(value: Mapping[str, Any] | None, name: str) -> int | None:
+    found = (value or {}).get(name)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def _mapping(value: Mapping[str, Any] | None, name: str) -> dict[str, Any] | None:

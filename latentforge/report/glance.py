@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from latentforge.evidence.reading import RunRecord
+from latentforge.evidence.reading import RunRecord, as_number
+from latentforge.report.axes import drawable
 from latentforge.report.panels import of_model
 from latentforge.report.words import duration, number, once, size
 
@@ -45,9 +46,12 @@ def timeline(record: RunRecord) -> list[Bar]:
         return []
     begin, end = record.events[0].t, record.events[-1].t
     whole = max(end - begin, 1e-9)
+    if not drawable(whole):
+        return []
     bars = []
     for phase in record.phases:
-        seconds = phase.seconds if phase.seconds is not None else max(0.0, end - phase.began)
+        seconds = phase.seconds if phase.seconds is not None else end - phase.began
+        seconds = seconds if drawable(seconds) and seconds >= 0 else 0.0
         left = min(100.0, max(0.0, 100 * (phase.began - begin) / whole))
         told = duration(seconds) if phase.seconds is not None else f"{duration(seconds)}, not ended"
         bars.append(Bar(phase.name, left, min(100 - left, 100 * seconds / whole), told, phase.seconds is None))
@@ -60,7 +64,7 @@ def compiles(record: RunRecord) -> list[str]:
     for event in record.events:
         if event.kind == "compile":
             said = event.fields
-            what = ", ".join(map(str, said.get("what") or [])) or "not named"
+            what = ", ".join(map(str, told)) if isinstance(told := said.get("what"), list) and told else "not named"
             lines.append(f"{said.get('compiler')}: {said.get('count')} by step {said.get('step')}: {what}")
     return lines
 
@@ -71,7 +75,7 @@ def compile_line(record: RunRecord) -> str | None:
     named = [event for event in record.events if event.kind == "compile"]
     if not counted and not named:
         return None
-    total = sum(int(event.fields.get("count") or 0) for event in named) or int(max(counted, default=0))
+    total = sum(_whole(event.fields.get("count")) for event in named) or _whole(max(counted, default=0.0))
     return f"{once(total, 'compile')} after set-up, {once(len(counted), 'step')}"
 
 
@@ -133,7 +137,7 @@ def _speed(record: RunRecord) -> Figure | None:
         return None
     chosen = next((one for one in series if one.model != "twin"), series[0])
     median = statistics.median(chosen.values)
-    steps = max((int(event.fields.get("steps") or 0) for event in record.events if event.kind == "step"), default=0)
+    steps = max((_whole(event.fields.get("steps")) for event in record.events if event.kind == "step"), default=0)
     done = f"{once(len(chosen.values), 'step')}" + (f" of {number(steps)}" if steps != len(chosen.values) else "")
     return Figure("tokens/s, median", number(round(median)), done)
 
@@ -170,6 +174,12 @@ def flops(value: float) -> str:
         if value >= 0.1 * least:
             return f"{value / least:.3g} {unit}"
     return f"{number(value)} FLOP"
+
+
+def _whole(value: Any) -> int:
+    """A count of an event; 0 for what is none."""
+    found = as_number(value)
+    return int(found) if found is not None and drawable(found) else 0
 
 
 def _last(record: RunRecord, field: str) -> float | None:

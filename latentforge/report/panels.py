@@ -80,7 +80,7 @@ def _other_metrics(record: RunRecord) -> list[Chart]:
     told: dict[str, list[tuple[float, float]]] = {}
     for event in record.events:
         said = event.fields
-        if event.kind == "metric" and said.get("split") == "heldout" and said.get("name") not in shown:
+        if event.kind == "metric" and said.get("split") == "heldout" and str(said.get("name")) not in shown:
             noise = f" at noise {said['noise']}" if "noise" in said else ""
             name, step, value = f"{said.get('name')}{noise}", said.get("step"), as_number(said.get("value"))
             if isinstance(step, int) and value is not None:

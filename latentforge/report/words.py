@@ -62,6 +62,8 @@ def duration(seconds: float | None) -> str:
     """A time for people: ``0.053 s``, ``28.1 s``, ``12:05 min``, ``3:12:00 h``."""
     if seconds is None or not math.isfinite(seconds):
         return "not recorded"
+    if abs(seconds) >= 1e9:
+        return f"{number(seconds)} s"
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -105,3 +105,16 @@ def test_the_record_of_what_was_understood_matches_the_manifest(run_dir: Path) -
     predicate = json.loads((run_dir / "manifest.json").read_bytes())["predicate"]
     assert record.requested == predicate["configuration"]["requested"]
     assert record.end == predicate["end"]
+
+
+def test_an_event_whose_kind_or_model_is_a_list_is_read_past(tmp_path: Path) -> None:
+    from latentforge.evidence.checks import planted_run
+
+    run = planted_run(tmp_path)
+    events = (run / "events.jsonl").read_text()
+    broken = events.replace('"kind": "end"', '"kind": ["end"]').replace('"model": "student"', '"model": ["student"]')
+    (run / "events.jsonl").write_text(broken)
+    record = read_run(run)
+    assert record.end["code"] is None
+    assert any("is no event" in line for line in record.unread)
+    assert record.steps_of("loss", model="['student']") is not None

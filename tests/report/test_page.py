@@ -12,7 +12,12 @@ import pytest
 from latentforge.cli import main
 from latentforge.errors import RefusedError
 from latentforge.evidence.checks import recorded_run
+from latentforge.evidence.reading import read_run
 from latentforge.report.making import make_report
+from latentforge.report.page import page, section
+from latentforge.report.standing import standing
+from latentforge.report.tensorboard import write_events
+from latentforge.report.terminal import lines as lines_of
 from latentforge.verdicts import Outcome
 
 from .chromium import Chromium
@@ -165,3 +170,23 @@ def test_samples_stand_side_by_side_in_a_fixed_order(runs: Path, tmp_path: Path)
     page = _page(run, to=tmp_path / "report.html")
     sides = re.findall(r"<div><b>(.*?)</b><pre>", page)
     assert sides == ["the text itself", "teacher", "student", "twin"]
+
+
+WRONG = [None, True, "x", -1, 1e308, 2**70, [], {"a": 1}, "\u202e<b>"]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_an_event_or_a_record_of_another_shape_does_not_break_a_report(
+    runs: Path, tmp_path: Path, wrong: object
+) -> None:
+    run = distilled(runs, steps=3)
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    told = [line | {name: wrong} for line in lines for name in line if name not in ("seq", "run")]
+    (run / "events.jsonl").write_text("\n".join(map(json.dumps, [*lines, *told])) + "\n")
+    effective = json.loads((run / "effective.json").read_text())
+    (run / "effective.json").write_text(json.dumps(dict.fromkeys(effective, wrong)))
+    record = read_run(run)
+    whole = section(record, standing(run))
+    assert run.name in page([whole], None, made="now")
+    assert lines_of(whole, columns=80)
+    write_events(record, tmp_path)
