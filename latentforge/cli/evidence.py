@@ -180,7 +180,7 @@ def reproduce(
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as the first time.")] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="What may be apart, relative, where sums were made in another order.")
-    ] = 1e-2,
+    ] = 1e-4,
     python: Annotated[
         str | None, typer.Option(help="Whose LatentForge runs it. Default: this one.", metavar="FILE")
     ] = None,

@@ -21,7 +21,7 @@ from latentforge.train.likeness import Likeness, compare_products
 from latentforge.train.setting import THREADS
 from latentforge.verdicts import Outcome
 
-TOLERANCE = 1e-2
+TOLERANCE = 1e-4
 """What weights and metrics may be apart, relative, where sums were made in another order (other threads, processor)."""
 
 
