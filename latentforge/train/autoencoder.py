@@ -108,8 +108,9 @@ def run(run: RunDir, log: EventLog) -> None:
     log.ready(requested=identity.spec, effective=in_force)
 
     keeper = Keeper(run, log, codec, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
-    first, before, best = keeper.resume(earlier), None, Best(keeper, wanted=spec.keep == "best")
-    best.carry(earlier, first or 0)
+    best = Best(keeper, wanted=spec.keep == "best")
+    best.carry(earlier)
+    first, before = keeper.resume(earlier), None
     if first is None:
         with log.phase("evaluate"):
             before = report_of(trainer, data)

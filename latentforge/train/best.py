@@ -7,7 +7,7 @@ import shutil
 
 from latentforge.errors import FailedError
 from latentforge.spec.run import RunDir
-from latentforge.train.checkpoint import newest_checkpoint, step_folder
+from latentforge.train.checkpoint import load_checkpoint, newest_checkpoint, step_folder
 from latentforge.train.keeping import Keeper
 from latentforge.train.resume import Earlier
 
@@ -28,13 +28,17 @@ class Best:
         self.step: int | None = None
         self.loss = math.inf
 
-    def carry(self, earlier: Earlier | None, until: int) -> None:
-        """Take over a predecessor's of its first ``until`` steps; a later one is found again when it is made again."""
-        if earlier is None or not self.wanted:
+    def carry(self, earlier: Earlier | None) -> None:
+        """Take over a predecessor's best up to its last checkpoint, before this run writes one of its own: whoever goes
+        on from that finds the best as well. What came later is measured again, as the last step's is in any case."""
+        last = None if earlier is None else earlier.checkpoints.get(self._keeper.model)
+        if earlier is None or last is None or not self.wanted:
             return
         before = RunDir(self._keeper.run.path.parent / earlier.run).checkpoints / BELOW
-        found, _said = newest_checkpoint(before)
-        if found is not None and found.step <= until:
+        found, said = newest_checkpoint(before, until=min(last.step, self._keeper.steps - 1))
+        for sentence in said:
+            self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
+        if found is not None:
             shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
             self.step, self.loss = found.step, _loss(earlier, self._keeper.model, found.step)
 
@@ -52,12 +56,12 @@ class Best:
         if not self.wanted:
             return steps
         self.offer(steps, loss)
-        found, _said = newest_checkpoint(self._folder)
-        if self.step is None or found is None or found.step != self.step:
+        if self.step is None:
             raise FailedError(
                 f"no held-out loss of the {self._keeper.model} was a number: no step is the best",
                 next="train with a lower learning rate",
             )
+        found = load_checkpoint(step_folder(self._folder, self.step))
         self._keeper.optimiser.load(found.weights, found.moments)
         log = self._keeper.log
         of = {"step": steps, "split": "heldout", "model": self._keeper.model}

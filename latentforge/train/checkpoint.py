@@ -127,10 +127,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise RefusedError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a folder that is whole, and a sentence for each newer one that is not."""
+def newest_checkpoint(folder: Path, *, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a folder, of at most ``until`` steps, that is whole, and a sentence for each newer one
+    that is not."""
     said = [f"checkpoint {path.name} was left unfinished and is skipped" for path in folder.glob(".partial-step-*")]
     for path in sorted(_steps(folder), key=_number, reverse=True):
+        if until is not None and _number(path) > until:
+            continue
         try:
             return load_checkpoint(path), said
         except RefusedError as error:

@@ -102,8 +102,9 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     log.ready(requested=identity.spec, effective=in_force)
 
     keeper = Keeper(run, log, student, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
-    first, before, best = keeper.resume(earlier), None, Best(keeper, wanted=spec.keep == "best")
-    best.carry(earlier, first or 0)
+    best = Best(keeper, wanted=spec.keep == "best")
+    best.carry(earlier)
+    first, before = keeper.resume(earlier), None
     if first is None:
         with log.phase("evaluate"):
             before = trainer.held_out(data)

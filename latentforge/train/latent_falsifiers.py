@@ -77,8 +77,7 @@ def _weights(events: Events, asked: dict[str, Any]) -> dict[str, float]:
     their mean could hide one that rose."""
     found = {metric.removeprefix("val_"): float(asked.get(weight, 0)) for weight, metric in SIGNALS.items()}
     seen = {name for fields in steps_of(events, MODEL).values() for name in fields}
-    below = sorted(name.removesuffix("_chunks") for name in seen if name.startswith("tempered_"))
-    below = list(dict.fromkeys(below))
+    below = sorted({name.removesuffix("_chunks") for name in seen if name.startswith("tempered_")})
     if below:
         share = found.pop("tempered") / len(below)
         found |= dict.fromkeys(below, share)

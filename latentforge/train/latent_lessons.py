@@ -145,8 +145,9 @@ class Teaching:
         ``visits`` int64 [B] says how often each row was here before (None: never), so that all of its continuations are
         used before one comes again; ``covered`` bool [B] which rows were continued (None: all).
         """
-        if self.continued is None or not self.temperatures:
+        if not self.temperatures:
             return {}
+        assert self.continued is not None  # a signal of continuations was switched on: open_teaching opened them
         made = self.continued.made
         size = (len(tokens), tokens.shape[1] // made.chunk - 1)
         there = torch.ones(len(tokens), dtype=torch.bool) if covered is None else covered

@@ -29,6 +29,7 @@ from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.latent_trainer import LatentTrainer
 from latentforge.train.run import execute
+from latentforge.train.stopping import Interrupted
 from latentforge.verdicts import ExitCode
 from latentforge.writers.opening import open_writer
 
@@ -229,6 +230,58 @@ def test_a_best_step_before_a_stop_is_kept_by_the_run_that_goes_on(
     assert f"kept: step {best}, held-out loss 3.0000; that of step {STEPS}, the last, is 5.0000" in text
     ours, theirs = kept_weights(resumed, best), kept_weights(stopped, best)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("losses", [(9, 5, 4, 3), (9, 5, 3, 4)], ids=["the last", "one before"])
+def test_a_run_that_is_stopped_while_it_measures_its_end_goes_on_with_its_best(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, losses: tuple[float, ...]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise Interrupted("interrupted by SIGTERM")
+
+    planted_losses(monkeypatch, *losses, 3)
+    monkeypatch.setattr(latent, "changes", interrupted)
+    stopped = make_run(*BEST)
+    assert run_here(stopped)[0] is ExitCode.UNKNOWN
+    monkeypatch.undo()
+    planted_losses(monkeypatch, losses[-1], 3)
+    code, text = run_here(make_run(*BEST, attempt=2, predecessor=stopped))
+    assert code is ExitCode.PASS, text
+    assert f"kept: step {6 if losses[-1] == 3 else 4}, held-out loss 3.0000" in text
+
+
+def test_an_older_best_is_kept_where_the_newer_one_lies_after_the_last_checkpoint(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = ("latent.validate_every=1", "latent.keep='best'")
+    planted_losses(monkeypatch, 9, 8, 3, 7, 7, 2)
+    stopped = make_run(*every)
+    asked = iter([None] * 4 + ["SIGTERM"])
+    monkeypatch.setattr(latent, "stop_requested", lambda: next(asked))
+    assert run_here(stopped)[0] is ExitCode.UNKNOWN
+    monkeypatch.undo()
+    shutil.rmtree(stopped.checkpoints / "step-000005")  # as if it had been killed before that was whole: 4 is the last
+    planted_losses(monkeypatch, 7, 7, 3)
+    code, text = run_here(make_run(*every, attempt=2, predecessor=stopped))
+    assert code is ExitCode.PASS, text
+    assert "kept: step 2, held-out loss 3.0000; that of step 6, the last, is 7.0000" in text
+
+
+def test_a_best_that_was_altered_on_disk_is_said_to_be_that(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted_losses(monkeypatch, 9, 3, 4, 5)
+    measured, run = LatentTrainer.held_out, make_run(*BEST)
+
+    def altered(*all_: Any) -> Any:
+        weights = run.checkpoints / "best" / "step-000002" / "model.safetensors"
+        if weights.is_file() and not weights.stat().st_size % 2:
+            with open(weights, "ab") as file:
+                file.write(b"x")
+        return measured(*all_)
+
+    monkeypatch.setattr(LatentTrainer, "held_out", altered)
+    code, text = run_here(run)
+    assert code is not ExitCode.PASS
+    assert "step-000002: model.safetensors is sha256" in text
 
 
 def test_without_a_loss_that_is_a_number_no_step_is_the_best(
