@@ -104,7 +104,7 @@ def _check_flags(flags: dict[str, Any], method: str | None, *, best_of: int, bea
         )
     likeliest = "--beam" if beam is not None else "--method greedy" if method == "greedy" else None
     for name, value in given.items():
-        if likeliest is not None and (name, value) != ("--temperature", 0):
+        if likeliest is not None and (name, value) not in (("--temperature", 0), ("--top-p", 1)):
             raise RefusedError(
                 f"{name} {value:g} with {likeliest}: nothing is drawn, the likeliest is taken",
                 next=f"leave {name} out, or draw:  --method tokens",

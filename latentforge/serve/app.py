@@ -32,9 +32,14 @@ _UNREAD = 60.0  # seconds after its deadline until a stream that nobody reads is
 _REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"description": "a field is wrong: `error.param` names it"},
     401: {"description": "the key is missing or wrong"},
+    404: {"description": "there is no such path, or no such model"},
+    408: {"description": "the body did not come in time"},
     413: {"description": "the body is too long"},
+    415: {"description": "the body is no JSON"},
+    422: {"description": "no text came of it: `exact` found no draw that it accepts"},
     429: {"description": "the queue is full: `Retry-After` says when to come back"},
     503: {"description": "not ready, or stopping"},
+    504: {"description": "the deadline passed first"},
 }
 _SHORT = 512  # bytes of a body: its prompt is walked through once for each of up to 64 texts
 Answer = TypeVar("Answer")
