@@ -38,13 +38,13 @@ class _Place:
         """The id of a run that is meant by ``name``; the same name is the same run."""
         run, identity = _identity(name)
         launch = {"run": run, "kin": "kin", "argv": argv, "env": {}, "lease": []}
-        call(self._transport, "reserve", {"run": run, "identity": identity, "launch": launch, "secrets": {}})
+        self._ask("reserve", {"run": run, "identity": identity, "launch": launch, "secrets": {}})
         self._reserved.append(run)
         return run
 
     def launch(self, run: str) -> None:
         """Start it unless that has happened."""
-        call(self._transport, "launch", {"chain": [run], "runner": "detached"})
+        self._ask("launch", {"chain": [run], "runner": "detached"})
 
     def ended(self, run: str) -> dict[str, Any]:
         """Its state once it has ended."""
@@ -59,8 +59,11 @@ class _Place:
         """End what still runs, where a check was left early."""
         for run in dict.fromkeys(self._reserved):
             if derive(self.root.run(run))["state"] not in ("finished", "absent", "reserved"):
-                call(self._transport, "cancel", {"run": run, "grace": 0, "by": "check"})
+                self._ask("cancel", {"run": run, "grace": 0, "by": "check"})
         self._transport.close()
+
+    def _ask(self, verb: str, args: dict[str, Any]) -> None:
+        call(self._transport, verb, args, timeout=_SECONDS)
 
 
 @contextmanager

@@ -105,5 +105,5 @@ def _isolated_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     for name in ("GX10_HOST", "GX10_USER", "GX10_REPO_PATH", "TEACHER_REPO", "STUDENT_INIT", "STEPS", "BATCH_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("LR", "T", "ALPHA", "EVIDENCE_DIR", "DRY_RUN", *ALL_NAMES):
+    for name in ("LR", "T", "ALPHA", "EVIDENCE_DIR", "EVIDENCE_KEY", "EVIDENCE_SIGNERS", "DRY_RUN", *ALL_NAMES):
         monkeypatch.delenv(name, raising=False)

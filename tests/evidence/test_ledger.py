@@ -124,7 +124,7 @@ def test_processes_that_append_at_once_make_one_chain(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert len(read_chain(path).entries) == 45
 

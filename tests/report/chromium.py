@@ -19,6 +19,7 @@ from typing import Any, Self
 
 BINARY = shutil.which("chromium")
 
+_LIFE = "Page.lifecycleEvent"
 _OVERFLOW = """
 (() => {
   const width = document.documentElement.clientWidth;
@@ -38,6 +39,13 @@ _OVERFLOW = """
   return over;
 })()
 """
+
+
+def _lifecycle(told: dict[str, Any]) -> dict[str, Any]:
+    """Of which page an event of the protocol says what; empty where it says nothing of a page's life."""
+    said = told.get("params", {})
+    method = told.get("method")
+    return {"method": method, "loader": said["loaderId"], "name": said["name"]} if method == _LIFE else {}
 
 
 @dataclass
@@ -84,14 +92,16 @@ class Chromium:
         self._buffer = b""
         self._count = 0
         self._events: list[dict[str, Any]] = []
-        targets = self.ask("Target.getTargets")["targetInfos"]
-        page = next(one["targetId"] for one in targets if one["type"] == "page")
         self._session: str | None = None
-        self._session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-
-    _session: str | None = None
+        try:
+            page = self.ask("Target.createTarget", url="about:blank")["targetId"]  # its own may not be there yet
+            self._session = self.ask("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.ask(f"{domain}.enable")
+            self.ask("Page.setLifecycleEventsEnabled", enabled=True)
+        except BaseException:
+            self._end()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +109,9 @@ class Chromium:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         os.close(self._out)
         os.close(self._in)
         with suppress(ProcessLookupError):
@@ -138,8 +151,9 @@ class Chromium:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", media=media, features=[scheme])
         address = page.resolve().as_uri()
-        self.ask("Page.navigate", url=address)
-        while not any(one.get("method") == "Page.loadEventFired" for one in self._events):
+        loader = self.ask("Page.navigate", url=address)["loaderId"]
+        loaded = {"method": _LIFE, "loader": loader, "name": "load"}
+        while not any(_lifecycle(one) == loaded for one in self._events):  # of this page, not of the one before
             self._events.append(self._next())
         overflow = self._value(_OVERFLOW)  # laid out first, so that what it asks for and says has come
         height = self._value("document.documentElement.scrollHeight")

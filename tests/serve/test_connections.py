@@ -19,7 +19,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
 def test_a_connection_on_which_nothing_is_asked_is_closed_and_one_that_waits_for_its_answer_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("latentforge.serve.connections.ASK_SECONDS", 0.05)
+    monkeypatch.setattr("latentforge.serve.connections.ASK_SECONDS", 1.0)
 
     async def ask() -> None:
         asked, let = asyncio.Event(), asyncio.Event()

@@ -316,7 +316,13 @@ def test_a_data_run_on_the_standard_library_makes_its_product(make_run: MakeRun)
     assert "50 training and 5 held-out rows of 16 tokens, vocabulary 280" in said
     shards = ShardSet.open(run.out)
     assert (len(shards.train), len(shards.heldout)) == (50, 5)
-    assert sorted(p.name for p in run.out.iterdir()) == ["data.json", "heldout.bin", "tokenizer", "train.bin"]
+    assert sorted(p.name for p in run.out.iterdir()) == [
+        "corpus.jsonl",
+        "data.json",
+        "heldout.bin",
+        "tokenizer",
+        "train.bin",
+    ]
 
 
 def test_a_data_run_takes_the_teachers_tokenizer(make_run: MakeRun, teacher_folder: Path) -> None:

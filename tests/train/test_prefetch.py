@@ -21,7 +21,7 @@ from latentforge.train.feed import Feed
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.rehearsal import small_batch, small_trainer
 from latentforge.train.supply import Supply
-from latentforge.train.supply_checks import Elsewhere, delay_is_hidden, supply_of
+from latentforge.train.supply_checks import Elsewhere, supply_of
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -235,12 +235,3 @@ def test_a_teaching_that_drops_what_was_asked_is_stopped_before_step_1(
     assert code == 1
     assert said in text
     assert not any(e.kind == "step" for e in read_events(run.events_file))
-
-
-def test_what_a_step_could_cover_of_a_delayed_teacher_is_hidden_and_without_prefetch_it_is_not() -> None:
-    """200 ms a batch, both in one run: the seconds that were waited for, not a limit on the clock."""
-    hidden, control = delay_is_hidden(ahead=2), delay_is_hidden(ahead=0)
-    assert hidden.passed, hidden.text
-    assert control.passed is False
-    assert hidden.measured["share"] >= 0.9
-    assert control.measured["share"] <= 0.05
