@@ -67,6 +67,7 @@ def show(
     from latentforge.cli.terminal import accent, print_json
     from latentforge.evidence.reading import find_run, read_run
     from latentforge.history.comparing import picture
+    from latentforge.report.words import one_line
 
     record = read_run(find_run(run, next="latentforge runs list"))
     seen = picture(record)
@@ -77,11 +78,11 @@ def show(
         ]
         print_json({"run": record.id, "inputs": _inputs(record), **seen, "verdicts": told, "warnings": record.warnings})
         return ExitCode.PASS
-    print(f"{record.id}  {record.end['outcome']}" + (f"  {record.reason}" if record.reason else ""))
+    print(f"{record.id}  {record.end['outcome']}" + (f"  {one_line(record.reason)}" if record.reason else ""))
     for name, value in _inputs(record).items():
         print(f"  {name:<10} {value}")
     for verdict in record.verdicts:
-        print(f"{verdict.falsifier} {accent(verdict.outcome.name)} {verdict.text}")
+        print(f"{verdict.falsifier} {accent(verdict.outcome.name)} {one_line(verdict.text)}")
     for subject in ("held out, last", "cost", "asked for"):
         if seen[subject]:
             print(accent(subject))
@@ -143,6 +144,7 @@ def _given() -> list[Given]:
 
 def _print_rows(rows: list[Row]) -> None:
     from latentforge.cli.terminal import accent
+    from latentforge.report.words import one_line
 
     if not rows:
         print("no such run.   next:  latentforge dispatch go smoke")
@@ -152,7 +154,7 @@ def _print_rows(rows: list[Row]) -> None:
         began = "–" if row.began is None else row.began.replace("T", " ")[:16]
         seconds = "" if row.seconds is None else f"{row.seconds:.0f} s"
         head = f"{row.run:<32}  {accent(f'{outcome:<8}')}  {row.host or '–':<{hosts}}  {began:<16}  {seconds:>8}"
-        print(f"{head}  {row.told}".rstrip())
+        print(f"{head}  {one_line(row.told)}".rstrip())
 
 
 def _inputs(record: RunRecord) -> dict[str, str]:
@@ -167,6 +169,8 @@ def _short(run: str) -> str:
 def _plain(value: Any) -> str:
     import json
 
+    from latentforge.report.words import one_line
+
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

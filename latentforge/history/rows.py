@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentforge.errors import LatentForgeError, RefusedError
-from latentforge.evidence.ledger import LEDGER, read_chain
+from latentforge.evidence.ledger import LEDGER, Entry, read_chain
 from latentforge.evidence.reading import read_run
 from latentforge.evidence.statement import MANIFEST, read_json
-from latentforge.spec.identity import RUN_ID
-from latentforge.verdicts import Outcome
+from latentforge.spec.identity import KINDS, RUN_ID
+from latentforge.verdicts import Outcome, Verdict
 
+_UTC = "%Y-%m-%dT%H:%M:%SZ"
 Where = Literal["here", "ledger", "host"]
 """``here``: its files were collected. ``ledger``: the ledger names it, its files are elsewhere. ``host``: given to a
 host from this laptop and not collected."""
@@ -65,7 +65,8 @@ class Filter:
 
     def takes(self, row: Row) -> bool:
         """Whether a row is meant. What a row does not say is never what was asked for."""
-        plain = ((self.kind, row.kind), (self.outcome, row.outcome), (self.host, row.host))
+        outcome = None if self.outcome is None else self.outcome.lower()
+        plain = ((self.kind, row.kind), (outcome, row.outcome), (self.host, row.host))
         if any(asked is not None and asked != found for asked, found in plain):
             return False
         if self.since is not None and (row.began is None or row.began < utc(self.since)):
@@ -79,7 +80,7 @@ def list_rows(folder: Path, given: Iterable[Given] = ()) -> tuple[list[Row], lis
     ``folder`` holds run folders and the ledger; one that does not exist holds none.
     """
     problems: list[str] = []
-    entries: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
     try:
         if (folder / LEDGER).is_file():
             entries = {entry.run: entry for entry in read_chain(folder / LEDGER).entries}
@@ -99,7 +100,12 @@ def list_rows(folder: Path, given: Iterable[Given] = ()) -> tuple[list[Row], lis
     for one in given:
         if one.run not in rows and not any(told.startswith(f"{one.run}:") for told in problems):
             told = f"latentforge dispatch collect {one.run}"
-            rows[one.run] = Row(one.run, kind_of(one.run), "host", None, one.host, utc(one.at), None, None, told, None)
+            try:
+                began = utc(one.at)
+            except LatentForgeError as error:
+                problems.append(f"{one.run}: {error}")
+                continue
+            rows[one.run] = Row(one.run, kind_of(one.run), "host", None, one.host, began, None, None, told, None)
     return sorted(rows.values(), key=lambda row: (row.began or "", row.run)), problems
 
 
@@ -115,11 +121,13 @@ def utc(text: str) -> str:
     except ValueError:
         raise RefusedError(f"{text!r} is no date or time", next="--since 2026-11-19, or 2026-11-19T14:02") from None
     found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    return found.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return found.strftime(_UTC)
 
 
 def check_filter(asked: Filter) -> None:
     """Refuse a value that no row could have."""
+    if asked.kind is not None and asked.kind not in KINDS:
+        raise RefusedError(f"--kind {asked.kind!r} is none of {', '.join(KINDS)}")
     if asked.outcome is not None and asked.outcome.upper() not in Outcome.__members__:
         known = ", ".join(one.lower() for one in Outcome.__members__)
         raise RefusedError(f"--outcome {asked.outcome!r} is none of {known}")
@@ -130,46 +138,62 @@ def check_filter(asked: Filter) -> None:
             raise RefusedError(f"--where {one!r} is no FIELD=VALUE", next="--where teacher.layers=3")
 
 
-def _here(path: Path, entry: Any) -> Row:
+def _here(path: Path, entry: Entry | None) -> Row:
     """From the manifest; from the run's own files where it has none yet."""
     manifest = read_json(path / MANIFEST)
-    if manifest is None:
-        record = read_run(path)
-        began = utc(record.events[0].wall) if record.events else None
-        seconds = record.events[-1].t - record.events[0].t if record.events else None
-        verdicts: Sequence[Mapping[str, Any]] = [
-            {"falsifier": one.falsifier, "outcome": one.outcome.name, "text": one.text} for one in record.verdicts
-        ]
-        end, asked, host = record.end, record.requested, record.host
-    else:
-        try:
-            said = manifest["predicate"]
-            end, verdicts, asked, host = said["end"], said["verdicts"], said["configuration"]["requested"], said["host"]
-            ended = end["record"] or {}
-            began = _clock(ended.get("started")) or (entry.wall if entry is not None else None)
-            seconds = ended.get("seconds")
-        except (KeyError, TypeError, AttributeError):
-            raise RefusedError(
-                f"{MANIFEST} is not one that is known here", next=f"latentforge evidence verify {path}"
-            ) from None
-    name = (host or {}).get("name") or (host or {}).get("hostname")
-    number = None if entry is None else entry.entry
-    told = _told(verdicts)
-    return Row(path.name, kind_of(path.name), "here", end["outcome"], name, began, seconds, number, told, asked)
+    try:
+        return _read(path, entry) if manifest is None else _concluded(path, entry, manifest["predicate"])
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        what = "its files say" if manifest is None else f"its {MANIFEST} says"
+        raise RefusedError(f"{what} something else than is known here: {error!r}") from None
 
 
-def _told(verdicts: Sequence[Mapping[str, Any]]) -> str:
+def _concluded(path: Path, entry: Entry | None, said: Mapping[str, Any]) -> Row:
+    end, host = said["end"], said["host"]
+    ended = end["record"] or {}
+    began = ended.get("started")
+    told = None if began is None else datetime.fromtimestamp(began, UTC).strftime(_UTC)
+    seconds = ended.get("seconds")
+    verdicts = [
+        Verdict(one["falsifier"], Outcome[one["outcome"].upper()], one["text"] or "") for one in said["verdicts"]
+    ]
+    return Row(
+        run=path.name,
+        kind=kind_of(path.name),
+        where="here",
+        outcome=Outcome[end["outcome"].upper()].name.lower(),
+        host=host.get("name") or host.get("hostname"),
+        began=told or (entry.wall if entry is not None else None),
+        seconds=None if seconds is None else float(seconds),
+        entry=None if entry is None else entry.entry,
+        told=_told(verdicts),
+        asked=said["configuration"]["requested"],
+    )
+
+
+def _read(path: Path, entry: Entry | None) -> Row:
+    record = read_run(path)
+    events, host = record.events, record.host or {}
+    return Row(
+        run=path.name,
+        kind=record.kind,
+        where="here",
+        outcome=str(record.end["outcome"]),
+        host=host.get("name") or host.get("hostname"),
+        began=utc(events[0].wall) if events else None,
+        seconds=events[-1].t - events[0].t if events else None,
+        entry=None if entry is None else entry.entry,
+        told=_told(record.verdicts),
+        asked=record.requested,
+    )
+
+
+def _told(verdicts: Sequence[Verdict]) -> str:
     """The first verdict that is no pass, else the last one."""
     if not verdicts:
         return ""
-    shown = next((one for one in verdicts if str(one["outcome"]).lower() != "pass"), verdicts[-1])
-    return f"{shown['falsifier']} {str(shown['outcome']).upper()} {shown['text']}"
-
-
-def _clock(seconds: Any) -> str | None:
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return None
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    shown = next((one for one in verdicts if one.outcome is not Outcome.PASS), verdicts[-1])
+    return " ".join(f"{shown.falsifier} {shown.outcome.name} {shown.text}".split())
 
 
 def _asked(row: Row, condition: str) -> bool:
@@ -179,11 +203,9 @@ def _asked(row: Row, condition: str) -> bool:
     if row.asked is None or field not in row.asked:
         return False
     found = row.asked[field]
-    if found is None or isinstance(found, bool):
-        return json.dumps(found) == value
-    if isinstance(found, int | float):
+    if isinstance(found, int | float) and not isinstance(found, bool):
         try:
-            return float(value) == found
+            return float(value) == float(found)
         except ValueError:
             return False
-    return str(found) == value
+    return (found if isinstance(found, str) else json.dumps(found)) == value

@@ -59,13 +59,14 @@ def test_each_filter_leaves_what_it_says(runs: Path, capsys: pytest.CaptureFixtu
     assert len(listed(capsys, "--kind", "distill")) == 3
     assert listed(capsys, "--kind", "latent") == listed(capsys, "--since", "2999-01-01") == []
     assert len(listed(capsys, "--host", "planted")) == 2
-    assert len(listed(capsys, "--outcome", "pass")) == 3
+    assert len(listed(capsys, "--outcome", "PASS")) == 3
     assert len(listed(capsys, "--last", "1")) == 1
 
 
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
+        ("--kind", "distil", "'distil' is none of data, teacher"),
         ("--outcome", "passed", "'passed' is none of fail, unknown, pass"),
         ("--since", "yesterday", "'yesterday' is no date or time"),
         ("--where", "steps", "'steps' is no FIELD=VALUE"),
@@ -86,7 +87,39 @@ def test_what_cannot_be_read_is_named_and_hides_no_other(runs: Path, capsys: pyt
     assert main(["runs", "list"]) == ExitCode.UNKNOWN
     told = capsys.readouterr()
     assert told.out.count("F-DISTILL-SMOKE-001 PASS") == 2
-    assert f"UNKNOWN  {one.name}: manifest.json is not one that is known here" in told.err
+    assert f"UNKNOWN  {one.name}: its manifest.json says something else than is known here" in told.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["end"].update(record={"started": 1e20}),
+        lambda said: said["end"].update(record={"started": 1.0, "seconds": "x"}),
+        lambda said: said["end"].update(outcome="better"),
+        lambda said: said.update(verdicts=[{}]),
+        lambda said: said.update(host="x"),
+        lambda said: said["configuration"].pop("requested"),
+    ],
+)
+def test_a_manifest_of_another_shape_hides_no_other_run(
+    runs: Path, capsys: pytest.CaptureFixture[str], change: Any
+) -> None:
+    one = next(path for path in runs.iterdir() if (path / "manifest.json").is_file())
+    statement = json.loads((one / "manifest.json").read_text())
+    change(statement["predicate"])
+    (one / "manifest.json").chmod(0o644)
+    (one / "manifest.json").write_text(json.dumps(statement))
+    assert len(listed(capsys, code=ExitCode.UNKNOWN)) == 2
+
+
+def test_text_of_a_run_cannot_steer_the_terminal(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in runs.glob("distill-*"):
+        log = (path / "events.jsonl").read_text()
+        (path / "events.jsonl").write_text(log.replace("val_loss 3.0400", "\\u001b[2J\\nforged"))
+        assert main(["runs", "show", str(path)]) == 0
+        told = capsys.readouterr().out
+        assert "\x1b" not in told
+        assert "\nforged" not in told
 
 
 def test_a_ledger_that_was_altered_is_said_and_the_folders_are_listed(
