@@ -38,6 +38,7 @@ def promote(
     from latentforge.evidence.signatures import allowed_signers
     from latentforge.promotion.gate import look
     from latentforge.promotion.publish import publish
+    from latentforge.report.words import one_line
     from latentforge.verdicts import exit_code, meet
 
     passing = Passing(active=not json)
@@ -51,7 +52,7 @@ def promote(
     else:
         width = max(len(one.name) for one in gate.conditions)
         for one in gate.conditions:
-            print(f"  {one.name:<{width}}  {accent(f'{one.outcome.name:<7}')}  {one.text}")
+            print(f"  {one.name:<{width}}  {accent(f'{one.outcome.name:<7}')}  {one_line(one.text)}")
     published = publish(gate, to) if to is not None and not gate.unmet else None
     outcome = meet(one.outcome for one in gate.conditions)
     if json:
@@ -68,5 +69,6 @@ def promote(
     elif gate.unmet:
         print(f"{gate.record.id} is not promoted: {len(gate.unmet)} of {len(gate.conditions)} conditions do not hold")
     else:
-        print(f"all {len(gate.conditions)} conditions hold. To publish:  latentforge promote {gate.record.id} --to DIR")
+        asked = (" --smoke" if smoke else "") + (f" --signers {signers}" if signers else "")
+        print(f"all {len(gate.conditions)} conditions hold. To publish:  latentforge promote {run}{asked} --to DIR")
     return exit_code(outcome)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentforge.contracts.finding import Finding
@@ -18,7 +19,13 @@ WEIGHTS = f"{PRODUCT}/model.safetensors"
 
 
 def with_evidence(run: Path) -> Path:
-    """The run with the evidence that it would have had, had it left what lies there now."""
+    """The run with the evidence that it would have had, had it left what lies there now and ended well."""
+    (run / "exit.json").write_text(json.dumps({"code": 0, "signal": None, "outcome": "pass"}))
+    return seal(run)
+
+
+def seal(run: Path) -> Path:
+    """Write the evidence of what lies there, over what was written before."""
     from latentforge.evidence.ledger import LEDGER
     from latentforge.evidence.manifest import record
     from latentforge.evidence.statement import MANIFEST, build_statement
@@ -27,7 +34,6 @@ def with_evidence(run: Path) -> Path:
 
     for path in (run / MANIFEST, run.parent / LEDGER, run / "artifacts.json"):
         path.unlink(missing_ok=True)
-    (run / "exit.json").write_text(json.dumps({"code": 0, "signal": None, "outcome": "pass"}))
     record_artifacts(RunDir(run))
     record(run, build_statement(run, plan="0" * 64, host={"hostname": "here"}, dispatched={}, environ={}))
     return run
@@ -40,11 +46,15 @@ def zeros(run: Path) -> None:
 
 
 def drawn_anew(run: Path) -> None:
-    """Weights that nobody trained."""
+    """Weights as they are before the first step: matrices drawn at random, norms of ones."""
     generator = torch.Generator().manual_seed(1)
-    tensors = load_file(run / WEIGHTS)
-    drawn = {name: torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
-    save_file(drawn, run / WEIGHTS, metadata={"format": "pt"})
+    with safe_open(run / WEIGHTS, framework="pt") as stored:
+        metadata = stored.metadata()
+    drawn = {
+        name: torch.randn(value.shape, generator=generator) * 0.02 if value.ndim > 1 else torch.ones_like(value)
+        for name, value in load_file(run / WEIGHTS).items()
+    }
+    save_file(drawn, run / WEIGHTS, metadata=metadata)
 
 
 def cut_short(run: Path) -> None:

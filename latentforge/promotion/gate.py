@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from latentforge.evidence.reading import RunRecord, read_run
 from latentforge.evidence.verify import Verification, verify_evidence
 from latentforge.students.latent.generate import generate
 from latentforge.students.latent.requests import Request
+from latentforge.students.token_session import TokenModel
 from latentforge.train.falsifiers import judge
+from latentforge.train.samples import NEW_TOKENS
 from latentforge.verdicts import Outcome, Verdict
 from latentforge.writers.opening import Writer, open_writer
 
@@ -30,8 +31,6 @@ REQUIRED = {
 """What a student of each kind must have shown besides what every run is judged by, asked for by its spec or not."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_READ = 64
-"""Tokens of a recorded text that are read again."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,23 @@ def look(run: Path, *, signers: Path | None = None, smoke: bool = False) -> Gate
         _evidence(verification),
         _ended(record),
         _profile(record, smoke),
+        _configuration(record),
         *_claims(record),
-        *_weights(record.folder / PRODUCT),
+        *_weights(record),
     ]
     return Gate(record, verification, tuple(conditions))
 
 
 def _evidence(found: Verification) -> Condition:
-    told = f"{found.standing}, {found.subjects} files" if found.outcome is Outcome.PASS else found.problems[0]
-    text = told if isinstance(told, str) else f"{told.what} {told.text}"
-    return Condition("evidence", found.outcome, text)
+    if found.outcome is Outcome.PASS:
+        return Condition("evidence", Outcome.PASS, f"{found.standing}, {found.subjects} files")
+    worst = min(found.problems, key=lambda one: one.outcome)
+    return Condition("evidence", found.outcome, f"{worst.what} {worst.text}")
 
 
 def _ended(record: RunRecord) -> Condition:
+    if record.outcome is Outcome.PASS and (record.end["record"] or {}).get("code") is None:
+        return Condition("end", Outcome.UNKNOWN, "its host recorded no end of its process")
     said = f"the run ended with {record.end['outcome']}" + (f": {record.reason}" if record.reason else "")
     return Condition("end", record.outcome, said)
 
@@ -107,15 +110,32 @@ def _profile(record: RunRecord, smoke: bool) -> Condition:
     )
 
 
+def _configuration(record: RunRecord) -> Condition:
+    """What was in force, in the trainer's own record, beside what the identity asks for."""
+    if record.effective is None:
+        return Condition("configuration", Outcome.UNKNOWN, "the run did not record what was in force")
+    if record.differences:
+        first = record.differences[0]
+        told = f"{first['field']} = {first['requested']!r} was asked, {first['effective']!r} was in force"
+        return Condition("configuration", Outcome.FAIL, told)
+    return Condition("configuration", Outcome.PASS, f"{len(record.effective)} values in force are those asked for")
+
+
 def _claims(record: RunRecord) -> Iterator[Condition]:
     """Every falsifier that is due, judged again from the run's events, and held against what the run recorded."""
+    if record.unread:
+        yield Condition("events", Outcome.UNKNOWN, f"{record.unread[0]}: what it said is not known")
     asked: Any = (record.identity.spec.get(record.kind) or {}).get("require", ()) if record.identity else ()
     due = tuple(dict.fromkeys((*asked, *REQUIRED[record.kind])))
     recorded = {verdict.falsifier: verdict for verdict in record.verdicts}
-    judged = {verdict.falsifier: verdict for verdict in judge(record.events, due)}
+    try:
+        judged = {verdict.falsifier: verdict for verdict in judge(record.events, due)}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        yield Condition("events", Outcome.UNKNOWN, f"they cannot be judged again: {type(error).__name__}: {error}")
+        return
     for name, verdict in judged.items():
         yield _claim(name, verdict, recorded.pop(name, None))
-    for name, verdict in recorded.items():  # what the run was judged by, and nobody can judge again from its events
+    for name, verdict in recorded.items():  # what nobody can judge again from the events: the run's own word
         yield Condition(name, verdict.outcome, verdict.text)
 
 
@@ -126,15 +146,14 @@ def _claim(name: str, again: Verdict, said: Verdict | None) -> Condition:
     return Condition(name, again.outcome, again.text)
 
 
-def _weights(product: Path) -> Iterator[Condition]:
-    """The weights are whole, numbers, and a model that knows more of held-out text than one that guesses."""
+def _weights(record: RunRecord) -> Iterator[Condition]:
+    """The weights are whole, numbers, and write what the trained model wrote."""
+    product = record.folder / PRODUCT
     try:
         yield _numbers(product)
-        writer = open_writer(product)
+        yield _writes_again(open_writer(product), record)
     except LatentForgeError as error:
         yield Condition("weights", Outcome.FAIL, str(error))
-        return
-    yield _knows(writer, product.parent / "samples.json")
 
 
 def _numbers(product: Path) -> Condition:
@@ -166,36 +185,27 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise RefusedError(f"{path.name} of {size} bytes cannot be read as safetensors: {error}") from None
 
 
-def _knows(writer: Writer, samples: Path) -> Condition:
-    """Held-out texts that the run recorded, read again by the weights as they lie on disk."""
-    rows = _texts(writer, samples)
-    if not rows:
-        return Condition("knows", Outcome.UNKNOWN, "the run recorded no held-out text in out/samples.json")
-    if not writer.model.completes:
-        return _writes(writer, rows)
-    guess = math.log(writer.tokenizer.vocab_size)
-    scores = writer.model.score([torch.tensor(prompt + text) for prompt, text in rows])
-    said = torch.cat([score[-len(text) :] for (_, text), score in zip(rows, scores, strict=True)]).double()
-    loss = -said.mean().item()
-    told = f"{loss:.3f} nats a token over {len(said)} recorded held-out tokens, {guess:.3f} is a guess"
-    return Condition("knows", Outcome.PASS if loss < guess else Outcome.FAIL, told)
-
-
-def _writes(writer: Writer, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Condition:
-    """A student without a token head says no probability of a text; that it writes is all that can be seen again."""
-    asked = [Request(prompt[: len(prompt) // writer.model.chunk * writer.model.chunk], _READ) for prompt, _ in rows]
-    written = [one for one in generate(writer.model, asked) if one.tokens]
-    text = f"no token head to read with: it wrote after {len(written)} of {len(asked)} recorded prompts"
-    return Condition("knows", Outcome.PASS if len(written) == len(asked) else Outcome.FAIL, text)
-
-
-def _texts(writer: Writer, samples: Path) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Prompt and following text, as ids, of each record that has both."""
+def _writes_again(writer: Writer, record: RunRecord) -> Condition:
+    """What the trained model wrote, as the run recorded it, beside what the weights on disk write after its prompts."""
+    samples = record.folder / "out" / "samples.json"
+    name = "student" if record.kind == "distill" else "latent"
     try:
-        found = json.loads(samples.read_bytes())
-        pairs = [(writer.encode(one["prompt"]), writer.encode(one["text"])) for one in found]
-    except FileNotFoundError:
-        return []
+        pairs = [(writer.encode(one["prompt"]), one[name]) for one in json.loads(samples.read_bytes())]
+    except OSError:
+        pairs = []
     except (ValueError, TypeError, KeyError) as error:
-        raise RefusedError(f"{samples.name} is no list of prompts and texts: {error!r}") from None
-    return [(prompt, text[len(writer.before) :][:_READ]) for prompt, text in pairs if len(text) > len(writer.before)]
+        raise RefusedError(f"{samples.name} is no list of prompts and of what the {name} wrote: {error!r}") from None
+    if not pairs:
+        return Condition("writes", Outcome.UNKNOWN, "the run recorded no text of its student in out/samples.json")
+    same = sum(_goes_on(writer, prompt, text) for prompt, text in pairs)
+    told = f"{same} of {len(pairs)} recorded texts of the trained student are what the weights on disk write"
+    return Condition("writes", Outcome.PASS if 2 * same >= len(pairs) else Outcome.FAIL, told)
+
+
+def _goes_on(writer: Writer, prompt: tuple[int, ...], text: str) -> bool:
+    """Whether what the model writes after a prompt, in the way in which the run recorded it, begins with the text."""
+    if isinstance(writer.model, TokenModel):
+        found = writer.model.student.continue_greedily(torch.tensor([prompt]), NEW_TOKENS)[0, len(prompt) :].tolist()
+    else:
+        found = list(generate(writer.model, [Request(prompt, NEW_TOKENS)])[0].tokens)
+    return bool(text) and str(writer.tokenizer.backend.decode(found, skip_special_tokens=False)).startswith(text)

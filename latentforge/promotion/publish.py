@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,24 @@ def read_published(folder: Path) -> dict[str, Any]:
 
 def _fill(gate: Gate, folder: Path) -> None:
     """Weights, tokenizer and configuration as the run left them, the card, and the evidence they stand on."""
-    record, subjects = gate.record, gate.record.subjects or {}
-    for name, path in tree_files(gate.product):
+    subjects = gate.record.subjects or {}
+    for name, path in _published(gate):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-        if file_sha256(target) != subjects.get(f"{PRODUCT}/{name}"):
+        if not name.startswith(f"{EVIDENCE}/") and file_sha256(target) != subjects.get(f"{PRODUCT}/{name}"):
             raise FailedError(f"{PRODUCT}/{name} changed while it was copied")
-    (folder / EVIDENCE).mkdir()
-    for name in (MANIFEST, MANIFEST + SUFFIX):
-        if (record.folder / name).is_file():
-            shutil.copyfile(record.folder / name, folder / EVIDENCE / name)
     (folder / "README.md").write_text(model_card(gate), encoding="utf-8")
     files = {name: file_sha256(path) for name, path in tree_files(folder)}
     (folder / RECORD).write_text(json.dumps({**_origin(gate), "files": files}, indent=1, sort_keys=True) + "\n")
+
+
+def _published(gate: Gate) -> Iterator[tuple[str, Path]]:
+    """The files of the run that are published, by the names that they get."""
+    yield from tree_files(gate.product)
+    for name in (MANIFEST, MANIFEST + SUFFIX):
+        if (gate.record.folder / name).is_file():
+            yield f"{EVIDENCE}/{name}", gate.record.folder / name
 
 
 def _origin(gate: Gate) -> dict[str, Any]:
@@ -102,11 +107,15 @@ def _same(gate: Gate, to: Path) -> None:
     if not to.is_dir() or not (to / RECORD).is_file():
         raise RefusedError(f"{to} exists and was not made by promote", next="name a folder that does not exist")
     there = read_published(to)
-    if (there["run"], there["manifest"]) != (gate.record.id, file_sha256(gate.record.folder / MANIFEST)):
+    if (there.get("run"), there.get("manifest")) != (gate.record.id, file_sha256(gate.record.folder / MANIFEST)):
         raise RefusedError(
-            f"{to} holds {there['run']}: what was published is not overwritten",
+            f"{to} holds {there.get('run')}: what was published is not overwritten",
             next="name a folder that does not exist",
         )
+    left = {name: file_sha256(path) for name, path in _published(gate)}
+    wrong = sorted(name for name, sha256 in left.items() if there["files"].get(name) != sha256)
+    if wrong:  # in the folder and in its own list
+        raise FailedError(f"{to / wrong[0]} is not what {gate.record.id} left")
 
 
 def _synchronise(folder: Path) -> None:

@@ -48,7 +48,7 @@ def _pickle(run: Path) -> None:
 
 
 _broken("weights of zeros", checks.zeros, "weights", how="every number of the saved student is 0")
-_broken("weights that nobody trained", checks.drawn_anew, "knows", how="the saved student is drawn at random")
+_broken("weights that nobody trained", checks.drawn_anew, "writes", how="the saved student is as before its first step")
 _broken("a file of 200 bytes", checks.cut_short, "weights", how="the weights end after 200 bytes")
 _broken("a pickle beside the weights", _pickle, "weights", how="pytorch_model.bin is put into the folder")
 _broken("unchanged tensors", checks.unmoved, "F-ARTEFACT-MOVED-001", how="the trainer said that no tensor moved")
