@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -170,9 +170,7 @@ def _dependencies(read: Sequence[tuple[Contract, Document]]) -> Iterator[str]:
         for index, other in enumerate(contract.depends_on):
             where = ("depends_on", index)
             if other not in wanted:
-                near = difflib.get_close_matches(other, wanted, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                yield document.problem(where, f"depends_on {other!r}: no such contract{hint}")
+                yield document.problem(where, f"depends_on {other!r}: no such contract{_nearest(other, wanted)}")
             elif circle := _circle(contract.contract, other, wanted):
                 yield document.problem(where, f"contracts depend on each other in a circle: {circle}")
 
@@ -186,14 +184,18 @@ def _supersession(read: Sequence[tuple[Contract, Document]]) -> Iterator[str]:
         for index, one in enumerate(contract.supersedes):
             where = ("supersedes", index)
             if one not in owner:
-                near = difflib.get_close_matches(one, owner, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                yield document.problem(where, f"supersedes {one}: no contract claims it{hint}")
+                yield document.problem(where, f"supersedes {one}: no contract claims it{_nearest(one, owner)}")
             elif one in successors:
                 yield document.problem(where, f"{one} is already superseded by {successors[one]}")
             elif circle := _circle(contract.contract, owner[one], replaced):
                 yield document.problem(where, f"contracts supersede each other in a circle: {circle}")
             successors.setdefault(one, contract.contract)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a refusal of ``name``: what may have been meant, if anything is like it."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _circle(start: str, first: str, onward: Mapping[str, Sequence[str]]) -> str | None:
