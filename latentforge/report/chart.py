@@ -87,7 +87,6 @@ class Drawn:
     strokes: tuple[Stroke, ...]
     keys: tuple[Key, ...]
     notes: tuple[str, ...] = ()
-    logarithmic: bool = False
     said: str = field(default="")
 
 
@@ -117,7 +116,6 @@ def draw(chart: Chart) -> Drawn:
         tuple(strokes),
         keys,
         tuple(notes),
-        y.logarithmic,
         f"{chart.title}: " + ", ".join(f"{key.name} ends at {key.last}" for key in keys),
     )
 

@@ -114,7 +114,6 @@ def _of_run(one: Section) -> dict[str, Any]:
     record = one.record
     return {
         "id": record.id,
-        "kind": record.kind,
         "headline": telling.headline(record),
         "state": telling.state(record),
         "sentence": FALSIFIER_PARTS.split(telling.sentence(record)),
