@@ -161,15 +161,26 @@ def _check_run(contracts: ContractSet, run: str, names: list[str], *, json: bool
     """The predicates over events, on the events of a run, each with its control planted into them."""
     from latentforge.cli.terminal import print_json
     from latentforge.contracts import check_run, overall, summary
+    from latentforge.contracts.schema import EventCheck
+    from latentforge.errors import RefusedError
     from latentforge.evidence.reading import find_run, read_run
 
     wanted: list[str] = []
     for name in names:
         contract = contracts.named(name)
-        wanted += [name] if name != contract.contract else [falsifier.id for falsifier in contract.falsifiers]
+        predicates = [one.id for one in contract.falsifiers if isinstance(one.check, EventCheck)]
+        if name == contract.contract and not predicates:
+            raise RefusedError(
+                f"{name} has no predicate over events: nothing of it is judged on a run",
+                next=f"latentforge contracts check {name}",
+            )
+        wanted += [name] if name != contract.contract else predicates
     record = read_run(find_run(run, next="latentforge contracts check --run FOLDER"))
     profile = None if record.identity is None else record.identity.spec.get("profile")
-    results = check_run(contracts, record.events, kind=record.kind, profile=profile, only=wanted)
+    doubts = [f"{one}: what it said is not known" for one in record.unread]
+    if not any(event.kind == "end" for event in record.events):
+        doubts.append("the run has not ended: more may be written, or its log was cut")
+    results = check_run(contracts, record.events, kind=record.kind, profile=profile, only=wanted, doubts=doubts)
     code = overall(results)
     if json:
         found = [result.as_json() for result in results]
@@ -228,23 +239,25 @@ class _Table:
 
     def end(self, checked: Checked) -> None:
         from latentforge.cli.terminal import accent
+        from latentforge.report.words import one_line
 
         self._passing.clear()
         if self._quiet:
             return
         verdict, control = checked.verdict, checked.control
+        said = one_line(verdict.text)
         word = accent(f"{verdict.outcome.name:<7}")
         line = f"  {verdict.falsifier:<{self._width}}  {word}  "
         if control is None or control.passed is not False:
-            print(line + verdict.text, flush=True)
+            print(line + said, flush=True)
         else:
-            seen = f"control {checked.falsifier.control.name} seen FAIL ({control.text})"
+            seen = f"control {checked.falsifier.control.name} seen FAIL ({one_line(control.text)})"
             # In a pipe one line a falsifier, for grep; on a terminal too narrow for it, the control below.
             room = self._passing.columns - self._width - 13
-            if max(46, len(verdict.text)) + 2 + len(seen) > room:
-                print(f"{line}{verdict.text}\n{' ' * (self._width + 13)}{seen}", flush=True)
+            if max(46, len(said)) + 2 + len(seen) > room:
+                print(f"{line}{said}\n{' ' * (self._width + 13)}{seen}", flush=True)
             else:
-                print(f"{line}{verdict.text:<46}  {seen}", flush=True)
+                print(f"{line}{said:<46}  {seen}", flush=True)
         if verdict.outcome.name != "PASS" and checked.counts:
             indent = " " * (self._width + 4)
             if verdict.outcome.name == "FAIL":

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentforge.contracts.finding import Finding
-from latentforge.contracts.schema import EventCheck
+from latentforge.contracts.schema import NOT_FINITE, EventCheck
 from latentforge.events import Event
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -20,8 +20,6 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     ">": operator.gt,
 }
-_NOT_FINITE = ("nan", "inf", "-inf")
-"""How events write the numbers that JSON lacks."""
 
 
 def judge_events(check: EventCheck, events: Sequence[Event], *, change: Mapping[str, Any] | None = None) -> Finding:
@@ -30,7 +28,7 @@ def judge_events(check: EventCheck, events: Sequence[Event], *, change: Mapping[
     ``change`` plants these fields into the last event that is looked at, of ``some`` into all of them.
     """
     chosen = [event for event in events if _chosen(check, event)]
-    what = f"{check.kind} event" + "".join(f" {name}={value}" for name, value in check.where.items())
+    what = f"{check.kind} event" + "".join(f" {name}={_shown(value)}" for name, value in check.where.items())
     if not chosen:
         return Finding(None, f"there is no {what}: nothing was looked at", {"events": 0})
     if change is not None:
@@ -42,11 +40,13 @@ def judge_events(check: EventCheck, events: Sequence[Event], *, change: Mapping[
     silent = sum(sides is None for sides in told)
     if silent:
         return Finding(None, f"{silent} of {len(told)} {what}s do not state {_stated(check)}", {"events": len(told)})
-    held = [sides is not None and _holds(check.comparison, *sides) for sides in told]
+    # What is not finite is neither more nor less, nor is it different: it counts against the claim, whichever it is.
+    unheld = check.quantifier == "none"
+    held = [_holds(check.comparison, *sides) if _finite(sides) else unheld for sides in told if sides is not None]
     count = sum(held)
     passed = {"every": count == len(held), "last": held[-1], "some": count > 0, "none": count == 0}[check.quantifier]
     text = f"{check.field} {check.comparison} {_against(check)} in {count} of {len(held)} {what}s"
-    odd = [event for event, one in zip(looked_at, held, strict=True) if one is (check.quantifier == "none")]
+    odd = [event for event, one in zip(looked_at, held, strict=True) if one is unheld]
     if not passed and odd:
         text += f"; seq {odd[0].seq}: {_values(check, odd[0])}"
     return Finding(bool(passed), text, {"events": len(held), "held": count})
@@ -55,31 +55,41 @@ def judge_events(check: EventCheck, events: Sequence[Event], *, change: Mapping[
 def _chosen(check: EventCheck, event: Event) -> bool:
     if event.kind != check.kind:
         return False
-    return all(name in event.fields and event.fields[name] == value for name, value in check.where.items())
+    return all(name in event.fields and _same(event.fields[name], value) for name, value in check.where.items())
+
+
+def _same(left: Any, right: Any) -> bool:
+    return isinstance(left, bool) is isinstance(right, bool) and bool(left == right)  # to Python True is 1
 
 
 def _sides(check: EventCheck, event: Event) -> tuple[Any, Any] | None:
     """What is compared; None where the event does not state it, or states what cannot be compared so."""
     if check.field not in event.fields or (check.other is not None and check.other not in event.fields):
         return None
-    sides = tuple(
-        float(value) if value in _NOT_FINITE else value
+    left, right = (
+        float(value) if value in NOT_FINITE else value
         for value in (event.fields[check.field], check.value if check.other is None else event.fields[check.other])
     )
-    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in sides]
-    if not all(numbers) and (check.comparison not in ("=", "!=") or type(sides[0]) is not type(sides[1])):
-        return None
-    return sides[0], sides[1]
+    if _is_number(left) and _is_number(right):
+        return left, right
+    equality = check.comparison in ("=", "!=") and isinstance(left, bool | str) and type(left) is type(right)
+    return (left, right) if equality else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(sides: tuple[Any, Any]) -> bool:
+    return not any(isinstance(value, float) and not math.isfinite(value) for value in sides)
 
 
 def _holds(comparison: str, left: Any, right: Any) -> bool:
-    if any(isinstance(value, float) and math.isnan(value) for value in (left, right)):
-        return False  # what is no number is neither more nor less, nor is it different
     return bool(_COMPARISONS[comparison](left, right))
 
 
 def _against(check: EventCheck) -> str:
-    return check.other if check.other is not None else f"{check.value}"
+    return check.other if check.other is not None else _shown(check.value)
 
 
 def _stated(check: EventCheck) -> str:
@@ -88,4 +98,10 @@ def _stated(check: EventCheck) -> str:
 
 def _values(check: EventCheck, event: Event) -> str:
     names = [name for name in (check.field, check.other) if name is not None]
-    return ", ".join(f"{name} {event.fields[name]}" for name in names)
+    return ", ".join(f"{name} {_shown(event.fields[name])}" for name in names)
+
+
+def _shown(value: Any) -> str:
+    """A value of an event in one printable line, whatever a run wrote."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)

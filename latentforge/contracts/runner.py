@@ -8,7 +8,7 @@ import inspect
 import io
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from latentforge.contracts.events import judge_events
@@ -17,6 +17,7 @@ from latentforge.contracts.load import ContractSet
 from latentforge.contracts.machine import Machine, this_machine
 from latentforge.contracts.preconditions import judge_precondition
 from latentforge.contracts.schema import Contract, EventCheck, Falsifier, Precondition
+from latentforge.errors import RefusedError
 from latentforge.events import Event
 from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
 
@@ -169,13 +170,27 @@ def _prepared(falsifier: Falsifier, events: Sequence[Event] | None) -> Callable[
 
 
 def check_run(
-    contracts: ContractSet, events: Sequence[Event], *, kind: str, profile: str | None = None, only: Iterable[str] = ()
+    contracts: ContractSet,
+    events: Sequence[Event],
+    *,
+    kind: str,
+    profile: str | None = None,
+    only: Iterable[str] = (),
+    doubts: Sequence[str] = (),
 ) -> list[Checked]:
     """Judge every predicate over events (or the named ones) on the events of a run, with its control planted into them.
 
-    A predicate that is not about runs of this ``kind`` or ``profile`` does not count.
+    A predicate that is not about runs of this ``kind`` or ``profile`` does not count. ``doubts`` are reasons for which
+    the events may not be all that the run wrote: with one, what would pass is UNKNOWN. RefusedError where ``only``
+    names what is no predicate over events: what was asked for is not passed over.
     """
     wanted, results = set(only), []
+    for _, falsifier in contracts.falsifiers():
+        if falsifier.id in wanted and not isinstance(falsifier.check, EventCheck):
+            raise RefusedError(
+                f"{falsifier.id} is no predicate over events: it is not judged on a run",
+                next=f"latentforge contracts check {falsifier.id}",
+            )
     for contract, falsifier in contracts.falsifiers():
         predicate = falsifier.check
         if not isinstance(predicate, EventCheck) or (wanted and falsifier.id not in wanted):
@@ -191,8 +206,16 @@ def check_run(
             verdict = Verdict(falsifier.id, Outcome.UNKNOWN, reason)
             results.append(Checked(contract, falsifier, verdict, None, 0.0, counts=False))
         else:
-            results.append(check_falsifier(contract, falsifier, events=events))
+            found = check_falsifier(contract, falsifier, events=events)
+            results.append(_doubted(found, doubts[0]) if doubts else found)
     return results
+
+
+def _doubted(found: Checked, doubt: str) -> Checked:
+    if found.verdict.outcome is not Outcome.PASS:
+        return found
+    text = f"{found.verdict.text}; but {doubt}"
+    return replace(found, verdict=Verdict(found.falsifier.id, Outcome.UNKNOWN, text, found.verdict.measured))
 
 
 def check_contract(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +17,11 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 FalsifierId = Annotated[str, Field(pattern=rf"^{FALSIFIER_ID.pattern}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Function = Annotated[str, Field(pattern=rf"^{CHECK.pattern}$")]
+Word = Annotated[str, Field(pattern=r"^[^\s\p{C}]+$")]
+"""The name of an event's field: it stands in lines for people."""
 Scalar = bool | int | float | str
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How events write the numbers that JSON lacks."""
 EventKind = Literal["phase", "step", "metric", "checkpoint", "compile", "memory", "warning", "verdict", "end"]
 Architecture = Annotated[str, Field(pattern=r"^(x86_64|aarch64|arm64|sm_[0-9]{2,3}[a-z]?)$")]
 
@@ -69,12 +74,12 @@ class EventCheck(Part):
     events: Function
     of: Annotated[list[Name], Field(min_length=1)]
     kind: EventKind
-    where: dict[Text, Scalar] = {}
+    where: dict[Word, Scalar] = {}
     quantifier: Literal["every", "some", "none", "last"]
-    field: Text
+    field: Word
     comparison: Literal["<", "<=", "=", "!=", ">=", ">"]
     value: Scalar | None = None
-    other: Text | None = None
+    other: Word | None = None
 
     @model_validator(mode="after")
     def _one_side(self) -> Self:
@@ -82,6 +87,8 @@ class EventCheck(Part):
             raise ValueError("either value or other is what the field is compared with")
         if isinstance(self.value, bool | str) and self.comparison not in ("=", "!="):
             raise ValueError(f"{self.value!r} is no number: it is equal or not, neither more nor less")
+        if self.value in NOT_FINITE or (isinstance(self.value, float) and not math.isfinite(self.value)):
+            raise ValueError(f"nothing compares with {self.value}: it is no finite number")
         return self
 
     def __str__(self) -> str:
@@ -130,7 +137,7 @@ class Control(Part):
 
     name: Text
     arguments: Annotated[dict[str, Any], Field(min_length=1)] | None = Field(None, alias="with")
-    change: Annotated[dict[Text, Scalar], Field(min_length=1)] | None = None
+    change: Annotated[dict[Word, Scalar], Field(min_length=1)] | None = None
 
 
 class Falsifier(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,38 @@ def test_an_event_that_does_not_state_a_number_is_unknown_not_passed(value: Any)
     assert judge_events(predicate(value=None, other="denominator"), [step(4)]).passed is None
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("comparison", ["<", "<=", "=", "!=", ">=", ">"])
-def test_what_is_not_a_number_compares_with_nothing(comparison: str) -> None:
-    assert judge_events(predicate(comparison=comparison), [step("nan")]).passed is False
+@pytest.mark.parametrize("quantifier", ["every", "some", "none", "last"])
+def test_what_is_no_finite_number_counts_against_the_claim(quantifier: str, comparison: str, value: Any) -> None:
+    check = predicate(quantifier=quantifier, comparison=comparison)
+    assert judge_events(check, [step(value)]).passed is False
+
+
+def test_a_loss_of_minus_infinity_is_no_loss() -> None:
+    contracts = load_contracts()
+    (found,) = check_run(contracts, [step(4, loss="-inf")], kind="distill", only=["F-EVENTS-LOSS-001"])
+    assert found.verdict.outcome is Outcome.FAIL
+
+
+@pytest.mark.parametrize("value", [None, [4], {"rows": 4}])
+def test_two_fields_that_hold_nothing_comparable_are_not_equal_but_unknown(value: Any) -> None:
+    check = predicate(value=None, other="denominator", comparison="=")
+    assert judge_events(check, [step(value, denominator=value)]).passed is None
+
+
+def test_true_is_not_the_number_one() -> None:
+    assert judge_events(predicate(where={"final": 1}), [step(4, final=True)]).passed is None
+    assert judge_events(predicate(where={"final": True}), [step(4, final=1)]).passed is None
+    assert judge_events(predicate(where={"final": 1}), [step(4, final=1.0)]).passed is True
+    assert judge_events(predicate(comparison="=", value=1), [step(True)]).passed is None
+
+
+def test_text_of_a_run_stays_on_one_line_and_steers_no_terminal() -> None:
+    check = predicate(field="model", value="twin", comparison="=")
+    found = judge_events(check, [step(4, model="a\nF-PLANTED-001 PASS\x1b[2K")])
+    assert found.passed is False
+    assert found.text.isprintable()
 
 
 def test_a_field_is_compared_with_another_of_the_same_event() -> None:
@@ -117,6 +147,10 @@ def test_a_planted_change_is_seen_whatever_the_quantifier(quantifier: str) -> No
         ("value: 0", "value: 0\n      other: x", "either value or other"),
         ("      value: 0\n", "", "either value or other"),
         ("value: 0", "value: many", "'many' is no number"),
+        ("value: 0", "value: .nan", "nothing compares with nan"),
+        ("value: 0", "value: .inf", "nothing compares with inf"),
+        ('comparison: ">"\n      value: 0', 'comparison: "="\n      value: nan', "nothing compares with nan"),
+        ("field: rows", 'field: "rows\\n"', "falsifiers[0].check.field = 'rows\\n'"),
         ("change: {rows: 0}", "with: {mutant: x}", "it has change, and nothing else"),
         ("change: {rows: 0}", "change: {}", "falsifiers[0].control.change"),
         ("of: [distill]", "of: []", "falsifiers[0].check.of"),
@@ -155,3 +189,43 @@ def test_the_command_judges_a_run_that_is_named(tmp_path: Path, capsys: pytest.C
     # This run's steps say no denominator: unknown, and the exit code with it.
     assert main(["contracts", "check", "--run", str(run), "run-events"]) == ExitCode.UNKNOWN
     assert "2 of 2 step events do not state rows and denominator" in capsys.readouterr().out
+
+
+def _log(run: Path, change: Callable[[list[str]], list[str]]) -> Path:
+    events = run / "events.jsonl"
+    events.write_text("".join(change(events.read_text().splitlines(keepends=True))))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines[:3], '{"seq": 3, "kind": "step", "loss": nan}\n', *lines[3:]], "line 4 is no event"),
+        (lambda lines: [*lines[:3], lines[3].replace("distill-", "teacher-"), *lines[4:]], "is an event of teacher-"),
+        (lambda lines: lines[:-1], "the run has not ended"),
+        (lambda lines: [*lines[:-1], lines[-1][:20]], "the run has not ended"),
+    ],
+    ids=["a line that is no event", "an event of another run", "no end", "a torn end"],
+)
+def test_of_a_log_that_is_not_whole_nothing_passes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[str]], list[str]], said: str
+) -> None:
+    run = _log(planted_run(tmp_path), change)
+    assert main(["contracts", "check", "--run", str(run), "F-EVENTS-LOSS-001"]) == ExitCode.UNKNOWN
+    assert said in capsys.readouterr().out
+
+
+def test_what_fails_in_a_log_that_is_not_whole_fails(tmp_path: Path) -> None:
+    run = _log(
+        planted_run(tmp_path), lambda lines: [line.replace('"loss": 3.0', '"loss": "nan"') for line in lines[:-1]]
+    )
+    assert main(["contracts", "check", "--run", str(run), "F-EVENTS-LOSS-001"]) == ExitCode.FAIL
+
+
+@pytest.mark.parametrize("name", ["F-KD-ROWS-001", "kd-mathematics"])
+def test_what_cannot_be_judged_on_a_run_is_refused_not_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = str(planted_run(tmp_path))
+    assert main(["contracts", "check", "--run", run, "F-EVENTS-END-001", name]) == ExitCode.REFUSED
+    assert f"next: latentforge contracts check {name}" in capsys.readouterr().err
