@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -146,6 +147,37 @@ def test_a_missing_key_is_refused(tmp_path: Path, missing: str) -> None:
         ("title: a planted contract", "title: [", "not YAML"),
         ("title: a planted contract", "1: x", "planted.yaml:3: key '1' is not text"),
         ("statement: one is one", "statement: '  '", "planted.yaml:14: falsifiers[0].statement"),
+        (
+            "title: a planted contract",
+            "title: !!python/object/apply:os.system [x]",
+            "planted.yaml:3: tags are not used",
+        ),
+        ("scope: {arch: any", "scope: !!set {arch: any", "planted.yaml:9: tags are not used"),
+        ("    with: {}", "    with: !mine {x: 1}", "planted.yaml:17: tags are not used"),
+        ("    with: {}", "    with: {x: !!binary /w==}", "planted.yaml:17: tags are not used"),
+        ("    with: {}", "    with: {<<: {a: 1}}", "planted.yaml:17: merges ('<<') are not used"),
+        ("    with: {}", "    with: {x: {y: [{z: 1, z: 2}]}}", "planted.yaml:17: key 'z' is written twice"),
+        ("    with: {}", "    with: {~: 1}", "planted.yaml:17: key '~' is not text"),
+        ("    with: {}", "    with: {yes: 1}", "planted.yaml:17: key 'yes' is not text"),
+        ("    with: {}", "    with: {2020-01-01: 1}", "planted.yaml:17: key '2020-01-01' is not text"),
+        ("    with: {}", "    with: {[a]: 1}", "planted.yaml:17: a key is not text but a list or a mapping"),
+        ("    with: {}", "    with: {x: 2020-01-01}", "planted.yaml:17: YAML reads '2020-01-01' as timestamp"),
+        ("    with: {}", "    with: {x: 010}", "planted.yaml:17: YAML reads '010' as int"),
+        ("    with: {}", "    with: {x: 1:30}", "planted.yaml:17: YAML reads '1:30' as int"),
+        ("    with: {}", "    with: {x: 0x10}", "planted.yaml:17: YAML reads '0x10' as int"),
+        ("    with: {}", "    with: {x: off}", "planted.yaml:17: YAML reads 'off' as bool: write it as true or false"),
+        ("    with: {}", "    with: {x: .nan}", "planted.yaml:17: YAML reads '.nan' as float"),
+        ("    with: {}", "    with: {x: 1" + "0" * 5000 + "}", "is larger than any number that is read here"),
+        ("    with: {}", "    with: {x: 1.0e+999}", "is larger than any number that is read here"),
+        (
+            "    with: {}",
+            "    with: {x: " + "[" * 40 + "]" * 40 + "}",
+            "planted.yaml:17: more than 32 lists and mappings",
+        ),
+        ("title: a planted contract", 'title: "a\\e[2K"', "planted.yaml:3: 'a\\x1b[2K' holds the character '\\x1b'"),
+        ("title: a planted contract", 'title: "\\ud800"', "planted.yaml:3: '\\ud800' holds the character"),
+        ("title: a planted contract", "title: a\0b", "planted.yaml:3: not YAML: unacceptable character 0"),
+        ("version: 1", "version:\t1", "planted.yaml:2: not YAML"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_line(tmp_path: Path, right: str, wrong: str, said: str) -> None:
@@ -221,6 +253,35 @@ def test_dependencies_come_before_what_depends_on_them(tmp_path: Path) -> None:
     write(tmp_path, GOOD.replace("depends_on: []", "depends_on: [zebra]"))
     write(tmp_path, GOOD.replace("contract: planted", "contract: zebra").replace("ONE-001", "TWO-001"), "zebra")
     assert [contract.contract for contract in load_contracts(tmp_path)] == ["zebra", "planted"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "planted.yaml:1: more than 32 lists and mappings"),
+        ("{a: " * 5_000, "planted.yaml:1: more than 32 lists and mappings"),
+        ("- " * 5_000 + "a", "planted.yaml:1: more than 32 lists and mappings"),
+        ("contract: [" + "a," * 5_000_000 + "]", "planted.yaml:1: 10000012 characters are more than"),
+        ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(30)), "planted.yaml:1: anchors"),
+        ("contract: &a [*a]\n", "planted.yaml:1: anchors"),
+        (GOOD + "---\n" + GOOD, "planted.yaml:20: not YAML: but found another document"),
+        ("", "planted.yaml:1: the file is empty"),
+        ("- a\n", "planted.yaml:1: a contract is a mapping of keys"),
+    ],
+    ids=["lists", "mappings", "items", "10 MB", "laughs", "itself", "two", "empty", "a list"],
+)
+def test_a_file_that_is_no_contract_at_all_is_refused_before_it_is_built(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+def test_what_is_no_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "link.yaml").symlink_to("/nowhere")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RefusedError) as caught:
+        load_contracts(tmp_path)
+    for name in ("folder", "link", "pipe"):
+        assert f"{name}.yaml:1: is no file that can be read" in str(caught.value)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
