@@ -16,8 +16,8 @@ from latentforge.contracts.document import Document, Location, parse_document
 from latentforge.contracts.schema import TAGS, Contract, EventCheck, Falsifier, Precondition
 from latentforge.errors import RefusedError
 
-_CHECKS = (EventCheck, Precondition)
-"""The kinds of check that are mappings; the second one has the key ``accepts``."""
+_CHECKS: tuple[type[BaseModel], ...] = (EventCheck, Precondition)
+"""The kinds of check that are mappings."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,15 @@ def load_contracts(folder: Traversable | None = None) -> ContractSet:
     for file in files:
         name = f"{folder.name}/{file.name}"
         try:
+            if not file.is_file():  # a folder, a link to nowhere, a pipe that nobody writes
+                raise RefusedError(f"{name}:1: is no file that can be read")
             document = parse_document(file.read_text(encoding="utf-8"), name)
             contract = validate_contract(document, stem=file.name.rpartition(".")[0])
         except UnicodeDecodeError as error:
             problems.append(f"{name}:1: not UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        except OSError as error:
+            problems.append(f"{name}:1: cannot be read: {error.strerror}")
             continue
         except RefusedError as error:
             problems.append(str(error))
@@ -136,9 +141,16 @@ def _unknown_keys(document: Document, value: Any, model: type[BaseModel], locati
             yield document.problem((*location, key), f"unknown key {key!r}{where}; {hint}")
             continue
         for inner in _models_of(fields[key].annotation):
-            if inner in _CHECKS and isinstance(item, dict) and inner is not _CHECKS["accepts" in item]:
+            if inner in _CHECKS and isinstance(item, dict) and inner is not _meant(item):
                 continue  # the other kind of check
             yield from _unknown_keys(document, item, inner, (*location, key))
+
+
+def _meant(check: Mapping[str, Any]) -> type[BaseModel]:
+    """The kind of check that a mapping is, or was to be: one with a misspelt key has the others of its kind."""
+    if "accepts" in check:
+        return Precondition
+    return max(_CHECKS, key=lambda kind: len(check.keys() & kind.model_fields.keys()))
 
 
 def _told(document: Document, problem: Any) -> str:

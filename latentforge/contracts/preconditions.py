@@ -13,23 +13,19 @@ from latentforge.errors import LatentForgeError
 
 def probes(check: Precondition) -> tuple[list[Any], list[Any]]:
     """Values that must be taken, and values that must be refused."""
-    inside: list[Any] = []
     outside: list[Any] = [math.nan, math.inf, -math.inf, True, "1", None]
+    bounds = [one for one in (check.above, check.at_least, check.below, check.at_most) if one is not None]
+    tried: list[int | float] = []
+    for bound in bounds:
+        tried += [bound - 1, bound, bound + 1]  # one apart: of what is just inside, a bound of its own would be hidden
+        if check.type == "number":
+            tried += [math.nextafter(bound, -math.inf), math.nextafter(bound, math.inf)]
+    if len(bounds) == 2:
+        tried.append(sum(bounds) // 2 if check.type == "whole" else sum(bounds) / 2)
     if check.type == "whole":
-        outside.append(1.5)
-    for bound, side, belongs in (
-        (check.at_least, 1, True),
-        (check.above, 1, False),
-        (check.at_most, -1, True),
-        (check.below, -1, False),
-    ):
-        if bound is None:
-            continue
-        step = side if check.type == "whole" else side * max(abs(bound), 1.0) * 1e-6
-        (inside if belongs else outside).append(bound)
-        inside.append(bound + step)
-        outside.append(bound - step)
-    return inside, outside
+        outside.append(bounds[0] + 0.5)
+    inside = [value for value in dict.fromkeys(tried) if check.holds(value)]
+    return inside, outside + [value for value in dict.fromkeys(tried) if not check.holds(value)]
 
 
 def judge_precondition(check: Precondition, accepts: Callable[[Any], Any]) -> Finding:

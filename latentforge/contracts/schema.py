@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -59,6 +58,7 @@ class Equation(Part):
     source: Text
 
 
+_LARGEST = 2**53
 TAGS = ("<function>", "<events>", "<precondition>")
 """Which kind of check one is, as it stands in the location of a problem; not in the file."""
 
@@ -87,7 +87,7 @@ class EventCheck(Part):
             raise ValueError("either value or other is what the field is compared with")
         if isinstance(self.value, bool | str) and self.comparison not in ("=", "!="):
             raise ValueError(f"{self.value!r} is no number: it is equal or not, neither more nor less")
-        if self.value in NOT_FINITE or (isinstance(self.value, float) and not math.isfinite(self.value)):
+        if self.value in NOT_FINITE:
             raise ValueError(f"nothing compares with {self.value}: it is no finite number")
         return self
 
@@ -117,7 +117,25 @@ class Precondition(Part):
             raise ValueError("either above or at_least is the lower bound")
         if self.below is not None and self.at_most is not None:
             raise ValueError("below and at_most are both an upper bound")
+        bounds = [one for one in (self.above, self.at_least, self.below, self.at_most) if one is not None]
+        if any(abs(one) > _LARGEST for one in bounds):
+            raise ValueError(f"a bound is at most {_LARGEST} either way: beyond it not every whole number is a float")
+        if self.type == "whole" and not all(isinstance(one, int) for one in bounds):
+            raise ValueError("the bounds of whole numbers are whole")
+        low, high = bounds[0], bounds[-1]
+        tried = (low, low + 1) if self.type == "whole" else (low, low + 1, (low + high) / 2)
+        if not any(self.holds(one) for one in tried):
+            raise ValueError("no value is within the bounds")
         return self
+
+    def holds(self, value: int | float) -> bool:
+        """Whether a number is within all bounds."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
 
     def __str__(self) -> str:
         names = ("above", "at_least", "below", "at_most")

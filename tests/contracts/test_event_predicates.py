@@ -147,8 +147,6 @@ def test_a_planted_change_is_seen_whatever_the_quantifier(quantifier: str) -> No
         ("value: 0", "value: 0\n      other: x", "either value or other"),
         ("      value: 0\n", "", "either value or other"),
         ("value: 0", "value: many", "'many' is no number"),
-        ("value: 0", "value: .nan", "nothing compares with nan"),
-        ("value: 0", "value: .inf", "nothing compares with inf"),
         ('comparison: ">"\n      value: 0', 'comparison: "="\n      value: nan', "nothing compares with nan"),
         ("field: rows", 'field: "rows\\n"', "falsifiers[0].check.field = 'rows\\n'"),
         ("change: {rows: 0}", "with: {mutant: x}", "it has change, and nothing else"),
