@@ -14,6 +14,7 @@ import typer
 
 from latentforge.cli.bench_generate import generate
 from latentforge.cli.bench_quality import quality
+from latentforge.cli.bench_train import train
 from latentforge.verdicts.exitcode import ExitCode
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def _group() -> None:
 
 app.command()(generate)
 app.command()(quality)
+app.command()(train)
 
 
 @app.command()
