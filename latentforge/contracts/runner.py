@@ -6,8 +6,9 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from latentforge.events import Event
 from latentforge.verdicts import ExitCode, Outcome, Verdict, exit_code, meet
 
 Check = Callable[..., Any]
+_WORDS = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}
+"""How events write the numbers that JSON lacks."""
 
 
 class UndecidedError(Exception):
@@ -63,12 +66,15 @@ def resolve_check(reference: str) -> Check:
     """The function behind ``module:function``; UndecidedError with the reason where there is none."""
     module_name, _, function_name = reference.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        with _silence():
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise UndecidedError(f"check not found: there is no module {error.name}") from error
         raise UndecidedError(f"check cannot be imported: it needs {error.name}, which is not installed") from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a module that ends the process would end this with its own code
         raise UndecidedError(f"check cannot be imported: {_shown(error)}") from error
     function = getattr(module, function_name, None)
     if function is None:
@@ -83,7 +89,13 @@ def call_check(check: Check, arguments: dict[str, Any]) -> Finding:
     finding = _called(check, arguments)
     if not isinstance(finding, Finding):
         raise UndecidedError(f"the check returned {type(finding).__name__}, not a Finding")
-    return finding
+    try:
+        measured = json.loads(json.dumps(finding.measured), parse_constant=_WORDS.__getitem__)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UndecidedError(f"what the check measured is no JSON: {_shown(error)}") from error
+    if not isinstance(measured, dict):
+        raise UndecidedError(f"what the check measured is {type(measured).__name__}, not values by name")
+    return replace(finding, measured=measured)
 
 
 def call_events(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Event]:
@@ -97,16 +109,25 @@ def call_events(function: Callable[..., Any], arguments: dict[str, Any]) -> list
 def _called(check: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
         inspect.signature(check).bind(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a function of C that says nothing of its arguments
         raise UndecidedError(f"the check does not take these arguments: {error}") from error
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with _silence():
             return check(**arguments)
     except ModuleNotFoundError as error:
         raise UndecidedError(f"the check cannot run: it needs {error.name}, which is not installed") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UndecidedError(f"the check raised {_shown(error)}") from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What a check prints stays out of the table, and out of the JSON."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield
 
 
 def check_falsifier(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from asyncio import CancelledError
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -152,6 +153,13 @@ def test_a_check_that_is_not_there_is_unknown(contract: Callable[..., Path], ref
         lambda *, mutant=None: Finding(1, "one"),  # type: ignore[arg-type]
         lambda: Finding(True, "takes no mutant"),
         lambda *, mutant=None: sys.exit(0),
+        lambda *, mutant=None: (_ for _ in ()).throw(GeneratorExit()),
+        lambda *, mutant=None: (_ for _ in ()).throw(CancelledError()),
+        lambda *, mutant=None: Finding(mutant is None, None),  # type: ignore[arg-type]
+        lambda *, mutant=None: Finding(mutant is None, "one", {"value": object()}),
+        lambda *, mutant=None: Finding(mutant is None, "one", {("a", "key"): 1}),  # type: ignore[dict-item]
+        lambda *, mutant=None: Finding(mutant is None, "one", [1]),  # type: ignore[arg-type]
+        int,
     ],
 )
 def test_a_check_that_does_not_answer_with_a_finding_is_unknown(contract: Callable[..., Path], check: Check) -> None:
@@ -218,6 +226,49 @@ def test_supersession_takes_a_falsifier_out_of_the_verdict(contract: Callable[..
     contract(lambda *, mutant=None: Finding(False, "old claim"), name="old", id="F-OLD-001")
     folder = contract(honest, name="successor", id="F-NEW-001", extra="supersedes: [F-OLD-001]")
     assert outcome(folder) == (Outcome.UNKNOWN, "superseded by successor", ExitCode.PASS)
+
+
+@pytest.mark.parametrize(
+    "text", ["import sys; sys.exit(0)", "print('{}'); raise SystemExit", "1 / 0", "raise GeneratorExit"]
+)
+def test_a_module_of_checks_that_ends_the_process_is_unknown_and_not_green(
+    contract: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+) -> None:
+    import latentforge
+
+    package = tmp_path / "more"
+    package.mkdir()
+    (package / "planted_leaving.py").write_text(text)
+    monkeypatch.setattr(latentforge, "__path__", [*latentforge.__path__, str(package)])
+    monkeypatch.delitem(sys.modules, "latentforge.planted_leaving", raising=False)
+    contract(None, reference="latentforge.planted_leaving:check")
+    assert main(["contracts", "check", "--json"]) == ExitCode.UNKNOWN
+    (one,) = json.loads(capsys.readouterr().out)["falsifiers"]
+    assert "check cannot be imported" in one["text"]
+
+
+def test_ctrl_c_ends_the_command_and_is_no_verdict(contract: Callable[..., Path]) -> None:
+    def interrupted(*, mutant: str | None = None) -> Finding:
+        raise KeyboardInterrupt
+
+    contract(interrupted)
+    assert main(["contracts", "check"]) == ExitCode.DETACHED
+
+
+def test_json_is_json_whatever_was_measured(contract: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"loss": float("nan"), "bound": [float("inf"), -float("inf")], "pair": (1, 2)}
+    contract(lambda *, mutant=None: Finding(mutant is None, "one", measured))
+    assert main(["contracts", "check", "--json"]) == 0
+
+    def no_such_number(word: str) -> None:
+        raise AssertionError(word)
+
+    (one,) = json.loads(capsys.readouterr().out, parse_constant=no_such_number)["falsifiers"]
+    assert one["measured"] == {"loss": "nan", "bound": ["inf", "-inf"], "pair": [1, 2]}
 
 
 def test_the_table_shows_each_verdict_with_its_control(
