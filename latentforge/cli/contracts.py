@@ -22,12 +22,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list")
-def list_contracts(json: AsJson = False) -> None:
-    """List the contracts, dependencies first."""
+def list_contracts(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Contracts or falsifier ids; all if none is named.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(metavar="ARCH", help="Scope: any, x86_64, aarch64, sm_121, …")] = None,
+    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="Scope: any, cpu or cuda.")] = None,
+    profile: Annotated[str | None, typer.Option(metavar="PROFILE", help="Scope: any, smoke or full.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Kind of check: function, events or precondition.")
+    ] = None,
+    state: Annotated[str | None, typer.Option(metavar="STATE", help="current or superseded.")] = None,
+    json: AsJson = False,
+) -> None:
+    """List the contracts, dependencies first; with a name or a filter, the falsifiers that it is true of.
+
+    A scope is looked for as written: --device cuda lists what needs a GPU, --device any what holds on all devices.
+    """
     from latentforge.cli.terminal import print_json
     from latentforge.contracts import load_contracts
+    from latentforge.contracts.selecting import Selection, select
 
     contracts = load_contracts()
+    asked = Selection(tuple(names or ()), arch, device, profile, kind, state)
+    found = select(contracts, asked)
     if json:
         print_json(
             [
@@ -35,42 +53,53 @@ def list_contracts(json: AsJson = False) -> None:
                     "contract": contract.contract,
                     "version": contract.version,
                     "title": contract.title,
-                    "falsifiers": [falsifier.id for falsifier in contract.falsifiers],
+                    "falsifiers": [falsifier.id for falsifier in chosen],
+                    "superseded": {one.id: by for one in chosen if (by := contracts.superseded_by(one.id))},
+                    "scope": {one.id: contract.scope_of(one).model_dump() for one in chosen},
                 }
-                for contract in contracts
+                for contract, chosen in found
             ]
         )
         return
-    width = max(len(contract.contract) for contract in contracts)
-    for contract in contracts:
-        count = len(contract.falsifiers)
+    width = max((len(contract.contract) for contract, _ in found), default=0)
+    for contract, chosen in found:
+        count = len(chosen)
         print(
             f"{contract.contract:<{width}}  {count:>2} {'falsifier ' if count == 1 else 'falsifiers'}  {contract.title}"
         )
+        for one in chosen if asked != Selection() else ():
+            by = contracts.superseded_by(one.id)
+            print(f"  {one.id}  {_one_line(one.statement)}" + (f"  (superseded by {by})" if by else ""))
+    if not found:
+        print("no such claim.   next:  latentforge contracts list")
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A contract, or the id of one of its falsifiers.")], json: AsJson = False
 ) -> None:
-    """Show one contract: what it claims, and what would refute it."""
+    """Show one contract, or one falsifier: what it claims, and what would refute it."""
     from latentforge.cli.terminal import print_json
     from latentforge.contracts import load_contracts
 
     contracts = load_contracts()
     contract = contracts.named(name)
-    if json:
-        print_json(contract.model_dump(mode="json", by_alias=True))
-        return
     only = name if name != contract.contract else None
-    print("\n".join(_told(contract, only, {f.id: contracts.superseded_by(f.id) for f in contract.falsifiers})))
+    superseded = {f.id: contracts.superseded_by(f.id) for f in contract.falsifiers}
+    if json:
+        said = contract.model_dump(mode="json", by_alias=True)
+        claims = [{**claim, "superseded_by": superseded[claim["id"]]} for claim in said["falsifiers"]]
+        one = next((claim for claim in claims if claim["id"] == only), None)
+        print_json({**said, "falsifiers": claims} if one is None else {"contract": contract.contract, **one})
+        return
+    print("\n".join(_told(contract, only, superseded)))
 
 
 def _told(contract: Contract, only: str | None, superseded: dict[str, str | None]) -> list[str]:
     import textwrap
 
     def paragraph(text: str, indent: str) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), 100, initial_indent=indent, subsequent_indent=indent)
+        return textwrap.wrap(_one_line(text), 100, initial_indent=indent, subsequent_indent=indent)
 
     lines = [f"{contract.contract}  version {contract.version}  {contract.title}", ""]
     if only is None:
@@ -86,12 +115,16 @@ def _told(contract: Contract, only: str | None, superseded: dict[str, str | None
         lines += ["", f"  {falsifier.id}" + (f"  (superseded by {successor})" if successor else "")]
         lines += paragraph(falsifier.statement, "    ")
         lines += [
-            f"    predicts   {falsifier.prediction}",
+            f"    predicts   {_one_line(falsifier.prediction)}",
             f"    check      {falsifier.check}" + (f"  with {falsifier.arguments}" if falsifier.arguments else ""),
-            f"    control    {falsifier.control.name}  {_planted(falsifier)}",
-            f"    if it fails  {falsifier.if_fails}",
+            f"    control    {_one_line(falsifier.control.name)}  {_planted(falsifier)}",
+            f"    if it fails  {_one_line(falsifier.if_fails)}",
         ]
     return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _planted(falsifier: Falsifier) -> str:
@@ -251,7 +284,7 @@ class _Table:
         if control is None or control.passed is not False:
             print(line + said, flush=True)
         else:
-            seen = f"control {checked.falsifier.control.name} seen FAIL ({one_line(control.text)})"
+            seen = f"control {_one_line(checked.falsifier.control.name)} seen FAIL ({one_line(control.text)})"
             # In a pipe one line a falsifier, for grep; on a terminal too narrow for it, the control below.
             room = self._passing.columns - self._width - 13
             if max(46, len(said)) + 2 + len(seen) > room:
@@ -261,5 +294,5 @@ class _Table:
         if verdict.outcome.name != "PASS" and checked.counts:
             indent = " " * (self._width + 4)
             if verdict.outcome.name == "FAIL":
-                print(f"{indent}means  {' '.join(checked.falsifier.if_fails.split())}", flush=True)
+                print(f"{indent}means  {_one_line(checked.falsifier.if_fails)}", flush=True)
             print(f"{indent}next   latentforge contracts show {verdict.falsifier}", flush=True)

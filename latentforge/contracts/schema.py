@@ -22,7 +22,8 @@ Scalar = bool | int | float | str
 NOT_FINITE = ("nan", "inf", "-inf")
 """How events write the numbers that JSON lacks."""
 EventKind = Literal["phase", "step", "metric", "checkpoint", "compile", "memory", "warning", "verdict", "end"]
-Architecture = Annotated[str, Field(pattern=r"^(x86_64|aarch64|arm64|sm_[0-9]{2,3}[a-z]?)$")]
+ARCHITECTURE = "x86_64|aarch64|arm64|sm_[0-9]{2,3}[a-z]?"
+Architecture = Annotated[str, Field(pattern=f"^({ARCHITECTURE})$")]
 
 
 class Part(BaseModel):

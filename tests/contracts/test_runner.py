@@ -359,3 +359,81 @@ def test_list_and_show_tell_what_a_contract_claims(
     assert "planted   1 falsifier" in shown
     assert "F-PLANTED-001" in shown
     assert "latentforge.planted_checks:planted" in shown
+
+
+@pytest.fixture
+def several(contract: Callable[..., Path]) -> None:
+    """Four contracts: one of any machine, one of GPUs, one of full runs, one that replaces the first."""
+    contract(honest, name="old", id="F-OLD-001")
+    contract(honest, name="gpu", id="F-GPU-001", extra="scope: {device: cuda, arch: [sm_121]}")
+    contract(honest, name="full", id="F-FULL-001", extra="scope: {profile: full}")
+    contract(honest, name="successor", id="F-NEW-001", extra="supersedes: [F-OLD-001]")
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ([], {"F-OLD-001", "F-GPU-001", "F-FULL-001", "F-NEW-001"}),
+        (["gpu", "F-FULL-001"], {"F-GPU-001", "F-FULL-001"}),
+        (["--device", "cuda"], {"F-GPU-001"}),
+        (["--device", "any", "--profile", "any"], {"F-OLD-001", "F-NEW-001"}),
+        (["--profile", "full"], {"F-FULL-001"}),
+        (["--arch", "sm_121"], {"F-GPU-001"}),
+        (["--arch", "any"], {"F-OLD-001", "F-FULL-001", "F-NEW-001"}),
+        (["--arch", "sm_12"], set()),
+        (["--state", "superseded"], {"F-OLD-001"}),
+        (["--state", "current", "old", "successor"], {"F-NEW-001"}),
+        (["--kind", "events"], set()),
+        (["--kind", "function", "--device", "cuda"], {"F-GPU-001"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_list_is_narrowed_by_name_scope_kind_and_state(
+    several: None, capsys: pytest.CaptureFixture[str], asked: list[str], wanted: set[str]
+) -> None:
+    assert main(["contracts", "list", *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {one for contract in found for one in contract["falsifiers"]} == wanted
+    assert all(contract["falsifiers"] for contract in found)
+    assert main(["contracts", "list", *asked]) == 0
+    told = capsys.readouterr().out
+    assert all(one in told for one in wanted) or not asked
+    assert "no such claim" in told or wanted
+
+
+def test_list_says_what_is_superseded_and_by_what(several: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["contracts", "list", "--state", "superseded"]) == 0
+    assert "F-OLD-001  it holds  (superseded by successor)" in capsys.readouterr().out
+    assert main(["contracts", "list", "old", "--json"]) == 0
+    (old,) = json.loads(capsys.readouterr().out)
+    assert old["superseded"] == {"F-OLD-001": "successor"}
+    assert old["scope"] == {"F-OLD-001": {"arch": "any", "device": "any", "profile": "any"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--device", "gpu"], "--device 'gpu' is none of any, cpu, cuda"),
+        (["--profile", ""], "--profile '' is none of any, smoke, full"),
+        (["--state", "supersede"], "next: latentforge contracts list --state superseded"),
+        (["--kind", "event"], "next: latentforge contracts list --kind events"),
+        (["--arch", "sm_121|x"], "--arch 'sm_121|x' is no architecture"),
+        (["F-OLD-002"], "there is no contract or falsifier 'F-OLD-002'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_list_refuses_what_no_claim_could_have(
+    several: None, capsys: pytest.CaptureFixture[str], asked: list[str], said: str
+) -> None:
+    assert main(["contracts", "list", *asked]) == ExitCode.REFUSED
+    assert said in capsys.readouterr().err
+
+
+def test_show_of_a_falsifier_is_that_falsifier_as_json_too(several: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["contracts", "show", "F-OLD-001", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["contract"], shown["id"], shown["superseded_by"]) == ("old", "F-OLD-001", "successor")
+    assert "falsifiers" not in shown
+    assert main(["contracts", "show", "old", "--json"]) == 0
+    (claim,) = json.loads(capsys.readouterr().out)["falsifiers"]
+    assert claim["superseded_by"] == "successor"
