@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,7 +62,7 @@ def teachers(
     """
     import tempfile
 
-    from latentforge.cli.terminal import Passing, print_json
+    from latentforge.cli.terminal import Passing, ended_as_by_ctrl_c, print_json
     from latentforge.data.tokenizer import Tokenizer
     from latentforge.spec.dotenv import Environment
     from latentforge.teachers.scenarios import TITLES, Wanted, check_unused, run_scenario
@@ -89,7 +86,7 @@ def teachers(
         passing.clear()
         print(f"{title}: {line}", file=sys.stderr, flush=True)
 
-    with _ended_as_by_ctrl_c(), tempfile.TemporaryDirectory(prefix="latentforge-bench-") as temporary:
+    with ended_as_by_ctrl_c(), tempfile.TemporaryDirectory(prefix="latentforge-bench-") as temporary:
         files = {one.name: (store or Path(temporary)) / f"{one.name}.sqlite" for one in scenarios}
         for one in scenarios:
             if one.teacher is not None:
@@ -109,21 +106,6 @@ def teachers(
         print(f"{documents} documents of {tokens} tokens, k = {k}, {concurrency} at once\n")
         print("\n".join(table(found)))
     return code
-
-
-@contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what is inside as Ctrl-C does: the local vLLM is stopped, temporary files are removed.
-
-    One that is ignored (SIGHUP under nohup) stays so.
-    """
-    stopping = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in stopping}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _hosted(

@@ -1,11 +1,14 @@
-"""Plain printing: JSON, one accent colour on a terminal, and a passing line that is overwritten."""
+"""Plain printing: JSON, one accent colour on a terminal, and a passing line that is overwritten, an orderly end."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -65,3 +68,18 @@ class Passing:
             self._stream.write("\r\x1b[2K")
             self._stream.flush()
             self._shown = False
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does: what it started is ended, temporary files are removed.
+
+    One that is ignored (SIGHUP under nohup) stays so.
+    """
+    stopping = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in stopping}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
