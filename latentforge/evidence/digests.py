@@ -67,12 +67,17 @@ def tree_files(root: str | os.PathLike[str]) -> Iterator[tuple[str, Path]]:
     yield from found
 
 
-def tree_sha256(path: str | os.PathLike[str]) -> str:
-    """Content digest (hex): of a file its SHA-256; of a folder that of its sorted lines ``<relpath>\\0<sha256>\\n``."""
+def tree_sha256(path: str | os.PathLike[str], *, without: str | None = None) -> str:
+    """Content digest (hex): of a file its SHA-256; of a folder that of its sorted lines ``<relpath>\\0<sha256>\\n``.
+
+    ``without`` names a folder directly in it that does not count.
+    """
     path = Path(path)
     if not path.is_dir():
         return file_sha256(path)
     digest = hashlib.sha256()
     for relative, file in tree_files(path):
+        if without is not None and relative.startswith(f"{without}/"):
+            continue
         digest.update(f"{relative}\0{file_sha256(file)}\n".encode())
     return digest.hexdigest()

@@ -183,7 +183,13 @@ def _verified_tree(source: RunDir) -> str:
                     f"{source.run}: {file['path']} is not what that run wrote",
                     next=f"make {source.run} again with another attempt",
                 )
-    return tree_sha256(source.out)
+    return made_sha256(source.out)
+
+
+def made_sha256(out: Path) -> str:
+    """The content digest (hex) of a run's ``out`` without its checkpoints: they stay on their host, and what is built
+    on the run reads none of them, so a collected copy has the same."""
+    return tree_sha256(out, without="checkpoints")
 
 
 def _refuse_second_start(run: RunDir) -> None:

@@ -37,6 +37,16 @@ def test_a_folders_digest_is_that_of_its_sorted_lines(tmp_path: Path) -> None:
     assert tree_sha256(tmp_path / "t") == hashlib.sha256(f"a/c\0{one}\nb\0{two}\n".encode()).hexdigest()
 
 
+def test_a_folder_that_does_not_count_changes_no_digest_and_one_of_its_name_further_down_does(tmp_path: Path) -> None:
+    plain = {"b": b"2", "a/c": b"1"}
+    plant(tmp_path / "t", plain)
+    plant(tmp_path / "kept", {**plain, "kept/x": b"3"})
+    plant(tmp_path / "deeper", {**plain, "a/kept/x": b"3"})
+    alone = tree_sha256(tmp_path / "t")
+    assert tree_sha256(tmp_path / "kept", without="kept") == alone != tree_sha256(tmp_path / "kept")
+    assert tree_sha256(tmp_path / "deeper", without="kept") != alone
+
+
 def test_a_files_digest_is_its_sha256(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"x" * 3_000_000)
     assert tree_sha256(tmp_path / "f") == file_sha256(tmp_path / "f") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
