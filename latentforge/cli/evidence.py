@@ -177,37 +177,44 @@ def reproduce(
     inputs: Annotated[
         list[str] | None, typer.Option(help="Where runs that are its inputs lie; again for more.", metavar="FOLDER")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as the first time.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: as many as the first time.")] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="What may be apart, relative, where sums were made in another order.")
+        float, typer.Option(min=0, help="What may be apart, relative (< 1), where sums were made in another order.")
     ] = 1e-4,
     python: Annotated[
         str | None, typer.Option(help="Whose LatentForge runs it. Default: this one.", metavar="FILE")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Run a run again from its identity and its inputs, in a fresh folder, and compare the weights bit for bit.
+    """Run a run again from its identity and its inputs, in a fresh folder, and compare what it leaves with the first.
 
-    With the threads, processor and versions of the first time every bit has to be the same. Where one of them differs,
-    weights and metrics have to agree within the tolerance, and the difference is named.
+    With the threads, processor and versions of the first time every bit of the weights and every value of a metric has
+    to be the same. Where one of them differs, they have to agree within the tolerance, and the difference is named. A
+    verdict or an exit code that is another is never within it.
 
-    Exit code: 0 bit-equal or within tolerance, 1 not reproduced.
+    Exit code: 0 bit-equal or within tolerance, 1 not reproduced, 3 within tolerance and not known whether it may be.
     """
     import sys
     import tempfile
     from pathlib import Path
 
-    from latentforge.cli.terminal import Passing, print_json
+    from latentforge.cli.terminal import Passing, ended_as_by_ctrl_c, print_json
+    from latentforge.errors import RefusedError
     from latentforge.evidence.reading import find_run
-    from latentforge.train.reproduce import Rerun, reproduce
+    from latentforge.train.reproduce import reproduce
+    from latentforge.train.rerun import Rerun
     from latentforge.verdicts import exit_code
 
+    for option, text in (("--to", to), ("--python", python), *(("--inputs", one) for one in inputs or ())):
+        if text == "":
+            raise RefusedError(f"{option} names nothing", next=f"name something, or leave out {option}")
     source = find_run(run, next="latentforge runs list")
     passing = Passing(active=not json)
-    with tempfile.TemporaryDirectory(prefix="latentforge-reproduce-") as fresh:
+    with ended_as_by_ctrl_c(), tempfile.TemporaryDirectory(prefix="latentforge-reproduce-") as fresh:
         folder = Path(fresh if to is None else to).absolute()
         places = tuple(Path(one).absolute() for one in inputs or ())
-        how = Rerun(folder, places, threads, tolerance, Path(python or sys.executable))
+        program = Path(sys.executable if python is None else python)
+        how = Rerun(folder, places, threads, tolerance, program, kept=to is not None)
         try:
             found = reproduce(source, how, say=passing.show)
         finally:

@@ -1,4 +1,4 @@
-"""How alike the products of two executions of one run are: bit for bit, and where not, how far apart."""
+"""How alike two executions of one run are: products bit for bit, metrics, verdicts, and how far apart."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from latentforge.errors import RefusedError
-from latentforge.evidence.digests import file_sha256
+from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.evidence.reading import RunRecord
 from latentforge.evidence.tensors import tensor_digests
 
@@ -24,34 +23,49 @@ class Likeness:
     """What was compared: ``compared`` tensors and shards of rows, of which ``different`` (by name) have other bytes.
 
     ``distance`` is ``|a - b| / |a|`` over all weights as one vector (fp64), 0 where they are bit-equal and infinite
-    where something has no counterpart of its shape and type, or other rows. ``metrics`` is the largest relative
-    difference of a metric's last value, and ``metric`` which one that is.
+    where something has no counterpart of its shape and type, or other rows. ``values`` counts the values of metrics
+    that were compared; ``metrics`` is the largest relative difference of one, infinite where one is missing or only
+    one of both is a number, and ``metric`` says of which. ``turned`` are the verdicts and the exit code that are not
+    those of the first execution, a sentence each, of ``verdicts`` that were compared.
     """
 
     compared: int
     different: tuple[str, ...]
     distance: float
+    values: int
     metrics: float
     metric: str | None
+    verdicts: int
+    turned: tuple[str, ...]
 
     @property
     def bit_equal(self) -> bool:
         """Whether every tensor and every row has the same bytes."""
         return not self.different
 
+    @property
+    def same(self) -> bool:
+        """Whether bytes, metrics, verdicts and exit code are all those of the first execution."""
+        return self.bit_equal and self.metrics == 0 and not self.turned
+
     def within(self, tolerance: float) -> bool:
-        """Whether weights and metrics are no further apart than ``tolerance``."""
-        return self.distance <= tolerance and self.metrics <= tolerance
+        """Whether weights and metrics are no further apart than ``tolerance``, and no verdict is another."""
+        return self.distance <= tolerance and self.metrics <= tolerance and not self.turned
 
 
-def compare_products(before: RunRecord, after: RunRecord) -> Likeness:
-    """Compare the weights and packed rows below ``out/`` of two folders, and the metrics of their logs.
+def products(folder: Path) -> dict[str, Path]:
+    """The weights and packed rows below ``out/`` of a run's folder by their names in it.
 
-    RefusedError where the first has neither weights nor rows: then there is nothing to compare.
+    Checkpoints stay on their host; what they lead to is what is compared. RefusedError for what is no regular file.
     """
-    first, second = _products(before.folder), _products(after.folder)
-    if not first:
-        raise RefusedError(f"{before.id} has neither weights nor rows below out/: there is nothing to compare")
+    found = tree_files(folder / "out") if (folder / "out").is_dir() else ()
+    kept = {f"out/{name}": path for name, path in found if not name.startswith("checkpoints/")}
+    return {name: path for name, path in kept.items() if name.endswith((WEIGHTS, ROWS))}
+
+
+def compare_executions(before: RunRecord, after: RunRecord) -> Likeness:
+    """Compare the weights and packed rows below ``out/`` of two executions, their metrics, verdicts and exit codes."""
+    first, second = products(before.folder), products(after.folder)
     compared, different, squares, length = 0, [], 0.0, 0.0
     for name in sorted({*first, *second}):
         here, there = first.get(name), second.get(name)
@@ -67,16 +81,11 @@ def compare_products(before: RunRecord, after: RunRecord) -> Likeness:
             tensors, unlike, apart, size = _weights(name, here, there)
             compared, squares, length = compared + tensors, squares + apart, length + size
             different += unlike
-    distance = 0.0 if squares == 0 else math.sqrt(squares / length) if length else math.inf
-    metrics, metric = _metrics(before, after)
-    return Likeness(compared, tuple(different), distance if math.isfinite(distance) else math.inf, metrics, metric)
-
-
-def _products(folder: Path) -> dict[str, Path]:
-    found = {path.relative_to(folder).as_posix(): path for path in (folder / "out").rglob("*") if path.is_file()}
-    # Checkpoints stay on their host; what they lead to is what is compared.
-    kept = {name: path for name, path in found.items() if not name.startswith("out/checkpoints/")}
-    return {name: path for name, path in kept.items() if name.endswith((WEIGHTS, ROWS))}
+    distance = 0.0 if not different else math.sqrt(squares / length) if length else math.inf
+    values, metrics, metric = _metrics(before, after)
+    verdicts, turned = _verdicts(before, after)
+    distance = distance if math.isfinite(distance) else math.inf
+    return Likeness(compared, tuple(different), distance, values, metrics, metric, verdicts, turned)
 
 
 def _weights(name: str, here: Path, there: Path) -> tuple[int, list[str], float, float]:
@@ -89,7 +98,7 @@ def _weights(name: str, here: Path, there: Path) -> tuple[int, list[str], float,
     for tensor in unlike:
         a, b = (_kind(one.get(tensor)) for one in (first, second))
         apart += math.inf if a != b else _squares(here, there, tensor)
-    length = sum(_squares(here, None, tensor) for tensor in first) if unlike else 0.0
+    length = sum(_squares(here, None, tensor) for tensor in first)
     return len({*first, *second}), [f"{name} {tensor}" for tensor in unlike], apart, length
 
 
@@ -98,23 +107,58 @@ def _kind(tensor: dict[str, Any] | None) -> tuple[Any, ...]:
 
 
 def _squares(here: Path, there: Path | None, tensor: str) -> float:
-    with safe_open(here, "pt") as file:
-        value = file.get_tensor(tensor).to(torch.float64)
-    if there is not None:
-        with safe_open(there, "pt") as file:
-            value = value - file.get_tensor(tensor).to(torch.float64)
-    found = float(value.square().sum())
+    """Squared length of a tensor, or of its difference; infinite where it holds no numbers that torch can read."""
+    try:
+        value = _read(here, tensor)
+        found = float((value if there is None else value - _read(there, tensor)).square().sum())
+    except (SafetensorError, RuntimeError):
+        return math.inf
     return found if math.isfinite(found) else math.inf
 
 
-def _metrics(before: RunRecord, after: RunRecord) -> tuple[float, str | None]:
-    """The largest relative difference of a metric's last value; infinite where one is missing or no number."""
+def _read(path: Path, tensor: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        read: torch.Tensor = file.get_tensor(tensor).to(torch.float64)
+    return read
+
+
+def _metrics(before: RunRecord, after: RunRecord) -> tuple[int, float, str | None]:
+    """How many values there are, the largest relative difference of one, and of which.
+
+    A value has the place that it has among its metric's: the same step. NaN that both recorded there is the same.
+    """
+    sides = []
+    for record in (before, after):
+        found = {}
+        for one in record.metrics:
+            counted: dict[int, int] = {}
+            for step, value in zip(one.steps, one.values, strict=True):
+                counted[step] = counted.get(step, -1) + 1  # one step may have several: a value for each level of noise
+                found[one.model, one.name, one.split, step, counted[step]] = value
+        sides.append(found)
     worst: tuple[float, str | None] = (0.0, None)
-    sides = [{(one.model, one.name, one.split): one.values[-1] for one in record.metrics} for record in (before, after)]
-    for key in sorted({*sides[0], *sides[1]}, key=str):
-        a, b = sides[0].get(key, math.nan), sides[1].get(key, math.nan)
-        apart = abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
-        apart = apart if math.isfinite(apart) else math.inf
+    places = sorted({*sides[0], *sides[1]}, key=str)
+    for place in places:
+        apart = _apart(sides[0].get(place), sides[1].get(place))
         if apart > worst[0]:
-            worst = (apart, " ".join(str(part) for part in key if part is not None))
-    return worst
+            *names, step, _ = place
+            worst = (apart, " ".join([*(str(part) for part in names if part is not None), f"at step {step}"]))
+    return len(places), *worst
+
+
+def _apart(a: float | None, b: float | None) -> float:
+    if a is None or b is None or math.isnan(a) != math.isnan(b):
+        return math.inf
+    if a == b or math.isnan(a):
+        return 0.0
+    apart = abs(a - b) / max(abs(a), abs(b))
+    return apart if math.isfinite(apart) else math.inf
+
+
+def _verdicts(before: RunRecord, after: RunRecord) -> tuple[int, tuple[str, ...]]:
+    """How many verdicts there are, and which of them, or of the exit codes, are not the same in both."""
+    first, second = ({one.falsifier: one.outcome.name.lower() for one in record.verdicts} for record in (before, after))
+    names = sorted({*first, *second})
+    said = [(name, first.get(name, "none"), second.get(name, "none")) for name in names]
+    said.append(("exit code", str(before.end["code"]), str(after.end["code"])))
+    return len(names), tuple(f"{name}: {then} then, {now} now" for name, then, now in said if then != now)
