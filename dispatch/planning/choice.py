@@ -89,7 +89,7 @@ class _Found:
             else None
         )
         mine = next((kin for kin in kin_runs if kin.id == self.run), None)
-        self.stale = stale_canary(mine, facts) if planned.role == "canary" and self.state.passed else None
+        self.stale = stale_canary(mine, facts) if planned.is_canary and self.state.passed else None
 
     @property
     def expands(self) -> bool:
@@ -167,7 +167,7 @@ def _chosen(
         if found.stale is not None:
             return chosen("run", f"{found.run} passed, but {found.stale}", anew=True)
         # A canary begins at step 0 again: what it vouches for is the beginning.
-        before = found.run if planned.role != "canary" else None
+        before = None if planned.is_canary else found.run
         return chosen("run", f"attempt {found.attempt + 1}, after {found.run}", predecessor=before, anew=True)
     if state.passed:
         return chosen("keep", f"passed {moment(state.ended)}")
@@ -179,7 +179,7 @@ def _chosen(
         return chosen("keep", "already there; made by other code from the same spec", run=found.kin)
     if not needed:
         return chosen("keep", "not needed")
-    resumes = found.attempt > 1 and planned.role != "canary"
+    resumes = found.attempt > 1 and not planned.is_canary
     predecessor = planned.identity.at_attempt(found.attempt - 1).run_id if resumes else None
     one = chosen("run", "reserved, never started" if state.state == "reserved" else "not there yet")
     return one if predecessor is None else _as(one, one.will, one.because, predecessor=predecessor)

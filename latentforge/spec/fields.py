@@ -30,6 +30,7 @@ RUN_FALSIFIERS = (
     "F-LATENT-AE-002",
     "F-LATENT-CAUSAL-001",
     "F-LATENT-KD-001",
+    "F-LATENT-CANARY-001",
 )
 """What a run can judge of itself (in ``latentforge.train.falsifiers``), so what ``require`` of a section may name."""
 
@@ -38,6 +39,7 @@ _JUDGED_BY = {
     "F-LATENT-AE-": "autoencoder",
     "F-LATENT-CAUSAL-": "latent",
     "F-LATENT-KD-": "latent",
+    "F-LATENT-CANARY-": "latent",
 }
 """The section whose runs alone have what such a falsifier looks at."""
 

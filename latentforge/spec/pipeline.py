@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from latentforge.errors import RefusedError
 from latentforge.spec.abilities import check_abilities
-from latentforge.spec.canary import canary_key, canary_of
+from latentforge.spec.canary import Trained, canary_key, canary_of
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.choice import auto_of
 from latentforge.spec.identity import Kind, RunIdentity
@@ -18,7 +18,9 @@ from latentforge.spec.teacher import DENSE_BACKENDS, answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"
 
-Role = Literal["data", "teacher", "score", "continuations", "autoencoder", "canary", "distill", "latent", "bench"]
+Role = Literal[Kind, "canary", "latent-canary"]
+CANARIES: dict[Role, Trained] = {"canary": "distill", "latent-canary": "latent"}
+"""The roles of the short runs that go before a full pipeline's long ones, with the kind of both."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class PlannedRun:
     """One run of a pipeline: its identity, where its inputs lie, and its kin.
 
     ``kin`` is the sha256 of the meaning without the code: runs of one kin differ in code alone. ``role`` is what the
-    run is in its pipeline: its kind, or ``canary`` for the short distill run that goes before a full one.
+    run is in its pipeline: its kind, or one of ``CANARIES``.
     """
 
     identity: RunIdentity
@@ -52,6 +54,11 @@ class PlannedRun:
     def run_id(self) -> str:
         """The run's id."""
         return self.identity.run_id
+
+    @property
+    def is_canary(self) -> bool:
+        """Whether it is the short run before a full one."""
+        return self.role in CANARIES
 
 
 def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:
@@ -157,14 +164,13 @@ def check_profile(spec: PipelineSpec) -> None:
         raise RefusedError(
             "data.corpus = 'stdlib' is only fit for profile smoke", next="name a folder, a .txt or a .jsonl file"
         )
-    if spec.through == "latent":
-        raise RefusedError(
-            "profile = 'full' with through = 'latent': there is no canary of a latent student yet, without which no "
-            "full run starts",
-            next="set profile = 'smoke'; the run is the same but for that",
-        )
-    if spec.distill.student.frozen:
-        raise RefusedError("distill.student.frozen = true is a planted control, only fit for profile smoke")
+    trained = {"distill": spec.distils and spec.distill, "latent": spec.through == "latent" and spec.latent}
+    for name, section in trained.items():
+        if section and section.student.frozen:
+            raise RefusedError(
+                f"{name}.student.frozen = true is a planted control, only fit for profile smoke",
+                next=f"set {name}.student.frozen = false",
+            )
 
 
 def pipeline_runs(
@@ -173,13 +179,14 @@ def pipeline_runs(
     """The runs of an effective pipeline in the order in which they depend on each other, each at attempt 1.
 
     ``digests`` maps each external path to the sha256 (hex) of its content; ``through`` is the last run where the
-    pipeline's own is not. A ``full`` pipeline has a canary before its
-    distill run, which takes it as an input: without a canary that passed it does not start.
+    pipeline's own is not. A ``full`` pipeline has a canary before its distill run and before its latent run, which take
+    it as an input: without a canary that passed they do not start.
     """
     check_profile(spec)
     runs: dict[Role, PlannedRun] = {}
     for role, section, inputs in _wanted(spec):
-        kind: Kind = "distill" if role == "canary" else role
+        stands_for = CANARIES.get(role)
+        kind = cast(Kind, stands_for or role)
         named: dict[str, str] = {}
         kin_named: dict[str, str] = {}
         resolved: dict[str, InputRef] = {}
@@ -196,9 +203,9 @@ def pipeline_runs(
                 named[name], kin_named[name] = f"run:{other.run_id}", f"kin:{other.kin}"
                 resolved[name] = {"run": other.run_id}
         content = _section_by_content(section, digests)
-        if role == "canary":
-            asked = _section_by_content({"distill": _json(spec.distill)}, digests)["distill"]
-            named["stands_for"] = kin_named["stands_for"] = f"sha256:{canary_key(spec.seed, asked)}"
+        if stands_for is not None:
+            asked = _section_by_content({stands_for: _json(getattr(spec, stands_for))}, digests)[stands_for]
+            named["stands_for"] = kin_named["stands_for"] = f"sha256:{canary_key(stands_for, spec.seed, asked)}"
         secrets = tuple(sorted(spec.secrets))
         identity = RunIdentity(kind=kind, spec=content, inputs=named, code=code, lock=lock, secrets=secrets)
         meaning = {"kind": kind, "spec": content, "inputs": kin_named, "lock": lock}
@@ -223,6 +230,9 @@ def _wanted(spec: PipelineSpec) -> Iterator[_Wanted]:
     if spec.through in ("autoencoder", "latent"):
         asked = {"profile": spec.profile, "seed": spec.seed, "autoencoder": _json(spec.autoencoder)}
         yield "autoencoder", asked, {"data": "data"}
+    if spec.through == "latent" and spec.profile == "full":
+        # Before the token-level student, whose hours would be spent first otherwise.
+        yield _latent_canary_of(spec, external)
     if spec.distils:
         yield from _distilled(spec, external)
     if spec.through == "latent":
@@ -287,21 +297,34 @@ def _distilled(spec: PipelineSpec, external: _Externals) -> Iterator[_Wanted]:
     if asks and (spec.teacher.backend not in DENSE_BACKENDS or spec.distill.cross_tokenizer):
         teacher_asked["score"] = {"k": spec.score.k}
     if spec.profile == "full":
-        short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of(spec.distill)), **teacher_asked}
-        yield "canary", short, dict(inputs)
+        short = {"profile": spec.profile, "seed": spec.seed, "distill": _json(canary_of("distill", spec.distill))}
+        yield "canary", {**short, **teacher_asked}, dict(inputs)
         inputs["canary"] = "canary"
     asked = {"profile": spec.profile, "seed": spec.seed, "distill": _json(spec.distill), **teacher_asked}
     yield "distill", asked, inputs
 
 
-def _latent_of(spec: PipelineSpec, external: _Externals) -> _Wanted:
+def _latent_inputs(spec: PipelineSpec, external: _Externals) -> _Sources:
+    """What a latent student learns from."""
     inputs: _Sources = {"data": "data", "codec": "autoencoder"}
     if spec.latent.takes_rows:
         inputs |= {"teacher": _teacher_input(external), "targets": _rows_input(spec, external)}
     if spec.continues:
         inputs["continuations"] = "continuations"
+    return inputs
+
+
+def _latent_canary_of(spec: PipelineSpec, external: _Externals) -> _Wanted:
+    short = {"profile": spec.profile, "seed": spec.seed, "latent": _json(canary_of("latent", spec.latent))}
+    return "latent-canary", short, _latent_inputs(spec, external)
+
+
+def _latent_of(spec: PipelineSpec, external: _Externals) -> _Wanted:
+    inputs = _latent_inputs(spec, external)
     if spec.latent.beside:
         inputs["beside"] = "distill"
+    if spec.profile == "full":
+        inputs["canary"] = "latent-canary"
     return "latent", {"profile": spec.profile, "seed": spec.seed, "latent": _json(spec.latent)}, inputs
 
 

@@ -12,7 +12,6 @@ from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, LatentForgeError
 from latentforge.events import EventLog, read_events
-from latentforge.spec.canary import CANARY
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
@@ -34,7 +33,8 @@ from latentforge.train.assembly import (
     values_in_force,
 )
 from latentforge.train.canary import require_canary
-from latentforge.train.falsifiers import SAME_KL, judge
+from latentforge.train.canary_falsifiers import SAME
+from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
 from latentforge.train.keeping import go_on, keep_checkpoint
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
@@ -103,8 +103,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
                 same = "the teacher's folder holds no weights: whether the student starts as its copy is not known"
             if same:
                 log.warning(same)
-        if profile == "full" and CANARY not in spec.require:
-            require_canary(run, identity)
+        require_canary(run, identity)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         draws_by = "reference" if kernel == "reference" else "auto"
         on_policy = OnPolicy(spec.on_policy, spec.on_policy_tokens, spec.on_policy_temperature, seed, draws_by)
@@ -196,7 +195,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
         keep(job, trainer, model, first, start)
     elif earlier is not None and model == "student":
         log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
-    if before.kl is not None and before.kl < SAME_KL and model == "student":
+    if before.kl is not None and before.kl < SAME and model == "student":
         message = f"val_kl is {before.kl:.2e} at step 0: the student already answers as its teacher does"
         if profile == "full":
             raise FailedError(message, next="name another teacher or student")

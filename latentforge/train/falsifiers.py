@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latentforge.spec.canary import CANARY
+from latentforge.spec.canary import CANARY, LATENT_CANARY
+from latentforge.train.canary_falsifiers import canary_001, latent_canary_001
 from latentforge.train.codec_falsifiers import latent_ae_001, latent_ae_002
 from latentforge.train.effective import differences
 from latentforge.train.latent_falsifiers import latent_causal_001, latent_kd_001
@@ -14,9 +15,6 @@ from latentforge.train.optimiser import warmup_cosine
 from latentforge.train.reading import Events, heldout_metric, outcome_of, ready_of, run_of, steps_of, verdict_of
 from latentforge.train.tally import percent
 from latentforge.verdicts import Outcome, Verdict
-
-SAME_KL = 1e-6
-"""Below this many nats a token, student and teacher give the same answers (two fp32 passes differ by less)."""
 
 
 def smoke_001(events: Events) -> Verdict:
@@ -218,41 +216,6 @@ def coverage_001(events: Events) -> Verdict:
     return verdict_of(events, name, True, text, measured)
 
 
-def canary_001(events: Events) -> Verdict:
-    """F-DISTILL-CANARY-001: a checkpoint before the last step is whole and every tensor in it moved; the teacher has
-    something to teach at step 0, so held-out KL and the first step's KD term are above what rounding leaves.
-    """
-    name = CANARY
-    last = max(steps_of(events, "student"), default=0)
-    early = [e.fields for e in events if e.kind == "checkpoint" and 0 < e.fields["step"] < last]
-    start, first = heldout_metric(events, "val_kl", "student"), steps_of(events, "student").get(1, {})
-    if not early or not start or start[0][0] != 0 or "kd" not in first:
-        missing = "a checkpoint before the last step" if not early else "KL to the teacher at step 0"
-        return verdict_of(events, name, None, f"{missing} is not in the events")
-    one, kl, kd = early[0], start[0][1], first["kd"]
-    measured = {
-        "checkpoint_step": one["step"],
-        **{field: one[field] for field in ("bytes", "expected_bytes", "moved", "tensors")},
-        "val_kl": kl,
-        "kd": kd,
-    }
-    if not one["bytes"] >= one["expected_bytes"] > 0:
-        text = f"checkpoint of step {one['step']} has {one['bytes']} bytes, its tensors need {one['expected_bytes']}"
-        return verdict_of(events, name, False, text, measured)
-    if not one["moved"] == one["tensors"] > 0:
-        text = f"{one['moved']} of {one['tensors']} tensors moved by step {one['step']}"
-        return verdict_of(events, name, False, text, measured)
-    # Without KD in the objective there is no such term; the distance to the teacher is measured all the same.
-    if not (kl > SAME_KL and (kd is None or kd > SAME_KL)):
-        return verdict_of(events, name, False, f"KD term {_told(kd)}, held-out KL {kl:.2e} at step 0", measured)
-    text = f"checkpoint of step {one['step']} whole, {one['moved']} of {one['tensors']} tensors moved, KL {kl:.3f}"
-    return verdict_of(events, name, True, text, measured)
-
-
-def _told(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2e}"
-
-
 ALWAYS: tuple[Callable[[Events], Verdict], ...] = (
     effective_config_001,
     effective_lr_001,
@@ -282,6 +245,7 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-LATENT-AE-002": latent_ae_002,
     "F-LATENT-CAUSAL-001": latent_causal_001,
     "F-LATENT-KD-001": latent_kd_001,
+    LATENT_CANARY: latent_canary_001,
 }
 """What ``require`` of a section may name: each of ``latentforge.spec.fields.RUN_FALSIFIERS``."""
 

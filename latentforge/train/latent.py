@@ -27,6 +27,7 @@ from latentforge.targets.continuations import ContinuationStore
 from latentforge.train import effective
 from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.best import Best
+from latentforge.train.canary import require_canary
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper
 from latentforge.train.latent_falsifiers import MODEL
@@ -58,6 +59,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     seed = int(identity.spec["seed"])
 
     with log.phase("load"):
+        require_canary(run, identity)
         data = ShardSet.open(run.input_path("data"))
         data.verify()
         device = choose_device(spec.device, section="latent")

@@ -10,6 +10,7 @@ from latentforge.data.shards import ShardSet
 from latentforge.students.latent.causality import changes
 from latentforge.students.latent.chunks import chunked, valid
 from latentforge.students.latent.student import LatentStudent
+from latentforge.train.canary_falsifiers import latent_canary_001
 from latentforge.train.checks import finding_of
 from latentforge.train.latent_falsifiers import latent_kd_001
 from latentforge.train.rehearsal import tiny_latent_events, tiny_latent_run
@@ -34,3 +35,10 @@ def nothing_before_a_chunk_changes(*, mutant: str | None = None) -> Finding:
 def each_signal_lowers_its_own_loss(*, mutant: str | None = None) -> Finding:
     """In the run of ``tiny-latent``. ``mutant`` "frozen" trains nothing."""
     return finding_of(latent_kd_001(tiny_latent_events(frozen=mutant == "frozen")))
+
+
+def canary_gates_hold(*, mutant: str | None = None) -> Finding:
+    """In the run of ``tiny-latent``: an early checkpoint is whole, all of it moved, and each signal has something to
+    teach before step 1. ``mutant`` "frozen" trains nothing.
+    """
+    return finding_of(latent_canary_001(tiny_latent_events(frozen=mutant == "frozen")))

@@ -47,12 +47,12 @@ def latent_kd_001(events: Events) -> Verdict:
     each step's loss was the sum of its signals by the weights that were asked for: what one of them teaches may lower
     the loss of another, which itself was left out."""
     name = "F-LATENT-KD-001"
-    asked, steps = ready_of(events).get("requested", {}).get(MODEL, {}), asked_steps(events)
-    weights = {part: share for part, share in _weights(events, asked).items() if share > 0}
+    steps = asked_steps(events)
+    weights = switched_on(events)
     wanted = [f"val_{part}" for part in weights]
-    left_out = _left_out(events, weights)
-    if left_out is not None:
-        return verdict_of(events, name, *left_out)
+    missing = left_out(events, weights)
+    if missing is not None:
+        return verdict_of(events, name, *missing)
     other = _other_rows(events, wanted)
     if other is not None:
         return verdict_of(events, name, *other)
@@ -72,19 +72,20 @@ def latent_kd_001(events: Events) -> Verdict:
     return verdict_of(events, name, not rose, f"held out, before and after: {', '.join(told)}", measured)
 
 
-def _weights(events: Events, asked: dict[str, Any]) -> dict[str, float]:
-    """The weight of each signal in a step's loss: those below T = 1 share theirs, and are judged each by itself, since
-    their mean could hide one that rose."""
+def switched_on(events: Events) -> dict[str, float]:
+    """The weight in a step's loss of each signal that has one: those below T = 1 share theirs, and are judged each by
+    itself, since their mean could hide one that rose."""
+    asked = ready_of(events).get("requested", {}).get(MODEL, {})
     found = {metric.removeprefix("val_"): float(asked.get(weight, 0)) for weight, metric in SIGNALS.items()}
     seen = {name for fields in steps_of(events, MODEL).values() for name in fields}
     below = sorted({name.removesuffix("_chunks") for name in seen if name.startswith("tempered_")})
     if below:
         share = found.pop("tempered") / len(below)
         found |= dict.fromkeys(below, share)
-    return found
+    return {part: share for part, share in found.items() if share > 0}
 
 
-def _left_out(events: Events, weights: dict[str, float]) -> tuple[bool | None, str] | None:
+def left_out(events: Events, weights: dict[str, float]) -> tuple[bool | None, str] | None:
     """Which signal was not in the loss of the steps with its weight, as (passed, text); None where all were."""
     steps = steps_of(events, MODEL)
     if not steps:

@@ -76,7 +76,7 @@ def tiny_codec_events(*, collapsed: bool = False) -> list[Event]:
 def tiny_latent_run(*, frozen: bool = False) -> RunDir:
     """The latent run of ``tiny-latent``, trained once a process; what it is made from is shared. ``frozen``: a student
     that learns nothing."""
-    planted = ("latent.student.frozen=true", "latent.steps=4") if frozen else ()
+    planted = ("latent.student.frozen=true", "latent.steps=4", "latent.checkpoint_every=2") if frozen else ()
     spec = resolve_pipeline("tiny-latent", env={}, overrides=planted).spec
     return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["latent"]
 

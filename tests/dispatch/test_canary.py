@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -23,17 +23,40 @@ PASSED = {"state": "finished", "outcome": "pass", "code": 0, "exit": 0}
 FAILED = {**PASSED, "outcome": "fail", "code": 1, "exit": 1}
 
 
-def planned_of(*overrides: str, code: str = CODE, lock: str = LOCK) -> dict[str, PlannedRun]:
+class Line(NamedTuple):
+    """A full pipeline by its recipe, and the roles of its last run and of that one's canary."""
+
+    recipe: str
+    canary: str
+    long: str
+
+
+TOKEN, LATENT = Line("tiny", "canary", "distill"), Line("tiny-latent", "latent-canary", "latent")
+
+
+@pytest.fixture(params=[TOKEN, LATENT], ids=lambda line: line.long)
+def line(request: pytest.FixtureRequest) -> Line:
+    """Each line in its turn."""
+    found: Line = request.param
+    return found
+
+
+def planned_of(
+    *overrides: str, code: str = CODE, lock: str = LOCK, recipe: str = TOKEN.recipe
+) -> dict[str, PlannedRun]:
     words = ["profile=full", "data.corpus=/c", *overrides]
-    spec, _ = effective_pipeline(resolve_pipeline("tiny", overrides=words).spec)
+    spec, _ = effective_pipeline(resolve_pipeline(recipe, overrides=words).spec)
     return {run.role: run for run in pipeline_runs(spec, digests={"/c": CONTENT}, code=code, lock=lock)}
 
 
-def choice_of(planned: dict[str, PlannedRun], states: dict[str, Any], **more: Any) -> dict[str, ChosenRun]:
-    """The choice where the roles have these states; ``boot`` and ``driver`` are those that the canary ran under."""
-    canary = planned["canary"]
-    attempts = more.pop("attempts", {1: states.get("canary", {"state": "absent"})})
-    runs = {planned[role].run_id: state for role, state in states.items() if role != "canary"}
+def choice_of(line: Line, states: dict[str, Any], **more: Any) -> dict[str, ChosenRun]:
+    """The choice where the roles have these states, and those before the canary passed; ``boot`` and ``driver`` are
+    those that the canary ran under."""
+    planned = planned_of(recipe=line.recipe)
+    canary = planned[line.canary]
+    attempts = more.pop("attempts", {1: states.get(line.canary, {"state": "absent"})})
+    earlier = {role: PASSED for role in planned if role not in (line.canary, line.long)}
+    runs = {planned[role].run_id: state for role, state in (earlier | states).items() if role != line.canary}
     runs |= {canary.identity.at_attempt(n).run_id: state for n, state in attempts.items()}
     ran = {"boot_id": more.pop("boot", "boot-1"), "driver": more.pop("driver", "580.1")}
     kin = [{"id": canary.identity.at_attempt(n).run_id, "attempt": n, **state, **ran} for n, state in attempts.items()]
@@ -44,9 +67,6 @@ def choice_of(planned: dict[str, PlannedRun], states: dict[str, Any], **more: An
     )
     chosen = choose(list(planned.values()), facts, attempt_next=more.pop("attempt_next", False))
     return {one.kind: one for one in chosen}
-
-
-EARLIER = {"data": PASSED, "teacher": PASSED, "score": PASSED}
 
 
 def test_a_full_pipeline_has_a_canary_of_few_steps_with_an_early_checkpoint_and_a_smoke_pipeline_has_none() -> None:
@@ -80,9 +100,9 @@ def test_another_code_or_lock_file_needs_another_canary(other: dict[str, str]) -
     assert planned_of(**other)["canary"].run_id != planned_of()["canary"].run_id
 
 
-def test_a_fresh_canary_that_passed_is_kept() -> None:
-    chosen = choice_of(planned_of(), {**EARLIER, "canary": PASSED})
-    assert (chosen["canary"].will, chosen["distill"].will) == ("keep", "run")
+def test_a_fresh_canary_that_passed_is_kept(line: Line) -> None:
+    chosen = choice_of(line, {line.canary: PASSED})
+    assert (chosen[line.canary].will, chosen[line.long].will) == ("keep", "run")
 
 
 @pytest.mark.parametrize(
@@ -94,47 +114,47 @@ def test_a_fresh_canary_that_passed_is_kept() -> None:
         ({"boot": None}, "is not known"),
     ],
 )
-def test_a_canary_of_another_boot_or_driver_runs_again_from_step_0(then: dict[str, Any], why: str) -> None:
-    planned = planned_of()
-    chosen = choice_of(planned, {**EARLIER, "canary": PASSED}, **then)
-    again = chosen["canary"]
+def test_a_canary_of_another_boot_or_driver_runs_again_from_step_0(line: Line, then: dict[str, Any], why: str) -> None:
+    planned = planned_of(recipe=line.recipe)
+    chosen = choice_of(line, {line.canary: PASSED}, **then)
+    again = chosen[line.canary]
     assert (again.will, again.predecessor) == ("run", None)
     assert why in again.because
-    assert again.run == planned["canary"].identity.at_attempt(2).run_id
-    assert chosen["distill"].resolved["canary"] == {"run": again.run}
-    assert chosen["distill"].run == planned["distill"].run_id
+    assert again.run == planned[line.canary].identity.at_attempt(2).run_id
+    assert chosen[line.long].resolved["canary"] == {"run": again.run}
+    assert chosen[line.long].run == planned[line.long].run_id
 
 
-def test_a_stale_canary_is_nobody_s_business_once_the_full_run_has_passed() -> None:
-    chosen = choice_of(planned_of(), {**EARLIER, "canary": PASSED, "distill": PASSED}, boot="boot-0")
+def test_a_stale_canary_is_nobody_s_business_once_the_full_run_has_passed(line: Line) -> None:
+    chosen = choice_of(line, {line.canary: PASSED, line.long: PASSED}, boot="boot-0")
     assert {one.will for one in chosen.values()} == {"keep"}
 
 
-def test_a_failed_canary_stops_the_chain_and_is_run_again_only_by_another_attempt() -> None:
-    planned = planned_of()
-    chosen = choice_of(planned, {**EARLIER, "canary": FAILED})
-    assert (chosen["canary"].will, chosen["distill"].will) == ("ended", "skip")
-    again = choice_of(planned, {**EARLIER, "canary": FAILED}, attempt_next=True)
-    assert (again["canary"].will, again["canary"].predecessor, again["distill"].will) == ("run", None, "run")
+def test_a_failed_canary_stops_the_chain_and_is_run_again_only_by_another_attempt(line: Line) -> None:
+    chosen = choice_of(line, {line.canary: FAILED})
+    assert (chosen[line.canary].will, chosen[line.long].will) == ("ended", "skip")
+    again = choice_of(line, {line.canary: FAILED}, attempt_next=True)
+    assert (again[line.canary].will, again[line.canary].predecessor, again[line.long].will) == ("run", None, "run")
 
 
 def test_there_is_an_end_to_attempts() -> None:
     with pytest.raises(RefusedError, match="is attempt 64, the last"):
-        choice_of(planned_of(), EARLIER, attempts={64: PASSED}, boot="boot-0")
+        choice_of(TOKEN, {}, attempts={64: PASSED}, boot="boot-0")
 
 
-def test_a_canary_of_other_code_is_never_taken_over() -> None:
-    planned, other = planned_of(), planned_of(code="4" * 64)
+def test_a_canary_of_other_code_is_never_taken_over(line: Line) -> None:
+    planned, other = planned_of(recipe=line.recipe), planned_of(recipe=line.recipe, code="4" * 64)
     facts = HostFacts.model_validate(
         {
             "host": {"boot_id": "b", "driver": None},
             "python": {"executable": "p", "version": "3.12"},
             "root": "/r",
-            "runs": {planned[role].run_id: PASSED for role in EARLIER},
-            "kin_runs": {planned["canary"].kin: [{"id": other["canary"].run_id, "boot_id": "b", **PASSED}]},
+            "runs": {run.run_id: PASSED for role, run in planned.items() if role not in (line.canary, line.long)},
+            "kin_runs": {planned[line.canary].kin: [{"id": other[line.canary].run_id, "boot_id": "b", **PASSED}]},
         }
     )
-    assert {one.kind: one.will for one in choose(list(planned.values()), facts, attempt_next=False)}["canary"] == "run"
+    chosen = {one.kind: one.will for one in choose(list(planned.values()), facts, attempt_next=False)}
+    assert chosen[line.canary] == "run"
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from latentforge.errors import RefusedError
 from latentforge.spec.capabilities import wanted_of
+from latentforge.spec.latent import LatentSpec
 from latentforge.spec.pipeline import PlannedRun, effective_pipeline, external_paths, pipeline_runs
 from latentforge.spec.resolve import resolve_pipeline
 
@@ -20,6 +22,7 @@ chunk = 4
 """
 CHAT = ["data.documents=chat", "teacher.backend=vllm-local", "teacher.model=/t"]
 SAMPLED = ["latent.sample_weight=1.0"]
+FULL = ["profile=full", "data.corpus=/c"]
 
 
 def spec_file(tmp_path: Path, more: str = "") -> str:
@@ -46,6 +49,22 @@ def planned(tmp_path: Path, *changes: str) -> dict[str, PlannedRun]:
         ),
         (["latent.beside=true", "teacher.model=/t"], ["data", "score", "autoencoder", "distill", "latent"]),
         (["through=distill"], ["data", "teacher", "score", "distill"]),
+        ([*FULL, "through=autoencoder"], ["data", "autoencoder"]),
+        (FULL, ["data", "autoencoder", "latent-canary", "latent"]),
+        (
+            [*FULL, *SAMPLED, "latent.beside=true"],
+            [
+                "data",
+                "teacher",
+                "score",
+                "continuations",
+                "autoencoder",
+                "latent-canary",
+                "canary",
+                "distill",
+                "latent",
+            ],
+        ),
     ],
 )
 def test_there_is_a_run_for_what_a_signal_needs_and_no_other(
@@ -54,7 +73,7 @@ def test_there_is_a_run_for_what_a_signal_needs_and_no_other(
     runs = planned(tmp_path, *changes)
     assert list(runs) == roles
     spec = resolve_pipeline(spec_file(tmp_path), env={}, overrides=changes).spec
-    assert set(wanted_of(spec)["kinds"]) == set(roles)
+    assert set(wanted_of(spec)["kinds"]) == {run.kind for run in runs.values()}
 
 
 def test_up_to_its_codec_a_pipeline_has_no_more_runs_whatever_its_file_wants_of_the_student() -> None:
@@ -82,6 +101,51 @@ def test_the_students_run_takes_what_its_signals_are_made_of(tmp_path: Path) -> 
     assert runs["continuations"].identity.spec["continuations"]["count"] == 8
     plain = planned(tmp_path)["latent"].identity
     assert plain.inputs.keys() == {"data", "codec"}
+
+
+def test_a_full_student_takes_its_canary_which_learns_from_the_same_and_waits_for_no_student_beside_it(
+    tmp_path: Path,
+) -> None:
+    kept = ["latent.validate_every=5", "latent.keep=best", "latent.warmup_steps=2000"]
+    runs = planned(tmp_path, *FULL, *SAMPLED, "latent.token_kd_weight=1.0", "latent.beside=true", *kept)
+    canary, long = runs["latent-canary"].identity, runs["latent"].identity
+    assert long.inputs["canary"] == f"run:{canary.run_id}"
+    assert canary.kind == "latent"
+    learns = {name: where for name, where in long.inputs.items() if name not in ("canary", "beside")}
+    assert (
+        canary.inputs.keys() - {"stands_for"}
+        == learns.keys()
+        == {"data", "codec", "teacher", "targets"} | {"continuations"}
+    )
+    assert learns.items() <= canary.inputs.items()
+    own = {"steps": 8, "checkpoint_every": 4, "warmup_steps": 4, "validate_every": None, "keep": "last"}
+    own |= {"beside": False, "require": ["F-LATENT-CANARY-001", "F-LATENT-CAUSAL-001"]}
+    assert canary.spec["latent"] == long.spec["latent"] | own
+    assert LatentSpec.model_validate_json(json.dumps(canary.spec["latent"])).steps == 8
+    assert "canary" not in planned(tmp_path)["latent"].identity.inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        (["latent.steps=100000"], True),
+        (["latent.checkpoint_every=7"], True),
+        (["latent.validate_every=5", "latent.keep=best"], True),
+        (["latent.beside=true"], True),
+        (["latent.learning_rate=1e-4"], False),
+        (["latent.warmup_steps=2000"], False),
+        (["latent.text_weight=0.5"], False),
+        (["latent.student.layers=3"], False),
+        (["autoencoder.steps=601"], False),
+        (["seed=8"], False),
+    ],
+)
+def test_a_canary_stands_for_one_training_however_long_it_is_kept_and_measured(
+    tmp_path: Path, changes: list[str], same: bool
+) -> None:
+    one, other = planned(tmp_path, *FULL), planned(tmp_path, *FULL, *changes)
+    assert (one["latent-canary"].run_id == other["latent-canary"].run_id) is same
+    assert one["latent"].run_id != other["latent"].run_id
 
 
 def test_a_student_of_plain_text_needs_the_teachers_tokenizer_alone(tmp_path: Path) -> None:
@@ -185,7 +249,8 @@ def test_what_cannot_be_trained_is_refused_when_it_is_read(tmp_path: Path, chang
             ["latent.token_kd_weight=1", "teacher.backend=venice", "teacher.model=/t"],
             "latent.token_kd_weight = 1 needs a teacher that can score",
         ),
-        (["profile=full", "data.corpus=/c"], "there is no canary of a latent student"),
+        ([*FULL, "latent.student.frozen=true"], "latent.student.frozen = true is a planted control"),
+        ([*FULL, "latent.beside=true", "distill.student.frozen=true"], "distill.student.frozen = true"),
     ],
 )
 def test_what_the_teacher_cannot_give_is_refused_when_it_is_planned(

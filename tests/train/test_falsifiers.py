@@ -216,7 +216,17 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("F-DISTILL-CANARY-001", "checkpoint", {"step": 3}, {"moved": 8}, "8 of 9 tensors moved by step 3"),
     ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": 1e-9}, "held-out KL 1.00e-09"),
     ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": "nan"}, "held-out KL nan"),
+    ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": "inf"}, "held-out KL inf"),
     ("F-DISTILL-CANARY-001", "step", {"step": 1, "model": "student"}, {"kd": 3e-8}, "KD term 3.00e-08"),
+    ("F-LATENT-CANARY-001", "checkpoint", {"step": 3}, {"bytes": 200}, "200 bytes, its tensors need 800"),
+    ("F-LATENT-CANARY-001", "checkpoint", {"step": 3}, {"moved": 8, "unmoved": ["head"]}, "by step 3; unmoved: head"),
+    ("F-LATENT-CANARY-001", "metric", {"name": "val_text", "step": 0}, {"value": 0.0}, "held-out text 0.00e+00"),
+    ("F-LATENT-CANARY-001", "metric", {"name": "val_text", "step": 0}, {"value": "nan"}, "held-out text nan"),
+    ("F-LATENT-CANARY-001", "metric", {"name": "val_token_kd", "step": 0}, {"value": 1e-9}, "token_kd 1.00e-09"),
+    # One temperature that has nothing to teach is not hidden by the mean of all.
+    ("F-LATENT-CANARY-001", "metric", {"name": "val_tempered_0.5", "step": 0}, {"value": 0.0}, "tempered_0.5 0.00e+00"),
+    ("F-LATENT-CANARY-001", "step", {"model": "latent"}, {"kd": None}, "token_kd: in the loss of no step"),
+    ("F-LATENT-CANARY-001", "step", {"model": "latent", "step": 3}, {"loss": 7.0}, "step 3: the loss 7 is not"),
     (
         "F-TEACHER-COVERAGE-001",
         "step",
@@ -295,10 +305,27 @@ def test_a_run_without_its_last_metric_is_unknown_not_pass() -> None:
     assert REQUIRABLE["F-DISTILL-SMOKE-002"](events).outcome is Outcome.UNKNOWN
 
 
-def test_a_canary_without_an_early_checkpoint_is_unknown_not_pass() -> None:
+@pytest.mark.parametrize("name", ["F-DISTILL-CANARY-001", "F-LATENT-CANARY-001"])
+def test_a_canary_without_an_early_checkpoint_is_unknown_not_pass(name: str) -> None:
     events = [e for e in good_events() if not (e.kind == "checkpoint" and e.fields["step"] == 3)]
-    found = REQUIRABLE["F-DISTILL-CANARY-001"](events)
+    found = REQUIRABLE[name](events)
     assert (found.outcome, "before the last step" in found.text) == (Outcome.UNKNOWN, True)
+
+
+def test_a_latent_canary_that_does_not_say_what_there_was_to_learn_is_unknown_not_pass() -> None:
+    events = [e for e in good_events() if (e.fields.get("name"), e.fields.get("step")) != ("val_token_kd", 0)]
+    found = REQUIRABLE["F-LATENT-CANARY-001"](events)
+    assert (found.outcome, found.text) == (Outcome.UNKNOWN, "val_token_kd before step 1 is not in the events")
+
+
+def test_a_latent_canary_in_whose_few_steps_no_continued_row_came_is_unknown_and_says_so() -> None:
+    none = {"tempered_0.5": None, "tempered_0.5_chunks": 0, "loss": 5.0 + 0.25 * 4.0 + 0.5 * 2.0}
+    events = change(good_events(), "step", {"model": "latent"}, **none)
+    found = REQUIRABLE["F-LATENT-CANARY-001"](events)
+    assert found.outcome is Outcome.UNKNOWN
+    assert found.text.startswith("tempered_0.5: no row that was continued came in 6 steps")
+    once = change(events, "step", {"model": "latent", "step": 6}, **{"tempered_0.5_chunks": 3})
+    assert REQUIRABLE["F-LATENT-CANARY-001"](once).outcome is Outcome.FAIL
 
 
 @pytest.mark.parametrize("name", ["F-DISTILL-SMOKE-001", "F-DISTILL-SMOKE-002"])
