@@ -62,14 +62,11 @@ class RunState(Fact):
         return self.state == "finished" and self.outcome == "pass"
 
 
-class KinRun(Fact):
+class KinRun(RunState):
     """A run on the host that differs from one of the plan's in code (or attempt) alone."""
 
     id: str
-    state: str
-    outcome: str | None = None
     attempt: int = 1
-    ended: Any = None
     boot_id: str | None = None
     driver: str | None = None
 

@@ -81,10 +81,10 @@ class _Found:
                 self.attempt, self.run = number, run
         self.state = facts.runs.get(self.run, RunState(state="absent"))
         self.identity = planned.identity.at_attempt(self.attempt)
-        passed = sorted(kin.id for kin in kin_runs if kin.state == "finished" and kin.outcome == "pass")
+        passed = sorted((kin for kin in kin_runs if kin.passed), key=lambda kin: kin.id)
         # Runs that train the final student, or vouch for that, are never taken over from other code.
         self.kin = (
-            next((run for run in passed if run not in ids), None)
+            next((kin for kin in passed if kin.id not in ids), None)
             if planned.kind not in ("distill", "latent", "bench")
             else None
         )
@@ -176,7 +176,8 @@ def _chosen(
     if state.has_ended and needed:
         return chosen("ended", told_end(state))
     if found.kin is not None:
-        return chosen("keep", "already there; made by other code from the same spec", run=found.kin)
+        kept = chosen("keep", "already there; made by other code from the same spec", run=found.kin.id)
+        return replace(kept, state=found.kin)
     if not needed:
         return chosen("keep", "not needed")
     resumes = found.attempt > 1 and not planned.is_canary

@@ -134,6 +134,9 @@ def test_a_codec_of_other_code_that_passed_is_kept(asks: dict[str, Ask]) -> None
     plan = plan_of(asks["codec"], facts_of(kin_runs=kin))
     assert wills(plan)["autoencoder"] == "keep"
     assert wills(plan)["data"] == "keep"
+    assert plan.final.run == other
+    assert plan.final.state is not None
+    assert plan.final.state.passed, "it is told as what it is, and not as the run that nobody made"
 
 
 def test_a_host_where_all_passed_and_all_was_collected_changes_nothing(asks: dict[str, Ask]) -> None:
