@@ -229,11 +229,16 @@ def end_of(events: Sequence[Event], record: dict[str, Any] | None) -> dict[str, 
         outcomes.append(Outcome.FAIL if code == 1 else Outcome.UNKNOWN)
     elif not outcomes:
         outcomes.append(Outcome.PASS)  # runs without falsifiers (data, score): they ended with 0
-    if record is not None and (
-        record.get("code") not in (None, code) or record.get("outcome") not in (None, "pass", "fail")
-    ):
-        outcomes.append(Outcome.UNKNOWN)  # the process did not end as its last event says, or was killed
+    if gainsays(record, code):
+        outcomes.append(Outcome.UNKNOWN)
     return {"outcome": meet(outcomes).name.lower(), "code": code, "record": record}
+
+
+def gainsays(record: Mapping[str, Any] | None, code: Any) -> bool:
+    """Whether the host's exit record says that a process was killed, or ended otherwise than its last event."""
+    return record is not None and (
+        record.get("code") not in (None, code) or record.get("outcome") not in (None, "pass", "fail")
+    )
 
 
 def _check_inventory(record: Mapping[str, Any] | None, found: str | None) -> None:

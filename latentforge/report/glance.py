@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from latentforge.evidence.reading import RunRecord, as_number
 from latentforge.report.axes import drawable
 from latentforge.report.panels import of_model
-from latentforge.report.words import duration, number, once, size
+from latentforge.report.words import duration, is_number, number, once, size, worded
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,20 @@ def compile_line(record: RunRecord) -> str | None:
     named = [event for event in record.events if event.kind == "compile"]
     if not counted and not named:
         return None
-    total = sum(_whole(event.fields.get("count")) for event in named) or _whole(max(counted, default=0.0))
+    total = sum(_whole(event.fields.get("count")) for event in named) or sum(map(_whole, counted))
     return f"{once(total, 'compile')} after set-up, {once(len(counted), 'step')}"
+
+
+def checkpoints(record: RunRecord) -> list[str]:
+    """The checkpoints that were written, a line each."""
+    lines = []
+    for event in record.events:
+        said = event.fields
+        if event.kind == "checkpoint":
+            moved = f", {said['moved']} of {said['tensors']} tensors moved" if {"moved", "tensors"} <= set(said) else ""
+            wide = size(said["bytes"]) if is_number(said.get("bytes")) else "size not told"
+            lines.append(f"checkpoint, step {said.get('step')}: {said.get('path')}, {wide}{moved}")
+    return lines
 
 
 def wall(record: RunRecord) -> float | None:
@@ -102,7 +115,7 @@ def teacher(record: RunRecord) -> list[tuple[str, str]]:
         elif event.kind == "metric" and said.get("name") == "teacher":
             found |= {name.removeprefix("teacher_"): v for name, v in said.items() if name.startswith("teacher_")}
     return [
-        (name.replace("_", " "), number(value) if isinstance(value, int | float) else str(value))
+        (name.replace("_", " "), worded(value))
         for name, value in found.items()
         if value is not None and not isinstance(value, dict | list)
     ]
@@ -136,10 +149,12 @@ def _speed(record: RunRecord) -> Figure | None:
     if not series:
         return None
     chosen = next((one for one in series if one.model != "twin"), series[0])
-    median = statistics.median(chosen.values)
+    finite = [value for value in chosen.values if drawable(value)]
+    median = number(round(statistics.median(finite))) if finite else "not a number"
     steps = max((_whole(event.fields.get("steps")) for event in record.events if event.kind == "step"), default=0)
     done = f"{once(len(chosen.values), 'step')}" + (f" of {number(steps)}" if steps != len(chosen.values) else "")
-    return Figure("tokens/s, median", number(round(median)), done)
+    done += f", {number(len(finite))} of them finite" if len(finite) != len(chosen.values) else ""
+    return Figure("tokens/s, median", median, done)
 
 
 def _memory(record: RunRecord) -> Figure | None:
@@ -151,16 +166,17 @@ def _memory(record: RunRecord) -> Figure | None:
 
 def _coverage(record: RunRecord) -> Figure | None:
     told = coverage(record)
-    if told is None or not isinstance(told.get("value"), int | float):
+    share = as_number(told.get("value")) if told is not None else None
+    if told is None or share is None:
         return None
-    beside = f"{number(told.get('target_rows'))} of {number(told.get('rows'))} rows" if "rows" in told else ""
-    return Figure("teacher coverage", f"{100 * told['value']:.4g} %", beside)
+    beside = f"{worded(told.get('target_rows'))} of {worded(told.get('rows'))} rows" if "rows" in told else ""
+    return Figure("teacher coverage", f"{100 * share:.4g} %" if math.isfinite(share) else number(share), beside)
 
 
 def _compute(record: RunRecord) -> Figure | None:
     if not isinstance(record.flops, dict):
         return None
-    parts = {name: value for name, value in record.flops.items() if isinstance(value, int | float)}
+    parts = {name: value for name, value in record.flops.items() if is_number(value)}
     if not parts:
         return None
     return Figure(
@@ -184,4 +200,4 @@ def _whole(value: Any) -> int:
 
 def _last(record: RunRecord, field: str) -> float | None:
     values: Iterable[Any] = (event.fields.get(field) for event in record.events if event.kind == "memory")
-    return next((value for value in reversed(list(values)) if isinstance(value, int | float)), None)
+    return next((value for value in reversed(list(values)) if is_number(value)), None)

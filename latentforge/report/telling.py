@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from latentforge.evidence.reading import RunRecord, Series
-from latentforge.report.words import duration, number, once, plain
+from latentforge.evidence.statement import gainsays
+from latentforge.report.words import duration, is_number, number, once, plain, worded
 from latentforge.verdicts import Outcome
 
 _NAMES = {
@@ -56,7 +57,11 @@ def _ended(record: RunRecord) -> str | None:
         return f"It was refused{_because(record)}"
     if record.end["code"] not in (0, 1):
         return f"It ended with code {record.end['code']}{_because(record)}{_host_says(record)}"
-    return f"It ended early{_because(record)}" if record.reason else None
+    early = f"It ended early{_because(record)} " if record.reason else ""
+    if gainsays(record.end.get("record"), record.end["code"]):
+        told = f"Its log ends with code {record.end['code']}, but its host says otherwise: how it ended is not known."
+        return f"{early}{told}{_host_says(record)}"
+    return early.rstrip() or None
 
 
 def _because(record: RunRecord) -> str:
@@ -68,6 +73,7 @@ def _host_says(record: RunRecord) -> str:
     if not isinstance(told, dict):
         return ""
     parts = [str(told["outcome"])] if told.get("outcome") else []
+    parts += [f"code {told['code']}"] if told.get("code") is not None else []
     parts += [f"signal {told['signal']}"] if told.get("signal") else []
     parts += ["out of memory"] if told.get("oom") else []
     parts += [str(told["reason"])] if told.get("reason") else []
@@ -77,8 +83,8 @@ def _host_says(record: RunRecord) -> str:
 def _reached(record: RunRecord) -> str:
     steps = [event for event in record.events if event.kind == "step"]
     if steps:
-        said = steps[-1].fields
-        return f"at step {number(said.get('step'))} of {number(said.get('steps'))} of the {said.get('model', 'model')}"
+        last = steps[-1].fields
+        return f"at step {worded(last.get('step'))} of {worded(last.get('steps'))} of the {last.get('model', 'model')}"
     begun = [phase for phase in record.phases if phase.seconds is None]
     return f"in the phase “{begun[-1].name}”" if begun else "before anything was trained"
 
@@ -95,7 +101,7 @@ def _happened(record: RunRecord) -> str | None:
         return None
     who = {"autoencoder": "codec", "latent": "latent student"}.get(model, model)
     size = (record.effective or {}).get("parameters")
-    size_told = f" of {number(size)} parameters" if isinstance(size, int) else ""
+    size_told = f" of {number(size)} parameters" if is_number(size) else ""
     held = "nats a token" if record.kind != "latent" else "as its loss is measured"
     told = (
         f"In {once(loss.steps[-1] - loss.steps[0], 'step')} the {who}{size_told} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from typing import TypeGuard
 
 _SHOWN = {"\n", "\t"}
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -25,6 +26,12 @@ def one_line(value: object) -> str:
     return plain(value).replace("\n", "⏎").replace("\t", " ")
 
 
+def fitted(value: object, columns: int) -> str:
+    """A text as :func:`one_line`, in exactly that many columns; an ellipsis stands where it is cut."""
+    text = one_line(value)
+    return f"{text:<{columns}}" if len(text) <= columns else f"{text[: columns - 1]}…"
+
+
 def number(value: float | int | None, digits: int = 4) -> str:
     """A number for people: whole ones with thousands apart, others with ``digits`` significant digits."""
     if value is None:
@@ -43,18 +50,28 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
+def worded(value: object) -> str:
+    """What an event says where a number is meant: a number as :func:`number` writes it, anything else as it stands."""
+    return number(value) if value is None or is_number(value) else plain(value)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of JSON is a number: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def short(value: float) -> str:
     """A number as narrow as an axis wants it: ``25k``, ``0.05``, ``1.2M``."""
     if value == 0:
         return "0"
     size = abs(value)
+    if not 1e-3 <= size < 1e18:
+        mantissa, _, exponent = f"{value:.3g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
     for least, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= least:
             factor = 1e3 if unit == "k" else least
             return f"{value / factor:.4g}{unit}"
-    if size < 1e-3:
-        mantissa, _, exponent = f"{value:.3g}".partition("e")
-        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
     return f"{value:.4g}"
 
 
@@ -77,6 +94,8 @@ def size(count: float | None) -> str:
     if count is None or not math.isfinite(count):
         return "not recorded"
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    if abs(value) >= 2.0**60:
+        return f"{number(value)} B"
     while abs(value) >= 1023.5 and len(units) > 1:
         value /= 1024
         units.pop(0)

@@ -45,6 +45,17 @@ def test_a_log_that_stops_is_told_as_one_that_stops_with_what_its_host_recorded(
     assert "pass" not in sentence(record)
 
 
+def test_a_host_that_says_otherwise_than_the_last_event_is_told_before_any_check(runs: Path) -> None:
+    run = distilled(runs)
+    (run / "exit.json").write_text(json.dumps({"code": None, "signal": 9, "outcome": "crashed"}))
+    record = read_run(run)
+    assert state(record) == "unknown"
+    assert sentence(record).startswith(
+        "Its log ends with code 0, but its host says otherwise: how it ended is not known. "
+        "Its host recorded: crashed, signal 9."
+    )
+
+
 def test_a_run_without_events_is_told_as_one_of_which_nothing_is_known(runs: Path) -> None:
     run = distilled(runs)
     (run / "events.jsonl").unlink()
