@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentforge.report.chart import Chart, Mark
+from latentforge.report.axes import drawable
+from latentforge.report.chart import Chart, Mark, colour
+from latentforge.report.words import is_number, number
 
 _LONGEST = 4000
 """Characters of one sample that are shown."""
@@ -23,9 +25,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A contestant of a bench: speed in tokens/s (median, least, greatest), operations a token, quality where known."""
+    """A contestant of a bench: speed in tokens/s (median, least, greatest), operations a token, quality where known.
+
+    Any of the numbers may be one that has no place in a picture. ``colour`` is its mark's in all of them.
+    """
 
     name: str
+    colour: str
     speed: float
     least: float
     greatest: float
@@ -33,6 +39,20 @@ class Contestant:
     bits: tuple[float, float, float] | None
     brier: tuple[float, float, float] | None
     other_engine: bool
+
+    @property
+    def told(self) -> str:
+        """Its speed in words: ``700 tokens/s (691–709)``."""
+        return f"{_rate(self.speed)} tokens/s ({_rate(self.least)}–{_rate(self.greatest)})"
+
+    def width(self, fastest: float) -> float:
+        """How long its bar is, in percent of the ``fastest``'s; 0 for a speed that is none."""
+        return 100 * self.speed / fastest if drawable(self.speed) and self.speed > 0 else 0.0
+
+
+def fastest(contestants: list[Contestant]) -> float:
+    """The speed that the longest bar stands for, tokens/s."""
+    return max((one.speed for one in contestants if drawable(one.speed) and one.speed > 0), default=1.0)
 
 
 def samples(folder: Path) -> tuple[list[Sample], str | None]:
@@ -60,6 +80,8 @@ def _place(order: list[str], name: str) -> tuple[int, str]:
 
 def _cut(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.strip():  # nothing to be seen: what a model wrote is told all the same
+        text = text.replace("\n", "⏎").replace(" ", "␣").replace("\t", "⇥") or "(nothing)"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text) - _LONGEST} characters more)"
 
 
@@ -69,8 +91,8 @@ def bench(folder: Path) -> tuple[list[Contestant], str | None]:
     if value is None:
         return [], wrong
     try:
-        return [_contestant(one) for one in value["contestants"]], None
-    except (KeyError, TypeError, ValueError) as error:
+        return [_contestant(place, one) for place, one in enumerate(value["contestants"])], None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         return [], f"out/bench.json is no bench's report: {type(error).__name__} {error}"
 
 
@@ -82,26 +104,31 @@ def quality(contestants: list[Contestant]) -> list[Chart]:
         ("brier", "BrierLM against compute", "higher is better"),
     ):
         marks = []
-        for place, one in enumerate(one for one in contestants if not one.other_engine):
+        for one in contestants:
             score = one.bits if name == "bits" else one.brier
-            if score is not None and one.flops is not None:
+            if not one.other_engine and score is not None and one.flops is not None:
                 value, low, high = score
                 whiskers = ((one.flops, low, high),)
-                marks.append(Mark(one.name, f"run{place}", ((one.flops, value),), dots=True, whiskers=whiskers))
+                marks.append(Mark(one.name, one.colour, ((one.flops, value),), dots=True, whiskers=whiskers))
         if marks:
             across = "operations a token, sampler included"
             charts.append(Chart(name, title, unit, tuple(marks), across, zero=True, steps=False))
     return charts
 
 
-def _contestant(one: dict[str, Any]) -> Contestant:
+def _rate(value: float) -> str:
+    return number(round(value)) if drawable(value) else number(value)
+
+
+def _contestant(place: int, one: dict[str, Any]) -> Contestant:
     speed, known = one["tokens_per_second"], one.get("quality") or {}
     return Contestant(
-        str(one["name"]),
-        float(speed["median"]),
-        float(speed["least"]),
-        float(speed["greatest"]),
-        None if one.get("flops_per_token") is None else float(one["flops_per_token"]),
+        _text(one["name"]),
+        colour(place),
+        _float(speed["median"]),
+        _float(speed["least"]),
+        _float(speed["greatest"]),
+        None if one.get("flops_per_token") is None else _float(one["flops_per_token"]),
         _score(known.get("bits_per_byte")),
         _score(known.get("brier_lm")),
         one.get("role") == "transformers",
@@ -109,11 +136,28 @@ def _contestant(one: dict[str, Any]) -> Contestant:
 
 
 def _score(value: Any) -> tuple[float, float, float] | None:
-    if not isinstance(value, dict) or value.get("value") is None:
+    if value is None or value.get("value") is None:
         return None
-    centre = float(value["value"])
+    centre = _float(value["value"])
     low, high = value.get("low"), value.get("high")
-    return centre, centre if low is None else float(low), centre if high is None else float(high)
+    return centre, centre if low is None else _float(low), centre if high is None else _float(high)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 20 else f"{text[:20]}…"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"says {_shown(value)} where a name is meant")
+    return value
+
+
+def _float(value: Any) -> float:
+    if not is_number(value):
+        raise ValueError(f"says {_shown(value)} where a number is meant")
+    return float(value)
 
 
 def _json(path: Path) -> tuple[Any, str | None]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from latentforge.report.axes import Axis, Point, axis_of, drawable, smoothed, step_axis, thinned
 from latentforge.report.words import number, short, size
 
+COLOURS = 6
+"""Colours that tell series apart: after the last the first comes again."""
 WIDTH, HEIGHT = 1000, 300
 """The units of a plot area; the page stretches it to its own."""
 
@@ -95,20 +97,12 @@ def draw(chart: Chart) -> Drawn:
     x, y = axes(chart)
     strokes = [stroke for mark in chart.marks for stroke in _strokes(mark, x, y)]
     unit = bytes_label if chart.bytes else short
-    notes = [*_gaps(chart.marks), *([chart.note] if chart.note else [])]
+    notes = [*_gaps(chart), *([chart.note] if chart.note else [])]
     if any(window(mark) > 1 for mark in chart.marks):
         notes.insert(0, f"faint: each step; strong: mean of {max(window(mark) for mark in chart.marks)}")
     if y.logarithmic:
         notes.insert(0, "logarithmic scale")
-    keys = tuple(
-        Key(
-            mark.who,
-            mark.name,
-            mark.dots,
-            (bytes_label if chart.bytes else number)(mark.finite[-1][1]) if mark.finite else "–",
-        )
-        for mark in chart.marks
-    )
+    keys = tuple(Key(mark.who, mark.name, mark.dots, last_told(chart, mark)) for mark in chart.marks)
     return Drawn(
         chart,
         tuple(Tick(unit(tick), 100 * (1 - y.at(tick))) for tick in y.ticks),
@@ -118,6 +112,19 @@ def draw(chart: Chart) -> Drawn:
         tuple(notes),
         f"{chart.title}: " + ", ".join(f"{key.name} ends at {key.last}" for key in keys),
     )
+
+
+def last_told(chart: Chart, mark: Mark) -> str:
+    """The last value of a mark, also where it is no number that a picture could show."""
+    if not mark.points:
+        return "–"
+    value = mark.points[-1][1]
+    return bytes_label(value) if chart.bytes and drawable(value) else number(value)
+
+
+def colour(number: int) -> str:
+    """The colour of the series of that number, from 0."""
+    return f"run{number % COLOURS}"
 
 
 def axes(chart: Chart) -> tuple[Axis, Axis]:
@@ -137,7 +144,9 @@ def window(mark: Mark) -> int:
 def _strokes(mark: Mark, x: Axis, y: Axis) -> list[Stroke]:
     if mark.dots:
         dots = [f"M{_at(x, a)} {_down(y, b)}h0" for a, b in mark.finite]
-        whiskers = [f"M{_at(x, a)} {_down(y, low)}V{_down(y, high)}" for a, low, high in mark.whiskers]
+        whiskers = [
+            f"M{_at(x, a)} {_down(y, low)}V{_down(y, high)}" for a, low, high in mark.whiskers if _placed(a, low, high)
+        ]
         drawn = [Stroke(mark.who, "whisker", "".join(whiskers))] if whiskers else []
         return [*drawn, Stroke(mark.who, "dots", "".join(dots))]
     over = window(mark)
@@ -174,16 +183,21 @@ def _down(y: Axis, value: float) -> str:
     return f"{HEIGHT * (1 - y.at(value)):.1f}".removesuffix(".0")
 
 
-def _gaps(marks: Sequence[Mark]) -> list[str]:
+def _gaps(chart: Chart) -> list[str]:
+    """What of a chart has no place in the picture, a line a mark."""
     told = []
-    for mark in marks:
-        wrong = [int(step) for step, value in mark.points if not drawable(value)]
+    for mark in chart.marks:
+        wrong = [across for across, value in mark.points if not _placed(across, value)]
         if wrong:
-            told.append(
-                f"{mark.name}: {number(len(wrong))} of {number(len(mark.points))} values are not finite, "
-                f"the first at step {wrong[0]}"
-            )
+            first = f", the first at step {number(int(wrong[0]))}" if chart.steps else ""
+            told.append(f"{mark.name}: {number(len(wrong))} of {number(len(mark.points))} values are not finite{first}")
+        if not all(_placed(*whisker) for whisker in mark.whiskers):
+            told.append(f"{mark.name}: its interval is not finite")
     return told
+
+
+def _placed(*values: float) -> bool:
+    return all(map(drawable, values))
 
 
 def _memory_axis(values: Sequence[float]) -> Axis:

@@ -10,14 +10,13 @@ from typing import Any
 from latentforge.evidence.configuration import same
 from latentforge.evidence.reading import RunRecord, Series
 from latentforge.report import glance
-from latentforge.report.chart import Chart, Mark
+from latentforge.report.chart import Chart, Mark, colour
 from latentforge.report.glance import Figure
 from latentforge.report.panels import CROSS_ENTROPY, KL, of_model, points
 from latentforge.report.telling import state
 
 _DIGITS = 4
 """Digits of a run's id that name it in a legend, beside its kind; more where two begin alike."""
-COLOURS = 6
 _MODEL = {"distill": "student", "latent": "latent"}
 
 
@@ -67,11 +66,6 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     return Comparison(rows, drawn, tuple(_fields(records)), tuple(_notes(records, names)))
 
 
-def colour(number: int) -> str:
-    """The colour of the run of that number, from 0."""
-    return f"run{number % COLOURS}"
-
-
 def short_names(records: Sequence[RunRecord]) -> list[str]:
     """Each run's kind and as many digits of its id as tell all apart, which no two have in common."""
     digits = _DIGITS
@@ -110,9 +104,10 @@ def _curves(
 
 
 def _against_compute(records: Sequence[RunRecord], names: Sequence[str]) -> Chart | None:
-    """Held-out loss by the operations of training: only where all was measured on the same rows."""
+    """Held-out loss by the operations of training: only where all is known to be of the same rows."""
     marks = []
-    if len({_rows(record) for record in records}) != 1:
+    rows = {_rows(record) for record in records}
+    if len(rows) != 1 or None in rows:
         return None
     for number, (record, told) in enumerate(zip(records, names, strict=True)):
         held = _held_out(record, CROSS_ENTROPY.get(record.kind))
@@ -141,9 +136,14 @@ def _notes(records: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     for record, name in zip(records, names, strict=True):
         if _held_out(record, CROSS_ENTROPY.get(record.kind)) is not None:
             rows.setdefault(_rows(record), []).append(name)
+    unknown = rows.pop(None, [])
     if len(rows) > 1:
         groups = "; ".join(", ".join(group) for group in rows.values())
         notes.append(f"held-out values compare only within a group, which was measured on the same rows: {groups}")
+    if unknown:
+        notes.append(
+            f"the held-out rows of {', '.join(unknown)} are not known: no other's held-out values compare with theirs"
+        )
     if len({record.kind for record in records}) > 1:
         notes.append("runs of different kinds: their losses are not the same thing")
     unstated = [name for record, name in zip(records, names, strict=True) if record.effective is None]
@@ -157,9 +157,16 @@ def _held_out(record: RunRecord, metric: str | None) -> Series | None:
 
 
 def _rows(record: RunRecord) -> str | None:
-    """The digest of the rows that held-out values were measured on; None where the run does not say."""
-    told = [event.fields.get("rows_sha256") for event in record.events if event.kind == "metric"]
-    return next((str(one) for one in told if one is not None), None)
+    """The digest of the rows that the held-out loss was measured on; None where the run does not say, or names two."""
+    metric, model = CROSS_ENTROPY.get(record.kind), primary(record)
+    told = {
+        str(event.fields.get("rows_sha256") or "")
+        for event in record.events
+        if event.kind == "metric"
+        and (event.fields.get("name"), event.fields.get("model")) == (metric, model)
+        and event.fields.get("split") == "heldout"
+    }
+    return (told.pop() or None) if len(told) == 1 else None
 
 
 def _value(values: dict[str, Any], name: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from latentforge.evidence.reading import RunRecord, Series, as_number
-from latentforge.report.chart import Chart, Mark
+from latentforge.report.chart import COLOURS, Chart, Mark, colour
+from latentforge.report.words import number
 
 # The held-out metric of each kind of run that is measured as its steps' cross-entropy, and as their KL.
 CROSS_ENTROPY = {"distill": "val_loss", "teacher": "val_loss", "autoencoder": "val_loss", "latent": "val_token_ce"}
 KL = {"distill": "val_kl", "latent": "val_token_kd"}
-_COLOURS = 6
 _WHAT_LOSS_IS = {
     "distill": "ce_weight x cross-entropy + kd_weight x KL; the twin has no KL",
     "latent": "the energy score of the latents, and what is added to it",
@@ -77,27 +77,34 @@ def _same(record: RunRecord, loss: Series, field: str) -> bool:
 def _other_metrics(record: RunRecord) -> list[Chart]:
     """Held-out values that no other chart shows: shares of a codec, terms of a latent student's loss."""
     shown = {CROSS_ENTROPY.get(record.kind), KL.get(record.kind)}
-    told: dict[str, list[tuple[float, float]]] = {}
+    told: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for event in record.events:
         said = event.fields
         if event.kind == "metric" and said.get("split") == "heldout" and str(said.get("name")) not in shown:
             noise = f" at noise {said['noise']}" if "noise" in said else ""
             name, step, value = f"{said.get('name')}{noise}", said.get("step"), as_number(said.get("value"))
             if isinstance(step, int) and value is not None:
-                told.setdefault(name, []).append((float(step), value))
-    held = {name: tuple(found) for name, found in told.items() if len({step for step, _ in found}) > 1}
+                told.setdefault((str(said.get("model")), name), []).append((float(step), value))
+    models = {model for model, _ in told}
+    held = {
+        name if len(models) == 1 else f"{model}, {name}": tuple(found)
+        for (model, name), found in told.items()
+        if len({step for step, _ in found}) > 1
+    }
     charts = []
     for name, title, unit, word in (
         ("accuracy", "Held-out accuracy", "share that came back", "accuracy"),
         ("terms", "Held-out terms of the loss", "as measured", "val_"),
     ):
-        chosen = [(one, found) for one, found in held.items() if word in one][:_COLOURS]
+        chosen = [(one, found) for one, found in held.items() if word in one]
         if chosen:
             marks = [
-                Mark(one.removeprefix("val_").replace("_", " "), f"run{number}", found, dots=True)
-                for number, (one, found) in enumerate(chosen)
+                Mark(one.replace("val_", "").replace("_", " "), colour(place), found, dots=True)
+                for place, (one, found) in enumerate(chosen[:COLOURS])
             ]
-            charts.append(Chart(name, title, unit, tuple(marks)))
+            more = [one for one, _ in chosen[COLOURS:]]
+            note = f"{number(len(more))} more are not drawn, {more[0]} the first of them" if more else None
+            charts.append(Chart(name, title, unit, tuple(marks), note=note))
     return charts
 
 

@@ -1,4 +1,4 @@
-"""The report in a terminal: the same things in the same order, in lines."""
+"""The report in a terminal: what the page shows, in its order and in lines; of the samples the first."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from latentforge.report import glance, telling
 from latentforge.report.axes import Axis, drawable, smoothed
-from latentforge.report.chart import Chart, Mark, axes, bytes_label, window
+from latentforge.report.chart import Chart, Mark, axes, bytes_label, last_told, window
 from latentforge.report.comparison import Comparison
 from latentforge.report.page import Section
-from latentforge.report.words import number, one_line, plain
+from latentforge.report.words import fitted, number, one_line, plain
 from latentforge.verdicts import Outcome
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -33,29 +33,23 @@ def lines(section: Section, *, columns: int, accent: Accent = str) -> list[str]:
             )
     told += ["", *_hanging("evidence", 10, "; ".join([section.standing.line, *section.standing.problems]), columns)]
     told += _figures(glance.figures(record), columns)
-    for title, charts in (
-        ("what it learned", section.learning),
-        ("quality against compute", section.quality),
-        ("how it ran", section.working),
-    ):
-        told += _charts(title, charts, columns)
+    told += _charts("what it learned", section.learning, columns)
+    told += _charts("quality against compute", section.quality, columns)
+    told += _speeds(section, columns)
+    told += _charts("how it ran", section.working, columns)
     counted = glance.teacher(record)
     if counted:
         said = ", ".join(f"{one_line(name)} {one_line(value)}" for name, value in counted)
         told += ["", *_hanging("counted of the teacher", 24, said, columns)]
-    if section.contestants:
-        told += ["", "how fast it writes"]
-        wide = max(len(one_line(one.name)) for one in section.contestants)
-        for one in section.contestants:
-            least, greatest = f"{one.least:.0f}", f"{one.greatest:.0f}"
-            told.append(f"  {one_line(one.name):<{wide}}  {one.speed:>8.0f} tokens/s  ({least}–{greatest})")
     told += _timeline(glance.timeline(record), columns)
-    told += [f"  {one_line(line)}" for line in (glance.compile_line(record), *glance.compiles(record)) if line]
-    warnings = [*record.warnings, *record.unread, *section.wrong]
+    noted = [glance.compile_line(record), *glance.compiles(record), *glance.checkpoints(record)]
+    told += [row for line in noted if line for row in _hanging(" ", 2, one_line(line), columns)]
+    warnings = [*section.wrong, *record.warnings, *record.unread]
     if warnings:
         told += ["", "warnings", *(line for one in warnings for line in _hanging(" ", 2, one, columns))]
     for sample in section.samples[:1]:
-        told += ["", "a sample", *_hanging("  ", 2, one_line(sample.prompt), columns)]
+        more = f", the first of {number(len(section.samples))}" if len(section.samples) > 1 else ""
+        told += ["", f"a sample{more}", *_hanging("  ", 2, one_line(sample.prompt), columns)]
         for who, text in sample.continued:
             told += _hanging(f"  {one_line(who)}", 19, one_line(text), columns)
     for each in record.differences:
@@ -82,6 +76,14 @@ def compared_lines(compared: Comparison, *, columns: int, accent: Accent = str) 
     return told
 
 
+def _speeds(section: Section, columns: int) -> list[str]:
+    told = ["", "how fast it writes"] if section.contestants else []
+    wide = min(30, max((len(one_line(one.name)) for one in section.contestants), default=0))
+    for one in section.contestants:
+        told += _hanging(f"  {fitted(one.name, wide)}", wide + 4, one.told, columns)
+    return told
+
+
 def _figures(figures: Sequence[glance.Figure], columns: int) -> list[str]:
     told = [""]
     for one in figures:
@@ -97,25 +99,23 @@ def _charts(title: str, charts: Sequence[Chart], columns: int) -> list[str]:
         told.append(f"  {chart.title} ({chart.unit}{scale})")
         wide = min(30, max(len(one_line(mark.name)) for mark in chart.marks))
         for mark in chart.marks:
-            told.append(
-                f"    {one_line(mark.name)[:wide]:<{wide}}  {_curve(mark, y, chart, columns - wide - 36)}".rstrip()
-            )
+            told.append(f"    {fitted(mark.name, wide)}  {_curve(mark, y, chart, columns - wide - 36)}".rstrip())
     return told
 
 
 def _curve(mark: Mark, y: Axis, chart: Chart, room: int) -> str:
-    """First value, a curve where there is one, last value; what is not finite is a gap in the curve."""
-    label = bytes_label if chart.bytes else number
+    """First finite value, a curve where there is one, last value; what is not finite is a gap in the curve."""
+    label, last = bytes_label if chart.bytes else number, last_told(chart, mark)
     values = [value for _, value in smoothed(mark.points, window(mark))]
     finite = mark.finite
     if not finite:
         return "no finite value"
     if mark.dots or len(values) < 3:
-        return " → ".join(label(value) for _, value in (finite[:1] if len(finite) == 1 else (finite[0], finite[-1])))
+        return " → ".join([label(finite[0][1]), *([last] if len(mark.points) > 1 else [])])
     wide = max(8, min(_SPARK, room, len(values)))
     chosen = [values[round(n * (len(values) - 1) / (wide - 1))] for n in range(wide)]
     curve = "".join(_block(value, y) for value in chosen)
-    return f"{label(finite[0][1]):>10} {curve} {label(finite[-1][1])}"
+    return f"{label(finite[0][1]):>10} {curve} {last}"
 
 
 def _block(value: float, y: Axis) -> str:
@@ -134,9 +134,7 @@ def _timeline(bars: Sequence[glance.Bar], columns: int) -> list[str]:
         begin = min(room - 1, int(bar.begin * room / 100))
         length = max(1, min(room - begin, round(bar.length * room / 100)))
         drawn = ("░" if bar.open_ else "█") * length
-        told.append(
-            f"  {one_line(bar.name)[:wide]:<{wide}}  {'·' * begin}{drawn}{'·' * (room - begin - length)}  {bar.told}"
-        )
+        told.append(f"  {fitted(bar.name, wide)}  {'·' * begin}{drawn}{'·' * (room - begin - length)}  {bar.told}")
     return told
 
 

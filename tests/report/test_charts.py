@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latentforge.report.axes import axis_of, smoothed, step_axis, thinned
 from latentforge.report.chart import Chart, Mark, draw
-from latentforge.report.words import duration, number, plain, short, size
+from latentforge.report.words import duration, number, plain, short, size, worded
 
 numbers = st.floats(allow_nan=True, allow_infinity=True) | st.floats(-1e6, 1e6) | st.floats(1e-9, 1.0)
 sane = st.floats(-1e12, 1e12, allow_nan=False) | st.floats(1e-9, 1e9)
@@ -32,6 +32,17 @@ def test_no_number_breaks_a_chart(points: list[tuple[int, float]]) -> None:
     for dots in (False, True):
         drawn = draw(Chart("c", "C", "u", (mark, Mark("d", "twin", mark.points, dots=dots))))
         assert not any("nan" in stroke.path or "inf" in stroke.path for stroke in drawn.strokes)
+
+
+@pytest.mark.parametrize(("last", "told"), [(math.nan, "not a number"), (math.inf, "∞"), (-math.inf, "−∞")])
+@pytest.mark.parametrize("of_bytes", [False, True])
+def test_a_line_that_ends_with_no_number_is_not_said_to_end_with_the_last_that_was_one(
+    last: float, told: str, of_bytes: bool
+) -> None:
+    chart = Chart("c", "C", "u", (Mark("m", "student", ((1.0, 2.0), (2.0, 3.0), (3.0, last))),), bytes=of_bytes)
+    drawn = draw(chart)
+    assert drawn.keys[0].last == told
+    assert drawn.said == f"C: m ends at {told}"
 
 
 def test_thinning_keeps_the_peak_the_ends_and_the_gap() -> None:
@@ -71,4 +82,6 @@ def test_sizes_times_and_ticks_are_written_for_people() -> None:
     assert [size(n) for n in (0, 1023, 1 << 20, 628281344)] == ["0 B", "1023 B", "1 MiB", "599 MiB"]
     assert [duration(s) for s in (0.053, 28.07, 65, 11520)] == ["0.053 s", "28.1 s", "1:05 min", "3:12:00 h"]
     assert [short(v) for v in (0, 0.25, 7500, 12500, 1.5e6)] == ["0", "0.25", "7500", "12.5k", "1.5M"]
+    assert [short(1e300), size(2**511), size(2**62)] == ["1e300", "6.7e153 B", "4.61e18 B"]
+    assert [worded(v) for v in (60, 0.5, None, "x", True, [1])] == ["60", "0.5000", "not recorded", "x", "True", "[1]"]
     assert plain("a\x1b\u202eb\n") == "a⟨U+001B⟩⟨U+202E⟩b\n"
