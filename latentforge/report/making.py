@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,10 @@ from latentforge.evidence.reading import find_run, read_run
 from latentforge.report.chart import Chart
 from latentforge.report.comparison import Comparison, compare
 from latentforge.report.page import Section, page, section
+from latentforge.report.placing import check_page, check_plot, outside_runs, refusing, whole
 from latentforge.report.plots import write_plots
 from latentforge.report.standing import standing
 from latentforge.report.tensorboard import write_events
-from latentforge.spec.identity import RUN_ID
-
-_NEXT = "latentforge report RUN --to report.html"
-_OURS = b'<meta name="generator" content="latentforge report">'
 
 
 @dataclass(frozen=True)
@@ -59,24 +57,37 @@ def make_report(
 ) -> Made:
     """Write the page of ``runs``, with ``plots`` their charts in a folder beside it, event files below ``tensorboard``.
 
-    RefusedError as of :func:`read_sections`, and where a place lies in a run's folder or is something else already.
+    RefusedError as of :func:`read_sections`, where a place lies in a run's folder or is something else already, and
+    where a file cannot be written; what was written before that stays.
     """
     sections = read_sections(runs, verify=verify)
-    first = sections[0].record.id
-    more = f"-and-{len(sections) - 1}-more" if len(sections) > 1 else ""
-    path = Path("reports") / f"{first}{more}.html" if to is None else to
-    _check(path)
-    if tensorboard is not None:
-        _outside_runs(tensorboard, "--tensorboard")
+    path = Path("reports") / f"{_name([one.record.id for one in sections])}.html" if to is None else to
     compared = compare([one.record for one in sections]) if len(sections) > 1 else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(page(sections, compared, made=made), encoding="utf-8")
-    os.replace(partial, path)
-    drawn = write_plots(_charts(sections, compared), path.with_name(f"{path.stem}-plots")) if plots else []
-    written = [write_events(one.record, tensorboard) for one in sections] if tensorboard is not None else []
+    charts = _charts(sections, compared)
+    with refusing(path):
+        check_page(path)
+        folder = path.with_name(f"{path.stem}-plots")
+        for name, _ in charts if plots else ():
+            check_plot(folder / f"{name}.png")
+        if tensorboard is not None:
+            outside_runs(tensorboard, "--tensorboard")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        with whole(path) as partial:
+            partial.write_text(page(sections, compared, made=made), encoding="utf-8")
+    with refusing(folder):
+        drawn = write_plots(charts, folder) if plots else []
+    with refusing(tensorboard or folder):
+        written = [write_events(one.record, tensorboard) for one in sections] if tensorboard is not None else []
     return Made(tuple(sections), compared, path, tuple(drawn), tuple(written))
+
+
+def _name(runs: Sequence[str]) -> str:
+    """The name of a report's file: of several runs, no other choice or order of them has it."""
+    if len(runs) == 1:
+        return runs[0]
+    named = hashlib.sha256("\n".join(runs).encode()).hexdigest()
+    return f"{runs[0]}-and-{len(runs) - 1}-more-{named[:8]}"
 
 
 def _charts(sections: Sequence[Section], compared: Comparison | None) -> list[tuple[str, Chart]]:
@@ -91,20 +102,3 @@ def _charts(sections: Sequence[Section], compared: Comparison | None) -> list[tu
         for chart in (*one.learning, *one.quality, *one.working)
     ]
     return [*((f"compared-{chart.name}", chart) for chart in (compared.charts if compared else ())), *charts]
-
-
-def _check(path: Path) -> None:
-    """A report never becomes a file of a run, whose evidence it would break, and replaces nothing but a report."""
-    if path.suffix != ".html":
-        raise RefusedError(f"--to {path}: a report is an .html file", next=_NEXT)
-    _outside_runs(path, "--to")
-    if path.exists() and (not path.is_file() or _OURS not in path.read_bytes()[:4096]):
-        raise RefusedError(f"--to {path}: is there already and is no report", next=_NEXT)
-
-
-def _outside_runs(path: Path, option: str) -> None:
-    for folder in (path.resolve(), *path.resolve().parents):
-        if RUN_ID.fullmatch(folder.name) and (folder / "identity.json").exists():
-            raise RefusedError(
-                f"{option} {path}: {folder.name} is a run's folder, whose evidence names each of its files", next=_NEXT
-            )

@@ -6,21 +6,23 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from latentforge import __version__
 from latentforge.evidence.reading import RunRecord
 from latentforge.report import attached, glance, panels, telling
 from latentforge.report.chart import HEIGHT, WIDTH, Chart, Drawn, draw
 from latentforge.report.comparison import Comparison
+from latentforge.report.placing import GENERATOR
 from latentforge.report.standing import Standing
-from latentforge.report.words import plain
+from latentforge.report.words import number, plain
 from latentforge.verdicts import FALSIFIER_ID
 
-_ROWS = 400
-"""Lines of a list (warnings, settings) that a page shows."""
+_ROWS, _SAMPLES = 400, 40
+"""Lines of a list (warnings, settings, phases), and samples, that a page shows; it says how many more there are."""
 
 
 FALSIFIER_PARTS = re.compile(f"({FALSIFIER_ID.pattern})")
@@ -63,6 +65,24 @@ def section(record: RunRecord, standing: Standing) -> Section:
 
 def page(sections: Sequence[Section], compared: Comparison | None, *, made: str) -> str:
     """The HTML of a report, the comparison of several runs first; ``made`` is the time (UTC) at its foot."""
+    text = _template().render(
+        runs=[_of_run(one) for one in sections],
+        compared=compared,
+        compared_charts=_drawn(compared.charts) if compared else [],
+        compared_sentence=_compared(compared) if compared else "",
+        most=_ROWS,
+        left=_left,
+        made=made,
+        version=__version__,
+        generator=GENERATOR,
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    return text + "\n"
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("latentforge.report"),
         autoescape=True,
@@ -71,18 +91,7 @@ def page(sections: Sequence[Section], compared: Comparison | None, *, made: str)
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    template = environment.get_template("report.html")
-    text = template.render(
-        runs=[_of_run(one) for one in sections],
-        compared=compared,
-        compared_charts=_drawn(compared.charts) if compared else [],
-        compared_sentence=_compared(compared) if compared else "",
-        made=made,
-        version=__version__,
-        width=WIDTH,
-        height=HEIGHT,
-    )
-    return text + "\n"
+    return environment.get_template("report.html")
 
 
 def _finalize(value: Any) -> Any:
@@ -126,11 +135,12 @@ def _of_run(one: Section) -> dict[str, Any]:
         "timeline": glance.timeline(record),
         "compile_line": glance.compile_line(record),
         "compiles": glance.compiles(record),
-        "checkpoints": _checkpoints(record),
-        "warnings": [*record.warnings, *record.unread, *one.wrong][:_ROWS],
-        "samples": one.samples,
+        "checkpoints": glance.checkpoints(record),
+        "warnings": [*one.wrong, *record.warnings, *record.unread],
+        "samples": one.samples[:_SAMPLES],
+        "samples_left": _left(len(one.samples), _SAMPLES, "samples"),
         "contestants": one.contestants,
-        "fastest": max((each.greatest for each in one.contestants), default=1.0) or 1.0,
+        "fastest": attached.fastest(one.contestants),
         "settings": _settings(record),
         "differences": [
             (str(each["field"]), _value(each["requested"]), _value(each["effective"])) for each in record.differences
@@ -141,30 +151,24 @@ def _of_run(one: Section) -> dict[str, Any]:
     }
 
 
+def _left(count: int, shown: int, what: str) -> str:
+    """What a page says of those that it leaves out; nothing where it shows all."""
+    return f"{number(count - shown)} more {what} are left out here: the run's files have them" if count > shown else ""
+
+
 def _drawn(charts: Sequence[Chart]) -> list[Drawn]:
     return [draw(chart) for chart in charts]
 
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
     values = record.effective if record.effective is not None else record.requested or {}
-    return [(name, _value(value)) for name, value in values.items()][:_ROWS]
+    return [(name, _value(value)) for name, value in values.items()]
 
 
 def _value(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "–" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _checkpoints(record: RunRecord) -> list[str]:
-    told = []
-    for event in record.events:
-        said = event.fields
-        if event.kind == "checkpoint":
-            moved = f", {said['moved']} of {said['tensors']} tensors moved" if {"moved", "tensors"} <= set(said) else ""
-            size = f"{said['bytes'] / 1e6:.1f} MB" if isinstance(said.get("bytes"), int | float) else "size not told"
-            told.append(f"step {said.get('step')}: {said.get('path')}, {size}{moved}")
-    return told
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:

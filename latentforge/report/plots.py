@@ -8,6 +8,7 @@ from typing import Any
 
 from latentforge.report.axes import drawable, smoothed
 from latentforge.report.chart import Chart, Mark, axes, bytes_label, window
+from latentforge.report.placing import GENERATOR, whole
 from latentforge.report.words import plain, short
 
 _COLOURS = {
@@ -34,7 +35,8 @@ def write_plots(charts: Sequence[tuple[str, Chart]], folder: Path) -> list[Path]
         figure.subplots_adjust(left=0.12, right=0.96, top=0.9, bottom=0.13)
         _draw(chart, figure.subplots())
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=130)
+        with whole(path) as partial:
+            figure.savefig(partial, dpi=130, format="png", metadata={"Software": GENERATOR})
         written.append(path)
     return written
 

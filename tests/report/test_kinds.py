@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ def test_compiles_and_what_a_server_was_asked_are_shown(browser: Chromium, runs:
     assert "inductor: 3 by step 7: kd_loss, &lt;b&gt;fused&lt;/b&gt;" in page
     assert "<dt>requests</dt><dd>412</dd>" in page
     assert "not ended" in page
+
+
+def test_compiles_that_no_event_names_are_those_of_all_steps_together(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs)
+    events = re.sub(r'("step": [34], .*?)"compiles": 0', r'\1"compiles": 2', (run / "events.jsonl").read_text())
+    (run / "events.jsonl").write_text(events)
+    make_report([str(run)], tmp_path / "report.html")
+    assert "8 compiles after set-up, 120 steps" in (tmp_path / "report.html").read_text()
+
+
+def test_terms_that_have_no_colour_left_are_said_not_to_be_drawn(runs: Path, tmp_path: Path) -> None:
+    def tell(log: EventLog) -> None:
+        for step in (0, 20):
+            for term in "abcdefgh":
+                log.metric(f"val_{term}", 40.0 - step, step=step, split="heldout", model="latent")
+
+    make_report([str(_run(runs, "latent", tell))], tmp_path / "report.html")
+    assert "2 more are not drawn, val_g the first of them" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("lost", [0, 100])

@@ -12,12 +12,7 @@ import pytest
 from latentforge.cli import main
 from latentforge.errors import RefusedError
 from latentforge.evidence.checks import recorded_run
-from latentforge.evidence.reading import read_run
 from latentforge.report.making import make_report
-from latentforge.report.page import page, section
-from latentforge.report.standing import standing
-from latentforge.report.tensorboard import write_events
-from latentforge.report.terminal import lines as lines_of
 from latentforge.verdicts import Outcome
 
 from .chromium import Chromium
@@ -172,21 +167,105 @@ def test_samples_stand_side_by_side_in_a_fixed_order(runs: Path, tmp_path: Path)
     assert sides == ["the text itself", "teacher", "student", "twin"]
 
 
-WRONG = [None, True, "x", -1, 1e308, 2**70, [], {"a": 1}, "\u202e<b>"]
+def test_a_sample_of_nothing_but_spaces_and_line_ends_is_seen(runs: Path, tmp_path: Path) -> None:
+    page = _page(
+        distilled(runs, samples=[{"prompt": "a", "student": "\n \n", "twin": ""}]), to=tmp_path / "report.html"
+    )
+    assert "<pre>⏎␣⏎</pre>" in page
+    assert "<pre>(nothing)</pre>" in page
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
-def test_an_event_or_a_record_of_another_shape_does_not_break_a_report(
-    runs: Path, tmp_path: Path, wrong: object
+def test_a_page_says_how_many_of_a_long_list_it_leaves_out(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs, warnings=tuple(f"warning {n}" for n in range(401)), samples=SAMPLES * 41)
+    effective = json.loads((run / "effective.json").read_text())
+    effective["effective"] |= {f"field{n}": n for n in range(1000)}
+    (run / "effective.json").write_text(json.dumps(effective))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    saved = next(event for event in events if event["kind"] == "checkpoint")
+    compiled = saved | {"kind": "compile", "compiler": "c", "count": 1, "what": ["a"]}
+    phases = [{**saved, "kind": "phase", "name": "p", "state": "begin"} for _ in range(400)]
+    long = [*events[:-1], *[saved] * 401, *[compiled] * 403, *phases, events[-1]]
+    (run / "events.jsonl").write_text("\n".join(map(json.dumps, long)) + "\n")
+    page = _page(run, to=tmp_path / "report.html")
+    left = re.findall(r"(\d+) more ([a-z ]+) are left out here", page)
+    assert left == [
+        ("3", "phases"), ("3", "lines of compiles"), ("2", "checkpoints"), ("1", "warnings"), ("1", "samples"),
+        ("605", "settings"),
+    ]  # fmt: skip
+
+
+def test_the_file_of_a_report_of_several_runs_is_that_of_no_other_runs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two, three = (distilled(runs, steps=3, rate=rate) for rate in (1e-3, 2e-3, 3e-3))
+    made = {make_report(list(map(str, chosen)), None).page for chosen in ([one], [one, two], [one, three], [two, one])}
+    assert len(made) == 4
+    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == sorted(path.name for path in made if path)
+
+
+def test_plots_replace_nothing_but_plots(runs: Path, tmp_path: Path) -> None:
+    run = distilled(runs, steps=3)
+    for _ in range(2):
+        assert make_report([str(run)], tmp_path / "report.html", plots=True).plots
+    picture = tmp_path / "report-plots" / "loss.png"
+    picture.write_bytes(b"\x89PNG of somebody")
+    (tmp_path / "report.html").unlink()
+    with pytest.raises(RefusedError, match=r"loss\.png: is there already and is no plot"):
+        make_report([str(run)], tmp_path / "report.html", plots=True)
+    assert picture.read_bytes() == b"\x89PNG of somebody"
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["file/report.html", "n" * 300 + ".html", "round/report.html", "", "here.html"])
+def test_a_place_where_nothing_can_be_written_is_refused_and_nothing_is_left(
+    runs: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = distilled(runs, steps=3)
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    told = [line | {name: wrong} for line in lines for name in line if name not in ("seq", "run")]
-    (run / "events.jsonl").write_text("\n".join(map(json.dumps, [*lines, *told])) + "\n")
-    effective = json.loads((run / "effective.json").read_text())
-    (run / "effective.json").write_text(json.dumps(dict.fromkeys(effective, wrong)))
-    record = read_run(run)
-    whole = section(record, standing(run))
-    assert run.name in page([whole], None, made="now")
-    assert lines_of(whole, columns=80)
-    write_events(record, tmp_path)
+    (tmp_path / "file").write_text("of somebody")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "here.html").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    to = str(tmp_path / place) if place else ""
+    assert main(["report", str(run), "--to", to]) == 2
+    assert "--to" in (told := capsys.readouterr().err) or "cannot be written" in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["--tensorboard", "--plots"])
+def test_a_folder_of_plots_or_events_that_cannot_be_made_is_refused(
+    runs: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = distilled(runs, steps=3)
+    (tmp_path / "report-plots").write_text("of somebody")
+    asked = [option, str(tmp_path / "report-plots"), "--no-plots"] if option == "--tensorboard" else [option]
+    assert main(["report", str(run), "--to", str(tmp_path / "report.html"), *asked]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_finished_leaves_the_old_one_and_no_part_of_itself(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distilled(runs, steps=3)
+    before = _page(run, to=tmp_path / "report.html")
+
+    def full(self: Path, text: str, **_: str) -> None:
+        self.write_bytes(b"the beginning")
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RefusedError, match="No space left on device"):
+        make_report([str(run)], tmp_path / "report.html")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == before
+
+
+def test_held_out_values_of_rows_that_nobody_knows_are_not_compared(runs: Path, tmp_path: Path) -> None:
+    first, second, third = (distilled(runs, rate=rate) for rate in (1e-3, 2e-3, 3e-3))
+    for run in (first, second):
+        events = (run / "events.jsonl").read_text()
+        (run / "events.jsonl").write_text(re.sub(r', "rows_sha256": "[^"]*"', "", events))
+    for runs_ in ((first, second), (first, second, third)):
+        page = _page(*runs_, to=tmp_path / "report.html")
+        assert f"the held-out rows of {first.name[:12]}, {second.name[:12]} are not known" in page
+        assert "Quality against compute" not in page
