@@ -31,6 +31,7 @@ def report(
     """
     from latentforge.errors import RefusedError
     from latentforge.report.making import make_report
+    from latentforge.report.tensorboard import check_tensorboard
 
     if terminal:
         if to is not None or plots or tensorboard is not None:
@@ -41,6 +42,8 @@ def report(
         raise RefusedError(
             "--plots needs matplotlib, which is not installed", next="in a checkout:  pip install '.[train]'"
         )
+    if tensorboard is not None:
+        check_tensorboard()
     made = make_report(runs, to, verify=verify, plots=can_plot if plots is None else plots, tensorboard=tensorboard)
     if plots is None and not can_plot:
         print("no PNG plots: matplotlib is not installed (in a checkout:  pip install '.[train]')", file=sys.stderr)

@@ -1,62 +1,91 @@
 """A run's numbers as an event file of TensorBoard, for those who live there.
 
-The format in full, so that no library is needed to write it: a record is its length (8 bytes), that length's checksum
-(4), the bytes, their checksum (4), all little-endian; the bytes are a protobuf ``Event``. Checksums are CRC-32C, masked
-as TensorFlow does. The tests read what is written with TensorBoard's own reader.
+Its own protobufs and its own writer of records make the file, imported when one is asked for: who reads such files has
+TensorBoard. Only ``EventFileWriter`` is left out, since it names its file by the clock, the host and the process: here
+a run has one file, the same bytes whenever it is written.
 """
 
 from __future__ import annotations
 
-import os
-import struct
+import importlib.util
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from latentforge.errors import RefusedError
+from latentforge.events import Event
 from latentforge.evidence.reading import RunRecord, as_number
 from latentforge.report import telling
-from latentforge.report.words import plain
+from latentforge.report.placing import whole
+from latentforge.report.words import number, plain
 
 _SKIPPED = frozenset({"step", "steps"})
-_STRING = 7  # DT_STRING of TensorFlow's types
+
+
+def check_tensorboard() -> None:
+    """RefusedError where TensorBoard, which makes its event files, is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RefusedError(
+            "--tensorboard needs the package tensorboard, which is not installed",
+            next="in a checkout:  pip install '.[tensorboard]'",
+        )
 
 
 def write_events(record: RunRecord, folder: Path) -> Path:
     """Write the event file of a run into ``folder/<run>`` and return its path; the same file when written again.
 
     Each number of a step is ``<model>/<name>``, each metric ``<split>/<model>/<name>``, with the steps and times (UTC)
-    of the run's own events; not-a-number stays what it is. ``report`` is a text: what happened, and the verdicts.
+    of the run's own events; not-a-number stays what it is, as 32 bits hold it. ``report`` is a text: what happened, and
+    the verdicts. The file is named by the run's first event, so that a run that went on replaces its own. OSError where
+    it cannot be written, ModuleNotFoundError without TensorBoard.
     """
+    from tensorboard.compat.proto import event_pb2  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.types_pb2 import DT_STRING  # type: ignore[import-untyped]
+    from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
     times = [_seconds(event.wall) for event in record.events]
-    last = max(times, default=0.0)
-    path = folder / record.id / f"events.out.tfevents.{int(last)}.latentforge"
+    first, last = (times[0], max(times)) if times else (0.0, 0.0)
+    lines = [telling.sentence(record), *(verdict.line() for verdict in record.verdicts)]
+    lost = sum(event.kind in ("step", "metric") and _step(event) is None for event in record.events)
+    lines += [f"{number(lost)} events are left out: they have no step that TensorBoard can hold"] if lost else []
+    said = plain("\n\n".join(lines)).encode()
+    text = TensorProto(dtype=DT_STRING, tensor_shape={"dim": [{"size": 1}]}, string_val=[said])
+    named = SummaryMetadata(plugin_data={"plugin_name": "text"})
+    path = folder / record.id / f"events.out.tfevents.{int(first)}.latentforge"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(_record(_event(min(times, default=0.0), version="brain.Event:2")))
+    with whole(path) as partial, open(partial, "wb") as file:
+        writer = RecordWriter(file)
+        writer.write(event_pb2.Event(wall_time=first, file_version="brain.Event:2").SerializeToString())
         for wall, step, tag, value in _scalars(record):
-            file.write(_record(_event(wall, step, _text_field(1, tag) + _float_field(2, value))))
-        lines = [telling.sentence(record), *(verdict.line() for verdict in record.verdicts)]
-        said = plain("\n\n".join(lines)).encode()
-        file.write(_record(_event(last, 0, _text_summary("report", said))))
-    os.replace(partial, path)
+            scalar = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.write(event_pb2.Event(wall_time=wall, step=step, summary=scalar).SerializeToString())
+        report = Summary(value=[Summary.Value(tag="report", tensor=text, metadata=named)])
+        writer.write(event_pb2.Event(wall_time=last, summary=report).SerializeToString())
     return path
 
 
 def _scalars(record: RunRecord) -> Iterator[tuple[float, int, str, float]]:
     for event in record.events:
-        said, step = event.fields, event.fields.get("step")
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+        said, step = event.fields, _step(event)
+        if step is None:
             continue
         wall, model = _seconds(event.wall), plain(said.get("model", "run"))
         if event.kind == "step":
             for name, value in said.items():
-                number = as_number(value)
-                if name not in _SKIPPED and number is not None:
-                    yield wall, step, f"{model}/{plain(name)}", number
-        elif event.kind == "metric" and (number := as_number(said.get("value"))) is not None:
+                found = as_number(value)
+                if name not in _SKIPPED and found is not None:
+                    yield wall, step, f"{model}/{plain(name)}", found
+        elif event.kind == "metric" and (found := as_number(said.get("value"))) is not None:
             noise = f" at noise {said['noise']}" if "noise" in said else ""
-            yield wall, step, plain(f"{said.get('split')}/{model}/{said.get('name')}{noise}"), number
+            yield wall, step, plain(f"{said.get('split')}/{model}/{said.get('name')}{noise}"), found
+
+
+def _step(event: Event) -> int | None:
+    """The step of an event, None where it is none that 64 bits hold."""
+    step = event.fields.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63 else None
 
 
 def _seconds(wall: str) -> float:
@@ -65,71 +94,3 @@ def _seconds(wall: str) -> float:
         return datetime.fromisoformat(wall).timestamp()
     except (ValueError, OverflowError):
         return 0.0
-
-
-def _event(wall: float, step: int = 0, value: bytes | None = None, version: str | None = None) -> bytes:
-    """``Event``: wall_time 1, step 2, file_version 3, summary 5 with one value 1."""
-    body = b"\x09" + struct.pack("<d", wall)
-    body += b"\x10" + _varint(step) if step else b""
-    body += _text_field(3, version) if version is not None else b""
-    return body + (_bytes_field(5, _bytes_field(1, value)) if value is not None else b"")
-
-
-def _text_summary(tag: str, said: bytes) -> bytes:
-    """``Summary.Value`` of the text plugin: tag 1, tensor 8 (dtype 1, shape 2, string 8), metadata 9."""
-    shape = _bytes_field(2, _bytes_field(2, b"\x08\x01"))
-    tensor = b"\x08" + _varint(_STRING) + shape + _bytes_field(8, said)
-    metadata = _bytes_field(1, _text_field(1, "text"))
-    return _text_field(1, tag) + _bytes_field(8, tensor) + _bytes_field(9, metadata)
-
-
-def _text_field(number: int, text: str) -> bytes:
-    return _bytes_field(number, text.encode())
-
-
-def _bytes_field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _float_field(number: int, value: float) -> bytes:
-    try:
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    except OverflowError:  # beyond what 32 bits hold
-        return _varint(number << 3 | 5) + struct.pack("<f", float("inf") if value > 0 else float("-inf"))
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*parts, value])
-
-
-def _record(content: bytes) -> bytes:
-    length = struct.pack("<Q", len(content))
-    return length + struct.pack("<I", _masked(length)) + content + struct.pack("<I", _masked(content))
-
-
-def _masked(content: bytes) -> int:
-    crc = _crc32c(content)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_TABLE = _table()
-
-
-def _crc32c(content: bytes) -> int:
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
