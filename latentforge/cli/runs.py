@@ -80,15 +80,16 @@ def show(
         return ExitCode.PASS
     print(f"{record.id}  {record.end['outcome']}" + (f"  {one_line(record.reason)}" if record.reason else ""))
     for name, value in _inputs(record).items():
-        print(f"  {name:<10} {value}")
+        print(f"  {one_line(name):<10} {one_line(value)}")
     for verdict in record.verdicts:
         print(f"{verdict.falsifier} {accent(verdict.outcome.name)} {one_line(verdict.text)}")
     for subject in ("held out, last", "cost", "asked for"):
         if seen[subject]:
             print(accent(subject))
-            width = max(map(len, seen[subject]))
-            for name, value in seen[subject].items():
-                print(f"  {name:<{width}}  {_plain(value)}")
+            told = {one_line(name): _plain(value) for name, value in seen[subject].items()}
+            width = max(map(len, told))
+            for name, value in told.items():
+                print(f"  {name:<{width}}  {value}")
     return ExitCode.PASS
 
 
@@ -105,6 +106,7 @@ def compare(
     from latentforge.cli.terminal import accent, print_json
     from latentforge.evidence.reading import find_run, read_run
     from latentforge.history import comparing
+    from latentforge.report.words import one_line
 
     records = [read_run(find_run(text, next="latentforge runs list")) for text in runs]
     lines = [one for one in comparing.compare(records) if every or one.differs]
@@ -115,7 +117,7 @@ def compare(
         print_json({"runs": [record.id for record in records], "lines": found})
         return ExitCode.PASS
     table = [("", [_short(record.id) for record in records])]
-    table += [(line.name, [_plain(value) for value in line.values]) for line in lines]
+    table += [(one_line(line.name), [_plain(value) for value in line.values]) for line in lines]
     first = max(len(name) for name, _ in table) + 2
     widths = [max(len(values[at]) for _, values in table) for at in range(len(records))]
     subjects = ["", *(line.subject for line in lines)]

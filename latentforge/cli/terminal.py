@@ -14,8 +14,17 @@ from typing import Any, TextIO
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as indented JSON; in ASCII where it holds half of a character, which no terminal takes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text if _encodes(text) else json.dumps(value, indent=2))
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def accent(text: str) -> str:

@@ -50,6 +50,13 @@ def picture(run: RunRecord) -> dict[str, Mapping[str, Any]]:
         if series.split == "heldout" and series.values:
             name = series.name if series.model is None else f"{series.model} {series.name}"
             results[name] = series.values[-1]
+    rows = {
+        str(event.fields.get("rows_sha256"))
+        for event in run.events
+        if event.kind == "metric" and event.fields.get("split") == "heldout"
+    }
+    if results:  # values of other rows, or of rows that nobody knows, do not compare
+        results["rows (sha256)"] = ", ".join("not known" if one == "None" else one for one in sorted(rows))
     cost = {f"{name} (s)": seconds for name, seconds in (run.timings or {}).items()}
     if run.peak_memory_bytes is not None:
         cost["peak memory (bytes)"] = run.peak_memory_bytes

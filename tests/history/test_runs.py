@@ -122,6 +122,24 @@ def test_text_of_a_run_cannot_steer_the_terminal(runs: Path, capsys: pytest.Capt
         assert "\nforged" not in told
 
 
+def test_no_name_of_a_run_can_steer_the_terminal_and_half_a_character_breaks_no_json(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = sorted(str(path) for path in runs.glob("distill-*"))[:2]
+    for number, path in enumerate(map(Path, two)):
+        effective = json.loads((path / "effective.json").read_text())
+        effective["timings"] = {"\x1b[2J\nforged": 1.5 + number}
+        effective["flops"] = {"\u202e\ud800": 3.0}
+        (path / "effective.json").write_text(json.dumps(effective))
+    for command in (["show", two[0]], ["compare", *two], ["show", two[0], "--json"], ["compare", *two, "--json"]):
+        assert main(["runs", *command]) == 0
+        told = capsys.readouterr().out
+        assert told.encode()
+        assert "\x1b" not in told
+        assert "\nforged" not in told
+        assert "\ud800" not in told
+
+
 def test_a_ledger_that_was_altered_is_said_and_the_folders_are_listed(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +156,10 @@ def test_one_run_is_shown_with_verdicts_results_and_settings(runs: Path, capsys:
     assert "F-DISTILL-SMOKE-001 PASS val_loss 3.0400 < 4.9100 at step 2" in told
     assert "learning_rate  0.001" in told
     assert main(["runs", "show", run, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["held out, last"] == {"student val_loss": 3.04}
+    assert json.loads(capsys.readouterr().out)["held out, last"] == {
+        "student val_loss": 3.04,
+        "rows (sha256)": "not known",
+    }
 
 
 def test_runs_side_by_side_show_what_differs_and_all_of_it_if_asked(
@@ -153,6 +174,18 @@ def test_runs_side_by_side_show_what_differs_and_all_of_it_if_asked(
     assert json.loads(capsys.readouterr().out)["lines"]["asked for"]["steps"] == [2, 2, 2]
     assert main(["runs", "compare", *three]) == 0
     assert "  seed" in capsys.readouterr().out
+
+
+def test_held_out_values_of_other_rows_are_shown_with_the_rows_that_each_is_of(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = sorted(path for path in runs.iterdir() if path.is_dir())
+    for path, digest in zip(three[:2], ("1" * 64, "2" * 64), strict=True):
+        log = (path / "events.jsonl").read_text()
+        (path / "events.jsonl").write_text(log.replace('"heldout"', f'"heldout", "rows_sha256": "{digest}"'))
+    assert main(["runs", "compare", *map(str, three), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["lines"]["held out, last"]
+    assert found == {"rows (sha256)": ["1" * 64, "2" * 64, "not known"]}
 
 
 def test_what_a_run_does_not_have_is_no_value_of_it(runs: Path) -> None:
