@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from latentforge.report.axes import Axis, Point, axis_of, drawable, smoothed, step_axis, thinned
 from latentforge.report.words import number, short, size
@@ -31,7 +32,7 @@ class Mark:
     levels: bool = False
     whiskers: tuple[tuple[float, float, float], ...] = ()
 
-    @property
+    @cached_property
     def finite(self) -> tuple[Point, ...]:
         """The points that have a place in the picture."""
         return tuple(point for point in self.points if drawable(point[0]) and drawable(point[1]))

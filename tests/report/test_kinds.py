@@ -14,7 +14,7 @@ from latentforge.events import EventLog
 from latentforge.report.making import make_report
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import LaunchRecord, RunDir
-from latentforge.verdicts import ExitCode
+from latentforge.verdicts import ExitCode, Outcome
 
 from .chromium import Chromium
 from .planted import distilled
@@ -125,6 +125,11 @@ def test_rows_without_a_teacher_have_a_chart(runs: Path, tmp_path: Path, lost: i
     (run / "events.jsonl").write_text(events)
     make_report([str(run)], tmp_path / "report.html")
     assert ("<b>Teacher coverage</b>" in (tmp_path / "report.html").read_text()) == (lost > 0)
+
+
+def test_a_long_name_of_a_falsifier_fits_a_phone(browser: Chromium, runs: Path, tmp_path: Path) -> None:
+    verdicts = [(f"F-{'A' * 90}-{number:03}", Outcome.FAIL, "y" * 500) for number in range(3)]
+    _page(distilled(runs, verdicts=verdicts, code=ExitCode.FAIL), tmp_path / "report.html", browser)
 
 
 def test_a_phase_at_the_very_end_is_not_cut_off(browser: Chromium, runs: Path, tmp_path: Path) -> None:
