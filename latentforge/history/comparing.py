@@ -45,7 +45,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Line]:
 
 def picture(run: RunRecord) -> dict[str, Mapping[str, Any]]:
     """What is compared of a run, by subject, flat."""
-    results = {}
+    results: dict[str, Any] = {}
     for series in run.metrics:
         if series.split == "heldout" and series.values:
             name = series.name if series.model is None else f"{series.model} {series.name}"
