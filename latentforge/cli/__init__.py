@@ -140,6 +140,8 @@ def _root(
 
 
 def _report(what: str, following: str | None) -> None:
+    # What an error names may be a run's own text, or a file's name: neither steers the terminal.
+    what = "".join(one if one.isprintable() or one == "\n" else f"⟨U+{ord(one):04X}⟩" for one in what)
     lines = [f"error: {what}"]
     if following:
         first, *rest = following.splitlines()

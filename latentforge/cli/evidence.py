@@ -39,15 +39,19 @@ def verify(
 
     Exit code: 0 verified, 1 something was altered, 3 something could not be verified here.
     """
+    import os
     from pathlib import Path
 
     from latentforge.cli.terminal import Passing, print_json
+    from latentforge.errors import RefusedError
     from latentforge.evidence import file_sha256, verify_evidence
     from latentforge.evidence.reading import evidence_folder, find_run
     from latentforge.evidence.signatures import allowed_signers
     from latentforge.verdicts import exit_code
 
     allowed = allowed_signers(signers)
+    if "" in (head or ()):
+        raise RefusedError("--head names no file: the name is empty", next="ls runs/heads/")
     passing = Passing(active=not json)
 
     def hasher(file: Path) -> str:
@@ -58,7 +62,7 @@ def verify(
         find_run(path, next=f"latentforge evidence verify {evidence_folder()}/"),
         hasher=hasher,
         signers=allowed,
-        heads=[Path(one) for one in head or ()],
+        heads=[Path(os.path.expanduser(one)) for one in head or ()],
     )
     passing.clear()
     if json:
@@ -80,7 +84,7 @@ def sign(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Sign runs, or the ledger as it stands, with an SSH key; only what verifies is signed, and once.
+    """Sign runs, or the ledger as it stands, with an SSH key; nothing in which something fails, and once.
 
     A signed ledger vouches for every run in it, and shows where later its last lines are missing. Exit code: 0 all
     signed, 1 something does not verify.
@@ -93,14 +97,14 @@ def sign(
     from latentforge.evidence.reading import find_run
     from latentforge.evidence.signing import sign_evidence
 
-    named = key or os.environ.get("EVIDENCE_KEY")
+    named = os.environ.get("EVIDENCE_KEY") if key is None else key
     if not named:
         following = f"latentforge evidence sign {paths[0]} --key ~/.ssh/id_ed25519"
         raise RefusedError("no key was named, with --key or EVIDENCE_KEY", next=following)
     found = [find_run(path) for path in paths]
     signed = []
     for path in found:
-        what, signature = sign_evidence(path, Path(named).expanduser())
+        what, signature = sign_evidence(path, Path(os.path.expanduser(named)))
         signed.append({"signed": what, "signature": str(signature)})
         if not json:
             print(f"signed {what}: {signature}")
@@ -122,6 +126,7 @@ def diff(
     from latentforge.cli.terminal import accent, print_json
     from latentforge.evidence.difference import compare_runs
     from latentforge.evidence.reading import find_run, read_run
+    from latentforge.report.words import one_line
 
     first, second = (read_run(find_run(text, next="latentforge runs list")) for text in (before, after))
     sections = compare_runs(first, second)
@@ -137,7 +142,8 @@ def diff(
             # Of a model that was trained again every tensor differs: their count says it.
             shown = section.changes if section.name != "tensors" else section.changes[:3]
             for change in shown:
-                print(f"  {change.what:<{width}}  {_shown(change.before)} → {_shown(change.after)}{_ratio(change)}")
+                sides = f"{_shown(change.before)} → {_shown(change.after)}{_ratio(change)}"
+                print(f"  {one_line(change.what):<{width}}  {sides}")
             if len(shown) < len(section.changes):
                 print(f"  and {len(section.changes) - len(shown)} more: --json lists all")
     alike = [section.name for section in sections if section.same and not section.changes]
@@ -151,21 +157,23 @@ def _shown(value: Any) -> str:
     import re
 
     from latentforge.evidence.difference import ABSENT
+    from latentforge.report.words import one_line
 
     if value is ABSENT:
         return "–"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
-        return f"{value[:12]}…" if re.fullmatch(r"[0-9a-f]{40,}", value) else value
-    return json.dumps(value, ensure_ascii=False)
+        return f"{value[:12]}…" if re.fullmatch(r"[0-9a-f]{40,}", value) else one_line(value)
+    return one_line(json.dumps(value, ensure_ascii=False))
 
 
 def _ratio(change: Change) -> str:
     numbers = [value for value in (change.before, change.after) if isinstance(value, float | int)]
     if len(numbers) < 2 or any(isinstance(value, bool) or value <= 0 for value in numbers):
         return ""
-    return f"  (× {numbers[1] / numbers[0]:.3g})"
+    ratio = float(numbers[1]) / float(numbers[0])  # as doubles: two whole numbers may be too far apart for Python
+    return f"  (× {ratio:.3g})"
 
 
 @app.command()
@@ -229,6 +237,7 @@ def reproduce(
 def _told(verification: Verification) -> list[str]:
     from latentforge.cli.terminal import accent, size
     from latentforge.evidence.ledger import LEDGER
+    from latentforge.report.words import one_line
     from latentforge.verdicts import Outcome
 
     lines = []
@@ -240,12 +249,12 @@ def _told(verification: Verification) -> list[str]:
             if problem.outcome is Outcome.UNKNOWN and problem not in unknown[:_MOST]:
                 continue
             word = "FAILED " if problem.outcome is Outcome.FAIL else "UNKNOWN"
-            lines.append(f"{accent(word)}  {where}{problem.what}  {problem.text}")
+            lines.append(f"{accent(word)}  {where}{one_line(problem.what)}  {one_line(problem.text)}")
         if len(unknown) > _MOST:
             lines.append(f"{accent('UNKNOWN')}  {where}and {len(unknown) - _MOST} more: --json lists all")
     if verification.outcome is Outcome.PASS:
         counted = f"{verification.subjects} subjects, {size(verification.bytes)} in {verification.seconds:.1f} s"
-        verified = accent(verification.standing)
+        verified = accent(one_line(verification.standing))
         if verification.run is None:
             runs = f"{len(verification.runs)} {'run' if len(verification.runs) == 1 else 'runs'}"
             lines.append(f"{verified}  {runs}, {counted} · {LEDGER} is whole")
@@ -269,6 +278,7 @@ def _about_run(run: Verification) -> list[str]:
     """What the evidence says of the run itself; sound evidence of a failed run is still of a failed run."""
     import json
 
+    from latentforge.report.words import one_line
     from latentforge.verdicts import Outcome
 
     lines: list[str] = []
@@ -279,7 +289,7 @@ def _about_run(run: Verification) -> list[str]:
     elif differences := run.configuration["differences"]:
         lines.append("requested and effective configuration differ:")
         lines += [
-            f"  {one['field']}  {json.dumps(one['requested'])} asked, {json.dumps(one['effective'])} in force"
+            f"  {one_line(one['field'])}  {json.dumps(one['requested'])} asked, {json.dumps(one['effective'])} in force"
             for one in differences
         ]
     else:

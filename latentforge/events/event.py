@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentforge.errors import RefusedError
+from latentforge.spec.reading import LARGEST, parse_json
 
 KINDS = frozenset({"phase", "step", "metric", "checkpoint", "compile", "memory", "warning", "verdict", "end"})
 _LARGEST = 2**512  # what is reckoned with such numbers still fits a float
@@ -33,9 +34,7 @@ class Event:
 def parse_event(line: str | bytes) -> Event:
     """The event of one line; refused where the line is not one, or holds what no counter and no text can hold."""
     try:
-        value = json.loads(line, parse_int=_count)
-        if b"\\u" in line if isinstance(line, bytes) else "\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a character, which no file and no terminal takes
+        value = parse_json(line, whole=_count)
         seq, t, wall, run, kind = (value.pop(name) for name in _HEAD)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RefusedError(f"not an event: {_shown(line)} ({error})") from error
@@ -59,7 +58,7 @@ def sift_events(path: Path) -> tuple[list[Event], list[int]]:
         try:
             if line.strip():
                 events.append(parse_event(line))
-        except (RefusedError, RecursionError):
+        except RefusedError:
             broken.append(number)
     return events, broken
 
@@ -69,9 +68,11 @@ def read_events(path: Path) -> list[Event]:
     return [parse_event(line) for line in _whole_lines(path) if line.strip()]
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    whole, _, _torn = path.read_bytes().rpartition(b"\n")
-    return whole.split(b"\n")
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while line := file.readline(LARGEST):
+            if line.endswith(b"\n") or len(line) == LARGEST:  # so much without an end is no torn line of a log
+                yield line.removesuffix(b"\n")
 
 
 def _shown(line: str | bytes) -> str:

@@ -83,15 +83,19 @@ def _picture(record: RunRecord) -> dict[str, dict[str, Any]]:
     }
 
 
-def _tensors(identities: dict[str, Any]) -> dict[str, str]:
+def _tensors(identities: dict[str, Any]) -> dict[str, Any]:
     """The digest of each tensor of the run's weights and of its inputs', which it takes out of the identities."""
     files: dict[str, Any] = dict(identities.pop("tensors"))
     for name, each in identities["inputs"].items():
-        if isinstance(each["read"], dict):
+        if isinstance(each["read"], dict) and isinstance(each["read"].get("tensors"), dict):
             read = dict(each["read"])
-            files.update({f"{name}: {file}": tensors for file, tensors in read.pop("tensors", {}).items()})
+            files.update({f"{name}: {file}": tensors for file, tensors in read.pop("tensors").items()})
             identities["inputs"][name] = {**each, "read": read}
-    return {f"{file} {name}": one["sha256"] for file, each in files.items() for name, one in (each or {}).items()}
+    # Of a run's own files they are as they were hashed here; of its inputs, whatever the trainer wrote down.
+    listed = [
+        (f"{file} {name}", one) for file, each in files.items() if isinstance(each, dict) for name, one in each.items()
+    ]
+    return {name: one["sha256"] if isinstance(one, dict) and "sha256" in one else one for name, one in listed}
 
 
 def _verdicts(record: RunRecord) -> dict[str, Any]:

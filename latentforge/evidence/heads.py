@@ -9,10 +9,10 @@ from typing import Any
 
 from latentforge.errors import FailedError, LatentForgeError, RefusedError
 from latentforge.evidence.ledger import LEDGER, Chain, read_chain
-from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.once import write_once
 from latentforge.evidence.signatures import SUFFIX, Signature, check_signature, sign_bytes
 from latentforge.spec.canonical import canonical_bytes
+from latentforge.spec.reading import parse_json
 
 HEADS = "heads"
 """The folder beside the ledger that holds its signed heads: ``<entry>.json`` and ``<entry>.json.sig``."""

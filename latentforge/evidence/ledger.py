@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from functools import cached_property
 from pathlib import Path
 
 from latentforge.errors import FailedError, RefusedError
-from latentforge.evidence.numbers import parse_json
 from latentforge.spec.identity import RUN_ID, check_run_id
+from latentforge.spec.reading import parse_json, read_regular
 
 LEDGER = "ledger.jsonl"
 FIRST = "0" * 64
 """``prev`` of the first line."""
+
+_LARGEST = 1 << 29  # a line has 310 bytes: more than a million runs
 
 _QUOTED = json.JSONEncoder(ensure_ascii=False).encode
 _FIELDS = {"entry", "prev", "run", "manifest", "wall", "sha256"}
@@ -74,9 +77,12 @@ class Chain:
 
 
 def read_chain(path: Path) -> Chain:
-    """Read a ledger and check every line and link; FailedError names the first line that is wrong."""
+    """Read a ledger and check every line and link; FailedError names the first line that is wrong.
+
+    RefusedError where there is none, or it is no file that can be read.
+    """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, largest=_LARGEST)
     except FileNotFoundError:
         raise RefusedError(f"there is no ledger at {path}") from None
     return check_chain(content, path.name)
@@ -139,8 +145,13 @@ def append(path: Path, run: str, manifest: str, *, wall: str | None = None) -> E
 def _locked(path: Path) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise RefusedError(f"{path} cannot be written to: {error.strerror}") from error
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise RefusedError(f"{path} is no regular file")
         fcntl.flock(file, fcntl.LOCK_EX)
         if new:
             sync_folder(path.parent)
@@ -169,7 +180,7 @@ def sync_folder(folder: Path) -> None:
 def _entry(line: bytes, where: str) -> Entry:
     try:
         value = parse_json(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FailedError(f"{where} is not JSON: it was altered ({error})") from None
     if not isinstance(value, Mapping) or set(value) != _FIELDS:
         raise FailedError(f"{where} does not have the fields of a ledger line: it was altered")

@@ -9,10 +9,10 @@ from typing import Any
 
 from latentforge.errors import RefusedError
 from latentforge.evidence import ledger
-from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.once import write_once
 from latentforge.evidence.statement import MANIFEST
 from latentforge.spec.canonical import canonical_bytes
+from latentforge.spec.reading import parse_json, read_regular
 
 
 def write_manifest(run_dir: Path, statement: Mapping[str, Any]) -> str:
@@ -38,9 +38,17 @@ def record(run_dir: Path, statement: Mapping[str, Any], *, wall: str | None = No
     try:
         sha256 = write_manifest(run_dir, statement)
     except RefusedError:
-        content = (run_dir / MANIFEST).read_bytes()
-        written = parse_json(content)
-        if canonical_bytes(written) != content or written.get("subject") != statement["subject"]:
+        content = read_regular(run_dir / MANIFEST)
+        if not _says_of(content, statement["subject"]):
             raise
         sha256 = hashlib.sha256(content).hexdigest()
     return ledger.append(ledger_path, run_dir.name, sha256, wall=wall)
+
+
+def _says_of(content: bytes, subject: Any) -> bool:
+    """Whether a manifest that lies there already is one in canonical form, of the same files."""
+    try:
+        written = parse_json(content)
+    except ValueError:
+        return False
+    return isinstance(written, dict) and written.get("subject") == subject and canonical_bytes(written) == content

@@ -13,6 +13,7 @@ from latentforge.events import Event, sift_events
 from latentforge.evidence.configuration import compare_configuration, flatten
 from latentforge.evidence.statement import MANIFEST, end_of, read_json
 from latentforge.spec.identity import RUN_ID, RunIdentity
+from latentforge.spec.reading import UnreadableError
 from latentforge.spec.run import RunDir
 from latentforge.verdicts import FALSIFIER_ID, Outcome, Verdict
 
@@ -109,15 +110,15 @@ def read_run(folder: Path) -> RunRecord:
 
     RefusedError where the folder is no run's, or a file of it cannot be read as what its name promises.
     """
-    run = RunDir(Path(folder).resolve())
-    if not run.path.is_dir():
+    run = RunDir(Path(os.path.realpath(folder)))
+    if not os.path.isdir(run.path):
         raise RefusedError(f"there is no folder {run.path}", next="latentforge dispatch ls")
-    identity = run.load_identity() if run.identity_file.is_file() else None
+    identity = run.load_identity() if os.path.lexists(run.identity_file) else None
     effective = read_json(run.effective_file)
     launch = read_json(run.launch_file)
     manifest = read_json(run.path / MANIFEST)
     predicate = _mapping(manifest, "predicate") or {}
-    told, broken = sift_events(run.events_file) if run.events_file.is_file() else ([], [])
+    told, broken = _events(run.events_file)
     events = [event for event in told if event.run == run.run]
     compared = compare_configuration(run.kind, identity.spec, effective or {}) if identity else None
     alone = _mapping(effective, "effective")
@@ -169,17 +170,33 @@ def find_run(text: str, *, next: str | None = None) -> Path:
 
     RefusedError where there is none, or more than one; ``next`` is the command to type then.
     """
+    if not text:
+        raise RefusedError("no run is named: the name is empty", next=next)
     path = Path(text)
-    if path.exists():
+    if os.path.exists(path):
         return path
     folder = path.parent if "/" in text else evidence_folder()
-    known = sorted(item.name for item in folder.iterdir() if RUN_ID.fullmatch(item.name)) if folder.is_dir() else []
+    try:
+        known = sorted(name for name in os.listdir(folder) if RUN_ID.fullmatch(name)) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise RefusedError(f"{folder} cannot be listed: {error.strerror}", next=next) from error
     found = [name for name in known if name.startswith(path.name)]
     if len(found) > 1:
         raise RefusedError(f"{text!r} is the beginning of {len(found)} runs: {', '.join(found)}", next=next)
     if not found:
         raise RefusedError(f"there is no run {text!r} in {folder}/", next=next)
     return folder / found[0]
+
+
+def _events(path: Path) -> tuple[list[Event], list[int]]:
+    if not os.path.lexists(path):
+        return [], []
+    if not os.path.isfile(path):
+        raise UnreadableError(path, "is no regular file")
+    try:
+        return sift_events(path)
+    except OSError as error:
+        raise UnreadableError.of(path, error) from error
 
 
 def _one(series: Iterable[Series], name: str, model: str | None, split: str | None) -> Series | None:

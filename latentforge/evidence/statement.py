@@ -15,11 +15,11 @@ from latentforge.errors import FailedError, RefusedError
 from latentforge.events import Event, sift_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.evidence.digests import file_sha256, tree_files
-from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.schema import PREDICATE_TYPE, STATEMENT_TYPE, Statement
 from latentforge.evidence.secrets import refuse_secret_files, refuse_secrets
 from latentforge.evidence.tensors import tensor_digests
 from latentforge.spec.identity import RunIdentity
+from latentforge.spec.reading import parse_json, read_regular
 from latentforge.verdicts import Outcome, meet
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ def build_statement(
     digests = digest_files(run_dir)
     derived = derive(run_dir, digests)
     verdicts = derived["verdicts"]
-    known = {verdict["falsifier"]: verdict for verdict in verdicts}
+    known = {str(verdict["falsifier"]) for verdict in verdicts}
     conclusions = checked_conclusions(verdicts) + [
         # A check that did not run for this run supports nothing: the text stays a claim.
         {"text": claim.text, "check": claim.check, "status": "checked" if claim.check in known else "claim"}
@@ -166,7 +166,7 @@ def checked_conclusions(verdicts: Iterable[Mapping[str, Any]]) -> list[dict[str,
     """What the verdicts say in one line each: the conclusions that every statement begins with."""
     return [
         {
-            "text": f"{one['falsifier']} {one['outcome'].upper()} {one['text']}".rstrip(),
+            "text": f"{one['falsifier']} {str(one['outcome']).upper()} {one['text']}".rstrip(),
             "check": one["falsifier"],
             "status": "checked",
         }
@@ -202,16 +202,16 @@ def _broken(lines: Iterable[int]) -> Iterable[dict[str, Any]]:
 
 def _observations(events: Sequence[Event]) -> Iterable[dict[str, Any]]:
     """Every warning, and each metric's first and last value, with the event that states it."""
-    metrics: dict[tuple[Any, ...], list[Event]] = {}
+    metrics: dict[tuple[str | None, ...], list[Event]] = {}
     for event in events:
         if event.kind == "metric":
-            key = tuple(event.fields.get(name) for name in ("name", "split", "model"))
-            metrics.setdefault(key, []).append(event)
+            words = (event.fields.get(name) for name in ("name", "split", "model"))
+            metrics.setdefault(tuple(None if one is None else str(one) for one in words), []).append(event)
         elif event.kind == "warning":
             source = f"events.jsonl seq {event.seq}"
             yield {"what": "warning", "value": event.fields.get("message"), "source": source}
     for (name, split, model), seen in metrics.items():
-        what = " ".join(str(part) for part in (model, name, split) if part is not None)
+        what = " ".join(part for part in (model, name, split) if part is not None)
         for event in seen if len(seen) == 1 else (seen[0], seen[-1]):
             yield {
                 "what": f"{what} at step {event.fields.get('step')}",
@@ -224,6 +224,8 @@ def end_of(events: Sequence[Event], record: dict[str, Any] | None) -> dict[str, 
     """The run's outcome: the meet of its verdicts, but never a pass for a run whose end is missing or not a pass."""
     ends = [event for event in events if event.kind == "end"]
     code = ends[-1].fields.get("code") if ends else None
+    if type(code) is not int:
+        code = None  # false and 0.0 are no exit codes, equal as they are to 0
     outcomes = [Outcome.__members__.get(str(one["outcome"]).upper(), Outcome.UNKNOWN) for one in _verdicts(events)]
     if code != 0:
         outcomes.append(Outcome.FAIL if code == 1 else Outcome.UNKNOWN)
@@ -254,7 +256,10 @@ def _check_inventory(record: Mapping[str, Any] | None, found: str | None) -> Non
 def _not_collected(artifacts: dict[str, Any] | None, digests: Mapping[str, str]) -> list[dict[str, Any]]:
     """What the host recorded and is not here; FailedError where a file is here with other bytes."""
     absent = []
-    for file in (artifacts or {}).get("files", []):
+    files = (artifacts or {}).get("files", [])
+    if not isinstance(files, list) or not all(isinstance(file, dict) and _is_listed(file) for file in files):
+        raise RefusedError("artifacts.json lists its files in no way that is known here")
+    for file in files:
         found = digests.get(file["path"])
         if found is None:
             absent.append({"path": file["path"], "bytes": file["bytes"], "sha256": file["sha256"]})
@@ -265,6 +270,10 @@ def _not_collected(artifacts: dict[str, Any] | None, digests: Mapping[str, str])
                 next="remove the copy and collect again",
             )
     return absent
+
+
+def _is_listed(file: Mapping[str, Any]) -> bool:
+    return isinstance(file.get("path"), str) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
 
 
 def _products(digests: Mapping[str, str]) -> dict[str, str]:
@@ -281,7 +290,8 @@ def _data_files(run_dir: Path, digests: Mapping[str, str]) -> dict[str, Any] | N
     """What a data run read: the digest of its list of files in the order of reading, and how many lines that has."""
     if (sha256 := digests.get(_READ_ORDER)) is None:
         return None
-    return {"files": (run_dir / _READ_ORDER).read_bytes().count(b"\n"), "sha256": sha256}
+    with open(run_dir / _READ_ORDER, "rb") as file:
+        return {"files": sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")), "sha256": sha256}
 
 
 def _inputs(named: Mapping[str, str], read: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,7 +318,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         return None
 

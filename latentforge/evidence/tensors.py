@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentforge.evidence.numbers import parse_json
+from latentforge.spec.reading import parse_json
 
 _LARGEST_HEADER = 100_000_000  # the format's own bound
 _BLOCK = 1 << 20
@@ -70,7 +70,7 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any] | None, int]:
         return None, 0
     try:
         value = parse_json(file.read(length))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None, 0
     if not isinstance(value, dict):
         return None, 0

@@ -17,15 +17,16 @@ from latentforge.errors import LatentForgeError, RefusedError, UnknownOutcomeErr
 from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.evidence.heads import SignedHead, check_heads
 from latentforge.evidence.ledger import LEDGER, Chain, Entry, read_chain
-from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.schema import SINCE_2, Statement
 from latentforge.evidence.signatures import SUFFIX, Signature, check_signature
 from latentforge.evidence.statement import DERIVED, MANIFEST, UNLISTED, checked_conclusions, derive, host_version
 from latentforge.spec.canonical import canonical_bytes
 from latentforge.spec.identity import RUN_ID
+from latentforge.spec.reading import UnreadableError, parse_json, read_regular
 from latentforge.verdicts import Outcome, meet, parse_line
 
 Hash = Callable[[Path], str]
+_LONGEST = 1 << 16  # a verdict's line has some hundred characters
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Verification:
     end: dict[str, Any] | None = None
     problems: list[Problem] = field(default_factory=list)
     runs: list[Verification] = field(default_factory=list)
-    entries: int = 0
+    chain: Chain | None = None
+    """The ledger as it was read, if it is whole."""
     signature: Signature | None = None
     """Of the run's manifest, or of a head of the ledger that covers its entry; of a ledger, of its newest head."""
     signed_entries: int = 0
@@ -67,14 +69,30 @@ class Verification:
         return meet([Outcome.PASS, *own, *(run.outcome for run in self.runs)])
 
     @property
+    def entries(self) -> int:
+        """How many lines the ledger has."""
+        return 0 if self.chain is None else len(self.chain.entries)
+
+    @property
+    def signed(self) -> bool:
+        """Whether somebody whom the signers name has signed it; of a ledger without a head, each of its runs."""
+        each = [self.signature] if self.signature is not None else [run.signature for run in self.runs]
+        return bool(each) and all(one is not None and one.signer is not None for one in each)
+
+    @property
     def standing(self) -> str:
         """``verified, unsigned``, or by whom it was signed; ``not verified`` where the outcome is no pass."""
         if self.outcome is not Outcome.PASS:
             return "not verified"
-        if self.signature is None:
+        if self.signature is not None:
+            cut = self.run is None and self.signed_entries < self.entries
+            return f"verified, {self.signature.told}{f' up to entry {self.signed_entries}' if cut else ''}"
+        told = [run.signature.told for run in self.runs if run.signature is not None]
+        if not told:
             return "verified, unsigned"
-        part = f" up to entry {self.signed_entries}" if self.run is None and self.signed_entries < self.entries else ""
-        return f"verified, {self.signature.told}{part}"
+        if len(told) < len(self.runs):
+            return f"verified, unsigned but for {len(told)} of its runs"
+        return f"verified, each run {'; '.join(dict.fromkeys(told))}"
 
     def as_json(self) -> dict[str, Any]:
         """The result as JSON-able data."""
@@ -82,7 +100,7 @@ class Verification:
             "path": str(self.path),
             "run": self.run,
             "outcome": self.outcome.name.lower(),
-            "signed": self.signature is not None and self.signature.signer is not None,
+            "signed": self.signed,
             "signature": None if self.signature is None else dict(self.signature.__dict__),
             "signed_entries": self.signed_entries,
             "subjects": self.subjects,
@@ -105,17 +123,21 @@ def verify_evidence(
     Signatures that are there are always checked. With ``signers`` (OpenSSH's allowed signers) each run must be signed
     by someone whom that file names, itself or by a head of the ledger that covers it; a run that is signed itself is
     verified without a ledger, too. ``heads`` are signed heads of the ledger that lay elsewhere. RefusedError where the
-    path is none of these. ``hasher`` computes a file's sha256 (the falsifier's control plants one that does not).
+    path is none of these, or there is no such head. ``hasher`` computes a file's sha256 (the falsifier's control plants
+    one that does not).
     """
     given = Path(path)
-    if given.name in (MANIFEST, LEDGER) and given.is_file():
+    if given.name in (MANIFEST, LEDGER) and os.path.isfile(given):
         given = given.parent
-    if not given.is_dir():
+    if not os.path.isdir(given):
         raise RefusedError(f"{given} is not a folder", next="latentforge evidence verify runs/")
-    path = given.resolve()
+    for head in heads:
+        if not os.path.lexists(head):
+            raise RefusedError(f"there is no head of a ledger at {head} (--head)", next="ls runs/heads/")
+    path = Path(os.path.realpath(given))
     began = time.monotonic()
     single = RUN_ID.fullmatch(path.name) is not None
-    if not single and not (path / LEDGER).exists():
+    if not single and not os.path.lexists(path / LEDGER):
         raise RefusedError(
             f"{given} is neither a run folder nor a folder with a {LEDGER}", next="latentforge evidence verify runs/"
         )
@@ -128,22 +150,30 @@ def verify_evidence(
 
 @dataclass(frozen=True)
 class _Ledger:
-    """The ledger beside the runs as it was read: its chain (None: not there, or broken) and who signed for it."""
+    """The ledger beside the runs as it was read: its chain (None: not there, or broken) and who signed for it.
+
+    ``missing`` is what is said of a run beside which there is none.
+    """
 
     chain: Chain | None
     signed: tuple[SignedHead, ...]
     problems: tuple[Problem, ...]
     signers: Path | None
+    missing: Problem | None = None
 
 
 def _read_ledger(folder: Path, signers: Path | None, kept: Sequence[Path]) -> _Ledger:
     try:
-        chain = read_chain(folder / LEDGER) if (folder / LEDGER).exists() else None
+        chain = read_chain(folder / LEDGER) if os.path.lexists(folder / LEDGER) else None
     except LatentForgeError as error:
-        return _Ledger(None, (), (Problem(LEDGER, str(error)),), signers)
+        return _Ledger(None, (), (_unsound(LEDGER, error),), signers)
     if chain is None:
         text = "is not beside the run, so the manifest's own digest cannot be verified"
-        return _Ledger(None, (), (Problem(LEDGER, text, Outcome.UNKNOWN),), signers)
+        # Who names a head asks whether a ledger is the one that was signed: without one nobody knows.
+        unheld = (
+            Problem(str(one), f"cannot be held against a {LEDGER}: none is here", Outcome.UNKNOWN) for one in kept
+        )
+        return _Ledger(None, (), tuple(unheld), signers, Problem(LEDGER, text, Outcome.UNKNOWN))
     found = list(check_heads(folder, chain, signers, kept))
     signed = sorted((one for one in found if isinstance(one, SignedHead)), key=lambda one: one.entry)
     problems = tuple(_unsound(*one) for one in found if not isinstance(one, SignedHead))
@@ -151,27 +181,37 @@ def _read_ledger(folder: Path, signers: Path | None, kept: Sequence[Path]) -> _L
 
 
 def _unsound(name: str, error: Exception) -> Problem:
-    unknown = isinstance(error, UnknownOutcomeError)
-    return Problem(name, str(error), Outcome.UNKNOWN if unknown else Outcome.FAIL)
+    """What an error says of a file; unknown where it is a lack of this machine (a program, a right to read)."""
+    if isinstance(error, UnreadableError):
+        return Problem(name, error.why, Outcome.UNKNOWN if error.denied else Outcome.FAIL)
+    return Problem(name, str(error), Outcome.UNKNOWN if isinstance(error, UnknownOutcomeError) else Outcome.FAIL)
 
 
 def _verify_ledger(folder: Path, ledger: _Ledger, hasher: Hash) -> Verification:
-    result = Verification(folder, problems=list(ledger.problems))
+    result = Verification(folder, problems=[*ledger.problems])
     if ledger.chain is None:
         return result
-    result.entries = len(ledger.chain.entries)
+    result.chain = ledger.chain
+    if ledger.signers is not None and not ledger.chain.entries:
+        text = f"holds no run that anyone of {ledger.signers} could have signed"
+        result.problems.append(Problem(LEDGER, text, Outcome.UNKNOWN))
     if ledger.signed:
         result.signature, result.signed_entries = ledger.signed[-1].signature, ledger.signed[-1].entry
     alone = replace(ledger, problems=())  # said once, of the ledger
     for entry in ledger.chain.entries:
-        if (folder / entry.run).is_dir():
+        if os.path.isdir(folder / entry.run):
             result.runs.append(_verify_run(folder / entry.run, alone, hasher))
         else:
             text = f"entry {entry.entry} is not here, so its files cannot be verified"
             result.problems.append(Problem(entry.run, text, Outcome.UNKNOWN))
-    for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
-        if RUN_ID.fullmatch(manifest.parent.name) and ledger.chain.of_run(manifest.parent.name) is None:
-            result.problems.append(Problem(manifest.parent.name, f"has a manifest that is not in {LEDGER}"))
+    try:
+        names = sorted(name for name in os.listdir(folder) if RUN_ID.fullmatch(name))
+    except OSError as error:
+        result.problems.append(_unsound(folder.name, UnreadableError.of(folder, error)))
+        names = []
+    for name in names:
+        if ledger.chain.of_run(name) is None and os.path.lexists(folder / name / MANIFEST):
+            result.problems.append(Problem(name, f"has a manifest that is not in {LEDGER}"))
     result.subjects = sum(run.subjects for run in result.runs)
     result.bytes = sum(run.bytes for run in result.runs)
     return result
@@ -180,15 +220,18 @@ def _verify_ledger(folder: Path, ledger: _Ledger, hasher: Hash) -> Verification:
 def _verify_run(run_dir: Path, ledger: _Ledger, hasher: Hash) -> Verification:
     result = Verification(run_dir, run=run_dir.name)
     try:
-        content = (run_dir / MANIFEST).read_bytes()
-    except OSError as error:
-        result.problems.append(Problem(MANIFEST, f"cannot be read: {error.strerror}"))
+        content = read_regular(run_dir / MANIFEST)
+    except FileNotFoundError:
+        result.problems.append(Problem(MANIFEST, "is missing"))
+        return result
+    except LatentForgeError as error:
+        result.problems.append(_unsound(MANIFEST, error))
         return result
     _check_ledger(run_dir.name, content, ledger, result)
     _check_signature(run_dir, content, ledger, result)
-    # What the ledger is asked here is the manifest's digest: someone who is known and signed it has said that, too.
-    vouched = result.signature is not None and result.signature.signer is not None
-    result.problems += [one for one in ledger.problems if not (vouched and one.outcome is Outcome.UNKNOWN)]
+    # What a ledger is missed for here is the manifest's digest: someone who is known and signed it has said that, too.
+    missed = [] if ledger.missing is None or result.signed else [ledger.missing]
+    result.problems += [*missed, *ledger.problems]
     statement = _statement(content, result)
     if statement is None:
         return result
@@ -204,7 +247,7 @@ def _verify_run(run_dir: Path, ledger: _Ledger, hasher: Hash) -> Verification:
 def _check_signature(run_dir: Path, content: bytes, ledger: _Ledger, result: Verification) -> None:
     """The manifest's own signature, else the first head that covers its entry; one of them where signers are named."""
     file = run_dir / f"{MANIFEST}{SUFFIX}"
-    if file.exists():
+    if os.path.lexists(file):
         try:
             result.signature = check_signature(content, file, ledger.signers)
         except LatentForgeError as error:
@@ -229,7 +272,7 @@ def _statement(content: bytes, result: Verification) -> dict[str, Any] | None:
         place = ".".join(str(part) for part in first["loc"])
         result.problems.append(Problem(MANIFEST, f"is not a statement of this schema: {place}: {first['msg']}"))
         return None
-    except (ValueError, RecursionError, LatentForgeError) as error:
+    except (ValueError, LatentForgeError) as error:
         result.problems.append(Problem(MANIFEST, f"cannot be read as JSON: {error}"))
         return None
     if canonical != content:
@@ -243,7 +286,7 @@ def _statement(content: bytes, result: Verification) -> dict[str, Any] | None:
 def _check_ledger(run: str, content: bytes, ledger: _Ledger, result: Verification) -> None:
     if ledger.chain is None:
         return
-    result.entries = len(ledger.chain.entries)
+    result.chain = ledger.chain
     entry = ledger.chain.of_run(run)
     if entry is None:
         result.problems.append(Problem(MANIFEST, f"{run} is not in {LEDGER}"))
@@ -262,7 +305,7 @@ def _check_files(run_dir: Path, statement: Mapping[str, Any], result: Verificati
     try:
         present = {name: path for name, path in tree_files(run_dir) if name not in UNLISTED}
     except RefusedError as error:
-        result.problems.append(Problem(run_dir.name, str(error)))
+        result.problems.append(_unsound(run_dir.name, error))
         return {}
     found: dict[str, str] = {}
     for name in sorted(recorded):
@@ -272,8 +315,11 @@ def _check_files(run_dir: Path, statement: Mapping[str, Any], result: Verificati
         try:
             result.bytes += os.stat(present[name]).st_size
             found[name] = hasher(present[name])
-        except (OSError, LatentForgeError) as error:
-            result.problems.append(Problem(name, f"cannot be read: {error}"))
+        except OSError as error:
+            result.problems.append(_unsound(name, UnreadableError.of(present[name], error)))
+            continue
+        except LatentForgeError as error:
+            result.problems.append(_unsound(name, error))
             continue
         result.subjects += 1
         if found[name] != recorded[name]:
@@ -287,38 +333,38 @@ def _check_statement(
     run_dir: Path, statement: Mapping[str, Any], digests: Mapping[str, str], result: Verification
 ) -> None:
     """What the predicate says must be what follows from the files."""
-    predicate = statement["predicate"]
     try:
-        derived = derive(run_dir, digests)
+        result.problems += list(_unfounded(run_dir, statement["predicate"], digests))
     except LatentForgeError as error:
         result.problems.append(Problem("statement", f"cannot be derived again: {error}"))
-        return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         # Files whose digests agree and whose content has not the shape that their names promise.
         result.problems.append(Problem("statement", f"cannot be derived again: {type(error).__name__}: {error}"))
-        return
+
+
+def _unfounded(run_dir: Path, predicate: Mapping[str, Any], digests: Mapping[str, str]) -> Iterator[Problem]:
+    derived = _plain(derive(run_dir, digests))
     for name in DERIVED:
-        if _plain(derived[name]) != predicate[name]:
-            result.problems.append(Problem(MANIFEST, f"predicate.{name} does not follow from the run's files"))
+        if not _alike(derived[name], predicate[name]):
+            yield Problem(MANIFEST, f"predicate.{name} does not follow from the run's files")
     for name, value in derived["identities"].items():
         if predicate["schema"] == 1 and name in SINCE_2:
             continue
-        if _plain(value) != predicate["identities"][name]:
-            result.problems.append(Problem(MANIFEST, f"predicate.identities.{name} does not follow from the files"))
+        if not _alike(value, predicate["identities"][name]):
+            yield Problem(MANIFEST, f"predicate.identities.{name} does not follow from the files")
     for name in ("driver", "kernel"):
         if predicate["identities"][name] != host_version(name, derived, predicate["host"]):
-            result.problems.append(Problem(MANIFEST, f"predicate.identities.{name} is not what the host's facts say"))
+            yield Problem(MANIFEST, f"predicate.identities.{name} is not what the host's facts say")
     drawn = checked_conclusions(derived["verdicts"])
-    if _plain(drawn) != predicate["conclusions"][: len(drawn)]:
-        result.problems.append(Problem(MANIFEST, "predicate.conclusions does not begin with what the verdicts say"))
+    if drawn != predicate["conclusions"][: len(drawn)]:
+        yield Problem(MANIFEST, "predicate.conclusions does not begin with what the verdicts say")
     verdicts = {one["falsifier"]: one["outcome"] for one in predicate["verdicts"]}
     for conclusion in predicate["conclusions"]:
         if (conclusion["status"] == "checked") != (conclusion["check"] in verdicts):
             text = f"the conclusion {conclusion['text']!r} is marked {conclusion['status']}, which it is not"
-            result.problems.append(Problem(MANIFEST, text))
+            yield Problem(MANIFEST, text)
     for falsifier, outcome, stated in _told_otherwise(run_dir, verdicts):
-        text = f"says {falsifier} {outcome.upper()}, the events say {stated.upper()}"
-        result.problems.append(Problem("launch.log", text))
+        yield Problem("launch.log", f"says {falsifier} {outcome.upper()}, the events say {stated.upper()}")
 
 
 def _told_otherwise(run_dir: Path, verdicts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -327,15 +373,20 @@ def _told_otherwise(run_dir: Path, verdicts: Mapping[str, str]) -> Iterator[tupl
     if not log.is_file():
         return
     with open(log, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for line in lines:
-            if not line.startswith("F-"):
-                continue
-            verdict = parse_line(line)
+        begins = True
+        while line := lines.readline(_LONGEST):
+            verdict = parse_line(line) if begins and line.startswith("F-") else None
+            begins = line.endswith("\n")
             if verdict is None or verdict.run != run_dir.name:
                 continue
             stated = verdicts.get(verdict.falsifier, "nothing")
             if stated != verdict.outcome.name.lower():
                 yield verdict.falsifier, verdict.outcome.name.lower(), stated
+
+
+def _alike(derived: Any, stated: Any) -> bool:
+    """Whether two JSON values are the same to the letter: for Python, true is 1."""
+    return canonical_bytes(derived) == canonical_bytes(stated)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from latentforge.errors import RefusedError
 from latentforge.spec.canonical import canonical_bytes
+from latentforge.spec.reading import parse_json
 
 Kind = Literal["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent", "bench"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -69,7 +69,7 @@ class RunIdentity:
     def from_bytes(cls, content: bytes, *, run_id: str | None = None) -> RunIdentity:
         """Read ``identity.json``; refused where it is not canonical, not of this schema, or not the named run's."""
         try:
-            value = json.loads(content, parse_int=_whole)
+            value = parse_json(content)
             identity = cls(
                 kind=value["kind"],
                 spec=value["spec"],
@@ -83,16 +83,27 @@ class RunIdentity:
             raise RefusedError(f"identity of {run_id or 'a run'} cannot be read: {error!r}") from error
         if value.get("schema") != SCHEMA or identity.kind not in KINDS:
             raise RefusedError(f"identity has schema {value.get('schema')!r}, kind {identity.kind!r}: not known here")
+        if (strange := identity._strange()) is not None:
+            raise RefusedError(f"identity of {run_id or 'a run'} holds a value of the wrong kind under {strange!r}")
         if identity.canonical != content:
             raise RefusedError(f"identity of {run_id or identity.run_id} is not in canonical form")
         if run_id is not None and identity.run_id != run_id:
             raise RefusedError(f"identity of {run_id} hashes to {identity.run_id}: it was altered")
         return identity
 
+    def _strange(self) -> str | None:
+        """The name of a field that holds what it cannot, as one that somebody wrote by hand may; None where none."""
+        texts = {"code": [self.code], "lock": [self.lock], "secrets": self.secrets, "inputs": _values(self.inputs)}
+        for name, each in texts.items():
+            if each is None or not all(isinstance(one, str) for one in each):
+                return name
+        if not isinstance(self.spec, dict):
+            return "spec"
+        return "attempt" if type(self.attempt) is not int or self.attempt < 1 else None
 
-def _whole(digits: str) -> int | float:
-    """RFC 8785 writes a whole float without a point; above 2**53 only a float can have been written."""
-    return int(digits) if abs(int(digits)) < 2**53 else float(digits)
+
+def _values(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else None
 
 
 def check_run_id(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentforge.errors import RefusedError
 from latentforge.spec.identity import RunIdentity, check_run_id
+from latentforge.spec.reading import read_regular
 
 InputRef = dict[str, str]
 """Where an input lies on this host: ``{"run": id}``, ``{"path": …, "sha256": …}`` or ``{"builtin": "stdlib"}``."""
@@ -118,6 +119,6 @@ class RunDir:
 
     def _read(self, path: Path) -> bytes:
         try:
-            return path.read_bytes()
+            return read_regular(path)
         except FileNotFoundError:
             raise RefusedError(f"{path.name} is missing from {self.path}: this is no run folder") from None

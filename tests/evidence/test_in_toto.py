@@ -11,9 +11,9 @@ from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 
-from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.schema import PREDICATE_TYPE
 from latentforge.spec.canonical import canonical_bytes
+from latentforge.spec.reading import parse_json
 
 
 def accepted(content: bytes) -> Statement:

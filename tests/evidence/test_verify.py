@@ -152,6 +152,7 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("configuration", lambda s: s["predicate"]["configuration"]["requested"].update(steps=500)),
     ("observations", lambda s: s["predicate"]["observations"][1].update(value=0.1)),
     ("end", lambda s: s["predicate"]["end"].update(outcome="unknown")),
+    ("end", lambda s: s["predicate"]["end"]["record"].update(code=False)),
     ("seeds", lambda s: s["predicate"]["seeds"].update(torch=1)),
     ("timings", lambda s: s["predicate"]["timings"].update(train=99)),
     ("peak_memory_bytes", lambda s: s["predicate"].update(peak_memory_bytes=1)),

@@ -11,11 +11,11 @@ from typing import Any
 
 from latentforge.evidence.checks import recorded_run
 from latentforge.evidence.ledger import LEDGER, Entry, read_chain
-from latentforge.evidence.numbers import parse_json
 from latentforge.evidence.signing import sign_evidence
 from latentforge.evidence.statement import MANIFEST
 from latentforge.evidence.verify import verify_evidence
 from latentforge.spec.canonical import canonical_bytes
+from latentforge.spec.reading import parse_json
 from latentforge.verdicts import Outcome
 
 from .frame import mutant
