@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentforge.errors import FailedError, LatentForgeError, RefusedError
-from latentforge.evidence.ledger import LEDGER, Chain, read_chain
+from latentforge.evidence.ledger import LEDGER, Chain
 from latentforge.evidence.once import write_once
 from latentforge.evidence.signatures import SUFFIX, Signature, check_signature, sign_bytes
 from latentforge.spec.canonical import canonical_bytes
-from latentforge.spec.reading import parse_json
+from latentforge.spec.reading import parse_json, read_regular
 
 HEADS = "heads"
 """The folder beside the ledger that holds its signed heads: ``<entry>.json`` and ``<entry>.json.sig``."""
+
+_LARGEST = 1 << 12  # a head has about a hundred bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Head:
         """The canonical bytes that are signed."""
         return canonical_bytes({"entry": self.entry, "head": self.head})
 
+    @property
+    def name(self) -> str:
+        """The name of its file in ``heads``."""
+        return f"{self.entry:08d}.json"
+
 
 @dataclass(frozen=True)
 class SignedHead:
@@ -39,27 +47,28 @@ class SignedHead:
     signature: Signature
 
 
-def sign_head(folder: Path, key: Path) -> tuple[Head, Path]:
-    """Sign the head of the ledger in ``folder`` as it is now; returns it and the file of its signature.
+def sign_head(folder: Path, chain: Chain, key: Path) -> tuple[Head, Path]:
+    """Sign the head of ``chain``, the ledger in ``folder`` as it was verified; returns it and its signature's file.
 
-    RefusedError where the ledger is empty, or this head is signed already; FailedError where the chain is broken.
+    RefusedError where the ledger is empty, or this head is signed already, or another lies under its name.
     """
-    chain = read_chain(folder / LEDGER)
     if not chain.entries:
         raise RefusedError(f"{folder / LEDGER} has no entries: there is nothing to sign")
     head = Head(len(chain.entries), chain.head)
-    path = folder / HEADS / f"{head.entry:08d}.json"
+    path = folder / HEADS / head.name
     signature = path.with_name(path.name + SUFFIX)
-    if signature.exists():
+    if os.path.lexists(signature):
         raise RefusedError(
             f"entry {head.entry} of {folder / LEDGER} is signed already: {signature}",
             next=f"latentforge evidence verify {folder}/ --signers FILE",
         )
+    written = os.path.lexists(path)  # a crash may have left it without its signature
+    if written and read_head(path, chain) != head:
+        raise RefusedError(f"{path} is another head than entry {head.entry}: it was put there", next=f"rm {path}")
     content = sign_bytes(head.content, key)
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists():  # one that a crash left without its signature says the same, or is found out below
+    if not written:
+        _make_heads(path.parent)
         write_once(path, head.content)
-    read_head(path, chain)
     write_once(signature, content)
     return head, signature
 
@@ -71,32 +80,50 @@ def check_heads(
 
     A head without its signature must hold as well; it vouches for nothing, and is not among the results.
     """
-    inside = sorted((folder / HEADS).glob("*.json")) if (folder / HEADS).is_dir() else []
-    orphans = {path.with_suffix("") for path in (folder / HEADS).glob(f"*.json{SUFFIX}")} - set(inside)
-    files = [*inside, *sorted(orphans)]  # of which a head is missing, and said to be
-    for path in [*files, *kept]:
-        name = f"{HEADS}/{path.name}" if path in files else str(path)
+    try:
+        names = _names(folder / HEADS)
+    except OSError as error:
+        yield HEADS, RefusedError(f"cannot be listed: {error.strerror}")
+        names = []
+    for path in [*(folder / HEADS / name for name in names), *kept]:
+        inside = path not in kept
+        name = f"{HEADS}/{path.name}" if inside else str(path)
         try:
             head = read_head(path, chain)
+            if inside and path.name != head.name:
+                raise FailedError(f"is the head of entry {head.entry}: it was put there")
             signature = path.with_name(path.name + SUFFIX)
-            if signature.exists():
+            if os.path.lexists(signature):
                 yield SignedHead(head.entry, check_signature(head.content, signature, signers, name=f"{name}{SUFFIX}"))
-            elif path not in files:
+            elif not inside:
                 raise FailedError(f"{signature} is missing: a head that is not signed shows nothing")
         except LatentForgeError as error:
             yield name, error
 
 
+def _names(heads: Path) -> list[str]:
+    """The names of the heads in a folder, those included of which only the signature is left; none without a folder."""
+    if not os.path.lexists(heads):
+        return []
+    found = [name.removesuffix(SUFFIX) for name in os.listdir(heads)]
+    return sorted({name for name in found if name.endswith(".json") and not name.startswith(".")})
+
+
+def _make_heads(heads: Path) -> None:
+    try:
+        heads.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RefusedError(f"{heads} cannot be made: {error.strerror}") from error
+
+
 def read_head(path: Path, chain: Chain) -> Head:
     """A written head, held against the ledger; FailedError where the ledger is not the one that it names."""
-    if path.exists() and not path.is_file():
-        raise FailedError("is no file")  # a pipe would keep its reader waiting
     try:
-        content = path.read_bytes()
+        content = read_regular(path, largest=_LARGEST)
         value: Any = parse_json(content)
-    except OSError as error:
-        raise FailedError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except FileNotFoundError:
+        raise FailedError("is missing") from None
+    except ValueError as error:
         raise FailedError(f"is not JSON: it was altered ({error})") from None
     if not isinstance(value, dict) or set(value) != {"entry", "head"} or canonical_bytes(value) != content:
         raise FailedError("is no head of a ledger in canonical form: it was altered")

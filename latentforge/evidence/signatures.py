@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentforge.errors import FailedError, RefusedError, UnknownOutcomeError
+from latentforge.spec.reading import UnreadableError
 
 NAMESPACE = "latentforge-evidence"
 """What the signatures are for: one made for git or for a file of another program does not pass as evidence."""
 
 SUFFIX = ".sig"
 _LARGEST = 1 << 16  # a signature is a few hundred bytes, of a large RSA key some thousands
+_MOST_SIGNERS = 1 << 20  # ten thousand of them
 _SECONDS = 30.0
 
 
@@ -41,7 +43,7 @@ def sign_bytes(content: bytes, key: Path) -> bytes:
 
     RefusedError where there is no such key or it does not sign (a passphrase is asked for on the terminal).
     """
-    if not key.is_file():
+    if not os.path.isfile(key):
         raise RefusedError(f"there is no key {key}", next=f"ssh-keygen -t ed25519 -f {key}")
     done = _ssh_keygen(["sign", "-f", str(key), "-n", NAMESPACE], content, seconds=None)
     if done.returncode != 0 or not done.stdout.startswith(b"-----BEGIN SSH SIGNATURE-----"):
@@ -60,7 +62,7 @@ def check_signature(content: bytes, file: Path, signers: Path | None, *, name: s
     try:
         found = os.stat(file)
     except OSError as error:
-        raise FailedError(f"cannot be read: {error.strerror}") from None
+        raise UnreadableError.of(file, error) from None
     if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
         raise FailedError(f"is no signature: {_strange(found)}")
     checked = _ssh_keygen(["check-novalidate", "-n", NAMESPACE, "-s", str(file)], content)
@@ -84,15 +86,19 @@ def check_signature(content: bytes, file: Path, signers: Path | None, *, name: s
 
 def allowed_signers(named: str | None) -> Path | None:
     """The allowed-signers file that ``--signers``, else ``EVIDENCE_SIGNERS``, names; refused where it is no file."""
-    text = named or os.environ.get("EVIDENCE_SIGNERS")
-    if not text:
+    source = "EVIDENCE_SIGNERS" if named is None else "--signers"
+    text = os.environ.get("EVIDENCE_SIGNERS") if named is None else named
+    if named is None and not text:
         return None
-    if not Path(text).is_file():
+    path = os.path.expanduser(text or "")
+    if not os.path.isfile(path):
         raise RefusedError(
-            f"there is no file of allowed signers at {text!r} ({'--signers' if named else 'EVIDENCE_SIGNERS'})",
-            next=f'echo "you@example.org $(cat ~/.ssh/id_ed25519.pub)" >> {text}',
+            f"there is no file of allowed signers at {text!r} ({source})",
+            next=f'echo "you@example.org $(cat ~/.ssh/id_ed25519.pub)" >> {text or "allowed_signers"}',
         )
-    return Path(text)
+    if not os.access(path, os.R_OK) or os.path.getsize(path) > _MOST_SIGNERS:
+        raise RefusedError(f"the allowed signers at {text!r} ({source}) cannot be read, or have more than 1 MiB")
+    return Path(path)
 
 
 def _ssh_keygen(

@@ -1,7 +1,9 @@
-"""Signing what was recorded: a run's manifest, or the ledger's head; only what verifies is signed."""
+"""Signing what was recorded: a run's manifest, or the ledger's head; nothing is signed in which something fails."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 from latentforge.errors import FailedError, RefusedError
@@ -12,20 +14,22 @@ from latentforge.evidence.signatures import SUFFIX, sign_bytes
 from latentforge.evidence.statement import MANIFEST
 from latentforge.evidence.verify import verify_evidence
 from latentforge.spec.identity import RUN_ID
+from latentforge.spec.reading import read_regular
 from latentforge.verdicts import Outcome
 
 
 def sign_evidence(path: Path, key: Path) -> tuple[str, Path]:
     """Sign a run (its ``manifest.json``) or the ledger of a folder of runs; what was signed, and the signature's file.
 
-    FailedError where it does not verify, or cannot be verified whole here; RefusedError where it is signed already, or
-    ``key`` does not sign. Nothing is left behind where it fails.
+    A ledger's runs may be elsewhere: what is signed of them is the digest that the ledger holds. FailedError where a
+    run that is here does not verify whole, or the ledger does not; RefusedError where it is signed already, or ``key``
+    does not sign. Nothing is left behind where it fails.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path.name in (MANIFEST, LEDGER) and path.is_file():
         path = path.parent
     signature = path / f"{MANIFEST}{SUFFIX}"
-    if RUN_ID.fullmatch(path.name) and signature.exists():
+    if RUN_ID.fullmatch(path.name) and os.path.lexists(signature):
         raise RefusedError(
             f"{path.name} is signed already: {signature}", next=f"latentforge evidence verify {path} --signers FILE"
         )
@@ -41,8 +45,13 @@ def sign_evidence(path: Path, key: Path) -> tuple[str, Path]:
             f"{path} does not verify, and is not signed: {first.what} {first.text}",
             next=f"latentforge evidence verify {path}",
         )
+    # What is signed is what was verified: a file that became another in between is not.
     if verification.run is None:
-        head, signature = sign_head(path, key)
+        assert verification.chain is not None  # or the ledger would be among the problems
+        head, signature = sign_head(path, verification.chain, key)
         return f"{LEDGER} up to entry {head.entry}", signature
-    write_once(signature, sign_bytes((path / MANIFEST).read_bytes(), key), beside=path.parent)
+    content = read_regular(path / MANIFEST)
+    if verification.entry is None or hashlib.sha256(content).hexdigest() != verification.entry.manifest:
+        raise FailedError(f"{path / MANIFEST} was altered while it was verified, and is not signed")
+    write_once(signature, sign_bytes(content, key), beside=path.parent)
     return path.name, signature

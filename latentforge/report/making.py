@@ -11,6 +11,7 @@ from pathlib import Path
 
 from latentforge.errors import RefusedError
 from latentforge.evidence.reading import find_run, read_run
+from latentforge.evidence.signatures import allowed_signers
 from latentforge.report.chart import Chart
 from latentforge.report.comparison import Comparison, compare
 from latentforge.report.page import Section, page, section
@@ -34,15 +35,15 @@ class Made:
 def read_sections(runs: Sequence[str], *, verify: bool = True) -> list[Section]:
     """The runs of a report, each a folder or the beginning of an id.
 
-    RefusedError where a folder is no run's, or one is named twice. ``EVIDENCE_SIGNERS`` names allowed signers.
+    RefusedError where a folder is no run's, or one is named twice, or ``EVIDENCE_SIGNERS`` names no file of allowed
+    signers.
     """
     folders = [find_run(run, next="latentforge report runs/RUN").resolve() for run in runs]
     names = [folder.name for folder in folders]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RefusedError(f"{twice} is named twice", next=f"latentforge report {twice}")
-    named = os.environ.get("EVIDENCE_SIGNERS")
-    signers = Path(named) if named else None
+    signers = allowed_signers(None)
     records = [read_run(folder) for folder in folders]
     return [section(record, standing(record.folder, verify=verify, signers=signers)) for record in records]
 

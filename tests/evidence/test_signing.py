@@ -13,8 +13,8 @@ import pytest
 from latentforge.cli import main
 from latentforge.errors import FailedError, RefusedError, UnknownOutcomeError
 from latentforge.evidence.checks import recorded_run
-from latentforge.evidence.heads import HEADS
-from latentforge.evidence.ledger import read_chain
+from latentforge.evidence.heads import HEADS, sign_head
+from latentforge.evidence.ledger import check_chain, read_chain
 from latentforge.evidence.signatures import NAMESPACE, check_signature, sign_bytes
 from latentforge.evidence.signing import sign_evidence
 from latentforge.evidence.verify import Verification, verify_evidence
@@ -216,7 +216,7 @@ def test_a_byte_flipped_in_a_signed_head_fails(runs: Path, keys: Path, name: str
 def test_a_pipe_in_the_place_of_a_head_or_a_signature_fails_and_keeps_nobody_waiting(runs: Path, run_dir: Path) -> None:
     (runs / HEADS).mkdir()
     os.mkfifo(runs / HEADS / "00000002.json")
-    assert problems(verify_evidence(runs))["heads/00000002.json"] == "is no file"
+    assert problems(verify_evidence(runs))["heads/00000002.json"] == "is no regular file"
     os.mkfifo(run_dir / SIG)
     assert verify_evidence(run_dir).outcome is Outcome.FAIL
 
@@ -251,3 +251,135 @@ def test_the_commands_sign_and_verify(
     monkeypatch.setenv("EVIDENCE_SIGNERS", str(keys / "absent"))
     assert main(["evidence", "verify", run_dir.name]) == ExitCode.REFUSED
     assert "EVIDENCE_SIGNERS" in capsys.readouterr().err
+
+
+def test_a_head_that_is_named_where_no_ledger_is_leaves_the_outcome_unknown(
+    runs: Path, run_dir: Path, keys: Path, tmp_path: Path
+) -> None:
+    sign_evidence(runs, keys / "alice")
+    sign_evidence(run_dir, keys / "alice")
+    alone = tmp_path / "alone" / run_dir.name
+    shutil.copytree(run_dir, alone)
+    kept = runs / HEADS / "00000002.json"
+    assert verify_evidence(alone, signers=keys / "signers").outcome is Outcome.PASS
+    result = verify_evidence(alone, signers=keys / "signers", heads=[kept])
+    assert result.outcome is Outcome.UNKNOWN
+    assert problems(result) == {str(kept): "cannot be held against a ledger.jsonl: none is here"}
+    with pytest.raises(RefusedError, match="there is no head of a ledger at"):
+        verify_evidence(runs, heads=[tmp_path / "absent.json"])
+
+
+def test_a_head_put_under_another_name_fails_and_is_not_signed_over(runs: Path, keys: Path) -> None:
+    recorded_run(runs, seed=8)
+    sign_evidence(runs, keys / "alice")
+    shutil.copy(runs / HEADS / "00000003.json", runs / HEADS / "00000002.json")
+    assert problems(verify_evidence(runs)) == {"heads/00000002.json": "is the head of entry 3: it was put there"}
+    (runs / HEADS / "00000002.json").unlink()
+    recorded_run(runs, seed=9)
+    shutil.copy(runs / HEADS / "00000003.json", runs / HEADS / "00000004.json")
+    with pytest.raises(FailedError, match="it was put there"):
+        sign_evidence(runs, keys / "alice")
+    with pytest.raises(RefusedError, match="is another head than entry 4"):
+        sign_head(runs, read_chain(runs / "ledger.jsonl"), keys / "alice")
+    assert not (runs / HEADS / "00000004.json.sig").exists()
+
+
+def test_anything_but_a_folder_in_the_place_of_the_heads_fails(runs: Path, keys: Path) -> None:
+    (runs / HEADS).write_text("")
+    assert problems(verify_evidence(runs)) == {HEADS: "cannot be listed: Not a directory"}
+    (runs / HEADS).unlink()
+    (runs / HEADS).symlink_to("nowhere")
+    assert verify_evidence(runs).outcome is Outcome.FAIL
+    (runs / HEADS).unlink()
+    sign_evidence(runs, keys / "alice")
+    (runs / HEADS / "00000002.json.sig").unlink()
+    (runs / HEADS / "00000002.json.sig").symlink_to("nowhere")
+    assert verify_evidence(runs).outcome is Outcome.FAIL
+
+
+def test_a_ledger_that_holds_nothing_is_signed_by_nobody(tmp_path: Path, keys: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_bytes(b"")
+    assert verify_evidence(tmp_path).outcome is Outcome.PASS
+    assert verify_evidence(tmp_path, signers=keys / "signers").outcome is Outcome.UNKNOWN
+    assert main(["evidence", "verify", str(tmp_path), "--signers", str(keys / "signers")]) == ExitCode.UNKNOWN
+
+
+def test_a_ledger_whose_runs_were_signed_one_by_one_says_so(runs: Path, keys: Path) -> None:
+    one, two = (runs / entry.run for entry in read_chain(runs / "ledger.jsonl").entries)
+    sign_evidence(one, keys / "alice")
+    assert verify_evidence(runs).standing == "verified, unsigned but for 1 of its runs"
+    sign_evidence(two, keys / "alice")
+    result = verify_evidence(runs, signers=keys / "signers")
+    assert (result.standing, result.signed) == ("verified, each run signed by alice@example.org", True)
+    assert (verify_evidence(runs).signed, verify_evidence(runs).outcome) == (False, Outcome.PASS)
+
+
+def test_what_is_signed_is_what_was_verified_and_not_what_was_put_there_since(
+    runs: Path, run_dir: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = {path: path.read_bytes() for path in (runs / "ledger.jsonl", run_dir / "manifest.json")}
+    anew = tmp_path / "anew"
+    forged = recorded_run(anew, seed=7)
+
+    def exchanged(path: Path) -> Verification:
+        found = verify_evidence(path)
+        for file, other in zip(whole, (anew / "ledger.jsonl", forged / "manifest.json"), strict=True):
+            file.chmod(0o644)
+            file.write_bytes(other.read_bytes() if file.name == "ledger.jsonl" else other.read_bytes() + b" ")
+        return found
+
+    monkeypatch.setattr("latentforge.evidence.signing.verify_evidence", exchanged)
+    with pytest.raises(FailedError, match="was altered while it was verified"):
+        sign_evidence(run_dir, keys / "alice")
+    assert not (run_dir / SIG).exists()
+    for path, content in whole.items():
+        path.write_bytes(content)
+    sign_evidence(runs, keys / "alice")
+    head = json.loads((runs / HEADS / "00000002.json").read_bytes())
+    assert head["head"] == check_chain(whole[runs / "ledger.jsonl"]).head
+
+
+def test_a_ledger_whose_runs_are_elsewhere_is_signed_for_their_digests(runs: Path, run_dir: Path, keys: Path) -> None:
+    shutil.rmtree(run_dir)
+    assert verify_evidence(runs).outcome is Outcome.UNKNOWN
+    assert sign_evidence(runs, keys / "alice")[0] == "ledger.jsonl up to entry 2"
+
+
+@pytest.mark.parametrize("option", ["--signers", "--key", "--head"])
+def test_an_option_that_is_given_an_empty_name_is_refused(
+    runs: Path, run_dir: Path, option: str, monkeypatch: pytest.MonkeyPatch, keys: Path
+) -> None:
+    monkeypatch.setenv("EVIDENCE_KEY", str(keys / "alice"))
+    monkeypatch.setenv("EVIDENCE_SIGNERS", str(keys / "signers"))
+    command = "sign" if option == "--key" else "verify"
+    assert main(["evidence", command, str(run_dir), option, ""]) == ExitCode.REFUSED
+
+
+def test_files_of_signers_and_keys_are_found_below_a_home_and_refused_by_name(
+    run_dir: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(keys))
+    monkeypatch.delenv("EVIDENCE_SIGNERS", raising=False)
+    assert main(["evidence", "sign", str(run_dir), "--key", "~/alice"]) == 0
+    assert main(["evidence", "verify", str(run_dir), "--signers", "~/signers"]) == 0
+    for named in ("~nobody-of-that-name/x", str(keys), "x" * 5000, "a\0b"):
+        assert main(["evidence", "verify", str(run_dir), "--signers", named]) == ExitCode.REFUSED
+        assert main(["evidence", "sign", str(run_dir.parent), "--key", named]) == ExitCode.REFUSED
+    capsys.readouterr()
+    large = keys / "large"
+    with open(large, "wb") as file:
+        file.truncate(1 << 30)
+    assert main(["evidence", "verify", str(run_dir), "--signers", str(large)]) == ExitCode.REFUSED
+    assert "1 MiB" in capsys.readouterr().err
+
+
+def test_a_report_refuses_signers_that_are_no_file(
+    run_dir: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EVIDENCE_SIGNERS", str(tmp_path / "absent"))
+    report = ["report", str(run_dir), "--to", str(tmp_path / "report.html")]
+    assert main(report) == ExitCode.REFUSED
+    assert "EVIDENCE_SIGNERS" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(keys))
+    monkeypatch.setenv("EVIDENCE_SIGNERS", "~/signers")
+    assert main(report) == 0
