@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ def read_events(path: Path) -> list[Event]:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    # O_NONBLOCK: what is no log of a run, and would keep its reader waiting, is at its end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         while line := file.readline(LARGEST):
             if line.endswith(b"\n") or len(line) == LARGEST:  # so much without an end is no torn line of a log
                 yield line.removesuffix(b"\n")
