@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,3 +194,105 @@ def secrets_stay_out(*, mutant: str | None = None) -> Finding:
             text = f"refused: {said}" if hidden else "refused, but the message shows the value"
             return Finding(hidden, text, {"refused": True, "hidden": hidden})
     return Finding(False, "the statement was built over a log that holds a credential", {"refused": False})
+
+
+def a_signature_says_who(*, mutant: str | None = None) -> Finding:
+    """A run that a known key signed is verified under its owner's name; signatures of anything else are refused.
+
+    Mutant ``another_key``: the run is signed with a key that the allowed signers do not name.
+    """
+    from latentforge.evidence.signatures import SUFFIX
+    from latentforge.evidence.signing import sign_evidence
+    from latentforge.evidence.statement import MANIFEST
+    from latentforge.evidence.verify import verify_evidence
+    from latentforge.verdicts import Outcome
+
+    if mutant not in (None, "another_key"):
+        raise ValueError(f"unknown mutant {mutant!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        keys, runs = Path(folder), Path(folder) / "runs"
+        if (signers := _planted_keys(keys)) is None:
+            return Finding(None, _NO_SSH)
+        other, run_dir = recorded_run(runs, seed=6), recorded_run(runs)
+        sign_evidence(other, keys / "alice")
+        signature = sign_evidence(run_dir, keys / ("alice" if mutant is None else "mallory"))[1]
+        standing = verify_evidence(run_dir, signers=signers).standing
+        content = signature.read_bytes()
+        purpose = _ssh_keygen(
+            "-Y", "sign", "-n", "git", "-f", keys / "alice", content=(run_dir / MANIFEST).read_bytes()
+        )
+        strangers = {
+            "another run": (other / f"{MANIFEST}{SUFFIX}").read_bytes(),
+            "another purpose": purpose,
+            "a cut one": content[: len(content) // 2],
+        }
+        accepted = []
+        signature.chmod(0o644)
+        for name, stranger in strangers.items():
+            signature.write_bytes(stranger)
+            if verify_evidence(run_dir, signers=signers).outcome is not Outcome.FAIL:
+                accepted.append(name)
+    refused = len(strangers) - len(accepted)
+    text = f"{standing}; {refused} of {len(strangers)} signatures of something else refused"
+    measured = {"standing": standing, "refused": refused, "accepted": accepted}
+    return Finding(standing == f"verified, signed by {_ALICE}" and not accepted, text, measured)
+
+
+def a_signed_head_holds_the_ledger(*, mutant: str | None = None) -> Finding:
+    """A signed head of a ledger, kept elsewhere, vouches for its runs, also when others were added since.
+
+    Mutant ``cut``: the newest line is cut off, with its run; ``anew``: the ledger is chained anew without its first
+    run. Both leave what verifies without the head.
+    """
+    from latentforge.evidence.heads import HEADS
+    from latentforge.evidence.ledger import LEDGER, append, read_chain
+    from latentforge.evidence.signing import sign_evidence
+    from latentforge.evidence.verify import verify_evidence
+
+    if mutant not in (None, "cut", "anew"):
+        raise ValueError(f"unknown mutant {mutant!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        keys, runs = Path(folder), Path(folder) / "runs"
+        if (signers := _planted_keys(keys)) is None:
+            return Finding(None, _NO_SSH)
+        for seed in (5, 6):
+            recorded_run(runs, seed=seed)
+        _, signature = sign_evidence(runs, keys / "alice")
+        (runs / HEADS).rename(keys / "kept")
+        entries = read_chain(runs / LEDGER).entries
+        if mutant is not None:
+            left = entries[:-1] if mutant == "cut" else entries[1:]
+            (runs / LEDGER).unlink()
+            for entry in left:
+                append(runs / LEDGER, entry.run, entry.manifest, wall=entry.wall)
+            for gone in {one.run for one in entries} - {one.run for one in left}:
+                shutil.rmtree(runs / gone)
+        if mutant != "cut":
+            recorded_run(runs)
+        alone = verify_evidence(runs).outcome
+        kept = keys / "kept" / signature.name.removesuffix(".sig")
+        held = verify_evidence(runs / entries[0 if mutant != "anew" else 1].run, signers=signers, heads=[kept])
+    said = "; ".join(problem.text for problem in held.problems) or held.standing
+    text = f"without the head {alone.name}, held against it {held.outcome.name}: {said}"
+    measured = {"alone": alone.name.lower(), "held": held.outcome.name.lower(), "entries": held.entries}
+    return Finding(held.standing == f"verified, signed by {_ALICE}", text, measured)
+
+
+_ALICE = "alice@example.org"
+_NO_SSH = "ssh-keygen, which makes and checks signatures, is not on this machine"
+
+
+def _planted_keys(folder: Path) -> Path | None:
+    """Keys ``alice`` and ``mallory`` in ``folder``, and the file that allows Alice; None without ``ssh-keygen``."""
+    if shutil.which("ssh-keygen") is None:
+        return None
+    for name in ("alice", "mallory"):
+        _ssh_keygen("-q", "-t", "ed25519", "-N", "", "-C", name, "-f", folder / name)
+    signers = folder / "signers"
+    signers.write_text(f"{_ALICE} {(folder / 'alice.pub').read_text()}")
+    return signers
+
+
+def _ssh_keygen(*arguments: str | Path, content: bytes = b"") -> bytes:
+    command = ["ssh-keygen", *map(str, arguments)]
+    return subprocess.run(command, input=content, capture_output=True, check=True).stdout

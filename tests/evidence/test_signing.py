@@ -12,6 +12,7 @@ import pytest
 
 from latentforge.cli import main
 from latentforge.errors import FailedError, RefusedError, UnknownOutcomeError
+from latentforge.evidence import checks
 from latentforge.evidence.checks import recorded_run
 from latentforge.evidence.heads import HEADS, sign_head
 from latentforge.evidence.ledger import check_chain, read_chain
@@ -383,3 +384,20 @@ def test_a_report_refuses_signers_that_are_no_file(
     monkeypatch.setenv("HOME", str(keys))
     monkeypatch.setenv("EVIDENCE_SIGNERS", "~/signers")
     assert main(report) == 0
+
+
+@pytest.mark.parametrize(
+    ("mutant", "said"), [("cut", "the last were cut off"), ("anew", "the ledger was written anew")]
+)
+def test_the_contracts_ledger_verifies_without_its_head_and_not_with_it(mutant: str, said: str) -> None:
+    found = checks.a_signed_head_holds_the_ledger(mutant=mutant)
+    assert (found.passed, found.measured["alone"], found.measured["held"]) == (False, "pass", "fail")
+    assert said in found.text
+
+
+def test_the_contracts_checks_of_signatures_are_unknown_without_ssh_keygen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checks.a_signature_says_who().passed is None
+    assert checks.a_signed_head_holds_the_ledger().passed is None

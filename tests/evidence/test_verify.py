@@ -236,6 +236,8 @@ def test_verifying_changes_nothing(runs: Path, run_dir: Path) -> None:
         checks.second_write_is_refused,
         checks.a_claim_is_marked,
         checks.secrets_stay_out,
+        checks.a_signature_says_who,
+        checks.a_signed_head_holds_the_ledger,
     ],
 )
 def test_the_contracts_checks_pass_and_refuse_an_unknown_mutant(check: Callable[..., Any]) -> None:
