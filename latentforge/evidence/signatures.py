@@ -63,7 +63,7 @@ def check_signature(content: bytes, file: Path, signers: Path | None, *, name: s
         found = os.stat(file)
     except OSError as error:
         raise UnreadableError.of(file, error) from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+    if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= _LARGEST:
         raise FailedError(f"is no signature: {_strange(found)}")
     checked = _ssh_keygen(["check-novalidate", "-n", NAMESPACE, "-s", str(file)], content)
     if checked.returncode != 0:

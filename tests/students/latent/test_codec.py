@@ -232,7 +232,7 @@ def test_weights_that_are_not_those_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"model\.safetensors is sha256"):
         Codec.open(tmp_path / "codec")
     weights.unlink()
-    with pytest.raises(RefusedError, match=r"cannot read .*model\.safetensors"):
+    with pytest.raises(RefusedError, match=r"model\.safetensors cannot be read"):
         Codec.open(tmp_path / "codec")
 
 
