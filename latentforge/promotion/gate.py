@@ -99,6 +99,8 @@ def _ended(record: RunRecord) -> Condition:
 
 
 def _profile(record: RunRecord, smoke: bool) -> Condition:
+    if record.identity is not None and record.identity.is_canary:
+        return Condition("profile", Outcome.FAIL, "a canary: the first steps of a full run, and no student of its own")
     profile = record.identity.spec.get("profile") if record.identity else None
     if profile == "full":
         return Condition("profile", Outcome.PASS, "full")

@@ -57,6 +57,11 @@ class RunIdentity:
         """``<kind>-<first 20 hex digits of the sha256 of the canonical bytes>``."""
         return f"{self.kind}-{hashlib.sha256(self.canonical).hexdigest()[:20]}"
 
+    @property
+    def is_canary(self) -> bool:
+        """Whether it is the short run before a full one, for whose training it stands."""
+        return "stands_for" in self.inputs
+
     def at_attempt(self, attempt: int) -> RunIdentity:
         """The same meaning, run for the ``attempt``-th time."""
         other = replace(self, attempt=attempt)

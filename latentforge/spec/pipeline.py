@@ -58,7 +58,7 @@ class PlannedRun:
     @property
     def is_canary(self) -> bool:
         """Whether it is the short run before a full one."""
-        return self.role in CANARIES
+        return self.identity.is_canary
 
 
 def external_paths(spec: PipelineSpec) -> Iterator[ExternalPath]:

@@ -16,8 +16,8 @@ def require_canary(run: RunDir, identity: RunIdentity) -> None:
 
     Boot and driver are the plan's to judge: they are of the host, and what a run reads is its folder.
     """
-    if identity.spec["profile"] != "full" or "stands_for" in identity.inputs:
-        return  # of a few steps of its own, or a canary itself
+    if identity.spec["profile"] != "full" or identity.is_canary:
+        return
     source = run.input_run("canary") if run.has_input("canary") else None
     if source is None:
         raise _refused(f"{run.run} is a full run without a canary")

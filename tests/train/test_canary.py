@@ -18,6 +18,8 @@ import pytest
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog, read_events
 from latentforge.memory import HostMemory
+from latentforge.promotion.checks import with_evidence
+from latentforge.promotion.gate import look
 from latentforge.spec.canary import REQUIRED
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.pipeline import CANARIES, Role
@@ -143,6 +145,18 @@ def test_a_canary_of_the_other_kind_vouches_for_nothing(line: Line, tmp_path: Pa
     (swapped.path.parent / other.run).symlink_to(other.path)
     with pytest.raises(RefusedError, match="it stands for other training"):
         require_canary(swapped, run.load_identity())
+
+
+@both
+def test_a_canary_is_published_by_nobody_although_all_that_is_judged_of_it_passes(
+    line: Line, tmp_path: Path, role: Role
+) -> None:
+    run = line[role].path
+    copy = shutil.copytree(run, tmp_path / "runs" / run.name, ignore=shutil.ignore_patterns("checkpoints"))
+    for smoke in (False, True):
+        unmet = {one.name: one.text for one in look(with_evidence(copy), smoke=smoke).unmet}
+        assert "a canary" in unmet.pop("profile")
+        assert not unmet.keys() & {"evidence", "configuration", *REQUIRED[CANARIES[role]]}
 
 
 @both
