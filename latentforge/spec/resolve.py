@@ -9,8 +9,6 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from importlib import resources
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from latentforge.errors import RefusedError
 from latentforge.spec import choice
 from latentforge.spec.dotenv import origin_of
+from latentforge.spec.recipe import RecipeFile, read_recipe
 from latentforge.spec.sections import PipelineSpec, TeacherSpec
 
 ENVIRONMENT = {
@@ -80,12 +79,6 @@ class ResolvedPipeline:
             yield field, value, self.origins.get(field, Origin("default"))
 
 
-def recipe_names() -> list[str]:
-    """The pipelines that come with the package."""
-    folder = resources.files("latentforge") / "recipes"
-    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
-
-
 def resolve_pipeline(
     recipe: str, *, env: Mapping[str, str] | None = None, overrides: Sequence[str] = ()
 ) -> ResolvedPipeline:
@@ -94,10 +87,11 @@ def resolve_pipeline(
     Precedence: flag > environment > .env > file > default (``env`` may be a
     :class:`latentforge.spec.dotenv.Environment`). A value that does not parse is an error, never a default.
     """
-    name, document = _read(recipe)
-    values, origins = _laid(name, document, env or {}, overrides)
-    spec = _validated(_tree(values), origins, name)
-    return ResolvedPipeline(name, spec, origins)
+    file = read_recipe(recipe)
+    values, origins = _laid(file, env or {}, overrides)
+    _require(file, file.needs, values)
+    spec = _validated(_tree(values), origins, file.name)
+    return ResolvedPipeline(file.name, spec, origins)
 
 
 def resolve_teacher(
@@ -107,26 +101,47 @@ def resolve_teacher(
 
     Here no pipeline trains a teacher: without a recipe, ``auto`` counts as said.
     """
-    name, document = _read(recipe) if recipe is not None else ("no file", {"teacher": {"backend": "auto"}})
-    values, origins = _laid(name, document, env, overrides, alone=recipe is None)
+    nothing = RecipeFile("no file", "no file", {"teacher": {"backend": "auto"}}, ())
+    file = read_recipe(recipe) if recipe is not None else nothing
+    values, origins = _laid(file, env, overrides, alone=recipe is None)
+    _require(file, [field for field in file.needs if field.startswith("teacher.")], values)
     kept = {field: value for field, value in values.items() if field.startswith("teacher.")}
     tree = _tree(kept)
     try:
         section = TeacherSpec.model_validate_json(json.dumps(tree.get("teacher", {}), default=str))
     except ValidationError as error:
         problems = [{**one, "loc": ("teacher", *one["loc"])} for one in error.errors(include_url=False)]
-        raise RefusedError("; ".join(_told(one, origins, name) for one in problems)) from None
+        raise RefusedError("; ".join(_told(one, origins, file.name) for one in problems)) from None
     return section, {field: origin for field, origin in origins.items() if field in kept}
 
 
+def _require(file: RecipeFile, needs: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Refuse a pipeline for which a value is given nowhere that its file leaves to whoever launches it."""
+    for field in needs:
+        annotation = _annotation(field, f"needs of {file.name}")
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            raise RefusedError(f"needs names {field!r}, which is a table ({file.name})", next="name one of its fields")
+    missing = [field for field in needs if values.get(field) is None]
+    if not missing:
+        return
+    of_goal = _BY_GOAL.get(str(values.get("through")), ENVIRONMENT)
+    variables = {field: variable for variable, field in of_goal.items()}
+    given = [f"{variables[field]}=…" for field in missing if field in variables]
+    flags = [f"--set {field}=…" for field in missing if field not in variables]
+    raise RefusedError(
+        f"{file.name} needs {' and '.join(missing)}: no variable and no flag says which",
+        next=" ".join([*given, "latentforge dispatch go", file.asked, *flags]),
+    )
+
+
 def _laid(
-    name: str, document: dict[str, Any], env: Mapping[str, str], overrides: Sequence[str], *, alone: bool = False
+    file: RecipeFile, env: Mapping[str, str], overrides: Sequence[str], *, alone: bool = False
 ) -> tuple[dict[str, Any], dict[str, Origin]]:
     """Values and origins by dotted field: the document's, with the environment and the flags over them."""
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
-    _check_keys(document, PipelineSpec, prefix="", where=name)
-    for field, value in _leaves(document):
+    _check_keys(file.document, PipelineSpec, prefix="", where=file.name)
+    for field, value in _leaves(file.document):
         values[field], origins[field] = value, Origin("default" if alone else "file")
     flags = list(_from_flags(overrides))
     through = next((value for field, value, _source in reversed(flags) if field == "through"), values.get("through"))
@@ -168,39 +183,6 @@ def _default(field: str) -> Any:
     for parent in parents:
         model = model.model_fields[parent].annotation
     return model.model_fields[last].default
-
-
-def _read(recipe: str) -> tuple[str, dict[str, Any]]:
-    path = Path(recipe)
-    if path.suffix == ".toml" or "/" in recipe:
-        text, name = _read_file(path), path.name
-    elif recipe in recipe_names():
-        text, name = (resources.files("latentforge") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8"), recipe
-    else:
-        close = difflib.get_close_matches(recipe, recipe_names(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "name a .toml file, or one of: " + ", ".join(recipe_names())
-        raise RefusedError(f"no recipe is called {recipe!r}", next=hint)
-    try:
-        return name, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RefusedError(f"{name} is not TOML: {error}") from error
-
-
-def _read_file(path: Path) -> str:
-    hint = "name a .toml file, or one of: " + ", ".join(recipe_names())
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise RefusedError(f"pipeline file {str(path)!r} {what}", next=hint)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise RefusedError(
-            f"pipeline file {str(path)!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}",
-            next="convert it:  iconv -f <its encoding> -t UTF-8",
-        ) from None
-    except OSError as error:
-        raise RefusedError(f"pipeline file {str(path)!r} cannot be read: {error.strerror}", next=hint) from None
 
 
 def _from_environment(env: Mapping[str, str], through: str) -> Iterator[tuple[str, Any, str]]:

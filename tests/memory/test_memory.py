@@ -28,7 +28,8 @@ from latentforge.memory.estimate import (
 )
 from latentforge.memory.plan import GIB
 from latentforge.spec.latent import AutoencoderSpec
-from latentforge.spec.resolve import recipe_names, resolve_pipeline
+from latentforge.spec.recipe import read_recipe, recipe_names
+from latentforge.spec.resolve import resolve_pipeline
 from latentforge.verdicts import Outcome
 
 
@@ -62,7 +63,8 @@ def counted(configuration: Any) -> int:
 @pytest.mark.parametrize("recipe", recipe_names())
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_the_parameter_count_of_a_recipes_models_is_exact(recipe: str, who: str) -> None:
-    spec = resolve_pipeline(recipe).spec
+    given = [f"{field}=/somewhere" for field in read_recipe(recipe).needs]
+    spec = resolve_pipeline(recipe, overrides=given).spec
     vocab_size = spec.data.vocab_size
     shape = (
         teacher_shape(spec.teacher, vocab_size) if who == "teacher" else student_shape(spec.distill.student, vocab_size)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentforge.errors import RefusedError
-from latentforge.spec.resolve import recipe_names, resolve_pipeline
+from latentforge.spec.recipe import read_recipe, recipe_names
+from latentforge.spec.resolve import resolve_pipeline, resolve_teacher
 
 
 def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
@@ -137,4 +138,50 @@ def test_a_misspelt_recipe_is_answered_with_the_nearest() -> None:
 def test_every_recipe_that_comes_with_the_package_is_valid() -> None:
     assert {"smoke", "tiny"} <= set(recipe_names())
     for name in recipe_names():
-        assert resolve_pipeline(name).spec.distill.steps > 0
+        given = [f"{field}=/somewhere" for field in read_recipe(name).needs]
+        assert resolve_pipeline(name, overrides=given).spec.distill.steps > 0
+
+
+def test_a_file_may_leave_values_to_whoever_launches_it_and_is_refused_without_them(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('needs = ["teacher.model", "data.corpus", "distill.steps"]\n[distill]\nbatch_size = 3\n')
+    with pytest.raises(
+        RefusedError, match=r"mine\.toml needs teacher\.model and data\.corpus and distill\.steps"
+    ) as found:
+        resolve_pipeline(str(file))
+    assert found.value.next == f"TEACHER_REPO=… STEPS=… latentforge dispatch go {file} --set data.corpus=…"
+    some = resolve_pipeline(str(file), env={"TEACHER_REPO": "/t", "STEPS": "5"}, overrides=["data.corpus=/c"]).spec
+    assert (some.teacher.model, some.data.corpus, some.distill.steps, some.distill.batch_size) == ("/t", "/c", 5, 3)
+    with pytest.raises(RefusedError, match=r"needs data\.corpus:"):
+        resolve_pipeline(str(file), env={"TEACHER_REPO": "/t", "STEPS": "5"})
+
+
+def test_what_a_file_needs_is_no_part_of_what_it_means(tmp_path: Path) -> None:
+    plain, needing = tmp_path / "plain.toml", tmp_path / "needing.toml"
+    plain.write_text("[distill]\nsteps = 5\n")
+    needing.write_text('needs = ["distill.steps"]\n[distill]\nsteps = 5\n')
+    assert resolve_pipeline(str(plain)).spec == resolve_pipeline(str(needing)).spec
+
+
+@pytest.mark.parametrize(
+    ("needs", "said"),
+    [
+        ('"teacher.model"', "needs = 'teacher.model' is not a list of fields"),
+        ("[3]", r"needs = \[3\] is not a list of fields"),
+        ('["teacher.modle"]', r"unknown key 'teacher\.modle' .*did you mean 'teacher\.model'"),
+        ('["teacher"]', "needs names 'teacher', which is a table"),
+        ('["teacher.model.x"]', "teacher.model has no fields"),
+    ],
+)
+def test_needs_that_name_no_field_are_refused(needs: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f"needs = {needs}\n")
+    with pytest.raises(RefusedError, match=said):
+        resolve_pipeline(str(file), env={"TEACHER_REPO": "/t"})
+
+
+def test_the_teachers_section_alone_is_refused_without_what_it_needs_and_asks_for_nothing_else() -> None:
+    with pytest.raises(RefusedError, match=r"gb10-latent-4 needs teacher\.model:"):
+        resolve_teacher("gb10-latent-4", env={})
+    section, _origins = resolve_teacher("gb10-latent-4", env={"TEACHER_REPO": "/t"})
+    assert (section.model, section.backend) == ("/t", "vllm-local")
