@@ -84,8 +84,13 @@ class RunIdentity:
                 secrets=tuple(value["secrets"]),
                 attempt=value["attempt"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RefusedError(f"identity of {run_id or 'a run'} cannot be read: {error!r}") from error
+        texts = [identity.code, identity.lock, *identity.secrets]
+        if not isinstance(identity.spec, dict) or not isinstance(identity.inputs, dict):
+            raise RefusedError(f"identity of {run_id or 'a run'}: spec and inputs have to be objects")
+        if not all(isinstance(one, str) for one in (*texts, *identity.inputs.values())):
+            raise RefusedError(f"identity of {run_id or 'a run'}: code, lock, secrets and inputs have to be texts")
         if value.get("schema") != SCHEMA or identity.kind not in KINDS:
             raise RefusedError(f"identity has schema {value.get('schema')!r}, kind {identity.kind!r}: not known here")
         if (strange := identity._strange()) is not None:

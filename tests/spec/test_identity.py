@@ -83,6 +83,16 @@ def test_an_identity_that_is_not_canonical_is_refused() -> None:
         RunIdentity.from_bytes(spaced)
 
 
+@pytest.mark.parametrize("part", ["spec", "inputs", "code", "lock", "secrets"])
+@pytest.mark.parametrize("value", [7, [7], {"a": 7}, None, True])
+def test_an_identity_whose_parts_have_another_shape_is_refused(part: str, value: Any) -> None:
+    if part == "spec" and isinstance(value, dict):
+        return
+    content = canonical_bytes({**identity().as_json(), part: value})
+    with pytest.raises(RefusedError, match=r"have to be|cannot be read|canonical"):
+        RunIdentity.from_bytes(content)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53])
 def test_a_value_without_canonical_form_is_refused(value: float) -> None:
     with pytest.raises(RefusedError):
