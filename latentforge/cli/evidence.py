@@ -209,6 +209,7 @@ def reproduce(
     from latentforge.cli.terminal import Passing, ended_as_by_ctrl_c, print_json
     from latentforge.errors import RefusedError
     from latentforge.evidence.reading import find_run
+    from latentforge.report.words import one_line
     from latentforge.train.reproduce import reproduce
     from latentforge.train.rerun import Rerun
     from latentforge.verdicts import exit_code
@@ -230,7 +231,7 @@ def reproduce(
     if json:
         print_json({**found.as_json(), **({"folder": None} if to is None else {})})
     else:
-        print("\n".join(found.lines()))
+        print("\n".join(one_line(line) for line in found.lines()))
     return exit_code(found.outcome)
 
 

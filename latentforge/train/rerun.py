@@ -47,7 +47,7 @@ class Rerun:
             why = "weights that are all lost are 1 apart" if self.tolerance >= 1 else "it is relative, from 0"
             raise RefusedError(f"a tolerance of {self.tolerance:g} is none: {why}", next=f"--tolerance {TOLERANCE:g}")
         for place in self.inputs:
-            if not place.is_dir():
+            if not os.path.isdir(place):
                 raise RefusedError(f"--inputs {place} is no folder", next="name the folder in which the runs lie")
         if shutil.which(self.python) is None:
             raise RefusedError(
@@ -88,7 +88,7 @@ def _require_code(record: RunRecord, identity: RunIdentity) -> None:
     found = running_code().digest
     if identity.code != found:
         following = "check out the commit that it ran with"
-        if (earlier := _argv(record)) and Path(earlier[0]).is_file():
+        if (earlier := _argv(record)) and os.path.isfile(earlier[0]) and earlier[0] != sys.executable:
             following += f", or name its interpreter: --python {earlier[0]}"
         raise RefusedError(f"{record.id} ran code {identity.code[:12]}…, this is {found[:12]}…", next=following)
 
@@ -127,24 +127,29 @@ def lay_out(first: RunRecord, how: Rerun) -> Path:
 
 
 def _resolved(first: RunRecord) -> dict[str, dict[str, str]]:
-    """Where the inputs lay, by name, each held against what the run's identity names."""
+    """Where the inputs lay, by name, each held against what the run's identity names: the content, or a run of that
+    kind. Which run is the plan's to choose, among those that mean the same: :func:`_input` asks what was read."""
     resolved = (first.launch or {}).get("resolved")
     named = first.identity.inputs if first.identity is not None else {}
     if not isinstance(resolved, dict):
         raise RefusedError(f"launch.json of {first.id} does not say where its inputs lay: it cannot run again")
     for name, reference in resolved.items():
         asked, found = named.get(name), _reference(reference)
-        if found is None or asked != found:
+        if asked is None or found is None or (asked if "run" not in reference else _kind(asked)) != found:
             raise RefusedError(f"input {name!r} of {first.id}: its identity names {asked}, launch.json {reference!r}")
     return resolved
 
 
+def _kind(named: str) -> str:
+    return named.rpartition("-")[0]
+
+
 def _reference(value: Any) -> str | None:
-    """What an identity calls the input that ``launch.json`` refers to so; None for no reference."""
+    """What an identity calls the input that ``launch.json`` refers to so, of a run its kind; None for no reference."""
     if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
         return None
     if "run" in value:
-        return f"run:{value['run']}" if RUN_ID.fullmatch(value["run"]) else None
+        return _kind(f"run:{value['run']}") if RUN_ID.fullmatch(value["run"]) else None
     if "path" in value and "\0" not in value["path"]:
         return f"sha256:{value.get('sha256')}"
     return value.get("builtin")
@@ -155,9 +160,13 @@ def _input(first: RunRecord, name: str, run: str, how: Rerun) -> Path:
     read, else one from the folders named, beside the run, or where it ran on this machine."""
     read = (first.effective_file or {}).get("inputs")
     recorded = read.get(name) if isinstance(read, dict) else None
-    sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
+    sha256, named = (recorded.get(one) if isinstance(recorded, dict) else None for one in ("sha256", "run"))
     if not isinstance(sha256, str):
         raise RefusedError(f"effective.json of {first.id} has no digest of what it read as {name!r}: any would pass")
+    if named != run:
+        raise RefusedError(
+            f"input {name!r} of {first.id}: launch.json names {run}, effective.json says it read {named}"
+        )
     places = [*how.inputs, first.folder.parent, *(Path(argument).parent for argument in _argv(first)[-1:])]
     if os.path.lexists(how.folder / run):
         places = [how.folder]

@@ -232,6 +232,11 @@ def test_an_interpreter_that_is_none_is_refused_before_anything_is_made(
     assert not fresh.exists()
 
 
+def test_inputs_in_a_folder_that_is_none_are_refused(trained: RunDir, tmp_path: Path) -> None:
+    for place in ("/etc/passwd", "a" * 5000, "", str(tmp_path / "nowhere")):
+        assert main(["evidence", "reproduce", str(trained.path), "--inputs", place]) == ExitCode.REFUSED
+
+
 def test_a_run_that_leaves_nothing_to_compare_is_refused_at_once(trained: RunDir, tmp_path: Path) -> None:
     score = next(trained.path.parent.glob("score-*"))
     with pytest.raises(RefusedError, match="nothing to compare"):
@@ -308,7 +313,11 @@ def test_an_input_without_a_digest_or_that_the_identity_does_not_name_is_refused
             lay_out(read_run(run.path), Rerun(tmp_path / "fresh"))
     run.effective_file.write_text(json.dumps(effective))
     teacher = launch["resolved"]["teacher"]["run"]
-    for named in ("../../x", f"../{teacher}", "teacher-" + "0" * 20, teacher + "\n", 7, None):
+    other = json.dumps({**launch, "resolved": {**launch["resolved"], "teacher": {"run": "teacher-" + "0" * 20}}})
+    run.launch_file.write_text(other)
+    with pytest.raises(RefusedError, match=f"names teacher-0.*, effective.json says it read {teacher}"):
+        lay_out(read_run(run.path), Rerun(tmp_path / "fresh"))
+    for named in ("../../x", f"../{teacher}", "data-" + "0" * 20, teacher + "\n", 7, None):
         for value in ({"run": named}, {"path": named}, named):
             resolved = {**launch["resolved"], "teacher": value}
             run.launch_file.write_text(json.dumps({**launch, "resolved": resolved}))
@@ -319,6 +328,20 @@ def test_an_input_without_a_digest_or_that_the_identity_does_not_name_is_refused
         with pytest.raises(RefusedError, match="does not say where its inputs lay"):
             lay_out(read_run(run.path), Rerun(tmp_path / "fresh"))
     assert not (tmp_path / "fresh").exists()
+
+
+def test_an_input_may_be_another_run_that_means_the_same_and_is_the_one_that_was_read(
+    trained: RunDir, tmp_path: Path
+) -> None:
+    run = copied_line(trained, tmp_path)
+    launch, effective = (json.loads(path.read_bytes()) for path in (run.launch_file, run.effective_file))
+    teacher, kin = launch["resolved"]["teacher"]["run"], "teacher-" + "0" * 20
+    (run.path.parent / teacher).rename(run.path.parent / kin)
+    launch["resolved"]["teacher"]["run"] = effective["inputs"]["teacher"]["run"] = kin
+    run.launch_file.write_text(json.dumps(launch))
+    run.effective_file.write_text(json.dumps(effective))
+    lay_out(read_run(run.path), Rerun(tmp_path / "fresh"))
+    assert (tmp_path / "fresh" / kin).is_symlink()
 
 
 def test_nothing_is_written_into_what_was_recorded(trained: RunDir, tmp_path: Path) -> None:
