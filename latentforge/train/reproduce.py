@@ -77,6 +77,8 @@ class Reproduction:
                 if len(found.different) > _SHOWN:
                     lines.append(f"  and {len(found.different) - _SHOWN} more: --json lists all")
         lines += [f"not as the first time: {one}" for one in self.setting.differs]
+        if found.same and self.setting.differs:
+            lines.append(f"up to {self.tolerance:g} apart (relative) would have been within tolerance: nothing is")
         return lines + [f"not compared: {one}" for one in self.setting.unknown]
 
     def as_json(self) -> dict[str, Any]:

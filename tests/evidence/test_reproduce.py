@@ -209,6 +209,8 @@ def test_bits_that_differ_where_the_processor_was_not_recorded_are_no_verdict(tr
 
 
 def test_a_tolerance_is_said_as_it_was_asked_for(trained: RunDir, tmp_path: Path) -> None:
+    assert "up to 0.0125 apart" in judged(trained.path, trained.path, THREADS, 0.0125).lines()[-1]
+    assert len(judged(trained.path, trained.path, Setting()).lines()) == 1
     found = judged(trained.path, altered(trained, tmp_path, last_bit), THREADS, 0.0125)
     assert "(relative; tolerance 0.0125)" in found.lines()[0]
 
