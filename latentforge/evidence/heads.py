@@ -13,7 +13,7 @@ from latentforge.evidence.ledger import LEDGER, Chain
 from latentforge.evidence.once import write_once
 from latentforge.evidence.signatures import SUFFIX, Signature, check_signature, sign_bytes
 from latentforge.spec.canonical import canonical_bytes
-from latentforge.spec.reading import parse_json, read_regular
+from latentforge.spec.reading import UnreadableError, parse_json, read_regular
 
 HEADS = "heads"
 """The folder beside the ledger that holds its signed heads: ``<entry>.json`` and ``<entry>.json.sig``."""
@@ -83,7 +83,7 @@ def check_heads(
     try:
         names = _names(folder / HEADS)
     except OSError as error:
-        yield HEADS, RefusedError(f"cannot be listed: {error.strerror}")
+        yield HEADS, UnreadableError.of(folder / HEADS, error)
         names = []
     for path in [*(folder / HEADS / name for name in names), *kept]:
         inside = path not in kept

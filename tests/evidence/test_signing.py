@@ -287,7 +287,7 @@ def test_a_head_put_under_another_name_fails_and_is_not_signed_over(runs: Path, 
 
 def test_anything_but_a_folder_in_the_place_of_the_heads_fails(runs: Path, keys: Path) -> None:
     (runs / HEADS).write_text("")
-    assert problems(verify_evidence(runs)) == {HEADS: "cannot be listed: Not a directory"}
+    assert problems(verify_evidence(runs)) == {HEADS: "cannot be read: Not a directory"}
     (runs / HEADS).unlink()
     (runs / HEADS).symlink_to("nowhere")
     assert verify_evidence(runs).outcome is Outcome.FAIL
@@ -296,6 +296,20 @@ def test_anything_but_a_folder_in_the_place_of_the_heads_fails(runs: Path, keys:
     (runs / HEADS / "00000002.json.sig").unlink()
     (runs / HEADS / "00000002.json.sig").symlink_to("nowhere")
     assert verify_evidence(runs).outcome is Outcome.FAIL
+
+
+def test_heads_that_may_not_be_listed_leave_the_outcome_unknown(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs / HEADS).mkdir()
+    real = os.listdir
+
+    def denied(path: Path) -> list[str]:
+        if Path(path).name == HEADS:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    assert problems(verify_evidence(runs)) == {HEADS: "cannot be read: Permission denied"}
+    assert verify_evidence(runs).outcome is Outcome.UNKNOWN
 
 
 def test_a_ledger_that_holds_nothing_is_signed_by_nobody(tmp_path: Path, keys: Path) -> None:
