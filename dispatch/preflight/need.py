@@ -175,6 +175,10 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
         terms.append(Term("student", models.student.shape.parameters * (4 * students + states * _CHECKPOINTS)))
     if spec.benches and spec.through == "distill" and models.student.shape is not None:
         terms.append(Term("bench", 4 * models.student.shape.parameters))  # the student that it measured
+    if spec.profile == "full" and (long := [term for term in terms if term.name in ("student", "latent student")]):
+        # A canary leaves what its full run leaves: a student, and the newest of its checkpoints.
+        terms.append(Term("canaries", sum(term.bytes for term in long)))
+        runs += len(long)
     terms.append(Term("logs", runs * _RUN[0]))
     return tuple(terms), inodes + runs * _RUN[1], compiles
 

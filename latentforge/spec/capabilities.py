@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from latentforge.spec.canary import REQUIRED
 from latentforge.spec.fields import RUN_FALSIFIERS
 from latentforge.spec.identity import Kind
 from latentforge.spec.sections import PipelineSpec
@@ -45,6 +46,8 @@ def wanted_of(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
     }
     kinds = [kind for kind, (wanted, _) in made.items() if wanted]
     require = [falsifier for kind in kinds for falsifier in made[kind][1]]
+    if spec.profile == "full":
+        require += [falsifier for kind, of_canary in REQUIRED.items() if kind in kinds for falsifier in of_canary]
     sections = {*kinds, "teacher"} if spec.teacher.model is not None else set(kinds)
     fields = [one for one in sorted(_fields(PipelineSpec)) if "." not in one or one.partition(".")[0] in sections]
     return {

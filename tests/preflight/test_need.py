@@ -139,6 +139,23 @@ def test_more_targets_need_more_disk(facts_with: Facts) -> None:
     assert large.disk_bytes > small.disk_bytes
 
 
+def test_the_canaries_of_a_full_pipeline_need_the_disk_of_their_students_and_are_judged_by_falsifiers_of_their_own(
+    facts_with: Facts,
+) -> None:
+    both = ["latent.beside=true", "data.corpus=/c"]
+    smoke, full = (ask_for(*both, f"profile={one}", recipe="tiny-latent") for one in ("smoke", "full"))
+    short, long = ({term.name: term.bytes for term in need_of(ask, facts_with()).disk} for ask in (smoke, full))
+    assert long.pop("canaries") == short["student"] + short["latent student"] > 0
+    assert long.pop("logs") == short.pop("logs") + 2 * (64 << 20)
+    assert long == short
+    of_canaries = {"F-DISTILL-CANARY-001", "F-LATENT-CANARY-001"}
+    assert not of_canaries & set(wanted_of(smoke.spec)["falsifiers"])
+    assert of_canaries < set(wanted_of(full.spec)["falsifiers"])
+    codec = need_of(ask_for("data.corpus=/c", "profile=full", recipe="tiny-autoencoder"), facts_with())
+    assert "canaries" not in {term.name for term in codec.disk}
+    assert not of_canaries & set(codec.wanted["falsifiers"])
+
+
 def test_a_build_that_lacks_a_field_a_falsifier_or_a_command_is_refused_by_its_name(
     facts_with: Facts, box: Host
 ) -> None:
