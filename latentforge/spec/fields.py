@@ -12,6 +12,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+Distributed = Literal["none", "ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 RUN_FALSIFIERS = (

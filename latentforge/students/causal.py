@@ -270,8 +270,9 @@ def told(targets: Targets) -> Tensor:
     return targets.ids[:, 0] >= 0
 
 
-def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int, seed: int) -> Any:
-    """A Qwen3 causal LM with fresh fp32 weights that depend on ``seed`` and the shape alone."""
+def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int, seed: int, tied: bool = True) -> Any:
+    """A Qwen3 causal LM with fresh fp32 weights that depend on ``seed`` and the shape alone; ``tied`` to its embedding
+    or with a head of its own."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -283,7 +284,7 @@ def new_model(shape: ModelShape, *, vocab_size: int, positions: int, eos_id: int
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.hidden // shape.heads,
         max_position_embeddings=positions,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=eos_id,

@@ -22,7 +22,7 @@ from latentforge.memory.estimate import ahead_bytes
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
-from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
+from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.crossed import CrossCoverage, CrossedShards, CrossedTeacher
@@ -34,10 +34,10 @@ from latentforge.teachers.scoring import coverage
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.asking import answers_dense, check_live, check_on_policy
 from latentforge.train.data import checked_path
+from latentforge.train.engines.choice import Parts, Updates, engine_of
 from latentforge.train.feed import Feed
 from latentforge.train.loop import Objective, Trainer
 from latentforge.train.onpolicy import OnPolicy
-from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import padding_of, training_batch
 from latentforge.train.stopping import stop_requested
 from latentforge.train.supply import Supply
@@ -196,19 +196,12 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
     """A fresh copy of the start with its optimiser: student and twin differ in the weights of the loss alone."""
     spec = job.spec
     model = copy.deepcopy(start).to(job.device)
-    cast_weights(model, PRECISIONS[spec.precision])
     model.requires_grad_(not spec.student.frozen)
-    optimiser = MasterOptimiser(
-        model,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        warmup_steps=spec.warmup_steps,
-        steps=spec.steps,
-        clip_norm=spec.clip_norm,
-    )
-    objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
     student = Student(model, job.data.vocab_size, padding_of(job.data))
-    return Trainer(student, optimiser, objective, micro_batch_size=spec.micro_batch_size)
+    updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
+    engine = engine_of("none", Parts(student, model), updates, precision=PRECISIONS[spec.precision])
+    objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
+    return Trainer(student, engine, objective, micro_batch_size=spec.micro_batch_size)
 
 
 def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
 from latentforge.students.causal import IGNORE, LossParts, RowUse, Student, told
 from latentforge.train.effective import memory_in_use
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.engines.protocol import Engine, Optimiser
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class Objective:
 class StepResult:
     """What one step did: losses in nats a token over all ``rows`` predictions of ``sequences`` sequences.
 
-    ``micro_batches`` holds the sequences of each forward pass; ``ce`` is the mean over the ``ce_rows`` that had a
-    label, ``kd`` over the ``kd_rows`` that had targets and None where there were none (``kd_rows`` is None where none
-    were wanted); ``batch_sha256`` is that of the batch's tokens in their order; ``compiles`` what was compiled since
-    the step before; ``padding`` the predictions of the batch that are none, None where rows are not padded.
+    ``micro_batches`` holds the sequences of each forward pass of this process; ``ce`` is the mean over the ``ce_rows``
+    that had a label, ``kd`` over the ``kd_rows`` that had targets and None where there were none (``kd_rows`` is None
+    where none were wanted); ``batch_sha256`` is that of the batch's tokens in their order; ``compiles`` what was
+    compiled since the step before; ``padding`` the predictions of the batch that are none, None where rows are not
+    padded.
     """
 
     loss: float
@@ -80,31 +81,32 @@ class StepResult:
 
 
 class Trainer:
-    """A student, its optimiser and its objective."""
+    """A student, the engine that trains it, and its objective."""
 
     def __init__(
-        self,
-        student: Student,
-        optimiser: MasterOptimiser,
-        objective: Objective,
-        *,
-        micro_batch_size: int | None = None,
+        self, student: Student, engine: Engine, objective: Objective, *, micro_batch_size: int | None = None
     ) -> None:
         self.student = student
-        self.optimiser = optimiser
+        self.engine = engine
         self.objective = objective
         self.micro_batch_size = micro_batch_size
         self.watch = CompileWatch()
 
-    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | Iterable[Lesson] | None) -> StepResult:
-        """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0.
+    @property
+    def optimiser(self) -> Optimiser:
+        """What updates the weights, and holds them whole for checkpoints."""
+        return self.engine.optimiser
 
-        With lessons it is these that are trained, each a part of the batch in some form. The denominator counts the
-        valid predictions of the whole batch before its first micro-batch. FailedError, with nothing updated, where a
-        row was not trained or a number is not finite.
+    def step(self, step: int, tokens: Tensor, targets_of: TargetsOf | Iterable[Lesson] | None) -> StepResult:
+        """Train once on all of ``tokens`` int64 [B, L], of which each process of a run trains its share; ``step``
+        counts from 0.
+
+        With lessons it is these that are trained, each a part of this process's share in some form. The denominator
+        counts the valid predictions of the whole batch before its first micro-batch. FailedError, with nothing updated,
+        where a row was not trained or a number is not finite.
         """
         began = time.perf_counter()
-        wanted = self.objective
+        wanted, engine, world = self.objective, self.engine, self.engine.world
         labels = self.student.labels(tokens)
         denominator = int((labels != IGNORE).sum())
         learning_rate = self.optimiser.set_learning_rate(step)
@@ -112,11 +114,16 @@ class Trainer:
         rows, ce_rows, kd_rows, loss, ce, kd = 0, 0, 0, 0.0, 0.0, 0.0
         sizes: list[int] = []
         wants_targets = targets_of is not None and wanted.kd_weight > 0
-        for lesson in lessons_of(tokens, targets_of if wants_targets else None, self.micro_batch_size):
-            parts = self.pass_over(lesson, denominator)
-            if parts.loss.requires_grad:
-                parts.loss.backward()
-                self.optimiser.collect()
+        own = tokens[world.share(len(tokens))]
+        passes = world.passes(len(tokens), self.micro_batch_size)
+        lessons = lessons_of(own, targets_of if wants_targets else None, self.micro_batch_size)
+        for number, lesson in enumerate(world.padded(lessons, passes)):
+            with engine.passing(last=number + 1 == passes):
+                if lesson is None:
+                    engine.backward(self.empty_pass(tokens, denominator))
+                    continue
+                parts = self.pass_over(lesson, denominator)
+                engine.backward(parts.loss)
             sizes.append(len(lesson.tokens))
             rows += parts.rows
             ce_rows += parts.rows if parts.ce_rows is None else parts.ce_rows
@@ -124,10 +131,12 @@ class Trainer:
             kd_rows += taught
             loss, ce = loss + float(parts.loss.detach()), ce + float(parts.ce)
             kd += float(parts.kd) if taught else 0.0
-        if rows != denominator or sum(sizes) != len(tokens):
+        loss, ce, kd, *counts = world.sums(loss, ce, kd, rows, ce_rows, kd_rows, sum(sizes))
+        rows, ce_rows, kd_rows, sequences = (int(count) for count in counts)
+        if rows != denominator or sequences != len(tokens):
             raise FailedError(f"step {step + 1}: {rows} of {denominator} rows were trained; the step is refused")
         refuse_not_finite("loss", loss, step)
-        grad_norm = self.optimiser.step()
+        grad_norm = engine.step()
         refuse_not_finite("gradient norm", grad_norm, step)
         return StepResult(
             loss=loss,
@@ -136,7 +145,7 @@ class Trainer:
             kd=kd * (denominator / kd_rows) if kd_rows else None,
             learning_rate=learning_rate,
             rows=rows,
-            sequences=sum(sizes),
+            sequences=sequences,
             micro_batches=tuple(sizes),
             denominator=denominator,
             grad_norm=grad_norm,
@@ -153,7 +162,7 @@ class Trainer:
         wanted = self.objective
         # Without use the call is the one that it always was: a student of one's own need not know the word.
         of_rows: dict[str, Any] = {} if lesson.use is None else {"use": lesson.use}
-        found: LossParts = self.student(
+        found: LossParts = self.engine.module(
             lesson.tokens,
             lesson.targets,
             denominator,
@@ -165,6 +174,20 @@ class Trainer:
         )
         return found
 
+    def empty_pass(self, tokens: Tensor, denominator: int) -> Tensor:
+        """A loss of zero, with gradients of zero, of a process that has no row left while others go on: they wait for
+        it in their collective calls. Nothing of it is counted."""
+        found: LossParts = self.engine.module(
+            tokens[:1],
+            None,
+            denominator,
+            temperature=1.0,
+            ce_weight=1.0,
+            kd_weight=0.0,
+            kernel_backend=self.objective.kernel_backend,
+        )
+        return found.loss * 0.0
+
 
 def lessons_of(
     tokens: Tensor, targets_of: TargetsOf | Iterable[Lesson] | None, micro_batch_size: int | None
@@ -173,7 +196,7 @@ def lessons_of(
     if targets_of is not None and not callable(targets_of):
         yield from targets_of
         return
-    for part in tokens.split(micro_batch_size or len(tokens)):
+    for part in tokens.split(micro_batch_size or len(tokens)) if len(tokens) else ():
         yield Lesson(part, None if targets_of is None else targets_of(part))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+BETAS = (0.9, 0.95)
 DECAY_TO = 0.1
 """The learning rate ends at this fraction of its peak."""
 
@@ -27,11 +29,20 @@ def warmup_cosine(warmup_steps: int, steps: int) -> Schedule:
     return factor
 
 
+def grouped(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices, which decay, and vectors, which do not."""
+    both = list(parameters)
+    matrices, vectors = [p for p in both if p.dim() >= 2], [p for p in both if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 class MasterOptimiser:
     """AdamW that updates fp32 master weights and writes them to the working weights of the model.
 
     Where the model is fp32 both are the same tensors. Gradients of several micro-batches add up in fp32. Matrices
-    decay, vectors (norms, biases) do not. Frozen parameters have no master and never change.
+    decay, vectors (norms, biases) do not. Frozen parameters have no master and never change. Of a sharded model each
+    process has its part of every tensor; what is asked for whole is gathered, and asked for by all of them.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class MasterOptimiser:
         steps: int,
         clip_norm: float | None,
     ) -> None:
+        self.model = model
         self.working: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
@@ -53,12 +65,9 @@ class MasterOptimiser:
         self.schedule = warmup_cosine(warmup_steps, steps)
         self.adamw: torch.optim.AdamW | None = None
         if self.masters:
-            matrices = [p for p in self.masters.values() if p.dim() >= 2]
-            vectors = [p for p in self.masters.values() if p.dim() < 2]
-            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-            groups = [group for group in groups if group["params"]]
             # One pass over the weights; elementwise, so the same bits on every run with the same threads.
-            self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+            groups = grouped(self.masters.values(), weight_decay)
+            self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
             for group in self.adamw.param_groups:
                 group["initial_lr"] = group["lr"]
         self._asked = (learning_rate, weight_decay)
@@ -99,7 +108,10 @@ class MasterOptimiser:
         if self.adamw is None:
             return 0.0
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = float(nn.utils.clip_grad_norm_(list(self.masters.values()), limit))
+        masters = list(self.masters.values())
+        total = whole(nn.utils.get_total_norm([p.grad for p in masters if p.grad is not None]))
+        nn.utils.clip_grads_with_norm_(masters, limit, total)
+        norm = float(total)
         if math.isfinite(norm):
             self.adamw.step()
             self.write_working()
@@ -113,21 +125,42 @@ class MasterOptimiser:
             if master is not self.working[name]:
                 self.working[name].copy_(master)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters of the model by name, whole: trained ones as fp32 masters."""
+        return {name: whole(value) for name, value in {**dict(self.model.named_parameters()), **self.masters}.items()}
+
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state as flat tensors: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``."""
         if self.adamw is None:
             return {}
-        state = self.adamw.state
-        return {f"{name}/{key}": value for name, p in self.masters.items() for key, value in state.get(p, {}).items()}
+        each = [(name, key, value) for name, p in self.masters.items() for key, value in self._state(p).items()]
+        return {f"{name}/{key}": whole(value) for name, key, value in each}
 
     @torch.no_grad()
     def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Put back what :attr:`masters` and :meth:`moments` held, bit for bit."""
         for name, master in self.masters.items():
-            master.copy_(masters[name])
+            master.copy_(part_of(masters[name], master))
             # One that had no gradient yet (a signal that no row so far had) has no moments either.
             if self.adamw is not None and f"{name}/step" in moments:
                 found = {key: moments[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
                 where = {key: value.to(master.device) for key, value in found.items()}
-                self.adamw.state[master] = where
+                parts = {key: value if key == "step" else part_of(value, master) for key, value in where.items()}
+                self.adamw.state[master] = parts
         self.write_working()
+
+    def _state(self, master: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {} if self.adamw is None else self.adamw.state.get(master, {})
+        return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or gathered where each process holds a part of it."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole ``tensor``, laid out as ``like`` is: a tensor as it is where that is whole."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

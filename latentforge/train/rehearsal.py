@@ -17,6 +17,7 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.teachers.fixture import FixtureTeacher
+from latentforge.train.engines.single import Single
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.loop import Objective, TargetsOf, Trainer
 from latentforge.train.optimiser import MasterOptimiser
@@ -112,7 +113,8 @@ def small_trainer(
     )
     kernel, _ = choose_kernel(torch.device(device), precision)
     objective = Objective(1.0, ce_weight, kd_weight, kernel)
-    return Trainer(Student(model, VOCABULARY), optimiser, objective, micro_batch_size=micro_batch_size)
+    student = Student(model, VOCABULARY)
+    return Trainer(student, Single(student, optimiser), objective, micro_batch_size=micro_batch_size)
 
 
 def small_batch(seed: int = 5) -> Tensor:

@@ -14,6 +14,7 @@ from latentforge.spec.sections import TeacherSpec
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.teachers.folder import check_model_folder
 from latentforge.train import effective
+from latentforge.train.engines.single import Single
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
 from latentforge.train.loop import Objective, Trainer, evaluate, log_compiles, log_step, rehearse
@@ -60,7 +61,7 @@ def run(run: RunDir, log: EventLog) -> None:
             steps=spec.steps,
             clip_norm=CLIP_NORM,
         )
-        trainer = Trainer(teacher, optimiser, Objective(1.0, 1.0, 0.0, kernel))
+        trainer = Trainer(teacher, Single(teacher, optimiser), Objective(1.0, 1.0, 0.0, kernel))
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser, model)
     if slow:

@@ -18,7 +18,8 @@ from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
-from latentforge.train import assembly, distill, effective, products
+from latentforge.train import distill, effective, products
+from latentforge.train.engines import choice
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.rehearsal import tiny_events, tiny_run, tiny_spec
@@ -150,7 +151,7 @@ def test_a_trainer_that_drops_the_learning_rate_is_stopped_before_step_1(
         def __init__(self, model: Any, *, learning_rate: float, **rest: Any) -> None:
             super().__init__(model, learning_rate=1e-3, **rest)
 
-    monkeypatch.setattr(assembly, "MasterOptimiser", Deaf)
+    monkeypatch.setattr(choice, "MasterOptimiser", Deaf)
     run = make_run()
     code, text = run_here(run)
     assert code == 1

@@ -26,6 +26,7 @@ from latentforge.students.causal import (
 )
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.store import StoreTeacher
+from latentforge.train.engines.single import Single
 from latentforge.train.feed import Feed
 from latentforge.train.flops import training_flops
 from latentforge.train.loop import Lesson, Objective, Trainer
@@ -127,13 +128,12 @@ class _TimedOptimiser(MasterOptimiser):
 class _TimedTrainer(Trainer):
     """The trainer, of which is known how long its forward passes took."""
 
-    optimiser: _TimedOptimiser
-
     def pass_over(self, lesson: Lesson, denominator: int) -> LossParts:
-        clock = self.optimiser.clock
-        with clock.part("forward"):
+        timed = self.optimiser
+        assert isinstance(timed, _TimedOptimiser)
+        with timed.clock.part("forward"):
             found = super().pass_over(lesson, denominator)
-        self.optimiser.forward_ended = clock.now()
+        timed.forward_ended = timed.clock.now()
         return found
 
 
@@ -166,7 +166,9 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
     optimiser.clock = clock
     taught = Objective(1.0, distill.ce_weight, distill.kd_weight, kernel)
     plain = replace(taught, ce_weight=1.0, kd_weight=0.0)
-    trainer = _TimedTrainer(Student(model, vocab_size), optimiser, taught, micro_batch_size=distill.micro_batch_size)
+    student = Student(model, vocab_size)
+    engine = Single(student, optimiser)
+    trainer = _TimedTrainer(student, engine, taught, micro_batch_size=distill.micro_batch_size)
     order = BatchOrder(len(material.shard), distill.batch_size, spec.seed)
 
     def batch_of(step: int) -> Tensor:

@@ -12,6 +12,7 @@ from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.targets.row import SequenceTargets
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.store import StoreTeacher
+from latentforge.train.engines.single import Single
 from latentforge.train.loop import Objective, Trainer
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import choose_kernel
@@ -31,7 +32,8 @@ def _losses(path: Path, rows: Rows, data: ShardSet) -> list[float]:
     model = new_model(shape, vocab_size=320, positions=data.sequence_length, eos_id=data.eos_id, seed=3)
     optimiser = MasterOptimiser(model, learning_rate=3e-3, weight_decay=0.0, warmup_steps=0, steps=STEPS, clip_norm=1.0)
     kernel, _ = choose_kernel(torch.device("cpu"), torch.float32)
-    trainer = Trainer(Student(model, 320), optimiser, Objective(1.0, 0.0, 1.0, kernel))
+    student = Student(model, 320)
+    trainer = Trainer(student, Single(student, optimiser), Objective(1.0, 0.0, 1.0, kernel))
     found = []
     with StoreTeacher.open(path) as teacher:
         for step in range(STEPS):

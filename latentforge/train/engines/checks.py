@@ -1,0 +1,83 @@
+"""Executable checks of what the engines promise; contracts name these functions and plant their faults."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+from latentforge.contracts.finding import Finding
+from latentforge.errors import FailedError
+from latentforge.spec.fields import Distributed
+from latentforge.train.engines.equality import TOLERANCE, Compared, equality, small_student
+from latentforge.train.engines.fsdp2 import Fsdp2
+from latentforge.train.optimiser import MasterOptimiser
+
+OF_TORCH: tuple[Distributed, ...] = ("ddp", "fsdp2")
+OF_DEEPSPEED: tuple[Distributed, ...] = ("deepspeed-zero2", "deepspeed-zero3")
+WAYS = {"1x8": None, "8x1": 1}
+"""Rows a pass: all that a process has of eight, or one after the other."""
+
+UNTIED = "untied"
+"""Two rows a pass, of a student whose head is a tensor of its own."""
+
+Case = tuple[Distributed, str, str | None]
+
+
+@cache
+def table(processes: int = 2) -> dict[Case, Compared]:
+    """What each engine that is installed was found to differ by, in both ways and with a second division planted; all
+    of them in one start of the processes."""
+    engines = OF_TORCH + (OF_DEEPSPEED if importlib.util.find_spec("deepspeed") else ())
+    cases: list[Case] = [(engine, way, None) for engine in engines for way in WAYS]
+    cases.append(("fsdp2", UNTIED, None))
+    if processes > 1:
+        cases += [(engine, "1x8", "divided-twice") for engine in engines]
+    asked: list[dict[str, Any]] = [
+        {"distributed": engine, "micro_batch_size": WAYS.get(way, 2), "mutant": mutant, "tied": way != UNTIED}
+        for engine, way, mutant in cases
+    ]
+    return dict(zip(cases, equality(asked, processes=processes), strict=True))
+
+
+def torch_engines_are_equal(*, mutant: str | None = None) -> Finding:
+    """Two processes under DDP and FSDP2 train what one does; ``mutant`` "divided-twice" lets the library average."""
+    return _equal(OF_TORCH, mutant)
+
+
+def deepspeed_engines_are_equal(*, mutant: str | None = None) -> Finding:
+    """The same of ZeRO-2 and ZeRO-3; unknown where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return Finding(None, "DeepSpeed is not installed here", {})
+    return _equal(OF_DEEPSPEED, mutant)
+
+
+def _equal(engines: tuple[Distributed, ...], mutant: str | None) -> Finding:
+    found = {case: one for case, one in table().items() if case[0] in engines and case[2] == mutant}
+    loss, norm = (max(getattr(one, name) for one in found.values()) for name in ("loss", "norm"))
+    # Each engine has to be caught with the fault in it, not one of them.
+    off = [max(one.loss, one.norm) for one in found.values()]
+    passed = max(off) <= TOLERANCE if mutant is None else not min(off) > TOLERANCE
+    text = f"{' and '.join(engines)}, 2 processes against 1: loss off by {loss:.1e}, gradient norm by {norm:.1e}"
+    measured = {f"{engine} {way}": one._asdict() for (engine, way, _), one in found.items()}
+    return Finding(passed, text, measured)
+
+
+def shares_are_what_was_asked(*, mutant: str | None = None) -> Finding:
+    """Each engine's wrapper and the sizes that a process really keeps; ``mutant`` "left-whole" asks FSDP2 of a student
+    that nothing has sharded."""
+    if mutant == "left-whole":
+        student = small_student()
+        settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0, "steps": 1, "clip_norm": None}
+        try:
+            Fsdp2(student, MasterOptimiser(student.model, **settings)).wrapped()
+        except FailedError as error:
+            return Finding(False, str(error), {})
+        return Finding(True, "a student that nothing has sharded passes for FSDP2's", {})
+    said = {}
+    for (engine, _, _), one in table().items():
+        wrapped = one.wrapped
+        share = (wrapped["weights"] / wrapped["parameters"], wrapped["states"] / wrapped["parameters"])
+        said[engine] = f"{engine} {share[0]:.2f}/{share[1]:.2f}"
+    # The engines have refused themselves where a type or a size was another: what came back here is what held.
+    return Finding(True, f"share of weights/states in each of 2 processes: {', '.join(said.values())}", said)

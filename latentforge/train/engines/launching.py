@@ -1,0 +1,140 @@
+"""The processes of one run on this host: started together, ended together, and what each of them told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch.distributed as dist
+
+from latentforge.errors import LatentForgeError
+from latentforge.verdicts import ExitCode
+
+GRACE_SECONDS = 20.0
+"""What the others are left, once one has failed, to end by themselves: they learn of it in their next collective."""
+_LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended: its exit code or the signal that killed it (negative), and what it ``told``, if it could;
+    ``ours`` where it was this process that ended it."""
+
+    rank: int
+    pid: int
+    returncode: int
+    told: Mapping[str, Any]
+    ours: bool = False
+
+
+class Ranks:
+    """``size`` processes on this host that each call ``module:function`` with ``arguments``; a context, which kills
+    what is left of them when it is left."""
+
+    def __init__(self, target: str, arguments: Mapping[str, Any], size: int, *, threads: int | None = None) -> None:
+        # Held here: no process has to guess a free port, and one that is late still finds it.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._reports: list[IO[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ours: set[int] = set()
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(size)}
+        if threads is not None:
+            shared["OMP_NUM_THREADS"] = str(threads)
+        for rank in range(size):
+            report = tempfile.TemporaryFile()  # noqa: SIM115  closed when the context is left
+            self._reports.append(report)
+            program = [sys.executable, "-m", "latentforge.train.engines.rank"]
+            command = [*program, target, json.dumps(arguments), str(report.fileno())]
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+            # A group of its own: Ctrl-C reaches this process alone, which hands it on.
+            self._processes.append(
+                subprocess.Popen(
+                    command, env={**os.environ, **shared, **own}, pass_fds=[report.fileno()], process_group=0
+                )
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._end(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        for report in self._reports:
+            report.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes by rank."""
+        return [process.pid for process in self._processes]
+
+    def tell(self, number: int) -> None:
+        """Send a signal to all that still run."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self, *, grace: float = GRACE_SECONDS) -> list[Ended]:
+        """Until all have ended. Once one has ended badly the others have ``grace`` seconds, and are killed."""
+        until: float | None = None
+        while any(process.poll() is None for process in self._processes):
+            if until is None and any(process.returncode not in (None, 0) for process in self._processes):
+                until = time.monotonic() + grace
+            if until is not None and time.monotonic() > until:
+                self._end(signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
+        return [self._ended(rank) for rank in range(len(self._processes))]
+
+    def _end(self, number: int) -> None:
+        for rank, process in enumerate(self._processes):
+            if process.poll() is None:
+                self._ours.add(rank)
+                process.send_signal(number)
+
+    def _ended(self, rank: int) -> Ended:
+        process, report = self._processes[rank], self._reports[rank]
+        report.seek(0)
+        said = report.read()
+        told = json.loads(said) if said.endswith(b"}") else {}
+        return Ended(rank, process.pid, int(process.returncode), told, rank in self._ours)
+
+
+def together(target: str, arguments: Mapping[str, Any], size: int, *, threads: int | None = None) -> list[Any]:
+    """What each of ``size`` processes returned, by rank; the error of the one that failed first where one did."""
+    with Ranks(target, arguments, size, threads=threads) as ranks:
+        ended = ranks.wait()
+    refuse_failed(ended)
+    return [one.told["value"] for one in ended]
+
+
+def refuse_failed(ended: list[Ended]) -> None:
+    """Raise what the processes of a run failed of, where one did: a killed one says more than those that missed it, an
+    error with a next step more than a crash."""
+    for one in ended:
+        if one.returncode < 0 and not one.ours:
+            name = signal.Signals(-one.returncode).name
+            raise LatentForgeError(
+                f"process {one.rank} of {len(ended)} (pid {one.pid}) was killed by {name}; the others were ended",
+                next="look for the out-of-memory killer in the kernel's log, then resume:  "
+                "latentforge dispatch go --attempt next",
+                code=ExitCode.CRASHED,
+            )
+    failed = [one for one in ended if one.told.get("code") != 0]
+    for one in failed:
+        if "error" in one.told:
+            raise LatentForgeError(one.told["error"], next=one.told["next"], code=ExitCode(one.told["code"]))
+    for one in failed:
+        what = one.told.get("crash", f"ended with exit code {one.returncode} and told nothing")
+        trace = one.told.get("trace", "")
+        raise LatentForgeError(
+            f"process {one.rank} of {len(ended)} (pid {one.pid}): {what}\n{trace}".rstrip(), code=ExitCode.CRASHED
+        )

@@ -1,0 +1,75 @@
+"""The processes of one run: which one this is, its share of each batch, and sums over all of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Given = TypeVar("Given")
+
+
+@dataclass(frozen=True)
+class World:
+    """The process ``rank`` of the ``size`` that train one student together. Collective calls are made by all of them,
+    in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> World:
+        """The world that this process has joined; one process alone where it has joined none."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes: events, log, checkpoints, products."""
+        return self.rank == 0
+
+    def share(self, rows: int) -> slice:
+        """Which rows of a batch of ``rows`` are this process's: all that there are, each of one process, in their
+        order; the first processes have one more where they cannot be shared out evenly."""
+        each, left = divmod(rows, self.size)
+        begin = self.rank * each + min(self.rank, left)
+        return slice(begin, begin + each + (self.rank < left))
+
+    def passes(self, rows: int, micro_batch_size: int | None) -> int:
+        """Forward passes that each process makes for a batch of ``rows``: those of the largest share. A process that
+        has fewer makes empty ones, since the others would wait for it in their collective calls."""
+        largest = -(-rows // self.size)
+        return -(-largest // (micro_batch_size or largest))
+
+    def padded(self, given: Iterable[Given], passes: int) -> Iterator[Given | None]:
+        """What is ``given`` to this process for its passes, and None for each further one that others make."""
+        count = 0
+        for one in given:
+            count += 1
+            yield one
+        for _ in range(passes - count if self.size > 1 else 0):
+            yield None
+
+    def sums(self, *values: float) -> list[float]:
+        """The sum of each value over all processes, fp64: whole numbers below 2^53 are exact. Collective."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found)
+        return [float(value) for value in found]
+
+    def signal(self, asked: str | None) -> str | None:
+        """The signal that told any of the processes to stop: they all stop after the same step. Collective."""
+        if self.size == 1:
+            return asked
+        number = torch.tensor(0 if asked is None else int(signal.Signals[asked]))
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return signal.Signals(int(number)).name if number else None
+
+    def barrier(self) -> None:
+        """Wait for all processes. Collective."""
+        if self.size > 1:
+            dist.barrier()
