@@ -14,17 +14,9 @@ from typing import Any, TextIO
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON; in ASCII where it holds half of a character, which no terminal takes."""
+    """Print a value as indented JSON, what is not seen escaped: it steers no terminal, and every terminal takes it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    print(text if _encodes(text) else json.dumps(value, indent=2))
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    print("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
 
 
 def accent(text: str) -> str:

@@ -129,7 +129,7 @@ def test_no_name_of_a_run_can_steer_the_terminal_and_half_a_character_breaks_no_
     for number, path in enumerate(map(Path, two)):
         effective = json.loads((path / "effective.json").read_text())
         effective["timings"] = {"\x1b[2J\nforged": 1.5 + number}
-        effective["flops"] = {"\u202e\ud800": 3.0}
+        effective["flops"] = {"\u202e\x9b\ud800\U0001f600": 3.0}
         (path / "effective.json").write_text(json.dumps(effective))
     for command in (["show", two[0]], ["compare", *two], ["show", two[0], "--json"], ["compare", *two, "--json"]):
         assert main(["runs", *command]) == 0
@@ -138,6 +138,7 @@ def test_no_name_of_a_run_can_steer_the_terminal_and_half_a_character_breaks_no_
         assert "\x1b" not in told
         assert "\nforged" not in told
         assert "\ud800" not in told
+        assert all(one.isprintable() for one in told.splitlines())
 
 
 def test_a_ledger_that_was_altered_is_said_and_the_folders_are_listed(
