@@ -162,6 +162,8 @@ def _float(value: Any) -> float:
 
 def _json(path: Path) -> tuple[Any, str | None]:
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+            return None, f"out/{path.name} is no file"
         return json.loads(path.read_bytes()), None
     except FileNotFoundError:
         return None, None

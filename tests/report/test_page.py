@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,27 @@ def test_samples_that_cannot_be_read_are_named(runs: Path, tmp_path: Path) -> No
     assert "out/samples.json holds no list of samples" in _page(run, to=tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_place_of_a_file_of_samples_is_named(
+    runs: Path, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    run = distilled(runs, steps=3)
+    (run / "out" / "samples.json").unlink()
+    for name in ("samples.json", "bench.json"):
+        make(run / "out" / name)
+    told: list[str] = []
+
+    def report() -> None:
+        told.append(_page(run, to=tmp_path / "report.html", verify=False))
+
+    reporting = threading.Thread(target=report, daemon=True)
+    reporting.start()
+    reporting.join(60)
+    assert told, "the report waits for a writer"
+    assert "out/samples.json is no file" in told[0]
+    assert "out/bench.json is no file" in told[0]
+
+
 def test_the_evidence_is_verified_for_the_report_and_a_flipped_byte_is_named(runs: Path, tmp_path: Path) -> None:
     run = recorded_run(runs)
     assert "verified, unsigned" in _page(run, to=tmp_path / "report.html")
@@ -116,6 +140,16 @@ def test_several_runs_are_compared_and_only_what_differs_is_listed(runs: Path, t
     assert "2 runs, 2 pass; they differ in learning_rate." in page
     assert "Quality against compute" in page
     assert re.findall(r'<dl class="field"><dt>(.*?)</dt>', page) == ["learning_rate"]
+
+
+def test_a_setting_that_a_run_does_not_have_is_told_apart_from_one_that_says_so(runs: Path, tmp_path: Path) -> None:
+    first, second = distilled(runs), distilled(runs, rate=2e-3)
+    effective = json.loads((first / "effective.json").read_text())
+    effective["effective"]["distill"]["words"] = "not there"
+    (first / "effective.json").write_text(json.dumps(effective))
+    page = _page(first, second, to=tmp_path / "report.html")
+    told = re.findall(r'<dd( class="absent")?><i class="dot run\d"></i>not there</dd>', page)
+    assert told == ["", ' class="absent"']
 
 
 def test_held_out_values_of_other_rows_are_not_compared(runs: Path, tmp_path: Path) -> None:
