@@ -33,10 +33,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Field:
-    """A setting whose value is not the same in all runs, with each run's value in their order."""
+    """A setting whose value is not the same in all runs, with each run's value in order, None where it has none."""
 
     name: str
-    values: tuple[str, ...]
+    values: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _rows(record: RunRecord) -> str | None:
     return (told.pop() or None) if len(told) == 1 else None
 
 
-def _value(values: dict[str, Any], name: str) -> str:
+def _value(values: dict[str, Any], name: str) -> str | None:
     if name not in values:
-        return "not there"
+        return None
     value = values[name]
     return value if isinstance(value, str) else "–" if value is None else json.dumps(value, ensure_ascii=False)

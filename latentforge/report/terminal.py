@@ -72,7 +72,8 @@ def compared_lines(compared: Comparison, *, columns: int, accent: Accent = str) 
     if compared.fields:
         told += ["", f"what was different  ({', '.join(row.name for row in compared.rows)})"]
         for field in compared.fields:
-            told += _hanging(f"  {one_line(field.name)}", 30, " | ".join(map(one_line, field.values)), columns)
+            values = ["not there" if value is None else one_line(value) for value in field.values]
+            told += _hanging(f"  {one_line(field.name)}", 30, " | ".join(values), columns)
     return told
 
 
