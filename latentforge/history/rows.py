@@ -16,7 +16,6 @@ from latentforge.evidence.statement import MANIFEST, read_json
 from latentforge.spec.identity import KINDS, RUN_ID
 from latentforge.verdicts import Outcome, Verdict
 
-_UTC = "%Y-%m-%dT%H:%M:%SZ"
 Where = Literal["here", "ledger", "host"]
 """``here``: its files were collected. ``ledger``: the ledger names it, its files are elsewhere. ``host``: given to a
 host from this laptop and not collected."""
@@ -118,10 +117,14 @@ def utc(text: str) -> str:
     """A date or time as UTC to the second, the form that rows are compared in; one without a zone is UTC."""
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
+        return _told_time(found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC))
+    except (ValueError, OverflowError):  # a zone may lead out of all years
         raise RefusedError(f"{text!r} is no date or time", next="--since 2026-11-19, or 2026-11-19T14:02") from None
-    found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    return found.strftime(_UTC)
+
+
+def _told_time(found: datetime) -> str:
+    """With four digits of the year, in whose order texts compare (strftime writes fewer for early ones)."""
+    return found.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def check_filter(asked: Filter) -> None:
@@ -152,7 +155,7 @@ def _concluded(path: Path, entry: Entry | None, said: Mapping[str, Any]) -> Row:
     end, host = said["end"], said["host"]
     ended = end["record"] or {}
     began = ended.get("started")
-    told = None if began is None else datetime.fromtimestamp(began, UTC).strftime(_UTC)
+    told = None if began is None else _told_time(datetime.fromtimestamp(began, UTC))
     seconds = ended.get("seconds")
     verdicts = [
         Verdict(one["falsifier"], Outcome[one["outcome"].upper()], one["text"] or "") for one in said["verdicts"]

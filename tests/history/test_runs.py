@@ -69,6 +69,8 @@ def test_each_filter_leaves_what_it_says(runs: Path, capsys: pytest.CaptureFixtu
         ("--kind", "distil", "'distil' is none of data, teacher"),
         ("--outcome", "passed", "'passed' is none of fail, unknown, pass"),
         ("--since", "yesterday", "'yesterday' is no date or time"),
+        ("--since", "9999-12-31T23:59:59-23:59", "'9999-12-31T23:59:59-23:59' is no date or time"),
+        ("--since", "0001-01-01T00:00+14:00", "'0001-01-01T00:00+14:00' is no date or time"),
         ("--where", "steps", "'steps' is no FIELD=VALUE"),
         ("--where", "=3", "'=3' is no FIELD=VALUE"),
     ],
@@ -204,4 +206,5 @@ def test_filters_ask_only_what_is_set() -> None:
     assert Filter().takes(row)
     assert Filter(host="gx10", since="2026-11-20").takes(row)
     assert not Filter(since="2026-11-20T07:00").takes(row)
+    assert Filter(since="0999-01-01").takes(row)
     assert not Filter(where=("steps=1",)).takes(row)
