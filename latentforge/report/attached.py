@@ -164,7 +164,8 @@ def _json(path: Path) -> tuple[Any, str | None]:
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
             return None, f"out/{path.name} is no file"
-        return json.loads(path.read_bytes()), None
+        value = json.loads(path.read_bytes())
+        return value, f"out/{path.name} holds nothing but null" if value is None else None
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, RecursionError) as error:

@@ -89,6 +89,8 @@ def test_samples_that_cannot_be_read_are_named(runs: Path, tmp_path: Path) -> No
     run = distilled(runs)
     (run / "out" / "samples.json").write_text("[{")
     assert "out/samples.json cannot be read" in _page(run, to=tmp_path / "report.html")
+    (run / "out" / "samples.json").write_text("null")
+    assert "out/samples.json holds nothing but null" in _page(run, to=tmp_path / "report.html")
     (run / "out" / "samples.json").write_text('{"prompt": 1}')
     assert "out/samples.json holds no list of samples" in _page(run, to=tmp_path / "report.html")
 
