@@ -84,7 +84,6 @@ def plan_mode(
     student: KnownModel | None = None,
     tokens: int | None = None,
     jobs: int | None = None,
-    measured_peak: int | None = None,
 ) -> ModePlan:
     """The pipeline's stages in ``mode`` on ``host``, whatever the spec asks.
 
@@ -97,10 +96,7 @@ def plan_mode(
     asked = spec.model_copy(update={"distill": spec.distill.model_copy(update=changed)})
     plans = tuple(pipeline_memory(asked, device=device, teacher=teacher, student=student).values())
     compilers = (1 if device == "cuda" else 0) if jobs is None else jobs
-    admissions = tuple(
-        admission(plan, host, jobs=compilers, measured_peak=measured_peak if plan.run == "distill" else None)
-        for plan in plans
-    )
+    admissions = tuple(admission(plan, host, jobs=compilers) for plan in plans)
     note = _note(mode, tokens) if spec.has_teacher else "no run asks a teacher"
     return ModePlan(mode, plans, admissions, host, note)
 
