@@ -23,8 +23,9 @@ _NAMES = {
 
 
 def headline(record: RunRecord) -> str:
-    """What kind of run it is, in a few words: ``distill: a student``."""
-    return f"{record.kind}: {_NAMES.get(record.kind, 'a run')}"
+    """What kind of run it is, in a few words: ``distill: a student``, ``distill: the canary of a student``."""
+    canary = "the canary of " if record.identity is not None and record.identity.is_canary else ""
+    return f"{record.kind}: {canary}{_NAMES.get(record.kind, 'a run')}"
 
 
 def state(record: RunRecord) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from latentforge.evidence.reading import read_run
-from latentforge.report.telling import sentence, state
+from latentforge.report.telling import headline, sentence, state
 from latentforge.verdicts import ExitCode, Outcome
 
 from .planted import distilled
@@ -21,6 +22,14 @@ def test_a_run_that_passed_is_told_with_its_loss_its_kl_and_its_checks(runs: Pat
         "In 60 steps the student of 229,760 parameters lowered its held-out loss from 7.600 to 5.600 (nats a token); "
         "its KL to the teacher is 0.07000, that of its twin without a teacher 0.1800. All 2 checks pass."
     )
+
+
+def test_a_canary_is_not_told_as_the_student_for_whose_training_it_stands(runs: Path) -> None:
+    record = read_run(distilled(runs))
+    assert headline(record) == "distill: a student"
+    assert record.identity is not None
+    canary = replace(record.identity, inputs={**record.identity.inputs, "stands_for": "sha256:" + "d" * 64})
+    assert headline(replace(record, identity=canary)) == "distill: the canary of a student"
 
 
 def test_a_run_that_failed_names_the_check_that_failed(runs: Path) -> None:
