@@ -188,24 +188,32 @@ def test_only_a_check_that_passes_with_a_control_that_fails_is_green(
     assert (code is ExitCode.PASS) == (wanted is Outcome.PASS)
 
 
-def _checked(outcome: Outcome, counts: bool) -> Checked:
+def checked(outcome: Outcome, counts: bool) -> Checked:
+    """A falsifier that was looked at, of which nothing is known but this."""
     return Checked(None, None, Verdict("F-A-001", outcome, ""), None, 0.0, counts)  # type: ignore[arg-type]
 
 
-RESULTS = st.lists(st.builds(_checked, st.sampled_from(list(Outcome)), st.booleans()), max_size=8)
+RESULTS = st.lists(st.builds(checked, st.sampled_from(list(Outcome)), st.booleans()), max_size=8)
 _RANK = [ExitCode.FAIL, ExitCode.UNKNOWN, ExitCode.PASS]
+
+
+def law_of_ends(*some: Checked) -> None:
+    """AssertionError where a check of these does not end as the worst part that counts does."""
+    counted = [one for one in some if one.counts]
+    code = overall(some)
+    assert code is overall(counted) is overall(some[::-1])
+    passes = bool(counted) and all(one.verdict.outcome is Outcome.PASS for one in counted)
+    assert (code is ExitCode.PASS) == passes, (
+        f"exit code {int(code)} of {[one.verdict.outcome.name for one in counted]}"
+    )
 
 
 @given(RESULTS, RESULTS)
 def test_the_end_of_a_check_is_its_worst_part_and_what_does_not_count_changes_nothing(
     some: list[Checked], more: list[Checked]
 ) -> None:
-    counted = [one for one in some if one.counts]
-    assert overall(some) is overall(counted) is overall(some[::-1])
-    assert (overall(some) is ExitCode.PASS) == (
-        bool(counted) and all(one.verdict.outcome is Outcome.PASS for one in counted)
-    )
-    if counted:
+    law_of_ends(*some)
+    if any(one.counts for one in some):
         assert _RANK.index(overall(some + more)) <= _RANK.index(overall(some))
 
 

@@ -14,10 +14,15 @@ is declared with ``survives="why"``: the test then holds that it is really not c
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentforge.contracts import Finding
 
 Planted = Callable[[Path, bool], str | None]
 HERE = Path(__file__).parent
@@ -69,6 +74,24 @@ def refused(call: Callable[[], object]) -> str | None:
     except LatentForgeError as error:
         return " ".join(str(error).split())
     return None
+
+
+@functools.cache
+def claim(falsifier: str) -> Callable[[], Finding]:
+    """The check of a falsifier as its contract calls it, so that what catches a mutant is what is named."""
+    from latentforge.contracts import load_contracts
+    from latentforge.contracts.runner import resolve_check
+
+    (found,) = (one for _, one in load_contracts().falsifiers() if one.id == falsifier)
+    return functools.partial(resolve_check(found.function), **found.arguments)
+
+
+@functools.cache
+def untouched(falsifier: str) -> Finding:
+    """What it says where nothing is planted, found out once a process; it must be a pass."""
+    found = claim(falsifier)()
+    assert found.passed is True, found.text
+    return found
 
 
 def table(found: list[tuple[Mutant, str | None]]) -> Iterator[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from latentforge.contracts import Checked, Finding, check_contract, load_contracts, overall
+from latentforge.contracts import Checked, Finding, check_contract, load_contracts, overall, runner
 from latentforge.contracts.machine import Machine
 from latentforge.verdicts import ExitCode, Outcome, parse_line
 
+from ..contracts.test_runner import checked, law_of_ends
 from .contract_mutants import GOOD
 from .frame import mutant
 
@@ -88,10 +89,19 @@ def _(folder: Path, planted: bool) -> str | None:
     return None if parse_line(line) is not None else f"no verdict: {line}"
 
 
-@mutant("verdicts", "best of several", how="verdicts joined by the best one, not the worst", by="the lattice's laws")
+@mutant(
+    "verdicts",
+    "best of several",
+    how="the runner joins verdicts by the best one, not the worst",
+    by="the law that a check ends as its worst part does (tests/contracts/test_runner.py)",
+)
 def _(folder: Path, planted: bool) -> str | None:
-    from latentforge.verdicts import meet
+    def best(found: Iterable[Outcome]) -> Outcome:
+        return max(found, default=Outcome.UNKNOWN)
 
-    join: Callable[..., Outcome] = (lambda found: max(found, default=Outcome.PASS)) if planted else meet
-    broken = [(a.name, b.name) for a in Outcome for b in Outcome if join([a, b]) > min(a, b)]
-    return f"better than its worst part: {broken[0]}" if broken else None
+    with mock.patch.object(runner, "meet", best if planted else runner.meet):
+        try:
+            law_of_ends(*(checked(outcome, counts=True) for outcome in (Outcome.PASS, Outcome.FAIL)))
+        except AssertionError as error:
+            return f"no law: {' '.join(str(error).split())}"
+    return None
