@@ -62,15 +62,6 @@ def cut_short(run: Path) -> None:
     (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:200])
 
 
-def unmoved(run: Path) -> None:
-    """A saved model whose tensors are those of the start, as the trainer said; the verdict says otherwise."""
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "checkpoint" and line.get("product"):
-            line["moved"] = 0
-    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def broken_students_are_refused(*, mutant: str | None = None) -> Finding:
     """A student that is as it was trained may be promoted; each broken one, with sound evidence of its own, may not.
 
@@ -80,25 +71,29 @@ def broken_students_are_refused(*, mutant: str | None = None) -> Finding:
 
     if mutant not in (None, "evidence_alone"):
         raise ValueError(f"unknown mutant {mutant!r}")
-    faults: tuple[Callable[[Path], None], ...] = (zeros, drawn_anew, cut_short, unmoved)
+    trained = tiny_run().path
+    faults: dict[str, tuple[Path, Callable[[Path], None]]] = {
+        **{fault.__name__: (trained, fault) for fault in (zeros, drawn_anew, cut_short)},
+        "frozen": (tiny_run(frozen=True).path, lambda run: None),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        whole = with_evidence(_copy(tiny_run().path, Path(folder) / "whole"))
-        held_back = [one.name for one in look(whole, smoke=True).unmet]
+        held_back = [one.name for one in look(with_evidence(copy_of(trained, Path(folder))), smoke=True).unmet]
         if held_back:
             return Finding(False, f"a sound student is held back by {', '.join(held_back)}", {"sound": held_back})
         promoted = []
-        for fault in faults:
-            run = _copy(whole, Path(folder) / fault.__name__)
+        for name, (source, fault) in faults.items():
+            run = copy_of(source, Path(folder) / name)
             fault(run)
             unmet = look(with_evidence(run), smoke=True).unmet
             if not [one for one in unmet if mutant is None or one.name == "evidence"]:
-                promoted.append(fault.__name__)
+                promoted.append(name)
     told = f"; promoted: {', '.join(promoted)}" if promoted else ""
     refused = len(faults) - len(promoted)
     measured = {"refused": refused, "broken": len(faults), "promoted": promoted}
     return Finding(not promoted, f"{refused} of {len(faults)} broken students refused, a sound one not{told}", measured)
 
 
-def _copy(run: Path, runs: Path) -> Path:
-    runs.mkdir()
-    return Path(shutil.copytree(run, runs / run.name, ignore=shutil.ignore_patterns("checkpoints")))
+def copy_of(run: Path, folder: Path) -> Path:
+    """A copy of a run, without its checkpoints, in ``folder``/runs: beside a ledger of its own."""
+    ignored = shutil.ignore_patterns("checkpoints")
+    return Path(shutil.copytree(run, folder / "runs" / run.name, ignore=ignored))

@@ -31,6 +31,9 @@ REQUIRED = {
 """What a student of each kind must have shown besides what every run is judged by, asked for by its spec or not."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PUBLISHED = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_MOST, _LONGEST = 64, 4096
+"""Of recorded texts, and of the tokens before one: more than any run records, few enough to be written again."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,24 @@ def _weights(record: RunRecord) -> Iterator[Condition]:
     product = record.folder / PRODUCT
     try:
         yield _numbers(product)
-        yield _writes_again(open_writer(product), record)
+        writer = _opened(product)
     except LatentForgeError as error:
         yield Condition("weights", Outcome.FAIL, str(error))
+        return
+    try:
+        yield _writes_again(writer, record)
+    except LatentForgeError as error:
+        yield Condition("writes", Outcome.FAIL, str(error))
+
+
+def _opened(product: Path) -> Writer:
+    try:
+        return open_writer(product)
+    except LatentForgeError:
+        raise
+    except Exception as error:  # transformers checks a configuration in many places, each with a type of its own
+        told = " ".join(str(error).split())
+        raise RefusedError(f"{PRODUCT} cannot be opened: {type(error).__name__}: {told}") from None
 
 
 def _numbers(product: Path) -> Condition:
@@ -163,18 +181,25 @@ def _numbers(product: Path) -> Condition:
     pickles = [name for name, _ in files if name.endswith(_PICKLES)]
     if pickles:
         raise RefusedError(f"{PRODUCT}/{pickles[0]} is a pickle: published weights are safetensors alone")
-    weights = [path for name, path in files if name.endswith(".safetensors")]
+    foreign = [name for name, _ in files if not name.endswith(_PUBLISHED)]
+    if foreign:
+        raise RefusedError(f"{PRODUCT}/{foreign[0]} is no weights, configuration or tokenizer: it is not published")
+    weights = [(name, path) for name, path in files if name.endswith(".safetensors")]
     if not weights:
         raise RefusedError(f"{PRODUCT} holds no safetensors")
-    tensors = count = 0
-    for path in weights:
+    seen: dict[tuple[str, str], str] = {}
+    count = 0
+    for file, path in weights:
         for name, value in _tensors(path):
-            tensors, count = tensors + 1, count + value.numel()
+            first = seen.setdefault((file.rpartition("/")[0], name), file)
+            if first != file:
+                return Condition("weights", Outcome.FAIL, f"{name} stands in {first} and in {file}")
+            count += value.numel()
             if not value.isfinite().all():
                 return Condition("weights", Outcome.FAIL, f"{name} holds numbers that are not finite")
             if value.ndim > 1 and value.numel() > 1 and (value == value.flatten()[0]).all():
                 return Condition("weights", Outcome.FAIL, f"every element of {name} is {value.flatten()[0].item():g}")
-    return Condition("weights", Outcome.PASS, f"{count:,} finite numbers in {tensors} tensors")
+    return Condition("weights", Outcome.PASS, f"{count:,} finite numbers in {len(seen)} tensors")
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -192,16 +217,21 @@ def _writes_again(writer: Writer, record: RunRecord) -> Condition:
     samples = record.folder / "out" / "samples.json"
     name = "student" if record.kind == "distill" else "latent"
     try:
-        pairs = [(writer.encode(one["prompt"]), one[name]) for one in json.loads(samples.read_bytes())]
-    except OSError:
+        told = [(one["prompt"], one[name]) for one in json.loads(samples.read_bytes())]
+        pairs = [(writer.encode(prompt), text) for prompt, text in told]
+    except FileNotFoundError:
         pairs = []
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise RefusedError(f"{samples.name} is no list of prompts and of what the {name} wrote: {error!r}") from None
     if not pairs:
         return Condition("writes", Outcome.UNKNOWN, "the run recorded no text of its student in out/samples.json")
+    if len(pairs) > _MOST or not all(0 < len(prompt) <= _LONGEST and isinstance(text, str) for prompt, text in pairs):
+        raise RefusedError(
+            f"{samples.name} holds what no run records: texts, at most {_MOST}, after 1 to {_LONGEST} tokens"
+        )
     same = sum(_goes_on(writer, prompt, text) for prompt, text in pairs)
-    told = f"{same} of {len(pairs)} recorded texts of the trained student are what the weights on disk write"
-    return Condition("writes", Outcome.PASS if 2 * same >= len(pairs) else Outcome.FAIL, told)
+    text = f"{same} of {len(pairs)} recorded texts of the trained student are what the weights on disk write"
+    return Condition("writes", Outcome.PASS if 2 * same >= len(pairs) else Outcome.FAIL, text)
 
 
 def _goes_on(writer: Writer, prompt: tuple[int, ...], text: str) -> bool:

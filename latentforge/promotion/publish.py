@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from latentforge.evidence.signatures import SUFFIX
 from latentforge.evidence.statement import MANIFEST
 from latentforge.promotion.card import model_card
 from latentforge.promotion.gate import PRODUCT, Gate
+from latentforge.spec.identity import RUN_ID
 from latentforge.verdicts import ExitCode, Outcome
 
 RECORD = "promotion.json"
@@ -37,20 +39,38 @@ def publish(gate: Gate, to: Path) -> Path:
             next=f"latentforge evidence verify {gate.record.folder}",
             code=ExitCode.FAIL if worst is Outcome.FAIL else ExitCode.UNKNOWN,
         )
-    to = Path(to).expanduser().absolute()
+    to = _place(gate, to)
     if to.exists():
         _same(gate, to)
         return to
-    if not to.parent.is_dir():
-        raise RefusedError(f"{to.parent} is no folder", next=f"mkdir -p {to.parent}")
-    partial = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
-        _fill(gate, partial)
-        _synchronise(partial)
-        partial.chmod(0o755)
-        os.rename(partial, to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=".promote-", dir=to.parent))
+        try:
+            _fill(gate, partial)
+            _synchronise(partial)
+            partial.chmod(0o755)
+            os.rename(partial, to)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise RefusedError(f"{to} cannot be made: {error.strerror}", next="name a folder that can be written") from None
+    return to
+
+
+def _place(gate: Gate, to: Path) -> Path:
+    """Where to publish, as one path without links; RefusedError where nothing can be made there, or nothing should."""
+    elsewhere = "name a folder that does not exist, outside of every run"
+    try:
+        to = Path(os.path.abspath(Path(to).expanduser()))
+        if to.is_symlink() and not to.exists():
+            raise RefusedError(f"{to} is a link to nowhere", next=elsewhere)
+        to = to.resolve()
+        if not to.exists() and not to.parent.is_dir():
+            raise RefusedError(f"{to.parent} is no folder", next=f"mkdir -p {shlex.quote(str(to.parent))}")
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a circle of links, no such user, a NUL
+        raise RefusedError(f"{str(to)!r} is no place for a folder: {error}", next=elsewhere) from None
+    if any(RUN_ID.fullmatch(one.name) for one in (to, *to.parents)):
+        raise RefusedError(f"{to} is a run, or in one: what a run left is not added to", next=elsewhere)
     return to
 
 
@@ -58,8 +78,8 @@ def read_published(folder: Path) -> dict[str, Any]:
     """The record of a published folder, every file of which was hashed again; FailedError names those that differ."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        files: dict[str, str] = record["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files: dict[str, str] = dict(record["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RefusedError(f"{folder} holds no {RECORD}: it was not made by promote") from None
     found = {name: file_sha256(path) for name, path in tree_files(folder) if name != RECORD}
     wrong = sorted(name for name in {*files, *found} if files.get(name) != found.get(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from latentforge.train.rehearsal import tiny_run
 from .frame import mutant, refused
 
 
-def _student(folder: Path, fault: Callable[[Path], object] | None) -> Path:
-    run = tiny_run().path
-    copy = shutil.copytree(run, folder / "runs" / run.name, ignore=shutil.ignore_patterns("checkpoints"))
+def _student(folder: Path, fault: Callable[[Path], object] | None, *, frozen: bool = False) -> Path:
+    copy = checks.copy_of(tiny_run(frozen=frozen).path, folder)
     if fault is not None:
         fault(copy)
     return checks.with_evidence(copy)
@@ -51,7 +49,12 @@ _broken("weights of zeros", checks.zeros, "weights", how="every number of the sa
 _broken("weights that nobody trained", checks.drawn_anew, "writes", how="the saved student is as before its first step")
 _broken("a file of 200 bytes", checks.cut_short, "weights", how="the weights end after 200 bytes")
 _broken("a pickle beside the weights", _pickle, "weights", how="pytorch_model.bin is put into the folder")
-_broken("unchanged tensors", checks.unmoved, "F-ARTEFACT-MOVED-001", how="the trainer said that no tensor moved")
+_broken(
+    "a checkpoint of which nothing moved",
+    _events("checkpoint", moved=0),
+    "F-ARTEFACT-MOVED-001",
+    how="the trainer said that no tensor moved; the verdict says pass",
+)
 _broken(
     "a learning rate that nobody asked for",
     _events("step", learning_rate=1e-9),
@@ -59,6 +62,19 @@ _broken(
     how="the steps in the events had another one; the verdict says pass",
 )
 _broken("one row a step", _events("step", rows=1), "F-BATCH-ROWS-001", how="each step trained a single row")
+
+
+@mutant(
+    "promotion",
+    "unchanged tensors",
+    how="a student that was frozen while it was trained",
+    by="`promote`, condition F-ARTEFACT-MOVED-001",
+)
+def _(folder: Path, planted: bool) -> str | None:
+    unmet = look(_student(folder, None, frozen=planted), smoke=True).unmet
+    found = [one.text for one in unmet if one.name == "F-ARTEFACT-MOVED-001"]
+    assert bool(found) == bool(unmet), unmet
+    return found[0] if found else None
 
 
 @mutant("promotion", "another file in place of a published one", how="config.json rewritten", by="`promote`, again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +9,15 @@ from pathlib import Path
 import pytest
 
 from latentforge.evidence.ledger import LEDGER
-from latentforge.promotion.checks import with_evidence
-from latentforge.spec.resolve import resolve_pipeline
-from latentforge.train.inprocess import execute_pipeline
+from latentforge.promotion.checks import copy_of, with_evidence
+from latentforge.promotion.gate import Gate, look
+from latentforge.train.rehearsal import tiny_run
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a student of the recipe ``tiny``."""
-    root = tmp_path_factory.mktemp("promotion")
-    run = execute_pipeline(resolve_pipeline("tiny", env={}).spec, root, text=io.StringIO())["distill"].path
-    shutil.rmtree(run / "out" / "checkpoints", ignore_errors=True)
-    return with_evidence(run)
+    """The run folder of a student of the recipe ``tiny``, beside a ledger."""
+    return with_evidence(copy_of(tiny_run().path, tmp_path_factory.mktemp("promotion")))
 
 
 @pytest.fixture
@@ -31,6 +27,12 @@ def student(trained: Path, tmp_path: Path) -> Path:
     runs.mkdir()
     shutil.copy2(trained.parent / LEDGER, runs)
     return Path(shutil.copytree(trained, runs / trained.name))
+
+
+@pytest.fixture(scope="session")
+def gate(trained: Path) -> Gate:
+    """What was found of it, once for all tests that change nothing."""
+    return look(trained, smoke=True)
 
 
 @pytest.fixture

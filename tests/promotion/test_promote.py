@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from latentforge.cli import main
 from latentforge.errors import FailedError, RefusedError
 from latentforge.evidence.digests import file_sha256
-from latentforge.promotion.checks import WEIGHTS, cut_short, drawn_anew, seal, unmoved, with_evidence, zeros
+from latentforge.promotion.checks import WEIGHTS, copy_of, cut_short, drawn_anew, seal, with_evidence, zeros
 from latentforge.promotion.gate import PRODUCT, Gate, look
 from latentforge.promotion.publish import publish, read_published
+from latentforge.train.rehearsal import tiny_run
 from latentforge.verdicts import ExitCode, Outcome
 from latentforge.writers.opening import open_writer
 
@@ -100,6 +102,23 @@ def missing(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[next(name for name in tensors if "mlp" in name)]
 
 
+def _rewritten(name: str, change: Callable[[Any], object]) -> Plant:
+    def plant(run: Path) -> None:
+        value = json.loads((run / name).read_bytes())
+        change(value)
+        (run / name).write_text(json.dumps(value))
+
+    return plant
+
+
+def configured(**values: Any) -> Plant:
+    return _rewritten(f"{PRODUCT}/config.json", lambda config: config.update(values))
+
+
+def sampled(**values: Any) -> Plant:
+    return _rewritten("out/samples.json", lambda samples: [one.update(values) for one in samples])
+
+
 def pickled(run: Path) -> None:
     torch.save({}, run / PRODUCT / "pytorch_model.bin")
 
@@ -114,9 +133,38 @@ def pickled(run: Path) -> None:
         (cut_short, "weights", "200 bytes"),
         (pickled, "weights", "pickle"),
         (lambda run: (run / WEIGHTS).unlink(), "weights", "no safetensors"),
+        (
+            lambda run: shutil.copy(run / WEIGHTS, run / PRODUCT / "more.safetensors"),
+            "weights",
+            "and in more.safetensors",
+        ),
+        (lambda run: (run / PRODUCT / "modeling.py").write_text(""), "weights", "modeling.py is no weights"),
+        (configured(hidden_size="x"), "weights", "cannot be opened"),
+        (configured(num_attention_heads=0), "weights", "cannot be opened"),
         (lambda run: (run / "out" / "samples.json").write_text("{}"), "writes", "recorded no text"),
+        (lambda run: (run / "out" / "samples.json").write_text("[" * 100_000), "writes", "is no list of prompts"),
+        (sampled(student=5), "writes", "holds what no run records"),
+        (sampled(prompt=""), "writes", "holds what no run records"),
+        (sampled(prompt="def " * 20_000), "writes", "holds what no run records"),
     ],
-    ids=["zeros", "not trained", "nan", "a tensor missing", "200 bytes", "pickle", "no weights", "no samples"],
+    ids=[
+        "zeros",
+        "not trained",
+        "nan",
+        "a tensor missing",
+        "200 bytes",
+        "pickle",
+        "no weights",
+        "a tensor twice",
+        "a program",
+        "a size that is a word",
+        "no heads",
+        "no samples",
+        "deep samples",
+        "a sample that is no text",
+        "nothing before a text",
+        "a book before a text",
+    ],
 )
 def test_a_broken_model_is_refused_although_its_evidence_is_sound(
     broken: Callable[[Plant], Path], plant: Plant, condition: str, told: str, tmp_path: Path
@@ -139,7 +187,7 @@ def one_row(event: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("plant", "falsifier"),
     [
-        (unmoved, "F-ARTEFACT-MOVED-001"),
+        (reworded(lambda event: event.update(moved=0), "checkpoint"), "F-ARTEFACT-MOVED-001"),
         (reworded(other_rate, "step"), "F-EFFECTIVE-LR-001"),
         (reworded(one_row, "step"), "F-BATCH-ROWS-001"),
         (reworded(lambda event: event.update(value=9.0), "metric"), "F-DISTILL-SMOKE-001"),
@@ -201,7 +249,7 @@ def test_a_latent_student_is_published_with_its_codec_and_a_broken_one_is_not(tm
     from latentforge.train.rehearsal import tiny_latent_run
 
     run = tiny_latent_run().path
-    copy = shutil.copytree(run, tmp_path / "runs" / run.name, ignore=shutil.ignore_patterns("checkpoints"))
+    copy = copy_of(run, tmp_path)
     gate = look(with_evidence(copy), smoke=True)
     assert unmet(gate) == {}
     there = publish(gate, tmp_path / "published")
@@ -254,10 +302,46 @@ def test_what_was_published_is_kept_and_an_altered_one_is_named(student: Path, t
         publish(gate, tmp_path / "mine")
 
 
-def test_a_run_of_another_kind_is_refused_by_name(trained: Path) -> None:
-    data = next(trained.parent.glob("teacher-*"))
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (lambda run, folder: run / "published", "is a run, or in one"),
+        (lambda run, folder: run, "is a run, or in one"),
+        (lambda run, folder: run / PRODUCT / "published", "is a run, or in one"),
+        (lambda run, folder: folder / "link", "is a link to nowhere"),
+        (lambda run, folder: folder / ("x" * 300), "is no place for a folder"),
+        (lambda run, folder: folder / "no" / "such", "is no folder"),
+        (lambda run, folder: Path("/proc/published"), "cannot be made"),
+        (lambda run, folder: Path("~no-such-user/x"), "is no place for a folder"),
+    ],
+    ids=["in the run", "the run", "in the student", "a link", "a long name", "no parent", "not writable", "no user"],
+)
+def test_a_place_where_nothing_can_be_published_is_refused_and_nothing_is_left_behind(
+    student: Path, gate: Gate, tmp_path: Path, place: Callable[[Path, Path], Path], said: str
+) -> None:
+    (tmp_path / "link").symlink_to("/nowhere/at/all")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RefusedError, match=said):
+        publish(gate, place(student, tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("record", ["[]", '{"files": []}', '{"files": 5}', "[" * 100_000])
+def test_a_record_of_another_shape_is_refused(tmp_path: Path, record: str) -> None:
+    (tmp_path / "promotion.json").write_text(record)
+    with pytest.raises(RefusedError, match="was not made by promote"):
+        read_published(tmp_path)
+
+
+def test_a_student_that_was_frozen_is_not_promoted(tmp_path: Path) -> None:
+    found = unmet(look(with_evidence(copy_of(tiny_run(frozen=True).path, tmp_path)), smoke=True))
+    assert found["F-ARTEFACT-MOVED-001"][0] is Outcome.FAIL
+
+
+def test_a_run_of_another_kind_is_refused_by_name() -> None:
+    teacher = next(tiny_run().path.parent.glob("teacher-*"))
     with pytest.raises(RefusedError, match="is a teacher run: students are promoted"):
-        look(data)
+        look(teacher)
 
 
 def test_text_of_a_run_is_no_markup_of_its_card() -> None:
