@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from dispatch.agent import exitrec, journal
 from dispatch.agent.paths import Root, RunPaths
@@ -144,10 +145,11 @@ def an_end_is_told_as_it_was(*, mutant: str | None = None) -> Finding:
 def a_damaged_record_is_never_green(*, mutant: str | None = None) -> Finding:
     """A passed run's exit record with one bit flipped, cut short, emptied or of another run is no outcome of its run.
 
-    Mutant ``forged``: a record that says pass, whose digest is right, over a run that never ended.
+    Mutant ``unchecked``: a reader that takes the JSON of a record without looking at its digest.
     """
-    if mutant not in (None, "forged"):
+    if mutant not in (None, "unchecked"):
         raise ValueError(f"unknown mutant {mutant!r}")
+    reader = mock.patch.object(exitrec, "decode", _unchecked) if mutant else nullcontext()
     with tempfile.TemporaryDirectory(prefix="latentforge-check-") as folder:
         run = _reserved(Root(folder), "one")
         other = _reserved(Root(folder), "other")
@@ -161,13 +163,23 @@ def a_damaged_record_is_never_green(*, mutant: str | None = None) -> Finding:
         places = [*range(0, head, 3), head, len(whole) // 2, len(whole) - 1]
         damaged = [whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :] for at in places]
         damaged += [whole[:size] for size in (0, 1, head, len(whole) - 1)] + [bytes(len(whole)), whole + b"\0"]
-        damaged.append(exitrec.encode({**passed, "run": run.id if mutant else other.id}))
+        damaged.append(exitrec.encode({**passed, "run": other.id}))
         green = 0
-        for content in damaged:
-            run.exit.write_bytes(content)
-            green += derive(run)["outcome"] not in (None, "unknown")
+        with reader:
+            for content in damaged:
+                run.exit.write_bytes(content)
+                green += derive(run)["outcome"] not in (None, "unknown")
     text = f"{green} of {len(damaged)} damaged, cut and foreign records read as an outcome"
     return Finding(green == 0, text, {"records": len(damaged), "green": green})
+
+
+def _unchecked(data: bytes) -> dict[str, Any] | None:
+    start = data.find(b"{")
+    try:
+        document = json.JSONDecoder().raw_decode(data[start:].decode("utf-8", "replace"))[0] if start >= 0 else None
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _reserved(root: Root, name: str) -> RunPaths:
