@@ -52,7 +52,7 @@ def latent_canary_001(events: Events) -> Verdict:
         start[part] = found[0][1]
     measured = {**_weighed(one), **{f"val_{part}": value for part, value in start.items()}}
     against = _never_came(events, weights) or _damaged(one) or left_out(events, weights) or _silent(start)
-    passed = True, f"{_whole(one)}, each of {len(start)} signals has something to teach"
+    passed = True, f"{_whole(one)}; before step 1 {', '.join(f'{part} {value:.4g}' for part, value in start.items())}"
     return verdict_of(events, LATENT_CANARY, *(against or passed), measured)
 
 

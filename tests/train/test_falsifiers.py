@@ -312,6 +312,12 @@ def test_a_canary_without_an_early_checkpoint_is_unknown_not_pass(name: str) -> 
     assert (found.outcome, "before the last step" in found.text) == (Outcome.UNKNOWN, True)
 
 
+def test_a_latent_canary_that_passes_says_how_much_each_signal_had_to_teach() -> None:
+    told = REQUIRABLE["F-LATENT-CANARY-001"](good_events()).text
+    start = "text 5, token_kd 2, tempered_0.5 4, tempered_0.7 4"
+    assert told == f"checkpoint of step 3 whole, 9 of 9 tensors moved; before step 1 {start}"
+
+
 def test_a_latent_canary_that_does_not_say_what_there_was_to_learn_is_unknown_not_pass() -> None:
     events = [e for e in good_events() if (e.fields.get("name"), e.fields.get("step")) != ("val_token_kd", 0)]
     found = REQUIRABLE["F-LATENT-CANARY-001"](events)
