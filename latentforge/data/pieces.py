@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentforge.data.tokenizer import Tokenizer
+from latentforge.data.words import BYTE_CHARACTERS
 from latentforge.errors import RefusedError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>\Z")
@@ -84,14 +85,7 @@ def _kinds(decoder: Any) -> Iterable[str]:
             yield from _kinds(inner)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level vocabularies write bytes: printable ones themselves, the rest from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
+_ALPHABET = {character: byte for byte, character in BYTE_CHARACTERS.items()}
 
 
 def _byte_level(text: str) -> bytes | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from latentforge.data.encoding import Encoded, WordEncoder, encode_all, why_not
 from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
 
@@ -30,8 +32,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# The first batch is small, each later one twice as large: a small run reads little more than it needs.
-_BATCH_CHARACTERS = (1 << 14, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,14 @@ class Tokenizer:
 
         Each document begins with ``bos_id`` where one is given; nothing is added otherwise.
         """
-        first = () if bos_id is None else (bos_id,)
-        for batch in _batches(texts):
-            encoded = self.backend.encode_batch_fast(batch, add_special_tokens=False)
-            for text, encoding in zip(batch, encoded, strict=True):
-                yield len(text.encode()), np.array([*first, *encoding.ids, self.eos_id], dtype=np.uint32)
+        first = np.array([] if bos_id is None else [bos_id], dtype=np.uint32)
+        last = np.array([self.eos_id], dtype=np.uint32)
+        for size, ids in self._encoder(texts):
+            yield size, np.concatenate([first, ids, last])
+
+    @cached_property
+    def _encoder(self) -> Callable[[Iterable[str]], Iterator[Encoded]]:
+        return WordEncoder(self.backend) if why_not(self.backend) is None else partial(encode_all, self.backend)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -190,19 +193,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size, (limit, largest) = 0, _BATCH_CHARACTERS
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= limit:
-            yield batch
-            batch, size, limit = [], 0, min(2 * limit, largest)
-    if batch:
-        yield batch
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
