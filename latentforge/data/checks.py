@@ -17,6 +17,10 @@ def heldout_is_never_trained_on(*, split_by: str = "text") -> Finding:
     from latentforge.data.corpus import Corpus, Entry
     from latentforge.data.split import is_heldout
 
+    def entries() -> list[Entry]:
+        corpus = Corpus.open(folder)
+        return [*corpus.entries(heldout=False), *corpus.entries(heldout=True)]
+
     def heldout(entry: Entry) -> bool:
         by = entry.sha256 if split_by == "text" else hashlib.sha256(entry.name.encode()).digest()
         return is_heldout(by)
@@ -26,13 +30,13 @@ def heldout_is_never_trained_on(*, split_by: str = "text") -> Finding:
         for number in range(200):
             # Each text twice, under two names.
             (folder / f"{number}.txt").write_text(f"text {number // 2}")
-        before = Corpus.open(folder)
-        sides = {entry.name: heldout(entry) for entry in before.entries}
-        train = {entry.sha256 for entry in before.entries if not sides[entry.name]}
-        both = {entry.sha256 for entry in before.entries if sides[entry.name]} & train
+        before = entries()
+        sides = {entry.name: heldout(entry) for entry in before}
+        train = {entry.sha256 for entry in before if not sides[entry.name]}
+        both = {entry.sha256 for entry in before if sides[entry.name]} & train
         for number in range(50):
             (folder / f"more {number}.txt").write_text(f"more text {number}")
-        moved = sum(heldout(entry) != sides.get(entry.name, heldout(entry)) for entry in Corpus.open(folder).entries)
+        moved = sum(heldout(entry) != sides.get(entry.name, heldout(entry)) for entry in entries())
     count = sum(sides.values())
     text = f"{len(both)} texts on both sides of a split of {len(sides)} documents ({count} held out), {moved} moved"
     return Finding(not both and not moved and count > 0, text, {"both": len(both), "moved": moved, "heldout": count})

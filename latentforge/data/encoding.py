@@ -43,6 +43,8 @@ def why_not(backend: tokenizers.Tokenizer) -> str | None:
         return f"its normalizer is {_part(backend.normalizer).get('type')}"
     if rule_of(_part(backend.pre_tokenizer)) is None:
         return "the pattern of its pre-tokenizer is none of those known here"
+    if not backend.encode_special_tokens:
+        return "it takes quoted special tokens for themselves"
     for token in backend.get_added_tokens_decoder().values():
         if not token.special and (token.normalized or token.lstrip or token.rstrip or token.single_word):
             return f"its added token {token.content!r} is looked for in another way than by its text alone"

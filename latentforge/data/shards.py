@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
 
 SHARDS = ("train.bin", "heldout.bin")
+_TOKENS_AT_ONCE = 1 << 18
 _AGAIN = "run the data run again; its folder was altered or is incomplete"
 
 
@@ -54,35 +55,66 @@ def pack(
     and does not fill a row is dropped. The bytes and tokens counted are those of whole documents, the last one
     included.
     """
-    dtype = shard_dtype(vocab_size)
-    digest = hashlib.sha256()
-    rows = documents = size = tokens = 0
-    rest = np.empty(0, dtype=dtype)
+    documents = size = tokens = 0
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as stream:
-        if limit != 0:
-            for bytes_read, ids in encoded:
-                documents += 1
-                size += bytes_read
-                tokens += len(ids)
-                if ids.max() >= vocab_size:
-                    raise RefusedError(f"token id {ids.max()} is outside the vocabulary of {vocab_size} tokens")
-                filled = np.pad(ids, (0, -len(ids) % chunk), mode="edge")
-                rest = np.concatenate([rest, filled.astype(dtype)])
-                whole = len(rest) // sequence_length
-                if limit is not None:
-                    whole = min(whole, limit - rows)
-                content = rest[: whole * sequence_length].tobytes()
-                stream.write(content)
-                digest.update(content)
-                rest = rest[whole * sequence_length :]
-                rows += whole
-                if rows == limit:
-                    break
+        writer = _RowWriter(stream, vocab_size, sequence_length, limit)
+        for bytes_read, ids in encoded if limit != 0 else ():
+            documents += 1
+            size += bytes_read
+            tokens += len(ids)
+            writer.add(ids)
+            if fill := -len(ids) % chunk:
+                writer.add(np.full(fill, ids[-1]))
+            if writer.full:
+                break
+        writer.write()
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
-    return Packed(rows, documents, size, tokens, digest.hexdigest())
+    return Packed(writer.rows, documents, size, tokens, writer.digest.hexdigest())
+
+
+class _RowWriter:
+    """Writes whole rows, many at once and at most ``limit`` in all; holds what does not fill one yet."""
+
+    def __init__(self, stream: BinaryIO, vocab_size: int, length: int, limit: int | None) -> None:
+        self.rows = 0
+        self.digest = hashlib.sha256()
+        self._stream = stream
+        self._vocab_size = vocab_size
+        self._length = length
+        self._limit = limit
+        self._held: list[npt.NDArray[Any]] = []
+        self._tokens = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there are tokens for all rows that are wanted."""
+        return self._limit is not None and self.rows + self._tokens // self._length >= self._limit
+
+    def add(self, ids: npt.NDArray[np.uint32]) -> None:
+        self._held.append(ids)
+        self._tokens += len(ids)
+        if self._tokens >= _TOKENS_AT_ONCE:
+            self.write()
+
+    def write(self) -> None:
+        """Write the rows that are full."""
+        if not self._tokens:
+            return
+        ids = np.concatenate(self._held)
+        if ids.max() >= self._vocab_size:
+            raise RefusedError(f"token id {ids.max()} is outside the vocabulary of {self._vocab_size} tokens")
+        rows = len(ids) // self._length
+        if self._limit is not None:
+            rows = min(rows, self._limit - self.rows)
+        content = ids[: rows * self._length].astype(shard_dtype(self._vocab_size)).tobytes()
+        self._stream.write(content)
+        self.digest.update(content)
+        self.rows += rows
+        self._held = [ids[rows * self._length :]]
+        self._tokens = len(self._held[0])
 
 
 class PackedShard:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from latentforge.data.build import finished, record_of
-from latentforge.data.corpus import Corpus, Entry
+from latentforge.data.corpus import Corpus, Entry, read_all
 from latentforge.data.shards import Packed, ShardSet, pack
 from latentforge.data.special import bos_of
-from latentforge.data.split import packing_order
 from latentforge.data.tokenizer import Tokenizer, copy_tokenizer
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import EventLog
@@ -35,18 +35,16 @@ class _Maker:
     store: AnswerStore
     asking: Asking
     reader: ChatReader
-    corpus: Corpus
     tally: ChatTally
     progress: Callable[[int], None]
     chunk: int
 
-    def documents(self, entries: list[Entry], tokens: int | None) -> list[ChatDocument]:
+    def documents(self, entries: Iterator[Entry], tokens: int | None) -> list[ChatDocument]:
         """Documents of the entries' answers, in the entries' order, until they fill ``tokens`` (None: of all)."""
         made: list[ChatDocument] = []
         have = 0
         block = _BLOCK * self.teacher.flow.concurrency
-        for begin in range(0, len(entries), block):
-            prompts = [self.corpus.read(entry).text for entry in entries[begin : begin + block]]
+        while prompts := [document.text for document in read_all(islice(entries, block))]:
             answers = dict(ask_all(self.teacher, prompts, self.store, self.asking))
             for number in range(len(prompts)):
                 answer = answers[number]
@@ -74,21 +72,20 @@ def run_chat(
     run.out.mkdir(parents=True, exist_ok=True)
     _take_over(run, log)
     with log.phase("corpus"):
-        prompts = Corpus.open(corpus)
-        train, heldout = packing_order(prompts.entries)
+        prompts = Corpus.open(corpus, scratch=run.out)
     with log.phase("tokenizer"):
         tokenizer = copy_tokenizer(folder, run.out / "tokenizer")
         reader = ChatReader(tokenizer, k=asking.k, bos_id=bos_of(tokenizer.folder, spec.bos, tokenizer))
     length, tally = spec.sequence_length, ChatTally()
     wanted = [spec.heldout_sequences * length, None if spec.train_sequences is None else spec.train_sequences * length]
-    with AnswerStore(run.out / ANSWERS) as store, log.phase("ask", prompts=len(prompts.entries), kept=len(store)):
+    with AnswerStore(run.out / ANSWERS) as store, log.phase("ask", prompts=prompts.documents, kept=len(store)):
         if len(store):
             log.say(f"resumes: {len(store)} answers are kept")
         goal = sum(one or 0 for one in wanted)
         progress = lambda n: log.progress("ask", n, max(goal, n))  # noqa: E731
-        maker = _Maker(teacher, store, asking, reader, prompts, tally, progress, spec.chunk)
-        heldout_documents = maker.documents(heldout, wanted[0])
-        train_documents = maker.documents(train, wanted[1])
+        maker = _Maker(teacher, store, asking, reader, tally, progress, spec.chunk)
+        heldout_documents = maker.documents(prompts.entries(heldout=True), wanted[0])
+        train_documents = maker.documents(prompts.entries(heldout=False), wanted[1])
     for sentence in tally.sentences():
         log.say(sentence)
     packed_heldout = _pack(run, "heldout", heldout_documents, tokenizer, spec, spec.heldout_sequences)

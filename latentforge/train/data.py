@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latentforge.data.build import build_shards
 from latentforge.data.shards import ShardSet
+from latentforge.data.telling import Telling
 from latentforge.errors import RefusedError
 from latentforge.events import EventLog
 from latentforge.evidence.digests import tree_sha256
@@ -35,7 +36,7 @@ def run(run: RunDir, log: EventLog) -> None:
             tokenizer_folder=tokenizer,
             bos=spec.bos,
             chunk=spec.chunk,
-            phase=log.phase,
+            telling=Telling(log.phase, log.say, log.progress),
         )
     with log.phase("verify"):
         shards.verify()

@@ -190,6 +190,7 @@ def with_added(token: AddedToken) -> tokenizers.Tokenizer:
 
 
 OTHERS = {
+    "it takes quoted special tokens": altered(encode_special_tokens=False),
     "its normalizer is Lowercase": altered(normalizer=normalizers.Lowercase()),
     "the pattern of its pre-tokenizer": altered(
         pre_tokenizer=pre_tokenizers.Sequence(

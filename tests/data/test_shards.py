@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from latentforge.data import BatchOrder, ShardSet, build_shards
 from latentforge.data.corpus import Corpus
 from latentforge.data.shards import pack
-from latentforge.data.split import packing_order
 from latentforge.data.tokenizer import EOS, Tokenizer, copy_tokenizer, train_bpe
 from latentforge.errors import RefusedError
 from latentforge.evidence.digests import file_sha256
@@ -310,8 +309,8 @@ def test_the_files_that_rows_come_from_are_listed_in_the_order_of_reading(tmp_pa
     build_shards(corpus, out, **asked, train_sequences=40)
     lines = [json.loads(line) for line in (out / "corpus.jsonl").read_text().splitlines()]
     splits = {split: [one["name"] for one in lines if one["split"] == split] for split in ("heldout", "train")}
-    entries = Corpus.open(corpus).entries
-    orders = dict(zip(("train", "heldout"), packing_order(entries), strict=True))
+    opened = Corpus.open(corpus)
+    orders = {split: list(opened.entries(heldout=split == "heldout")) for split in ("train", "heldout")}
     record = json.loads((out / "data.json").read_bytes())
     for split, names in splits.items():
         assert names == [entry.name for entry in orders[split]][: record["documents"][split]]
