@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentforge.cli.bench_data import data
 from latentforge.cli.bench_generate import generate
 from latentforge.cli.bench_quality import quality
 from latentforge.cli.bench_train import train
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
     from latentforge.spec.dotenv import Environment
     from latentforge.teachers.scenarios import Name, Scenario
 
-app = typer.Typer(no_args_is_help=True, help="Measure teachers and students side by side.")
+app = typer.Typer(no_args_is_help=True, help="Measure teachers, students and data.")
 
 
 @app.callback()
 def _group() -> None:
-    """Measure teachers and students side by side."""
+    """Measure teachers, students and data."""
 
 
+app.command()(data)
 app.command()(generate)
 app.command()(quality)
 app.command()(train)
