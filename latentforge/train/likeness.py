@@ -22,16 +22,17 @@ ROWS = ".bin"
 class Likeness:
     """What was compared: ``compared`` tensors and shards of rows, of which ``different`` (by name) have other bytes.
 
-    ``distance`` is ``|a - b| / |a|`` over all weights as one vector (fp64), 0 where they are bit-equal and infinite
-    where something has no counterpart of its shape and type, or other rows. ``values`` counts the values of metrics
-    that were compared; ``metrics`` is the largest relative difference of one, infinite where one is missing or only
-    one of both is a number, and ``metric`` says of which. ``turned`` are the verdicts and the exit code that are not
-    those of the first execution, a sentence each, of ``verdicts`` that were compared.
+    ``distance`` is the largest ``|a - b| / |a|`` (fp64) of a tensor and ``furthest`` names it: 0 where they are
+    bit-equal, infinite where something has no counterpart of its shape and type, or other rows. ``values`` counts the
+    values of metrics that were compared; ``metrics`` is the largest relative difference of one, infinite where one is
+    missing or only one of both is a number, and ``metric`` says of which. ``turned`` are the verdicts and the exit code
+    that are not those of the first execution, a sentence each, of ``verdicts`` that were compared.
     """
 
     compared: int
     different: tuple[str, ...]
     distance: float
+    furthest: str | None
     values: int
     metrics: float
     metric: str | None
@@ -66,53 +67,52 @@ def products(folder: Path) -> dict[str, Path]:
 def compare_executions(before: RunRecord, after: RunRecord) -> Likeness:
     """Compare the weights and packed rows below ``out/`` of two executions, their metrics, verdicts and exit codes."""
     first, second = products(before.folder), products(after.folder)
-    compared, different, squares, length = 0, [], 0.0, 0.0
+    compared, apart = 0, dict[str, float]()
     for name in sorted({*first, *second}):
         here, there = first.get(name), second.get(name)
         if here is None or there is None:
-            compared, squares = compared + 1, math.inf
-            different.append(f"{name} (only in one of them)")
+            compared += 1
+            apart[f"{name} (only in one of them)"] = math.inf
         elif name.endswith(ROWS):
             compared += 1
             if file_sha256(here) != file_sha256(there):
-                different.append(name)
-                squares = math.inf
+                apart[name] = math.inf
         else:
-            tensors, unlike, apart, size = _weights(name, here, there)
-            compared, squares, length = compared + tensors, squares + apart, length + size
-            different += unlike
-    distance = 0.0 if not different else math.sqrt(squares / length) if length else math.inf
+            tensors, unlike = _weights(name, here, there)
+            compared, apart = compared + tensors, apart | unlike
+    furthest = max(apart, key=lambda name: apart[name], default=None)
+    distance = 0.0 if furthest is None else apart[furthest]
     values, metrics, metric = _metrics(before, after)
     verdicts, turned = _verdicts(before, after)
-    distance = distance if math.isfinite(distance) else math.inf
-    return Likeness(compared, tuple(different), distance, values, metrics, metric, verdicts, turned)
+    return Likeness(compared, tuple(apart), distance, furthest, values, metrics, metric, verdicts, turned)
 
 
-def _weights(name: str, here: Path, there: Path) -> tuple[int, list[str], float, float]:
-    """Of two weights files: tensors compared, names of those that differ, squared distance, squared length."""
+def _weights(name: str, here: Path, there: Path) -> tuple[int, dict[str, float]]:
+    """Of two weights files: how many tensors there are, and the distance of each that differs."""
     first, second = tensor_digests(here), tensor_digests(there)
     if first is None or second is None:
-        return 1, [f"{name} (no weights file)"], math.inf, 0.0
+        return 1, {f"{name} (no weights file)": math.inf}
     unlike = sorted(one for one in {*first, *second} if first.get(one) != second.get(one))
-    apart = 0.0
-    for tensor in unlike:
-        a, b = (_kind(one.get(tensor)) for one in (first, second))
-        apart += math.inf if a != b else _squares(here, there, tensor)
-    length = sum(_squares(here, None, tensor) for tensor in first)
-    return len({*first, *second}), [f"{name} {tensor}" for tensor in unlike], apart, length
+    return len({*first, *second}), {
+        f"{name} {tensor}": _distance(here, there, tensor)
+        if _kind(first.get(tensor)) == _kind(second.get(tensor))
+        else math.inf
+        for tensor in unlike
+    }
 
 
 def _kind(tensor: dict[str, Any] | None) -> tuple[Any, ...]:
     return () if tensor is None else (tensor["dtype"], *tensor["shape"])
 
 
-def _squares(here: Path, there: Path | None, tensor: str) -> float:
-    """Squared length of a tensor, or of its difference; infinite where it holds no numbers that torch can read."""
+def _distance(here: Path, there: Path, tensor: str) -> float:
+    """``|a - b| / |a|`` of a tensor; infinite where that is no number, or torch reads none in it."""
     try:
-        value = _read(here, tensor)
-        found = float((value if there is None else value - _read(there, tensor)).square().sum())
+        a, b = _read(here, tensor), _read(there, tensor)
     except (SafetensorError, RuntimeError):
         return math.inf
+    length = float(a.norm())
+    found = float((a - b).norm()) / length if length else math.inf
     return found if math.isfinite(found) else math.inf
 
 

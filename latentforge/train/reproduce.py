@@ -66,7 +66,7 @@ class Reproduction:
             word = {Outcome.PASS: "within tolerance", Outcome.UNKNOWN: "UNKNOWN", Outcome.FAIL: "NOT REPRODUCED"}
             lines = [
                 f"{word[self.outcome]}  {len(found.different)} of {counted} of {self.run} differ: weights by "
-                f"{found.distance:.2e}, {found.metric or 'metrics'} by {found.metrics:.2e} "
+                f"{found.distance:.2e} at most, {found.metric or 'metrics'} by {found.metrics:.2e} "
                 f"(relative; tolerance {self.tolerance:g})",
                 *found.turned,
             ]
@@ -92,6 +92,7 @@ class Reproduction:
             "compared": found.compared,
             "different": list(found.different),
             "distance": finite[0],
+            "furthest": found.furthest,
             "values": found.values,
             "metrics": finite[1],
             "metric": found.metric,

@@ -52,7 +52,7 @@ def test_a_run_made_again_on_this_machine_has_the_same_bits(trained: RunDir, tmp
     found = reproduce(trained.path, Rerun(tmp_path))
     assert found.setting.differs == ()
     like = found.likeness
-    assert like == Likeness(like.compared, (), 0.0, like.values, 0.0, None, like.verdicts, ())
+    assert like == Likeness(like.compared, (), 0.0, None, like.values, 0.0, None, like.verdicts, ())
     assert like.compared > 5
     assert like.values > 4
     assert like.verdicts > 5
@@ -120,11 +120,12 @@ def test_one_bit_of_one_weight_fails_on_the_same_setting_and_is_named(trained: R
     "change",
     [
         lambda tensors: tensors.update({name: value * 1.1 for name, value in tensors.items()}),
+        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 1.02}),
         lambda tensors: tensors.pop(sorted(tensors)[0]),
         lambda tensors: tensors.update({sorted(tensors)[0]: tensors[sorted(tensors)[0]] * float("nan")}),
         lambda tensors: tensors.update({name: value.double() for name, value in tensors.items()}),
     ],
-    ids=["scaled", "missing", "nan", "other type"],
+    ids=["scaled", "one small tensor scaled", "missing", "nan", "other type"],
 )
 def test_other_weights_fail_on_any_setting(
     trained: RunDir, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]
