@@ -81,11 +81,9 @@ class Words:
             entry[missing] = self._look_up(content, begin[missing], length[missing])
             short = missing[length[missing] <= _SHORT]
             short = short[self._high[slot[short]] == 0]
+            # Of words that share a slot the last one stays, with its own numbers.
             at = slot[short]
-            self._slot[at] = entry[short]
-            # Of words that share a slot one stays, and its own numbers with it.
-            stays = self._slot[at] == entry[short]
-            self._low[at[stays]], self._high[at[stays]] = low[short[stays]], high[short[stays]]
+            self._slot[at], self._low[at], self._high[at] = entry[short], low[short], high[short]
         return self._gather(entry)
 
     def _gather(self, entry: Places) -> tuple[npt.NDArray[np.uint32], Places]:
