@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
-from latentforge.data.corpus import documents
+from latentforge.data.corpus import Corpus, read_all
 from latentforge.data.tokenizer import Tokenizer, copy_tokenizer, train_bpe
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.students.latent.backbone import DecoderShape
@@ -42,7 +42,7 @@ class Folders:
 
 def build(root: Path) -> Folders:
     """Train and save all of it below ``root``; the same weights each time on one machine."""
-    tokenizer = train_bpe((one.text for one in documents("stdlib")), VOCABULARY, root / "tokenizer")
+    tokenizer = train_bpe(library_texts(), VOCABULARY, root / "tokenizer")
     rows = _rows(tokenizer)
     _codec(rows, tokenizer, root / "codec")
     latent, token = root / "latent", root / "distill"
@@ -51,9 +51,16 @@ def build(root: Path) -> Folders:
     return Folders(latent, token, rows)
 
 
+def library_texts() -> list[str]:
+    """The standard library's sources, by name."""
+    corpus = Corpus.open("stdlib")
+    entries = [*corpus.entries(heldout=False), *corpus.entries(heldout=True)]
+    return [one.text for one in read_all(sorted(entries, key=lambda entry: entry.name))]
+
+
 def _rows(tokenizer: Tokenizer, count: int = 256) -> Tensor:
     ids: list[int] = []
-    pieces = (text[at : at + DOCUMENT] for text in (one.text for one in documents("stdlib")) for at in (0, 2000, 4000))
+    pieces = (text[at : at + DOCUMENT] for text in library_texts() for at in (0, 2000, 4000))
     for _, found in tokenizer.encode(piece for piece in pieces if piece):
         ids += found.tolist()
         ids += [tokenizer.eos_id] * (-len(ids) % CHUNK)
