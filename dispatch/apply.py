@@ -26,6 +26,7 @@ from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from dispatch.transport.sending import send
 from latentforge.errors import BusyError, LatentForgeError, RefusedError
+from latentforge.spec.endurance import TRAINING, carriage_of
 from latentforge.spec.teacher import ASKING, reach_of
 
 # A change of judgement that takes nothing away from what was shown: somebody else did the step meanwhile.
@@ -212,6 +213,7 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         "resolved": _located(one, plan),
         "predecessor": one.predecessor,
         "reach": reach_of(ask.spec.teacher) if one.kind in ASKING else {},
+        "endurance": carriage_of(ask.spec.endurance) if one.kind in TRAINING else {},
         "argv": argv,
         "env": env,
         "lease": [] if one.kind == "data" else ["device"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentforge.memory.plan import MemoryPlan, Term, runtime
+from latentforge.memory.plan import MemoryPlan, Term, checkpoint_term, runtime
 from latentforge.spec.latent import AutoencoderSpec
 
 LOGIT_ROWS = 4096
@@ -36,6 +36,7 @@ def autoencoder_memory(spec: AutoencoderSpec, *, chunk: int, length: int, vocab_
         (
             Term("codec", 4 * count),
             Term("states", 12 * count),
+            checkpoint_term(count),
             # Half as much again for the gradients that flow back while they are in use.
             Term("activations", activations * 3 // 2),
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),

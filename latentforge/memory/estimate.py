@@ -15,7 +15,7 @@ from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.latent import latent_memory
-from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
+from latentforge.memory.plan import MemoryPlan, Term, checkpoint_term, largest, runtime
 from latentforge.memory.shape import ModelShape
 from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
@@ -28,7 +28,7 @@ TWIN = "F-DISTILL-SMOKE-002"
 def training_terms(
     shape: ModelShape, *, rows: int, length: int, precision: str, who: str, logit_copies: int
 ) -> list[Term]:
-    """Weights, optimiser states, activations, logits, attention scratch.
+    """Weights, optimiser states, a checkpoint on its way to the disk, activations, logits, attention scratch.
 
     States: Adam's two moments and the gradients in fp32; beside bf16 weights also fp32 masters, and the gradients of
     one micro-batch before they are added to those in fp32.
@@ -41,6 +41,7 @@ def training_terms(
     return [
         Term(who, count * width),
         Term("states", states),
+        checkpoint_term(count),
         Term("activations", working),
         Term("logits", logit_copies * 4 * tokens * shape.vocab_size),
         Term("attention", attention_bytes(shape, rows, length)),
@@ -278,7 +279,7 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
 
 _ORDER = (
     *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
-    *("student", "start", "twin", "states", "activations", "logits", "ahead", "attention", "runtime"),
+    *("student", "start", "twin", "states", "checkpoint", "activations", "logits", "ahead", "attention", "runtime"),
 )
 
 

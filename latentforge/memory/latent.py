@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.codec import LOGIT_ROWS, codec_parameters
-from latentforge.memory.plan import MemoryPlan, Term, runtime
+from latentforge.memory.plan import MemoryPlan, Term, checkpoint_term, runtime
 from latentforge.memory.shape import ModelShape
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 
@@ -52,6 +52,7 @@ def latent_memory(
             Term("student", count * width),
             Term("codec", 4 * frozen + encoded),
             Term("states", count * (8 + 4 + (4 + 2 if spec.precision == "bf16" else 0))),
+            checkpoint_term(count),
             Term("activations", _activations(spec, chunk=chunk, chunks=chunks, tokens=tokens, signals=signals)),
             Term("energy", signals * _energy(spec, codec.latent, chunks)),
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),

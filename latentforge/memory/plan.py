@@ -36,6 +36,11 @@ def runtime(device: str) -> Term:
     return Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
 
 
+def checkpoint_term(parameters: int) -> Term:
+    """The copy of fp32 weights and Adam's two moments that is held while it is written beside the steps."""
+    return Term("checkpoint", 12 * parameters)
+
+
 @dataclass(frozen=True)
 class MemoryVerdict:
     """Whether a host's memory is enough. ``text`` is the plan's line; it holds no reading while the answer is enough,

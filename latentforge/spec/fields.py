@@ -74,3 +74,12 @@ def check_falsifiers(require: tuple[str, ...], *, section: str) -> None:
             raise ValueError(
                 f"require names {falsifier!r}, which a run of [{owner}] judges, and one of [{section}] cannot"
             )
+
+
+def check_best(section: str, keep: str, validate_every: int | None, steps: int) -> None:
+    """Refuse (ValueError) a best step among none: held-out text is then measured after the last one alone."""
+    if keep == "best" and (validate_every is None or validate_every >= steps):
+        raise ValueError(
+            f"keep = 'best' with validate_every = {validate_every} and steps = {steps}: held-out text is measured "
+            f"after one step alone, the last; set {section}.validate_every below {section}.steps"
+        )

@@ -14,6 +14,7 @@ from latentforge.spec.fields import (
     Section,
     Weight,
     check_attention,
+    check_best,
     check_falsifiers,
 )
 
@@ -70,15 +71,6 @@ class ContinuationsSpec(Section):
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"temperatures {list(self.temperatures)} holds a value twice")
         return self
-
-
-def check_best(section: str, keep: str, validate_every: int | None, steps: int) -> None:
-    """Refuse (ValueError) a best step among none: held-out text is then measured after the last one alone."""
-    if keep == "best" and (validate_every is None or validate_every >= steps):
-        raise ValueError(
-            f"keep = 'best' with validate_every = {validate_every} and steps = {steps}: held-out text is measured "
-            f"after one step alone, the last; set {section}.validate_every below {section}.steps"
-        )
 
 
 class LatentStudentSpec(Section):

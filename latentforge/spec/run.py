@@ -36,6 +36,7 @@ class LaunchRecord:
     predecessor: str | None = None
     plan: str | None = None
     reach: dict[str, Any] = field(default_factory=dict)
+    endurance: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from latentforge.spec.bench import BenchSpec
+from latentforge.spec.endurance import EnduranceSpec
 from latentforge.spec.fields import (
     Count,
     EnvironmentName,
@@ -18,9 +18,11 @@ from latentforge.spec.fields import (
     Seed,
     Weight,
     check_attention,
+    check_best,
     check_falsifiers,
 )
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
+from latentforge.spec.url import check_url
 
 
 class DataSpec(Section):
@@ -103,9 +105,17 @@ class TeacherSpec(Section):
     batch_size: Count = 16
     learning_rate: Positive = 2e-3
     warmup_steps: Annotated[int, Field(ge=0)] = 20
+    checkpoint_every: Count = 250
+    validate_every: Count | None = Field(
+        None, description="measure held-out text every so many steps; before the first and after the last if absent"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="whose weights are saved: the last step's, or those of the lowest held-out loss measured"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        check_best("teacher", self.keep, self.validate_every, self.steps)
         check_attention("teacher", self.hidden, self.heads, self.kv_heads)
         if self.url is not None:
             check_url(self.url)
@@ -117,25 +127,6 @@ class TeacherSpec(Section):
         if self.cache_readonly and self.cache is None:
             raise ValueError("cache_readonly = true, and cache names no file")
         return self
-
-
-def check_url(url: str) -> None:
-    """Refuse (ValueError) a server's address that is not http(s), or that holds what must not be written down."""
-    if any(character.isspace() or not character.isprintable() for character in url):
-        raise ValueError("url holds a blank or a control character")
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:
-        raise ValueError(f"url does not parse: {error}") from None
-    if "@" in parts.netloc:  # The value is not repeated: what stands before the @ is a secret.
-        raise ValueError("url holds a user or password before the @: api_key_env names the variable of a key")
-    if parts.query or parts.fragment:
-        raise ValueError("url holds a ? or #, and so perhaps a key: api_key_env names the variable of a key")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        # Without http:// no user and no password is found in it, and may stand there all the same.
-        shown = "url" if "@" in url else f"url = {url!r}"
-        raise ValueError(f"{shown} is not http://host:port/… or https://host:port/…")
 
 
 class ScoreSpec(Section):
@@ -199,6 +190,12 @@ class DistillSpec(Section):
     direction: Literal["forward"] = "forward"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 250
+    validate_every: Count | None = Field(
+        None, description="measure held-out text every so many steps; before the first and after the last if absent"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="whose weights are saved: the last step's, or those of the lowest held-out loss measured"
+    )
     prefetch: Annotated[int, Field(ge=0, le=64)] = Field(2, description="batches whose targets are fetched ahead")
     on_teacher_loss: Literal["stop", "degrade"] = Field(
         "stop", description="'degrade' goes on without KD where the teacher is lost, and reports the coverage"
@@ -223,6 +220,7 @@ class DistillSpec(Section):
         micro = self.micro_batch_size
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
+        check_best("distill", self.keep, self.validate_every, self.steps)
         check_falsifiers(self.require, section="distill")
         return self
 
@@ -245,6 +243,7 @@ class PipelineSpec(Section):
     continuations: ContinuationsSpec = ContinuationsSpec()
     latent: LatentSpec = LatentSpec()
     bench: BenchSpec = BenchSpec()
+    endurance: EnduranceSpec = EnduranceSpec()
     secrets: tuple[EnvironmentName, ...] = Field(
         (),
         max_length=16,

@@ -243,6 +243,8 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
             "direction": "forward",
             "device": next(model.parameters()).device.type,
             "checkpoint_every": spec.checkpoint_every,
+            "validate_every": spec.validate_every,
+            "keep": spec.keep,
             "prefetch": feed.asked_ahead,
             "on_teacher_loss": job.supply.on_loss,
             "on_policy": feed.on_policy.share,

@@ -22,7 +22,7 @@ from latentforge.train.best import Best
 from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
 from latentforge.train.falsifiers import judge
-from latentforge.train.keeping import Keeper
+from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import bytes_of, log_compiles, log_step
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import say_saved, start_digests
@@ -107,8 +107,9 @@ def run(run: RunDir, log: EventLog) -> None:
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
-    keeper = Keeper(run, log, codec, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
-    best = Best(keeper, wanted=spec.keep == "best")
+    position = position_of(data, order)
+    keeper = Keeper(run, log, codec, optimiser, MODEL, start, spec.steps, spec.checkpoint_every, position)
+    best = Best(keeper, wanted=spec.keep == "best", every=spec.validate_every)
     best.carry(earlier)
     first, before = keeper.resume(earlier), None
     if first is None:
@@ -116,11 +117,11 @@ def run(run: RunDir, log: EventLog) -> None:
             before = report_of(trainer, data)
         say_report(log, before, data, step=0)
 
-    with log.phase("train"), deferred_stop():
+    with log.phase("train"), deferred_stop(), keeper:
         for step in range(first or 0, spec.steps):
             done = trainer.step(step, training_batch(data.train, order, step, device))
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
-            if spec.validate_every is not None and (step + 1) % spec.validate_every == 0 and step + 1 < spec.steps:
+            if best.due(step + 1):
                 found = report_of(trainer, data)
                 say_measures(log, found, data, step=step + 1)
                 best.offer(step + 1, found.loss)

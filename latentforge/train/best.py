@@ -15,16 +15,18 @@ BELOW = "best"
 
 
 class Best:
-    """The checkpoint of the lowest held-out loss so far, in ``out/checkpoints/best``; ``step`` None before the first.
+    """The checkpoint of the lowest held-out loss so far, in ``best`` below the keeper's folder; ``step`` None before
+    the first.
 
     Of equal losses the first is kept; one that is no number is never the lowest. Where it is not ``wanted``, nothing is
-    kept.
+    kept; held-out text is measured ``every`` so many steps all the same.
     """
 
-    def __init__(self, keeper: Keeper, *, wanted: bool) -> None:
+    def __init__(self, keeper: Keeper, *, wanted: bool, every: int | None) -> None:
         self.wanted = wanted
+        self._every = every
         self._keeper = keeper
-        self._folder = keeper.run.checkpoints / BELOW
+        self._folder = keeper.folder / BELOW
         self.step: int | None = None
         self.loss = math.inf
 
@@ -34,13 +36,18 @@ class Best:
         last = None if earlier is None else earlier.checkpoints.get(self._keeper.model)
         if earlier is None or last is None or not self.wanted:
             return
-        before = RunDir(self._keeper.run.path.parent / earlier.run).checkpoints / BELOW
+        theirs = RunDir(self._keeper.run.path.parent / earlier.run)
+        before = theirs.checkpoints / self._keeper.below / BELOW
         found, said = newest_checkpoint(before, until=min(last.step, self._keeper.steps - 1))
         for sentence in said:
             self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
         if found is not None:
             shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
             self.step, self.loss = found.step, _loss(earlier, self._keeper.model, found.step)
+
+    def due(self, step: int) -> bool:
+        """Whether held-out text is to be measured after ``step`` steps; after the last it is in any case."""
+        return self._every is not None and step % self._every == 0 and step < self._keeper.steps
 
     def offer(self, step: int, loss: float) -> None:
         """Keep the weights as they are after ``step`` steps if their held-out ``loss`` is the lowest so far."""
@@ -61,6 +68,7 @@ class Best:
                 f"no held-out loss of the {self._keeper.model} was a number: no step is the best",
                 next="train with a lower learning rate",
             )
+        self._keeper.settle()
         found = load_checkpoint(step_folder(self._folder, self.step))
         self._keeper.optimiser.load(found.weights, found.moments)
         log = self._keeper.log

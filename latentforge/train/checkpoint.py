@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read back, and refused where a byte is missing."""
+"""Checkpoints: written whole or not at all, compared with memory, and refused where a byte is missing."""
 
 from __future__ import annotations
 
@@ -7,21 +7,51 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentforge.errors import FailedError, RefusedError
 from latentforge.evidence.digests import file_sha256
 
-SCHEMA = 1
+SCHEMA = 2
 _STEP = re.compile(r"step-(\d{6,})")
-_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """What, beside the number of steps, says which rows come next: the training rows by the sha256 of their file, and
+    the seed and the size of the batches that are drawn from them."""
+
+    rows_sha256: str
+    seed: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"rows {self.rows_sha256[:12]}… in batches of {self.batch_size} by seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a folder stay: the ``newest`` so many, and those of steps that ``forever`` divides."""
+
+    newest: int = 2
+    forever: int | None = None
+
+    def outlived(self, steps: Sequence[int], *, spare: int | None = None) -> list[int]:
+        """Those of ``steps`` whose checkpoints go; the newest of at most ``spare`` steps is to stay as well."""
+        ordered = sorted(steps)
+        kept = set(ordered[-self.newest :])
+        kept |= {step for step in ordered if self.forever is not None and step % self.forever == 0}
+        if spare is not None:
+            kept |= set([step for step in ordered if step <= spare][-1:])
+        return [step for step in ordered if step not in kept]
 
 
 @dataclass(frozen=True)
@@ -29,7 +59,8 @@ class Checkpoint:
     """Everything that the next step depends on, after ``step`` steps.
 
     ``weights`` are all tensors of the model by name (trained ones as fp32 masters), ``moments`` the optimiser's,
-    ``rng`` torch's generator state; ``threads`` says under how many threads the sums were made.
+    ``rng`` torch's generator state, ``position`` where the data goes on; ``threads`` says under how many threads the
+    sums were made.
     """
 
     model: str
@@ -38,6 +69,12 @@ class Checkpoint:
     moments: dict[str, Tensor]
     rng: Tensor
     threads: int
+    position: Position
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its tensors."""
+        return _bytes(self.weights) + _bytes(self.moments)
 
 
 @dataclass(frozen=True)
@@ -59,48 +96,86 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, start: dict[str, str]) -> Written:
-    """Write ``folder/step-NNNNNN``, read it back and compare; older ones but the newest two are removed.
+def snapshot(
+    model: str,
+    step: int,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    position: Position,
+) -> Checkpoint:
+    """A checkpoint of its own memory on the CPU: the steps that follow do not change it."""
+    rng, threads = torch.get_rng_state(), torch.get_num_threads()
+    return Checkpoint(model, step, _copied(weights), _copied(moments), rng, threads, position)
 
-    ``start`` maps each trained tensor to its digest before step 1. FailedError where what is on disk is smaller than
-    its tensors or not what was in memory: a checkpoint that cannot be used is a failure, not a warning.
+
+def save_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    start: dict[str, str],
+    retention: Retention | None = None,
+    spare: int | None = None,
+) -> Written:
+    """Write ``folder/step-NNNNNN``, compare what is on disk with what was in memory, and only then give it its name;
+    older ones that ``retention`` does not keep (``spare`` is as of :meth:`Retention.outlived`) are removed.
+
+    Tensors share no memory (:func:`snapshot`). ``start`` maps each trained tensor to its digest before step 1.
+    FailedError where what is on disk is smaller than its tensors or not what was in memory: a checkpoint that cannot
+    be used is a failure, not a warning.
     """
     final = step_folder(folder, checkpoint.step)
     partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(_plain(checkpoint.weights), partial / "model.safetensors")
-    save_file(_plain({**checkpoint.moments, "rng": checkpoint.rng}), partial / "optimizer.safetensors")
-    expected = sum(_bytes(tensors) for tensors in (checkpoint.weights, checkpoint.moments))
-    files = {f: file_sha256(partial / f) for f in ("model.safetensors", "optimizer.safetensors")}
+    try:
+        size = _write(partial, final, checkpoint)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # what a full disk took of it is room for the end of the run
+        raise FailedError(
+            f"checkpoint {final} could not be written: {error}",
+            next="make room or mend the disk, then go on from the last whole one:  "
+            "latentforge dispatch go --attempt next",
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync(folder)
+    unmoved = tuple(name for name, digest in start.items() if tensor_sha256(checkpoint.weights[name]) == digest)
+    for step in (retention or Retention()).outlived([_number(path) for path in _steps(folder)], spare=spare):
+        shutil.rmtree(step_folder(folder, step))
+    return Written(final, checkpoint.step, size, checkpoint.bytes, len(start) - len(unmoved), len(start), unmoved)
+
+
+def _write(partial: Path, final: Path, checkpoint: Checkpoint) -> int:
+    """The files of a checkpoint, on the disk and compared with memory; how many bytes they have."""
+    parts = {
+        "model.safetensors": checkpoint.weights,
+        "optimizer.safetensors": {**checkpoint.moments, "rng": checkpoint.rng},
+    }
+    for name, tensors in parts.items():
+        save_file(tensors, partial / name)
     record = {
         "schema": SCHEMA,
         "model": checkpoint.model,
         "step": checkpoint.step,
         "threads": checkpoint.threads,
-        "expected_bytes": expected,
-        "files": files,
+        "position": asdict(checkpoint.position),
+        "expected_bytes": checkpoint.bytes,
+        "files": {name: file_sha256(partial / name) for name in parts},
     }
     (partial / "state.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     for path in sorted(partial.iterdir()):
         _sync(path)
     _sync(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _sync(folder)
-
-    found = load_checkpoint(final)
-    size = sum(path.stat().st_size for path in final.iterdir())
-    if size < expected:
-        raise FailedError(f"checkpoint {final} has {size} bytes, its tensors alone need {expected}")
-    for part in ("weights", "moments"):
-        for tensor, value in getattr(checkpoint, part).items():
-            if tensor_sha256(getattr(found, part)[tensor]) != tensor_sha256(value):
-                raise FailedError(f"checkpoint {final}: {tensor} on disk is not what was in memory")
-    unmoved = tuple(name for name, digest in start.items() if tensor_sha256(found.weights[name]) == digest)
-    for old in sorted(_steps(folder), key=lambda path: _number(path))[:-_KEPT]:
-        shutil.rmtree(old)
-    return Written(final, checkpoint.step, size, expected, len(start) - len(unmoved), len(start), unmoved)
+    size = sum(path.stat().st_size for path in partial.iterdir())
+    if size < checkpoint.bytes:
+        raise FailedError(f"checkpoint {final} has {size} bytes, its tensors alone need {checkpoint.bytes}")
+    for name, tensors in parts.items():
+        with safe_open(partial / name, framework="pt") as found:
+            # One tensor at a time: read back whole, it would take its memory a second time.
+            for tensor, value in tensors.items():
+                if not torch.equal(_raw(found.get_tensor(tensor)), _raw(value)):
+                    raise FailedError(f"checkpoint {final}: {tensor} on disk is not what was in memory")
+    return size
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -121,7 +196,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         return Checkpoint(
-            record["model"], record["step"], weights, moments, rng=moments.pop("rng"), threads=record["threads"]
+            record["model"],
+            record["step"],
+            weights,
+            moments,
+            rng=moments.pop("rng"),
+            threads=record["threads"],
+            position=Position(**record["position"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RefusedError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
@@ -149,7 +230,19 @@ def _number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of a folder of more than ``step`` steps: those steps are made again."""
+    for path in _steps(folder):
+        if _number(path) > step:
+            shutil.rmtree(path)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """A tensor's bytes: NaN is what NaN is."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share storage; a copy on the CPU never does.
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 

@@ -16,7 +16,7 @@ from latentforge.contracts.finding import Finding
 from latentforge.events import Event, EventLog, read_events
 from latentforge.students.causal import LossParts, Student
 from latentforge.train import falsifiers
-from latentforge.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from latentforge.train.checkpoint import Position, load_checkpoint, save_checkpoint, snapshot
 from latentforge.train.loop import Trainer, evaluate, log_step
 from latentforge.train.products import start_digests
 from latentforge.train.rehearsal import (
@@ -361,8 +361,8 @@ def _save(trainer: Trainer, folder: Path, step: int) -> Any:
     optimiser = trainer.optimiser
     start = start_digests(small_trainer().optimiser, small_trainer().student.model)
     weights: dict[str, Tensor] = {**dict(trainer.student.model.named_parameters()), **optimiser.masters}
-    checkpoint = Checkpoint("student", step, weights, optimiser.moments(), torch.get_rng_state(), 1)
-    return save_checkpoint(folder, checkpoint, start=start)
+    taken = snapshot("student", step, weights, optimiser.moments(), Position("0" * 64, 0, len(small_batch())))
+    return save_checkpoint(folder, taken, start=start)
 
 
 def _taken(trainer: Trainer) -> Tensor:

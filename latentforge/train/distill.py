@@ -32,15 +32,16 @@ from latentforge.train.assembly import (
     start_model,
     values_in_force,
 )
+from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.canary_falsifiers import SAME
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
-from latentforge.train.keeping import go_on, keep_checkpoint
+from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.products import save_model, start_digests
-from latentforge.train.resume import Earlier, open_predecessor
+from latentforge.train.resume import Earlier, known_evaluation, open_predecessor
 from latentforge.train.samples import samples
 from latentforge.train.score import teacher_folder
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
@@ -56,13 +57,14 @@ CHECKPOINTS = {"student": "", "twin": "twin"}
 
 @dataclass(frozen=True)
 class Trained:
-    """One model after its steps: who trained it, its tensors' digests before step 1, held-out values at both ends, and
-    what its steps came to."""
+    """One model after its steps: who trained it, its tensors' digests before step 1, held-out values at both ends, the
+    step whose weights it has now, and what its steps came to."""
 
     trainer: Trainer
     start: dict[str, str]
     before: Evaluation
     after: Evaluation
+    kept: int
     tally: Tally
 
 
@@ -181,20 +183,17 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     """All steps of one model, from its start or its predecessor's last checkpoint, held-out values at both ends."""
     spec, log = job.spec, job.log
     start = start_digests(trainer.optimiser, trainer.student.model)
-    first = 0
+    trained, optimiser = trainer.student.model, trainer.optimiser
+    position, below = position_of(job.data, job.order), CHECKPOINTS[model]
+    keeper = Keeper(job.run, log, trained, optimiser, model, start, spec.steps, spec.checkpoint_every, position, below)
+    best = Best(keeper, wanted=spec.keep == "best", every=spec.validate_every)
+    best.carry(earlier)
     before = known_evaluation(earlier, model)
-    tally = Tally()
     if before is None:
         before = held_out(job, trainer.student, teacher_needed=True)
         report(job, model, before, step=0)
-    checkpoint = earlier.checkpoints.get(model) if earlier is not None else None
-    if earlier is not None and checkpoint is not None:
-        go_on(earlier, checkpoint, trainer.optimiser, log, model=model, steps=spec.steps)
-        first = checkpoint.step
-        tally = Tally.of(earlier.events, model=model, until=first)
-        keep(job, trainer, model, first, start)
-    elif earlier is not None and model == "student":
-        log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+    first = keeper.resume(earlier) or 0
+    tally = Tally() if earlier is None else Tally.of(earlier.events, model=model, until=first)
     if before.kl is not None and before.kl < SAME and model == "student":
         message = f"val_kl is {before.kl:.2e} at step 0: the student already answers as its teacher does"
         if profile == "full":
@@ -202,14 +201,13 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
         log.warning(message)
 
     feed = make_feed(job, trainer, range(first, spec.steps))
-    with log.phase("train" if model == "student" else model), deferred_stop(), feed:
-        kept = first
+    with log.phase("train" if model == "student" else model), deferred_stop(), keeper, feed:
         for step in range(first, spec.steps):
             try:
                 given = feed.next(step, trainer.student)
             except (TeacherFailure, prefetch.Interrupted) as stopped:
-                if step > kept:
-                    keep(job, trainer, model, step, start)
+                if step > (keeper.kept or 0):
+                    keeper.keep(step)
                 report_teaching(job, trainer, model, tally, step=step)
                 if isinstance(stopped, TeacherFailure):
                     raise lost_teacher(stopped, model, step) from stopped
@@ -219,19 +217,21 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
             log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(given.fields))
             tally.add({"rows": result.rows, "sequences": result.sequences, **given.fields})
             say_notes(job, step + 1)
-            signal = stop_requested()
-            if signal is not None or (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
-                keep(job, trainer, model, step + 1, start)
-                kept = step + 1
-            if signal is not None:
+            if best.due(step + 1):
+                found = held_out(job, trainer.student)
+                report(job, model, found, step=step + 1)
+                best.offer(step + 1, found.loss)
+            if (signal := stop_requested()) is not None:
                 report_teaching(job, trainer, model, tally, step=step + 1)
-                raise Interrupted(f"interrupted by {signal} after step {step + 1} of the {model}; checkpoint written")
+            keeper.after(step + 1, signal)
 
     after = held_out(job, trainer.student)
+    kept = best.put_back(spec.steps, after.loss)
+    after = after if kept == spec.steps else held_out(job, trainer.student)
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
     report_teaching(job, trainer, model, tally, step=spec.steps)
-    return Trained(trainer, start, before, after, tally)
+    return Trained(trainer, start, before, after, kept, tally)
 
 
 def held_out(job: Job, student: Student, *, teacher_needed: bool = False) -> Evaluation:
@@ -264,7 +264,7 @@ def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
     if value.kl is not None:
         job.log.metric("val_kl", value.kl, step=step, **of)
     if model == "student":
-        name = "initial_loss" if step == 0 else "final_loss"
+        name = {0: "initial_loss", job.spec.steps: "final_loss"}.get(step, "val_loss")
         job.log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
 
 
@@ -300,35 +300,13 @@ def rounded(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in fields.items()}
 
 
-def keep(job: Job, trainer: Trainer, model: str, step: int, start: dict[str, str]) -> None:
-    """Write a checkpoint of a trainer, and say what it weighs and what has moved."""
-    trained, below = trainer.student.model, CHECKPOINTS[model]
-    keep_checkpoint(job.run, job.log, below, trained, trainer.optimiser, model=model, step=step, start=start)
-
-
-def known_evaluation(earlier: Earlier | None, model: str) -> Evaluation | None:
-    """The held-out values that the predecessor measured at step 0, where it has a checkpoint that follows from them."""
-    if earlier is None or model not in earlier.checkpoints:
-        return None
-    found = {
-        event.fields["name"]: event.fields
-        for event in earlier.events
-        if event.kind == "metric" and (event.fields.get("model"), event.fields.get("step")) == (model, 0)
-    }
-    if "val_loss" not in found:
-        return None
-    loss, kl = found["val_loss"], found.get("val_kl")
-    return Evaluation(
-        float(loss["value"]), None if kl is None else float(kl["value"]), 0, str(loss.get("rows_sha256", ""))
-    )
-
-
 def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, float]) -> dict[str, Any]:
     """``metrics.json``: held-out values of each model at both ends, nats a token."""
     values = {
         name: {
             "initial": {"val_loss": one.before.loss, "val_kl": one.before.kl},
             "final": {"val_loss": one.after.loss, "val_kl": one.after.kl},
+            "kept_step": one.kept,
             **(one.tally.record() if one.trainer.objective.kd_weight > 0 else {}),
         }
         for name, one in trained.items()

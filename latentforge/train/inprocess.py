@@ -13,6 +13,7 @@ import torch
 from latentforge.errors import FailedError
 from latentforge.evidence.digests import file_sha256, tree_files, tree_sha256
 from latentforge.spec.code import running_code
+from latentforge.spec.endurance import TRAINING, carriage_of
 from latentforge.spec.identity import Kind
 from latentforge.spec.pipeline import PlannedRun, Role, effective_pipeline, external_paths, pipeline_runs
 from latentforge.spec.run import LaunchRecord, RunDir
@@ -54,7 +55,8 @@ def execute_pipeline(
             if folder.events_file.is_file():
                 raise FailedError(f"{planned.run_id} was run here before and is not whole: {_reason(folder)}")
             reach = reach_of(spec.teacher) if planned.kind in ASKING else {}
-            launch = LaunchRecord(planned.run_id, planned.kin, planned.resolved, reach=reach)
+            lasting = carriage_of(spec.endurance) if planned.kind in TRAINING else {}
+            launch = LaunchRecord(planned.run_id, planned.kin, planned.resolved, reach=reach, endurance=lasting)
             folder = RunDir.create(runs, planned.identity, launch)
             with _torch_settings_kept():
                 code = execute(folder.path, text=text)

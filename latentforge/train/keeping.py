@@ -1,72 +1,61 @@
-"""Checkpoints of a run: written with what the log says of them, and put back."""
+"""Checkpoints of a run: taken between two steps, written beside the steps that follow, and put back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from latentforge.data.order import BatchOrder
+from latentforge.data.shards import ShardSet
+from latentforge.errors import RefusedError
 from latentforge.events import EventLog
+from latentforge.spec.endurance import endurance_of
 from latentforge.spec.run import RunDir
-from latentforge.train.checkpoint import Checkpoint, save_checkpoint
+from latentforge.train.checkpoint import Checkpoint, Position, Retention, save_checkpoint, snapshot
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.resume import Earlier, carry_events
 from latentforge.train.stopping import Interrupted
 
 
-def keep_checkpoint(
-    run: RunDir,
-    log: EventLog,
-    below: str,
-    trained: nn.Module,
-    optimiser: MasterOptimiser,
-    *,
-    model: str,
-    step: int,
-    start: dict[str, str],
-) -> None:
-    """Write a checkpoint of ``model`` into the folder ``below``, and say what it weighs and what has moved."""
-    weights = {**dict(trained.named_parameters()), **optimiser.masters}
-    checkpoint = Checkpoint(model, step, weights, optimiser.moments(), torch.get_rng_state(), torch.get_num_threads())
-    written = save_checkpoint(run.checkpoints / below, checkpoint, start=start)
-    log.checkpoint(
-        step,
-        path=written.path.relative_to(run.path).as_posix(),
-        bytes=written.bytes,
-        expected_bytes=written.expected_bytes,
-        model=model,
-        moved=written.moved,
-        tensors=written.trained,
-        unmoved=list(written.unmoved),
-    )
-    if written.unmoved and step > 0:
-        log.warning(f"{len(written.unmoved)} of {written.trained} tensors of the {model} have not moved")
+def position_of(data: ShardSet, order: BatchOrder) -> Position:
+    """Where a run that trains on ``data`` in ``order`` takes its rows from."""
+    return Position(data.record["shards"]["train.bin"], order.seed, order.batch_size)
 
 
-def go_on(
-    earlier: Earlier, checkpoint: Checkpoint, optimiser: MasterOptimiser, log: EventLog, *, model: str, steps: int
-) -> None:
-    """Put back a predecessor's checkpoint of ``model`` (weights, moments, generator state), carry its events, say so.
+class _Writing(threading.Thread):
+    """One checkpoint on its way to the disk; a daemon, so that a run that has no time left can end without it."""
 
-    ``steps`` are those of the whole run: held-out values of the last one are measured again.
-    """
-    carry_events(earlier, model, until=checkpoint.step, before=steps, log=log)
-    optimiser.load(checkpoint.weights, checkpoint.moments)
-    torch.set_rng_state(checkpoint.rng)
-    if checkpoint.threads != torch.get_num_threads():
-        log.warning(
-            f"the checkpoint was computed with {checkpoint.threads} threads, this run has {torch.get_num_threads()}: "
-            "its steps may not repeat bit for bit"
-        )
-    log.emit("phase", name="resume", state="end", model=model, step=checkpoint.step, predecessor=earlier.run)
-    log.say(f"{model} resumes from step {checkpoint.step} of {earlier.run}")
+    def __init__(self, write: Any) -> None:
+        super().__init__(name="lf-checkpoint", daemon=True)
+        self._write = write
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            self.error = error
+        finally:
+            del self._write  # and with it the snapshot
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keeper:
-    """Keeps the checkpoints of a run that trains one ``model`` for ``steps`` steps, one ``every`` so many;
-    ``start`` are the digests of its weights before the first."""
+    """Keeps the checkpoints of a run that trains one ``model`` for ``steps`` steps, one ``every`` so many, below the
+    run's own folder of them.
+
+    A checkpoint is a copy in memory, which a thread writes while the steps go on; the next one waits for it, so that
+    there is one copy at most. ``start`` are the digests of the weights before the first step, ``position`` where the
+    data comes from. A context: at its end nothing is on its way any more, and a write that failed has been raised.
+    """
 
     run: RunDir
     log: EventLog
@@ -76,6 +65,32 @@ class Keeper:
     start: dict[str, str]
     steps: int
     every: int
+    position: Position
+    below: str = ""
+    _writing: _Writing | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        asked = endurance_of(self.run)
+        forever = None if asked.keep_nth is None else asked.keep_nth * self.every
+        self.retention = Retention(asked.keep_newest, forever)
+        self.kept: int | None = None
+        """The step of the newest checkpoint that was taken."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.run.checkpoints / self.below
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self.settle()
+        except Exception as error:
+            if value is None:
+                raise
+            self.log.warning(f"while the run was ending: {error}")
 
     def resume(self, earlier: Earlier | None) -> int | None:
         """Go on from the predecessor's last checkpoint, and keep it as this run's first: how many steps were made. None
@@ -84,21 +99,79 @@ class Keeper:
             return None
         checkpoint = earlier.checkpoints.get(self.model)
         if checkpoint is None:
-            self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
+            if not earlier.checkpoints:
+                self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
             return None
-        go_on(earlier, checkpoint, self.optimiser, self.log, model=self.model, steps=self.steps)
+        self._go_on(earlier, checkpoint)
         self.keep(checkpoint.step)
         return checkpoint.step
 
     def after(self, step: int, signal: str | None) -> None:
-        """After ``step`` steps: a checkpoint where one is due, or where ``signal`` asks to stop: then Interrupted."""
+        """After ``step`` steps: a checkpoint where one is due, or where ``signal`` asks to stop: then Interrupted. What
+        became of the one before is raised here where it failed."""
+        if self._writing is not None and not self._writing.is_alive():
+            self.settle()
         if signal is not None or step % self.every == 0 or step == self.steps:
             self.keep(step)
         if signal is not None:
+            self.settle()
             raise Interrupted(f"interrupted by {signal} after step {step} of the {self.model}; checkpoint written")
 
     def keep(self, step: int, below: str = "") -> None:
-        """Write the checkpoint of ``step`` steps into the folder ``below``."""
-        keep_checkpoint(
-            self.run, self.log, below, self.trained, self.optimiser, model=self.model, step=step, start=self.start
+        """Take the checkpoint of ``step`` steps, for the folder ``below`` this one's, and go on while it is written."""
+        began = time.monotonic()
+        self.settle()
+        weights = {**dict(self.trained.named_parameters()), **self.optimiser.masters}
+        taken = snapshot(self.model, step, weights, self.optimiser.moments(), self.position)
+        stood, folder = time.monotonic() - began, self.folder / below
+        if not below:
+            self.kept = step
+        self._writing = _Writing(lambda: self._write(taken, folder, stood))
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is on its way; what made it fail is raised."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.join()
+        if writing.error is not None:
+            raise writing.error
+
+    def _write(self, taken: Checkpoint, folder: Path, stood: float) -> None:
+        began = time.monotonic()
+        retention = self.retention if folder == self.folder else Retention()
+        written = save_checkpoint(folder, taken, start=self.start, retention=retention)
+        self.log.checkpoint(
+            written.step,
+            path=written.path.relative_to(self.run.path).as_posix(),
+            bytes=written.bytes,
+            expected_bytes=written.expected_bytes,
+            model=self.model,
+            moved=written.moved,
+            tensors=written.trained,
+            unmoved=list(written.unmoved),
+            seconds=round(time.monotonic() - began, 3),
+            stood_seconds=round(stood, 3),
         )
+        if written.unmoved and written.step > 0:
+            self.log.warning(f"{len(written.unmoved)} of {written.trained} tensors of the {self.model} have not moved")
+
+    def _go_on(self, earlier: Earlier, checkpoint: Checkpoint) -> None:
+        """Put back a predecessor's checkpoint (weights, moments, generator state), carry its events, say so."""
+        if checkpoint.position != self.position:
+            raise RefusedError(
+                f"the {self.model}'s checkpoint of step {checkpoint.step} of {earlier.run} goes on with "
+                f"{checkpoint.position}; this run has {self.position}",
+                next="start a run of its own on this data:  latentforge dispatch go",
+            )
+        carry_events(earlier, self.model, until=checkpoint.step, before=self.steps, log=self.log)
+        self.optimiser.load(checkpoint.weights, checkpoint.moments)
+        torch.set_rng_state(checkpoint.rng)
+        if checkpoint.threads != torch.get_num_threads():
+            self.log.warning(
+                f"the checkpoint was computed with {checkpoint.threads} threads, this run has "
+                f"{torch.get_num_threads()}: its steps may not repeat bit for bit"
+            )
+        of = {"model": self.model, "step": checkpoint.step, "predecessor": earlier.run}
+        self.log.emit("phase", name="resume", state="end", **of)
+        self.log.say(f"{self.model} resumes from step {checkpoint.step} of {earlier.run}")

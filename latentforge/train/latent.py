@@ -29,7 +29,7 @@ from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.falsifiers import judge
-from latentforge.train.keeping import Keeper
+from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.latent_falsifiers import MODEL
 from latentforge.train.latent_lessons import TEXT, Teaching
 from latentforge.train.latent_products import save_writer, written
@@ -103,8 +103,9 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
-    keeper = Keeper(run, log, student, optimiser, MODEL, start, spec.steps, spec.checkpoint_every)
-    best = Best(keeper, wanted=spec.keep == "best")
+    position = position_of(data, order)
+    keeper = Keeper(run, log, student, optimiser, MODEL, start, spec.steps, spec.checkpoint_every, position)
+    best = Best(keeper, wanted=spec.keep == "best", every=spec.validate_every)
     best.carry(earlier)
     first, before = keeper.resume(earlier), None
     if first is None:
@@ -113,7 +114,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         say_held_out(log, before, step=0, name="initial_loss")
 
     effective.take_peak()
-    with log.phase("train"), deferred_stop():
+    with log.phase("train"), deferred_stop(), keeper:
         for step in range(first or 0, spec.steps):
             visits, covered = torch.from_numpy(order.visits(step)), covered_rows(teaching, order, step)
             done = trainer.step(step, training_batch(data.train, order, step, device), visits=visits, covered=covered)
@@ -121,7 +122,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
             signal, last = stop_requested(), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
                 log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
-            if spec.validate_every is not None and (step + 1) % spec.validate_every == 0 and not last:
+            if best.due(step + 1):
                 found = trainer.held_out(data)
                 say_held_out(log, found, step=step + 1, name="val_loss")
                 best.offer(step + 1, found.loss)

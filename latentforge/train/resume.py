@@ -8,6 +8,7 @@ from latentforge.errors import RefusedError
 from latentforge.events import Event, EventLog, read_events
 from latentforge.spec.run import RunDir
 from latentforge.train.checkpoint import Checkpoint, newest_checkpoint
+from latentforge.train.loop import Evaluation
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,20 @@ def carry_events(earlier: Earlier, model: str, *, until: int, before: int, log: 
             continue
         if event.kind == "step" or fields["step"] < before:
             log.emit(event.kind, **{"carried_from": earlier.run, **fields})
+
+
+def known_evaluation(earlier: Earlier | None, model: str) -> Evaluation | None:
+    """The held-out values that the predecessor measured at step 0, where it has a checkpoint that follows from them."""
+    if earlier is None or model not in earlier.checkpoints:
+        return None
+    found = {
+        event.fields["name"]: event.fields
+        for event in earlier.events
+        if event.kind == "metric" and (event.fields.get("model"), event.fields.get("step")) == (model, 0)
+    }
+    if "val_loss" not in found:
+        return None
+    loss, kl = found["val_loss"], found.get("val_kl")
+    return Evaluation(
+        float(loss["value"]), None if kl is None else float(kl["value"]), 0, str(loss.get("rows_sha256", ""))
+    )

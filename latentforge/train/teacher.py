@@ -14,12 +14,15 @@ from latentforge.spec.sections import TeacherSpec
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.teachers.folder import check_model_folder
 from latentforge.train import effective
+from latentforge.train.best import Best
 from latentforge.train.engines.single import Single
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
-from latentforge.train.loop import Objective, Trainer, evaluate, log_compiles, log_step, rehearse
+from latentforge.train.keeping import Keeper, position_of
+from latentforge.train.loop import Evaluation, Objective, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import save_model, start_digests
+from latentforge.train.resume import known_evaluation, open_predecessor
 from latentforge.train.setting import (
     choose_device,
     choose_kernel,
@@ -28,8 +31,10 @@ from latentforge.train.setting import (
     padding_of,
     training_batch,
 )
-from latentforge.train.stopping import Interrupted, deferred_stop, stop_requested
+from latentforge.train.stopping import deferred_stop, stop_requested
 
+MODEL = "teacher"
+CHECKPOINTS = {MODEL: ""}
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 
@@ -64,6 +69,7 @@ def run(run: RunDir, log: EventLog) -> None:
         trainer = Trainer(teacher, Single(teacher, optimiser), Objective(1.0, 1.0, 0.0, kernel))
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser, model)
+        earlier = open_predecessor(run, log, CHECKPOINTS)
     if slow:
         log.warning(slow)
 
@@ -80,6 +86,9 @@ def run(run: RunDir, log: EventLog) -> None:
             "batch_size": len(training_batch(data.train, order, 0, device)),
             "learning_rate": optimiser.peak_learning_rate,
             "warmup_steps": spec.warmup_steps,
+            "checkpoint_every": spec.checkpoint_every,
+            "validate_every": spec.validate_every,
+            "keep": spec.keep,
             "weight_decay": optimiser.weight_decay,
             "clip_norm": optimiser.clip_norm,
         },
@@ -101,21 +110,31 @@ def run(run: RunDir, log: EventLog) -> None:
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
-    with log.phase("evaluate"):
-        before = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
-    log.metric("val_loss", before.loss, step=0, split="heldout", model="teacher", rows_sha256=before.rows_sha256)
+    keeper = Keeper(
+        run, log, model, optimiser, MODEL, start, spec.steps, spec.checkpoint_every, position_of(data, order)
+    )
+    best = Best(keeper, wanted=spec.keep == "best", every=spec.validate_every)
+    best.carry(earlier)
+    before, first = known_evaluation(earlier, MODEL), keeper.resume(earlier)
+    if before is None:
+        before = evaluated(log, teacher, data, kernel)
+        say_held_out(log, before, step=0)
 
-    with log.phase("train"), deferred_stop():
-        for step in range(spec.steps):
+    with log.phase("train"), deferred_stop(), keeper:
+        for step in range(first or 0, spec.steps):
             result = trainer.step(step, training_batch(data.train, order, step, device), None)
-            log_step(log, result, step=step + 1, steps=spec.steps, model="teacher")
-            if (signal := stop_requested()) is not None:
-                raise Interrupted(f"interrupted by {signal} at step {step + 1}; a teacher keeps no checkpoints")
+            log_step(log, result, step=step + 1, steps=spec.steps, model=MODEL)
+            if best.due(step + 1):
+                found = evaluated(log, teacher, data, kernel)
+                say_held_out(log, found, step=step + 1)
+                best.offer(step + 1, found.loss)
+            keeper.after(step + 1, stop_requested())
 
-    with log.phase("evaluate"):
-        after = evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
-    log_compiles(log, trainer.watch.drain(), step=spec.steps, model="teacher")
-    log.metric("val_loss", after.loss, step=spec.steps, split="heldout", model="teacher", rows_sha256=after.rows_sha256)
+    after = evaluated(log, teacher, data, kernel)
+    kept = best.put_back(spec.steps, after.loss)
+    after = after if kept == spec.steps else evaluated(log, teacher, data, kernel)
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
+    say_held_out(log, after, step=spec.steps)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
@@ -127,12 +146,25 @@ def run(run: RunDir, log: EventLog) -> None:
             start=start,
             log=log,
             step=spec.steps,
-            model="teacher",
+            model=MODEL,
         )
         folder = check_model_folder(run.out / "model")
-        record = {"sha256": folder.sha256, "parameters": folder.parameters, "heldout_loss": after.loss}
+        made = {"sha256": folder.sha256, "parameters": folder.parameters}
+        record = {**made, "heldout_loss": after.loss, "kept_step": kept}
         write_record(run.out / "teacher.json", record)
     log.say(f"teacher of {folder.parameters} parameters: held-out loss {before.loss:.4f} to {after.loss:.4f}")
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
     for verdict in judge(read_events(run.events_file)):
         log.verdict(verdict)
+
+
+def evaluated(log: EventLog, teacher: Student, data: ShardSet, kernel: str) -> Evaluation:
+    """Cross-entropy over all held-out rows."""
+    device = next(teacher.parameters()).device
+    with log.phase("evaluate"):
+        return evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+
+
+def say_held_out(log: EventLog, value: Evaluation, *, step: int) -> None:
+    """Say held-out cross-entropy as an event."""
+    log.metric("val_loss", value.loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)

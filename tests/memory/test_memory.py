@@ -308,7 +308,18 @@ def test_the_smoke_pipelines_plan_names_its_terms_and_fits_a_small_machine() -> 
     plans = pipeline_memory(spec)
     assert list(plans) == ["teacher", "score", "distill"]
     names = [term.name for term in plans["distill"].terms]
-    assert names == ["teacher", "student", "start", "twin", "states", "activations", "logits", "attention", "runtime"]
+    assert names == [
+        "teacher",
+        "student",
+        "start",
+        "twin",
+        "states",
+        "checkpoint",
+        "activations",
+        "logits",
+        "attention",
+        "runtime",
+    ]
     assert pipeline_peak(spec).verdict(4 * GIB, 3 * GIB).outcome is Outcome.PASS
 
 

@@ -43,22 +43,35 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_run(upstream: Path, tmp_path: Path) -> MakeRun:
-    """Make the folder of a distill run beside linked inputs: ``make_run(attempt=1, predecessor=None, **distill)``."""
+    """Make the folder of a distill run, or of the teacher's, beside linked inputs: ``make_run(attempt=1,
+    predecessor=None, endurance=None, kind="distill", **section)``."""
     runs = tmp_path / "runs"
     runs.mkdir()
     for source in upstream.iterdir():
         shutil.copytree(source, runs / source.name)
 
-    def make(*, attempt: int = 1, predecessor: RunDir | None = None, profile: str = "smoke", **distill: Any) -> RunDir:
-        spec = short_spec(**distill)
-        planned = plan(spec)[-1]
+    def make(
+        *,
+        attempt: int = 1,
+        predecessor: RunDir | None = None,
+        profile: str = "smoke",
+        endurance: dict[str, Any] | None = None,
+        kind: str = "distill",
+        **section: Any,
+    ) -> RunDir:
+        spec = short_spec(**(section if kind == "distill" else {}))
+        if kind == "teacher":
+            spec = spec.model_copy(update={"teacher": spec.teacher.model_copy(update=section)})
+        planned = next(one for one in plan(spec) if one.kind == kind)
         identity = planned.identity.at_attempt(attempt)
         if profile != "smoke":
             identity = type(identity)(
                 identity.kind, {**identity.spec, "profile": profile}, identity.inputs, identity.code, identity.lock
             )
         before = predecessor.run if predecessor else None
-        launch = LaunchRecord(identity.run_id, planned.kin, planned.resolved, predecessor=before)
+        launch = LaunchRecord(
+            identity.run_id, planned.kin, planned.resolved, predecessor=before, endurance=endurance or {}
+        )
         return RunDir.create(runs, identity, launch)
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,29 @@ import torch
 
 import latentforge.train.checkpoint as module
 from latentforge.errors import FailedError, RefusedError
-from latentforge.train.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentforge.train.checkpoint import (
+    Checkpoint,
+    Position,
+    Retention,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    snapshot,
+)
+
+PLACE = Position("0" * 64, seed=7, batch_size=4)
 
 
 def checkpoint(step: int, value: float = 1.0) -> Checkpoint:
     weights = {"a": torch.full((4, 3), value), "b": torch.zeros(5)}
     moments = {"a/exp_avg": torch.full((4, 3), value / 2), "a/step": torch.tensor(float(step))}
-    return Checkpoint("student", step, weights, moments, torch.get_rng_state(), 1)
+    return Checkpoint("student", step, weights, moments, torch.get_rng_state(), 1, PLACE)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     written = save_checkpoint(tmp_path, checkpoint(3, 0.1), start={})
     found = load_checkpoint(written.path)
-    assert (found.model, found.step, found.threads) == ("student", 3, 1)
+    assert (found.model, found.step, found.threads, found.position) == ("student", 3, 1, PLACE)
     assert torch.equal(found.weights["a"], checkpoint(3, 0.1).weights["a"])
     assert torch.equal(found.moments["a/step"], torch.tensor(3.0))
     assert torch.equal(found.rng, torch.get_rng_state())
@@ -73,17 +84,54 @@ def test_a_save_that_writes_something_else_is_a_failure(tmp_path: Path, monkeypa
         save_checkpoint(tmp_path, checkpoint(1), start={})
 
 
-def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 10):
-        save_checkpoint(tmp_path, checkpoint(step), start={})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+@pytest.mark.parametrize(
+    ("retention", "spare", "left"),
+    [
+        (Retention(), None, [18, 20]),
+        (Retention(newest=1), None, [20]),
+        (Retention(newest=2, forever=6), None, [6, 12, 18, 20]),
+        (Retention(newest=2), 9, [8, 18, 20]),
+        (Retention(newest=30), None, list(range(2, 21, 2))),
+    ],
+)
+def test_the_newest_the_nth_and_one_that_is_spared_are_kept_and_no_other(
+    tmp_path: Path, retention: Retention, spare: int | None, left: list[int]
+) -> None:
+    for step in range(2, 21, 2):
+        save_checkpoint(tmp_path, checkpoint(step), start={}, retention=retention, spare=spare)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:06d}" for step in left]
+
+
+def test_a_snapshot_is_not_changed_by_the_steps_that_follow() -> None:
+    weights, moments = {"a": torch.ones(3)}, {"a/exp_avg": torch.ones(3)}
+    taken = snapshot("student", 1, weights, moments, PLACE)
+    weights["a"] += 1
+    moments["a/exp_avg"] += 1
+    assert torch.equal(taken.weights["a"], torch.ones(3))
+    assert torch.equal(taken.moments["a/exp_avg"], torch.ones(3))
+
+
+def test_what_a_full_disk_refuses_is_a_failure_and_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, checkpoint(1), start={})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = snapshot("student", 2, {"a": torch.zeros(100_000)}, {}, PLACE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(FailedError, match="step-000002 could not be written") as failure:
+            save_checkpoint(tmp_path, large, start={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "go --attempt next" in failure.value.next
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint(1), start={}).path
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "schema": 2}))
-    with pytest.raises(RefusedError, match="schema 2; 1 is read here"):
+    (path / "state.json").write_text(json.dumps({**state, "schema": 1}))
+    with pytest.raises(RefusedError, match="schema 1; 2 is read here"):
         load_checkpoint(path)
 
 
@@ -92,6 +140,5 @@ def test_a_checkpoint_smaller_than_its_tensors_is_a_failure_even_where_it_reads_
 ) -> None:
     kept = checkpoint(1)
     monkeypatch.setattr(module, "save_file", lambda tensors, path: Path(path).write_bytes(b"~"))
-    monkeypatch.setattr(module, "load_checkpoint", lambda path: kept)
     with pytest.raises(FailedError, match=r"has \d+ bytes, its tensors alone need 2400"):
-        save_checkpoint(tmp_path, Checkpoint(kept.model, 1, {"a": torch.zeros(600)}, {}, kept.rng, 1), start={})
+        save_checkpoint(tmp_path, Checkpoint(kept.model, 1, {"a": torch.zeros(600)}, {}, kept.rng, 1, PLACE), start={})
