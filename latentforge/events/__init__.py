@@ -2,5 +2,6 @@
 
 from latentforge.events.event import KINDS, Event, parse_event, read_events, sift_events
 from latentforge.events.log import EventLog
+from latentforge.events.standing import standing
 
-__all__ = ["KINDS", "Event", "EventLog", "parse_event", "read_events", "sift_events"]
+__all__ = ["KINDS", "Event", "EventLog", "parse_event", "read_events", "sift_events", "standing"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentforge.errors import RefusedError
-from latentforge.events import Event, sift_events
+from latentforge.events import Event, sift_events, standing
 from latentforge.evidence.configuration import compare_configuration, flatten
 from latentforge.evidence.statement import MANIFEST, end_of, read_json
 from latentforge.spec.identity import RUN_ID, RunIdentity
@@ -135,8 +135,8 @@ def read_run(folder: Path) -> RunRecord:
         differences=tuple(compared["differences"]) if compared else (),
         effective_file=effective,
         verdicts=tuple(_verdicts(events)),
-        metrics=tuple(_metrics(events)),
-        trained=tuple(_trained(events)),
+        metrics=tuple(_metrics(standing(events))),
+        trained=tuple(_trained(standing(events))),
         phases=tuple(_phases(events)),
         warnings=tuple(str(event.fields.get("message", "")) for event in events if event.kind == "warning"),
         events=tuple(events),

@@ -1,11 +1,15 @@
-"""How a training run lasts: which checkpoints stay. Kept in ``launch.json``: it changes nothing that is computed."""
+"""How a training run lasts: which checkpoints stay, and what is done about a step that is none.
+
+What is done about a step changes what is computed, and is part of what a run means. The rest says how it is carried:
+it lies in ``launch.json``, and may be another for the next attempt.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentforge.spec.fields import Count, Section
 from latentforge.spec.run import RunDir
@@ -13,19 +17,46 @@ from latentforge.spec.run import RunDir
 TRAINING = ("teacher", "autoencoder", "distill", "latent")
 """The kinds of runs that train something."""
 
+MEANING = frozenset({"on_bad_step", "divergence_factor", "divergence_steps"})
+"""The fields on which it may depend what a run computes."""
+
 
 class EnduranceSpec(Section):
     """What makes a training of days end well."""
 
     keep_newest: Count = Field(2, description="checkpoints that stay, the newest so many")
     keep_nth: Count | None = Field(None, description="each so many-th checkpoint stays for ever; none if absent")
+    on_bad_step: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step that is not finite, or from which the loss diverges: end the run, or go back to before it "
+        "and leave its batch out, once at one place",
+    )
+    divergence_factor: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = Field(
+        None, description="the loss diverges above so many times the median of the last 100; not looked for if absent"
+    )
+    divergence_steps: Count = Field(20, description="and does so for this many steps in a row")
+
+    @model_validator(mode="after")
+    def _can_go_back(self) -> Self:
+        if self.keep_newest == 1 and self.on_bad_step == "skip" and self.divergence_factor is not None:
+            raise ValueError(
+                "keep_newest = 1 with on_bad_step = 'skip' and a divergence_factor: the newest checkpoint may lie "
+                "behind the step that is to be left out; keep 2"
+            )
+        return self
+
+
+def meaning_of(endurance: EnduranceSpec) -> dict[str, Any]:
+    """What of it is part of a run's identity."""
+    return endurance.model_dump(mode="json", include=set(MEANING))
 
 
 def carriage_of(endurance: EnduranceSpec) -> dict[str, Any]:
     """How a run is carried, for ``launch.json``."""
-    return endurance.model_dump(mode="json")
+    return endurance.model_dump(mode="json", exclude=set(MEANING))
 
 
 def endurance_of(run: RunDir) -> EnduranceSpec:
-    """What was asked of a run, as its launch record says."""
-    return EnduranceSpec.model_validate_json(json.dumps(run.load_launch().endurance))
+    """What was asked of a run: its identity's part, carried as its launch record says."""
+    meant = run.load_identity().spec.get("endurance", {})
+    return EnduranceSpec.model_validate_json(json.dumps(meant | run.load_launch().endurance))

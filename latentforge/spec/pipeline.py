@@ -11,6 +11,7 @@ from latentforge.spec.abilities import check_abilities
 from latentforge.spec.canary import Trained, canary_key, canary_of
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.choice import auto_of
+from latentforge.spec.endurance import TRAINING, meaning_of
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
 from latentforge.spec.sections import HTTP_BACKENDS, DistillSpec, PipelineSpec, TeacherSpec
@@ -202,6 +203,8 @@ def pipeline_runs(
                 other = runs[source]
                 named[name], kin_named[name] = f"run:{other.run_id}", f"kin:{other.kin}"
                 resolved[name] = {"run": other.run_id}
+        if kind in TRAINING:
+            section = {**section, "endurance": meaning_of(spec.endurance)}
         content = _section_by_content(section, digests)
         if stands_for is not None:
             asked = _section_by_content({stands_for: _json(getattr(spec, stands_for))}, digests)[stands_for]

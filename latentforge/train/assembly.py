@@ -19,6 +19,7 @@ from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import RefusedError
 from latentforge.events import EventLog
 from latentforge.memory.estimate import ahead_bytes
+from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
@@ -226,6 +227,7 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
     return {
         "profile": profile,
         "seed": job.order.seed,
+        "endurance": meaning_of(endurance_of(job.run)),
         "distill": {
             "student": student,
             "targets": "live" if job.supply.live else "store",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import copy_tokenizer
-from latentforge.events import EventLog, read_events
+from latentforge.events import EventLog, read_events, standing
+from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.run import RunDir, write_record
 from latentforge.students.latent.codec import CodecShape, new_codec
@@ -21,6 +23,7 @@ from latentforge.train import effective
 from latentforge.train.best import Best
 from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
+from latentforge.train.course import Course
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import bytes_of, log_compiles, log_step
@@ -68,6 +71,7 @@ def run(run: RunDir, log: EventLog) -> None:
     in_force = {
         "profile": identity.spec["profile"],
         "seed": order.seed,
+        "endurance": meaning_of(endurance_of(run)),
         "autoencoder": {
             "latent": codec.decoder_in.in_features,
             "width": codec.embedding.embedding_dim,
@@ -118,9 +122,15 @@ def run(run: RunDir, log: EventLog) -> None:
         say_report(log, before, data, step=0)
 
     with log.phase("train"), deferred_stop(), keeper:
-        for step in range(first or 0, spec.steps):
-            done = trainer.step(step, training_batch(data.train, order, step, device))
+        course = Course(keeper, best, first=first or 0, earlier=earlier)
+        for step in course.steps():
+            batch = training_batch(data.train, order, step, device)
+            done = course.attempt(step, partial(trainer.step, step, batch))
+            if done is None:
+                continue
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
+            if course.went_back(step, done.result.loss):
+                continue
             if best.due(step + 1):
                 found = report_of(trainer, data)
                 say_measures(log, found, data, step=step + 1)
@@ -144,7 +154,7 @@ def run(run: RunDir, log: EventLog) -> None:
         record = {"steps": spec.steps, "kept_step": kept, "flops": {MODEL: flops}, "heldout": reports}
         write_record(run.out / "metrics.json", record)
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
-    for verdict in judge(read_events(run.events_file), spec.require):
+    for verdict in judge(standing(read_events(run.events_file)), spec.require):
         log.verdict(verdict)
 
 

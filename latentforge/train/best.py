@@ -7,7 +7,7 @@ import shutil
 
 from latentforge.errors import FailedError
 from latentforge.spec.run import RunDir
-from latentforge.train.checkpoint import load_checkpoint, newest_checkpoint, step_folder
+from latentforge.train.checkpoint import drop_after, load_checkpoint, newest_checkpoint, step_folder
 from latentforge.train.keeping import Keeper
 from latentforge.train.resume import Earlier
 
@@ -29,6 +29,7 @@ class Best:
         self._folder = keeper.folder / BELOW
         self.step: int | None = None
         self.loss = math.inf
+        self._before: dict[int, float] = {}
 
     def carry(self, earlier: Earlier | None) -> None:
         """Take over a predecessor's best up to its last checkpoint, before this run writes one of its own: whoever goes
@@ -43,7 +44,8 @@ class Best:
             self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
         if found is not None:
             shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
-            self.step, self.loss = found.step, _loss(earlier, self._keeper.model, found.step)
+            self.step = found.step
+            self.loss = self._before[found.step] = _loss(earlier, self._keeper.model, found.step)
 
     def due(self, step: int) -> bool:
         """Whether held-out text is to be measured after ``step`` steps; after the last it is in any case."""
@@ -52,8 +54,16 @@ class Best:
     def offer(self, step: int, loss: float) -> None:
         """Keep the weights as they are after ``step`` steps if their held-out ``loss`` is the lowest so far."""
         if self.wanted and loss < self.loss:
+            self._before[step] = loss
             self.step, self.loss = step, loss
             self._keeper.keep(step, BELOW)
+
+    def go_back(self, step: int) -> None:
+        """Forget what was the best after ``step`` steps: these are made again."""
+        drop_after(self._folder, step)
+        found, _said = newest_checkpoint(self._folder)
+        self.step = None if found is None else found.step
+        self.loss = math.inf if found is None else self._before[found.step]
 
     def put_back(self, steps: int, loss: float) -> int:
         """Whose weights the model holds from now on: of the best step, the last one, ``steps`` with ``loss``, included.

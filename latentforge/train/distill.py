@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError, LatentForgeError
-from latentforge.events import EventLog, read_events
+from latentforge.events import EventLog, read_events, standing
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import DistillSpec
 from latentforge.students.causal import Student
@@ -35,6 +36,7 @@ from latentforge.train.assembly import (
 from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.canary_falsifiers import SAME
+from latentforge.train.course import Course
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
 from latentforge.train.keeping import Keeper, position_of
@@ -175,7 +177,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
     spent = {**flops_of_inputs(run), **flops}
     parts = " + ".join(f"{name} {value / 1e12:.2f}" for name, value in spent.items())
     log.say(f"flops {parts} = {sum(spent.values()) / 1e12:.2f} TFLOP")
-    for verdict in judge(read_events(run.events_file), spec.require):
+    for verdict in judge(standing(read_events(run.events_file)), spec.require):
         log.verdict(verdict)
 
 
@@ -193,37 +195,43 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
         before = held_out(job, trainer.student, teacher_needed=True)
         report(job, model, before, step=0)
     first = keeper.resume(earlier) or 0
-    tally = Tally() if earlier is None else Tally.of(earlier.events, model=model, until=first)
+    tally = Tally() if earlier is None else Tally.of(standing(earlier.events), model=model, until=first)
     if before.kl is not None and before.kl < SAME and model == "student":
         message = f"val_kl is {before.kl:.2e} at step 0: the student already answers as its teacher does"
         if profile == "full":
             raise FailedError(message, next="name another teacher or student")
         log.warning(message)
 
-    feed = make_feed(job, trainer, range(first, spec.steps))
-    with log.phase("train" if model == "student" else model), deferred_stop(), keeper, feed:
-        for step in range(first, spec.steps):
-            try:
-                given = feed.next(step, trainer.student)
-            except (TeacherFailure, prefetch.Interrupted) as stopped:
-                if step > (keeper.kept or 0):
-                    keeper.keep(step)
-                report_teaching(job, trainer, model, tally, step=step)
-                if isinstance(stopped, TeacherFailure):
-                    raise lost_teacher(stopped, model, step) from stopped
-                raise Interrupted(f"interrupted by {stop_requested()} before step {step + 1} of the {model}") from None
-            result = trainer.step(step, given.tokens, given.lessons)
-            result = replace(result, seconds=result.seconds + given.wait_seconds)
-            log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(given.fields))
-            tally.add({"rows": result.rows, "sequences": result.sequences, **given.fields})
-            say_notes(job, step + 1)
-            if best.due(step + 1):
-                found = held_out(job, trainer.student)
-                report(job, model, found, step=step + 1)
-                best.offer(step + 1, found.loss)
-            if (signal := stop_requested()) is not None:
-                report_teaching(job, trainer, model, tally, step=step + 1)
-            keeper.after(step + 1, signal)
+    with log.phase("train" if model == "student" else model), deferred_stop(), keeper:
+        course = Course(keeper, best, first=first, earlier=earlier)
+        for leg in course.legs():
+            with make_feed(job, trainer, leg) as feed:
+                for step in course.along(leg):
+                    try:
+                        given = feed.next(step, trainer.student)
+                    except (TeacherFailure, prefetch.Interrupted) as stopped:
+                        if step > (keeper.kept or 0):
+                            keeper.keep(step)
+                        report_teaching(job, trainer, model, tally, step=step)
+                        raise before_step(step, stopped, model) from stopped
+                    result = course.attempt(step, partial(trainer.step, step, given.tokens, given.lessons))
+                    if result is None:
+                        continue
+                    result = replace(result, seconds=result.seconds + given.wait_seconds)
+                    log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(given.fields))
+                    say_notes(job, step + 1)
+                    if course.went_back(step, result.loss):
+                        events = standing(read_events(job.run.events_file))
+                        tally = Tally.of(events, model=model, until=spec.steps)
+                        continue
+                    tally.add({"rows": result.rows, "sequences": result.sequences, **given.fields})
+                    if best.due(step + 1):
+                        found = held_out(job, trainer.student)
+                        report(job, model, found, step=step + 1)
+                        best.offer(step + 1, found.loss)
+                    if (signal := stop_requested()) is not None:
+                        report_teaching(job, trainer, model, tally, step=step + 1)
+                    keeper.after(step + 1, signal)
 
     after = held_out(job, trainer.student)
     kept = best.put_back(spec.steps, after.loss)
@@ -284,6 +292,13 @@ def say_notes(job: Job, step: int) -> None:
     """Say what became of the teacher since the step before."""
     while job.supply.notes:
         job.log.warning(f"step {step}: {job.supply.notes.popleft()}")
+
+
+def before_step(step: int, stopped: Exception, model: str) -> BaseException:
+    """The end of a run that was given nothing to train on: its teacher is lost, or it was told to stop."""
+    if isinstance(stopped, TeacherFailure):
+        return lost_teacher(stopped, model, step)
+    return Interrupted(f"interrupted by {stop_requested()} before step {step + 1} of the {model}")
 
 
 def lost_teacher(failure: TeacherFailure, model: str, step: int) -> LatentForgeError:

@@ -12,7 +12,16 @@ from latentforge.train.codec_falsifiers import latent_ae_001, latent_ae_002
 from latentforge.train.effective import differences
 from latentforge.train.latent_falsifiers import latent_causal_001, latent_kd_001
 from latentforge.train.optimiser import warmup_cosine
-from latentforge.train.reading import Events, heldout_metric, outcome_of, ready_of, run_of, steps_of, verdict_of
+from latentforge.train.reading import (
+    Events,
+    heldout_metric,
+    left_out_of,
+    outcome_of,
+    ready_of,
+    run_of,
+    steps_of,
+    verdict_of,
+)
 from latentforge.train.tally import percent
 from latentforge.verdicts import Outcome, Verdict
 
@@ -122,7 +131,8 @@ def effective_lr_001(events: Events) -> Verdict:
 
 
 def batch_rows_001(events: Events) -> Verdict:
-    """F-BATCH-ROWS-001: every step that was asked is there, trained all predictions of its batch, divided by them.
+    """F-BATCH-ROWS-001: every step that was asked is there, or is said to be left out; each trained all predictions of
+    its batch, divided by them.
 
     The padding of chunks, which a step says, is no prediction.
     """
@@ -144,7 +154,8 @@ def batch_rows_001(events: Events) -> Verdict:
     ]
     measured = {"steps": len(steps), "rows": wanted, "wrong_steps": len(wrong)}
     for model in dict.fromkeys(s["model"] for s in steps):
-        missing = sorted(set(range(1, asked["steps"] + 1)) - steps_of(events, model).keys())
+        left_out = left_out_of(events, model)
+        missing = sorted(set(range(1, asked["steps"] + 1)) - steps_of(events, model).keys() - left_out.keys())
         if missing:
             text = (
                 f"{model} made {asked['steps'] - len(missing)} of {asked['steps']} steps: step {missing[0]} is missing"
@@ -155,6 +166,10 @@ def batch_rows_001(events: Events) -> Verdict:
         text = f"step {s['step']}: {s['rows']} rows over {s['denominator']}, {wanted} were asked"
         return verdict_of(events, name, False, text, measured)
     padding = sum(s.get("padding", 0) for s in steps)
+    skipped = sum(len(left_out_of(events, model)) for model in dict.fromkeys(s["model"] for s in steps))
+    if skipped:
+        text = f"{wanted} of {wanted} rows trained at each of {len(steps)} steps; {skipped} were left out, and said so"
+        return verdict_of(events, name, True, text, measured | {"left_out_steps": skipped})
     if padding:
         measured["padding"] = padding
         text = f"all tokens of {wanted} places trained at each of {len(steps)} steps; {padding} places were padding"

@@ -18,7 +18,15 @@ from latentforge.errors import RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.endurance import endurance_of
 from latentforge.spec.run import RunDir
-from latentforge.train.checkpoint import Checkpoint, Position, Retention, save_checkpoint, snapshot
+from latentforge.train.checkpoint import (
+    Checkpoint,
+    Position,
+    Retention,
+    drop_after,
+    newest_checkpoint,
+    save_checkpoint,
+    snapshot,
+)
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.resume import Earlier, carry_events
 from latentforge.train.stopping import Interrupted
@@ -75,6 +83,8 @@ class Keeper:
         self.retention = Retention(asked.keep_newest, forever)
         self.kept: int | None = None
         """The step of the newest checkpoint that was taken."""
+        self.spare: int | None = None
+        """The newest checkpoint of at most so many steps stays, since the run may have to go back to it."""
 
     @property
     def folder(self) -> Path:
@@ -128,6 +138,20 @@ class Keeper:
             self.kept = step
         self._writing = _Writing(lambda: self._write(taken, folder, stood))
 
+    def go_back(self, step: int) -> int | None:
+        """Put back the newest whole checkpoint of at most ``step`` steps, and forget those after it: of how many it is.
+        None, with nothing changed, where there is none."""
+        self.settle()
+        found, _said = newest_checkpoint(self.folder, until=step)
+        if found is None:
+            return None
+        self.optimiser.load(found.weights, found.moments)
+        torch.set_rng_state(found.rng)
+        drop_after(self.folder, found.step)
+        self.kept, self.spare = found.step, None
+        self.log.emit("phase", name="rollback", state="end", model=self.model, step=found.step)
+        return found.step
+
     def settle(self) -> None:
         """Wait for the checkpoint that is on its way; what made it fail is raised."""
         writing, self._writing = self._writing, None
@@ -140,7 +164,7 @@ class Keeper:
     def _write(self, taken: Checkpoint, folder: Path, stood: float) -> None:
         began = time.monotonic()
         retention = self.retention if folder == self.folder else Retention()
-        written = save_checkpoint(folder, taken, start=self.start, retention=retention)
+        written = save_checkpoint(folder, taken, start=self.start, retention=retention, spare=self.spare)
         self.log.checkpoint(
             written.step,
             path=written.path.relative_to(self.run.path).as_posix(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.errors import RefusedError
-from latentforge.events import EventLog, read_events
+from latentforge.events import EventLog, read_events, standing
+from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import LatentSpec
 from latentforge.spec.run import RunDir, write_record
 from latentforge.students.causal import cast_weights
@@ -28,6 +30,7 @@ from latentforge.train import effective
 from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
+from latentforge.train.course import Course
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.latent_falsifiers import MODEL
@@ -115,13 +118,19 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
 
     effective.take_peak()
     with log.phase("train"), deferred_stop(), keeper:
-        for step in range(first or 0, spec.steps):
+        course = Course(keeper, best, first=first or 0, earlier=earlier)
+        for step in course.steps():
             visits, covered = torch.from_numpy(order.visits(step)), covered_rows(teaching, order, step)
-            done = trainer.step(step, training_batch(data.train, order, step, device), visits=visits, covered=covered)
+            batch = training_batch(data.train, order, step, device)
+            done = course.attempt(step, partial(trainer.step, step, batch, visits=visits, covered=covered))
+            if done is None:
+                continue
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
             signal, last = stop_requested(), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
                 log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
+            if course.went_back(step, done.result.loss):
+                continue
             if best.due(step + 1):
                 found = trainer.held_out(data)
                 say_held_out(log, found, step=step + 1, name="val_loss")
@@ -160,7 +169,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         }
         write_record(run.out / "metrics.json", record)
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
-    for verdict in judge(read_events(run.events_file), spec.require):
+    for verdict in judge(standing(read_events(run.events_file)), spec.require):
         log.verdict(verdict)
 
 
@@ -288,6 +297,7 @@ def values_in_force(
     return {
         "profile": run.load_identity().spec["profile"],
         "seed": trainer.seed,
+        "endurance": meaning_of(endurance_of(run)),
         MODEL: {
             "student": {
                 "layers": len(student.backbone.decoder.model.layers),

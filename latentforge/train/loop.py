@@ -308,10 +308,14 @@ def bytes_of(tokens: Tensor) -> bytes:
     return bytes(tokens.cpu().numpy().tobytes())
 
 
+class NotFinite(FailedError):
+    """A step whose loss or gradient is no number, and which has updated nothing."""
+
+
 def refuse_not_finite(what: str, value: float, step: int) -> None:
-    """FailedError where a number of ``step`` (from 0) is not finite."""
+    """NotFinite where a number of ``step`` (from 0) is not finite."""
     if not math.isfinite(value):
-        raise FailedError(
+        raise NotFinite(
             f"{what} is {value} at step {step + 1}; nothing was updated",
             next="lower the learning rate, give more warm-up steps, or look at the data and targets of this step",
         )

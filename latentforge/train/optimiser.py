@@ -118,6 +118,11 @@ class MasterOptimiser:
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
+    def forget_gradients(self) -> None:
+        """Drop what was added up of a step that is not made."""
+        for parameter in (*self.working.values(), *self.masters.values()):
+            parameter.grad = None
+
     @torch.no_grad()
     def write_working(self) -> None:
         """Round the masters into the working weights (a no-op where both are the same)."""
@@ -141,8 +146,11 @@ class MasterOptimiser:
         """Put back what :attr:`masters` and :meth:`moments` held, bit for bit."""
         for name, master in self.masters.items():
             master.copy_(part_of(masters[name], master))
+            if self.adamw is None:
+                continue
             # One that had no gradient yet (a signal that no row so far had) has no moments either.
-            if self.adamw is not None and f"{name}/step" in moments:
+            self.adamw.state.pop(master, None)
+            if f"{name}/step" in moments:
                 found = {key: moments[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
                 where = {key: value.to(master.device) for key, value in found.items()}
                 parts = {key: value if key == "step" else part_of(value, master) for key, value in where.items()}

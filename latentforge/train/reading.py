@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentforge.events import Event
+from latentforge.events import Event, EventLog
 from latentforge.verdicts import Outcome, Verdict
 
 Events = Sequence[Event]
@@ -25,6 +25,23 @@ def heldout_metric(events: Events, name: str, model: str) -> list[tuple[int, flo
 def steps_of(events: Events, model: str) -> dict[int, dict[str, Any]]:
     """The step events of a model by number."""
     return {e.fields["step"]: e.fields for e in events if e.kind == "step" and e.fields.get("model") == model}
+
+
+SKIPPED = "skipped_step"
+"""The name in a warning's event that says which step (from 1) of a ``model`` was left out, and ``why``."""
+
+
+def left_out_of(events: Events, model: str) -> dict[int, str]:
+    """The steps of a model (from 1) whose batches were left out, and why."""
+    found = [e.fields for e in events if e.kind == "warning" and e.fields.get("name") == SKIPPED]
+    return {fields["step"]: fields["why"] for fields in found if fields["model"] == model}
+
+
+def say_left_out(log: EventLog, model: str, step: int, why: str) -> None:
+    """Record that the batch of ``step`` (from 1) was left out."""
+    message = f"step {step} of the {model} was left out: {why}"
+    log.emit("warning", message=message, name=SKIPPED, model=model, step=step, why=why)
+    log.say(f"warning: {message}")
 
 
 def ready_of(events: Events) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latentforge.errors import RefusedError
-from latentforge.events import Event, EventLog, read_events
+from latentforge.events import Event, EventLog, read_events, standing
 from latentforge.spec.run import RunDir
 from latentforge.train.checkpoint import Checkpoint, newest_checkpoint
 from latentforge.train.loop import Evaluation
+from latentforge.train.reading import left_out_of, say_left_out
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,13 @@ def _left_by(before: RunDir, models: dict[str, str], log: EventLog) -> Earlier:
 def carry_events(earlier: Earlier, model: str, *, until: int, before: int, log: EventLog) -> None:
     """Repeat the predecessor's steps and metrics of ``model`` up to step ``until``, each marked with where it is from.
 
-    So the first held-out loss of a resumed run is the true one of step 0, and its curve is whole. Metrics of step
+    The steps that it left out are said again, all of them: those that are still to come are left out once more. So the
+    first held-out loss of a resumed run is the true one of step 0, and its curve is whole. Metrics of step
     ``before``, the last one, are left out: they are measured again.
     """
-    for event in earlier.events:
+    for step, why in left_out_of(earlier.events, model).items():
+        say_left_out(log, model, step, why)
+    for event in standing(earlier.events):
         fields = event.fields
         if event.kind not in ("step", "metric") or fields.get("model") != model or fields["step"] > until:
             continue

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
-from latentforge.events import EventLog, read_events
+from latentforge.events import EventLog, read_events, standing
+from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import TeacherSpec
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.teachers.folder import check_model_folder
 from latentforge.train import effective
 from latentforge.train.best import Best
+from latentforge.train.course import Course
 from latentforge.train.engines.single import Single
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
@@ -75,6 +78,7 @@ def run(run: RunDir, log: EventLog) -> None:
 
     in_force = {
         "seed": order.seed,
+        "endurance": meaning_of(endurance_of(run)),
         "teacher": {
             "model": None,
             "layers": model.config.num_hidden_layers,
@@ -121,9 +125,15 @@ def run(run: RunDir, log: EventLog) -> None:
         say_held_out(log, before, step=0)
 
     with log.phase("train"), deferred_stop(), keeper:
-        for step in range(first or 0, spec.steps):
-            result = trainer.step(step, training_batch(data.train, order, step, device), None)
+        course = Course(keeper, best, first=first or 0, earlier=earlier)
+        for step in course.steps():
+            batch = training_batch(data.train, order, step, device)
+            result = course.attempt(step, partial(trainer.step, step, batch, None))
+            if result is None:
+                continue
             log_step(log, result, step=step + 1, steps=spec.steps, model=MODEL)
+            if course.went_back(step, result.loss):
+                continue
             if best.due(step + 1):
                 found = evaluated(log, teacher, data, kernel)
                 say_held_out(log, found, step=step + 1)
@@ -154,7 +164,7 @@ def run(run: RunDir, log: EventLog) -> None:
         write_record(run.out / "teacher.json", record)
     log.say(f"teacher of {folder.parameters} parameters: held-out loss {before.loss:.4f} to {after.loss:.4f}")
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
-    for verdict in judge(read_events(run.events_file)):
+    for verdict in judge(standing(read_events(run.events_file))):
         log.verdict(verdict)
 
 

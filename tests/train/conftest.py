@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from latentforge.spec.endurance import EnduranceSpec
 from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train.inprocess import execute_pipeline, plan
@@ -44,7 +45,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_run(upstream: Path, tmp_path: Path) -> MakeRun:
     """Make the folder of a distill run, or of the teacher's, beside linked inputs: ``make_run(attempt=1,
-    predecessor=None, endurance=None, kind="distill", **section)``."""
+    predecessor=None, endurance=None, bad=None, kind="distill", **section)``; ``bad`` is what is asked of bad steps."""
     runs = tmp_path / "runs"
     runs.mkdir()
     for source in upstream.iterdir():
@@ -56,10 +57,12 @@ def make_run(upstream: Path, tmp_path: Path) -> MakeRun:
         predecessor: RunDir | None = None,
         profile: str = "smoke",
         endurance: dict[str, Any] | None = None,
+        bad: dict[str, Any] | None = None,
         kind: str = "distill",
         **section: Any,
     ) -> RunDir:
         spec = short_spec(**(section if kind == "distill" else {}))
+        spec = spec.model_copy(update={"endurance": EnduranceSpec.model_validate(bad or {})})
         if kind == "teacher":
             spec = spec.model_copy(update={"teacher": spec.teacher.model_copy(update=section)})
         planned = next(one for one in plan(spec) if one.kind == kind)
