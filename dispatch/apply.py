@@ -214,6 +214,7 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         "predecessor": one.predecessor,
         "reach": reach_of(ask.spec.teacher) if one.kind in ASKING else {},
         "endurance": carriage_of(ask.spec.endurance) if one.kind in TRAINING else {},
+        "restarts": ask.spec.endurance.restarts if one.kind in TRAINING else 0,
         "argv": argv,
         "env": env,
         "lease": [] if one.kind == "data" else ["device"],

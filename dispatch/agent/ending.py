@@ -51,6 +51,12 @@ def judge(
     return Ending(outcome_of(code, None), "exited", meanwhile)
 
 
+def may_begin_again(outcome: str, kind: str) -> bool:
+    """Whether a run that ended so may go on from its last checkpoint: it crashed by itself, nobody ended it, and it was
+    not memory that it lacked, which it would lack again."""
+    return outcome in ("crashed", "killed") and kind in ("exited", "signal", "killed-unknown")
+
+
 def write_for_the_dead(
     run: RunPaths,
     outcome: str,

@@ -89,6 +89,7 @@ class Job:
         self._monotonic = time.monotonic()
         self._leader: int | None = None
         self._telemetry = Telemetry()
+        self._given: dict[str, str] = {}
         self.stop = Stop(self._members)
 
     def execute(self, before_exit: Callable[[RunPaths, str], None]) -> str:
@@ -96,37 +97,29 @@ class Job:
         run = self.run
         before = memory_evidence.counters()
         exitrec.preallocate(run.exit)
-        failure = None
-        ended: dict[str, Any] = {"code": None, "signal": None, "leftovers": 0, "survivors": [], "usage": None}
-        try:
-            launch = read_json(run.launch)
-            if launch is None:
-                raise OSError(errno.EINVAL, "launch.json does not parse")
-            journal.record(run, "launching", supervisor=os.getpid())
-            exitrec.preallocate(run.beat)
-            pid = self._spawn(launch)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                forget_secrets(run)
-            failure = f"it could not be started: {error.strerror or error}" + (
-                f": {error.filename}" if error.filename else ""
+        restarted = 0
+        while True:
+            ended, failure, left = self._once(restarted)
+            cancel = read_json(run.cancel)
+            oom, evidence = memory_evidence.judge(
+                ended["signal"],
+                before,
+                memory_evidence.counters(),
+                self._kernel_line if failure is None else lambda: None,
             )
-        else:
-            self._watch(pid, launch)
-            ended = self._clean_up(pid)
-        cancel = read_json(run.cancel)
-        oom, evidence = memory_evidence.judge(
-            ended["signal"], before, memory_evidence.counters(), self._kernel_line if failure is None else lambda: None
-        )
-        outcome, kind, reason = ending.judge(
-            ended["code"],
-            ended["signal"],
-            failure=failure,
-            cancelled=cancel is not None,
-            stopped=self.stop.why,
-            oom=oom,
-            evidence=evidence,
-        )
+            outcome, kind, reason = ending.judge(
+                ended["code"],
+                ended["signal"],
+                failure=failure,
+                cancelled=cancel is not None,
+                stopped=self.stop.why,
+                oom=oom,
+                evidence=evidence,
+            )
+            if left <= 0 or self.stop.why is not None or not ending.may_begin_again(outcome, kind):
+                break
+            restarted += 1
+            journal.record(run, "restarting", restarted=restarted, left=left - 1, outcome=outcome, **ended)
         artifacts = None
         try:
             artifacts = collecting.take_inventory(run, self._beat)
@@ -141,6 +134,7 @@ class Job:
             "run": run.id,
             "runner": self._runner,
             **ended,
+            "restarts": restarted,
             "outcome": outcome,
             "class": kind,
             "reason": None if reason is None else reason[: ending.LONGEST_REASON],
@@ -166,6 +160,26 @@ class Job:
         exitrec.write(run.exit, record)
         return outcome
 
+    def _once(self, restarted: int) -> tuple[dict[str, Any], str | None, int]:
+        """Start and wait: how it ended, why it could not be started, and how often it may still be begun again."""
+        run, left = self.run, 0
+        ended: dict[str, Any] = {"code": None, "signal": None, "leftovers": 0, "survivors": [], "usage": None}
+        try:
+            launch = read_json(run.launch)
+            if launch is None:
+                raise OSError(errno.EINVAL, "launch.json does not parse")
+            left = int(launch.get("restarts", 0)) - restarted
+            journal.record(run, "launching", supervisor=os.getpid())
+            exitrec.preallocate(run.beat)
+            pid = self._spawn(launch, {"LATENTFORGE_RESTARTED": restarted, "LATENTFORGE_RESTARTS_LEFT": left})
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                forget_secrets(run)
+            why = f"it could not be started: {error.strerror or error}"
+            return ended, why + (f": {error.filename}" if error.filename else ""), left
+        self._watch(pid, launch)
+        return self._clean_up(pid), None, left
+
     def _watch(self, pid: int, launch: dict[str, Any]) -> None:
         """Wait for the end of the leader with the watchdog beside it."""
         tell = functools.partial(journal.record, self.run)
@@ -190,12 +204,13 @@ class Job:
         mine -= {os.getpid(), self._telemetry.gpu.pid or -1}
         return [processes[pid] for pid in mine if processes[pid].alive]
 
-    def _spawn(self, launch: dict[str, Any]) -> int:
+    def _spawn(self, launch: dict[str, Any], restarts: dict[str, int]) -> int:
         """Fork the leader behind a gate that opens when `started` is on disk; its pid, or OSError if it cannot run."""
         run = self.run
         environment = {name: value for name, value in os.environ.items() if passes_to_jobs(name)}
         environment["LATENTFORGE_STATE"] = str(run.dir.parent.parent)  # what a job keeps of this host lies there too
         environment.update(launch["env"])
+        environment.update({name: str(count) for name, count in restarts.items() if any(restarts.values())})
         environment.update(self._secrets(launch))
         environment[MARK] = mark = os.urandom(16).hex()
         log = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -209,8 +224,9 @@ class Job:
             os.close(fd)
         try:
             leader = look(pid)
-            self._leader = pid
-            self._wall, self._clock, self._monotonic = time.time(), boot_clock(), time.monotonic()
+            if self._leader is None:
+                self._wall, self._clock = time.time(), boot_clock()
+            self._leader, self._monotonic = pid, time.monotonic()
             ticks = None if leader is None else leader.ticks
             journal.record(run, "started", pid=pid, ticks=ticks, mark=mark, argv=launch["argv"])
             self._beat()
@@ -235,10 +251,11 @@ class Job:
         names = launch.get("secrets", [])
         if names:
             no_core_files()  # what it is given must not lie about in one, of this process or of the job
-        secrets = (read_json(self.run.secrets) or {}) if names else {}
+        secrets = self._given or ((read_json(self.run.secrets) or {}) if names else {})
         forget_secrets(self.run)
         if sorted(secrets) != sorted(names):
             raise OSError(errno.ENOENT, "its secrets are gone; dispatch it again", self.run.secrets.name)
+        self._given = secrets  # for when it is begun again
         return secrets
 
     def _become_job(self, argv: list[str], environment: dict[str, str], log: int, gate: int, word: int) -> None:

@@ -88,6 +88,9 @@ def check_launch(run_id: str, launch: dict[str, Any]) -> None:
             raise AgentError("refused", f"{text[:40]!r}… of {run_id} is longer than {_LARGEST_ARGUMENT} bytes")
     if not isinstance(lease, list) or any(name != "device" for name in lease):
         raise AgentError("refused", f"lease={lease!r} of {run_id} is not [] or ['device']")
+    restarts = launch.get("restarts", 0)
+    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
+        raise AgentError("refused", f"restarts={restarts!r} of {run_id} is not a number of restarts")
     for name in ("memory_floors", "disk_floors"):
         _check_floors(run_id, name, launch.get(name))
 

@@ -27,7 +27,8 @@ def boot_clock() -> float:
 
 
 class EventLog:
-    """The event log of one run, appended line by line; each line reaches the file before the call returns.
+    """The event log of one run, appended line by line; each line reaches the file before the call returns. One that
+    is there already is gone on with.
 
     ``text`` is the stream for people (standard output by default: the supervisor appends it to ``launch.log``).
     """
@@ -35,8 +36,8 @@ class EventLog:
     def __init__(self, path: Path, run: str, *, text: TextIO | None = None) -> None:
         self.run = run
         self._text = sys.stdout if text is None else text
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._seq = 0
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._seq = _go_on(self._file)
         self._lock = threading.Lock()  # a teacher is watched from a thread of its own
         self.timings: dict[str, float] = {}
 
@@ -173,6 +174,15 @@ class EventLog:
     def end(self, code: ExitCode, *, reason: str = "") -> None:
         """The run's last event: the exit code that it earned."""
         self.emit("end", code=int(code), outcome=code.name.lower(), reason=reason)
+
+
+def _go_on(file: int) -> int:
+    """The number of the next event of a log that a killed process may have left: a torn last line goes."""
+    size = os.fstat(file).st_size
+    lines = os.pread(file, size, 0).split(b"\n")
+    if torn := len(lines[-1]):
+        os.ftruncate(file, size - torn)
+    return len(lines) - 1
 
 
 def _finite(value: Any) -> Any:

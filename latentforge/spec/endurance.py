@@ -26,6 +26,9 @@ class EnduranceSpec(Section):
 
     keep_newest: Count = Field(2, description="checkpoints that stay, the newest so many")
     keep_nth: Count | None = Field(None, description="each so many-th checkpoint stays for ever; none if absent")
+    restarts: Annotated[int, Field(ge=0, le=100)] = Field(
+        0, description="how often the supervisor begins a run again that crashed, from its last checkpoint"
+    )
     on_bad_step: Literal["stop", "skip"] = Field(
         "stop",
         description="a step that is not finite, or from which the loss diverges: end the run, or go back to before it "

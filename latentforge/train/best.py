@@ -37,13 +37,16 @@ class Best:
         last = None if earlier is None else earlier.checkpoints.get(self._keeper.model)
         if earlier is None or last is None or not self.wanted:
             return
+        if earlier.run == self._keeper.run.run:
+            drop_after(self._folder, min(last.step, self._keeper.steps - 1))
         theirs = RunDir(self._keeper.run.path.parent / earlier.run)
         before = theirs.checkpoints / self._keeper.below / BELOW
         found, said = newest_checkpoint(before, until=min(last.step, self._keeper.steps - 1))
         for sentence in said:
             self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
         if found is not None:
-            shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
+            if before != self._folder:
+                shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
             self.step = found.step
             self.loss = self._before[found.step] = _loss(earlier, self._keeper.model, found.step)
 

@@ -231,9 +231,9 @@ def _number(path: Path) -> int:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of a folder of more than ``step`` steps: those steps are made again."""
-    for path in _steps(folder):
-        if _number(path) > step:
+    """Remove the checkpoints of a folder of more than ``step`` steps, which are made again, and unfinished ones."""
+    for path in (*_steps(folder), *folder.glob(".partial-step-*")):
+        if path.name.startswith(".") or _number(path) > step:
             shutil.rmtree(path)
 
 

@@ -181,7 +181,8 @@ def kernel_nojit_001(events: Events) -> Verdict:
     """F-KERNEL-NOJIT-001: after the ready event nothing was compiled, or loaded for the first time by a compiler."""
     name = "F-KERNEL-NOJIT-001"
     ready = [number for number, e in enumerate(events) if e.kind == "phase" and e.fields.get("name") == "ready"]
-    after = events[ready[-1] :] if ready else []
+    # A run that was begun again has more than one; what each begin compiles before it is not in its events.
+    after = events[ready[0] :] if ready else []
     steps = [e.fields for e in after if e.kind == "step"]
     if not steps or any("compiles" not in fields for fields in steps):
         return verdict_of(events, name, None, "the events do not say what was compiled at each step")

@@ -28,7 +28,7 @@ from latentforge.train.checkpoint import (
     snapshot,
 )
 from latentforge.train.optimiser import MasterOptimiser
-from latentforge.train.resume import Earlier, carry_events
+from latentforge.train.resume import Earlier, carry_events, say_begun_again
 from latentforge.train.stopping import Interrupted
 
 
@@ -103,17 +103,24 @@ class Keeper:
             self.log.warning(f"while the run was ending: {error}")
 
     def resume(self, earlier: Earlier | None) -> int | None:
-        """Go on from the predecessor's last checkpoint, and keep it as this run's first: how many steps were made. None
-        where the run starts from step 0, which is said where there was a predecessor."""
+        """Go on from the last checkpoint of the predecessor, and keep it as this run's first, or of this run where it
+        was begun before: how many steps were made. None where the run starts from step 0, which is said where there was
+        something to go on from."""
         if earlier is None:
             return None
         checkpoint = earlier.checkpoints.get(self.model)
         if checkpoint is None:
+            if earlier.run == self.run.run:
+                say_begun_again(self.log, self.model)
             if not earlier.checkpoints:
                 self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
             return None
         self._go_on(earlier, checkpoint)
-        self.keep(checkpoint.step)
+        if earlier.run == self.run.run:
+            self.kept = checkpoint.step
+            drop_after(self.folder, checkpoint.step)
+        else:
+            self.keep(checkpoint.step)
         return checkpoint.step
 
     def after(self, step: int, signal: str | None) -> None:
@@ -188,7 +195,8 @@ class Keeper:
                 f"{checkpoint.position}; this run has {self.position}",
                 next="start a run of its own on this data:  latentforge dispatch go",
             )
-        carry_events(earlier, self.model, until=checkpoint.step, before=self.steps, log=self.log)
+        if earlier.run != self.run.run:
+            carry_events(earlier, self.model, until=checkpoint.step, before=self.steps, log=self.log)
         self.optimiser.load(checkpoint.weights, checkpoint.moments)
         torch.set_rng_state(checkpoint.rng)
         if checkpoint.threads != torch.get_num_threads():

@@ -22,11 +22,18 @@ class Earlier:
 
 
 def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> Earlier | None:
-    """What the last attempt before this one that wrote a whole checkpoint left, or None where there is no attempt.
+    """What this run left where it was begun before, else the last attempt before it that wrote a whole checkpoint, or
+    None where there is no attempt.
 
     ``models`` maps each model's name to its folder below ``checkpoints`` ("" for the folder itself). Torn checkpoints
     are said and skipped. Refused where the predecessor was asked for something else.
     """
+    own = _left_by(run, models, log)
+    if own.checkpoints:
+        return own
+    for model in models:
+        if any(event.kind == "step" and event.fields.get("model") == model for event in own.events):
+            say_begun_again(log, model)
     ours = run.load_identity()
     before, newest = run.predecessor(), None
     while before is not None and before.path.is_dir():
@@ -56,6 +63,11 @@ def _left_by(before: RunDir, models: dict[str, str], log: EventLog) -> Earlier:
             found[model] = checkpoint
     events = read_events(before.events_file) if before.events_file.is_file() else []
     return Earlier(before.run, found, events)
+
+
+def say_begun_again(log: EventLog, model: str) -> None:
+    """Say that nothing which this run has made of a model stands."""
+    log.emit("phase", name="rollback", state="end", model=model, step=-1)
 
 
 def carry_events(earlier: Earlier, model: str, *, until: int, before: int, log: EventLog) -> None:

@@ -29,16 +29,23 @@ from latentforge.train.stopping import Interrupted, handled_signals
 from latentforge.verdicts import ExitCode, Outcome, exit_code, meet
 
 
-def execute(path: Path, *, signals: bool = False, text: TextIO | None = None) -> ExitCode:
+def execute(
+    path: Path, *, signals: bool = False, text: TextIO | None = None, restarted: int = 0, restarts_left: int = 0
+) -> ExitCode:
     """Run the folder ``path`` and return the exit code that it earned, which its ``end`` event also says.
 
     With ``signals`` SIGTERM and SIGINT end the run in order (exit code 3). RefusedError, with nothing written, where
-    the folder is no run or has ended already; every later error ends the run with a message in its log.
+    the folder is no run or has ended already; every later error ends the run with a message in its log. Its supervisor
+    may begin it again where it crashed: it has been ``restarted`` so many times, and goes on from its last checkpoint.
+    With ``restarts_left`` a crash is no end yet, and its event is left to the start that follows.
     """
     run = RunDir(path)
     run.load_identity()
-    _refuse_second_start(run)
+    _refuse_second_start(run, restarted)
     with EventLog(run.events_file, run.run, text=text) as log:
+        if restarted:
+            log.emit("phase", name="restart", state="end", restarted=restarted, left=restarts_left)
+            log.say(f"restart {restarted}, {restarts_left} left")
         before = memory.begin_measuring()
         try:
             with handled_signals() if signals else nullcontext():
@@ -59,7 +66,10 @@ def execute(path: Path, *, signals: bool = False, text: TextIO | None = None) ->
             log.say(traceback.format_exc().rstrip())
             log.say(f"error: {reason}")
         effective.record(run, timings=log.timings, peak_memory_bytes=effective.peak_memory_bytes())
-        log.end(code, reason=reason)
+        if code is ExitCode.CRASHED and restarts_left:
+            log.warning(f"crashed: {reason}")
+        else:
+            log.end(code, reason=reason)
     return code
 
 
@@ -192,8 +202,10 @@ def made_sha256(out: Path) -> str:
     return tree_sha256(out, without="checkpoints")
 
 
-def _refuse_second_start(run: RunDir) -> None:
-    if run.events_file.is_file() and run.events_file.stat().st_size:
+def _refuse_second_start(run: RunDir, restarted: int) -> None:
+    if not run.events_file.is_file() or not run.events_file.stat().st_size:
+        return
+    if not restarted or any(event.kind == "end" for event in read_events(run.events_file)):
         raise RefusedError(
             f"{run.run} was started before",
             next="a new attempt resumes from its last checkpoint:  latentforge dispatch go --attempt next",

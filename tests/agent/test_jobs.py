@@ -329,3 +329,56 @@ def test_a_beat_is_recorded_while_a_run_goes_on(host: AgentHost) -> None:
     assert state["state"] == "running"
     assert 0 <= state["beat_age"] < 10
     host.call("cancel", run=run, grace=0)
+
+
+_CRASHES = """
+import os, sys
+made = int(os.environ["LATENTFORGE_RESTARTED"])
+with open("out/starts", "a") as file: print(made, os.environ["LATENTFORGE_RESTARTS_LEFT"], file=file)
+if made < {times}: {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise SystemExit(5)"])
+def test_a_run_that_crashes_is_begun_again_within_its_budget_under_the_same_id(host: AgentHost, end: str) -> None:
+    state = host.ran(_CRASHES.format(times=2, end=end), restarts=3)
+    assert (state["outcome"], state["code"]) == ("pass", 0)
+    paths = host.paths(state["run"])
+    assert [line.split() for line in (paths.dir / "out" / "starts").read_text().splitlines()] == [
+        ["0", "3"],
+        ["1", "2"],
+        ["2", "1"],
+    ]
+    told = [event for event in journal.read(paths).events if event["event"] == "restarting"]
+    assert [(event["restarted"], event["left"]) for event in told] == [(1, 2), (2, 1)]
+    record = exitrec.read(paths.exit)
+    assert record is not None
+    assert record["restarts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "restarts", "starts", "outcome"),
+    [
+        ("os.kill(os.getpid(), 11)", 2, 3, "killed"),
+        ("raise SystemExit(5)", 0, 1, "crashed"),
+        ("raise SystemExit(1)", 5, 1, "fail"),
+        ("raise SystemExit(2)", 5, 1, "refused"),
+        ("raise SystemExit(3)", 5, 1, "unknown"),
+    ],
+)
+def test_it_is_not_begun_again_beyond_its_budget_nor_after_an_end_that_it_gave_itself(
+    host: AgentHost, end: str, restarts: int, starts: int, outcome: str
+) -> None:
+    program = f"import os\nopen('out/starts', 'a').write('x')\n{end}"
+    state = host.ran(program, restarts=restarts)
+    assert state["outcome"] == outcome
+    assert (host.paths(state["run"]).dir / "out" / "starts").read_text() == starts * "x"
+
+
+def test_a_run_that_is_cancelled_is_not_begun_again(host: AgentHost) -> None:
+    run = host.python("import time\nopen('out/starts', 'a').write('x')\ntime.sleep(60)", restarts=5)
+    host.call("launch", chain=[run])
+    wait_for(lambda: (host.paths(run).dir / "out" / "starts").is_file())
+    host.call("cancel", run=run, grace=0, by="test")
+    assert host.wait(run, "finished")["outcome"] == "cancelled"
+    assert (host.paths(run).dir / "out" / "starts").read_text() == "x"

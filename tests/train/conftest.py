@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentforge.spec.endurance import EnduranceSpec
+from latentforge.spec.endurance import EnduranceSpec, meaning_of
 from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.spec.sections import PipelineSpec
 from latentforge.train.inprocess import execute_pipeline, plan
@@ -62,15 +63,15 @@ def make_run(upstream: Path, tmp_path: Path) -> MakeRun:
         **section: Any,
     ) -> RunDir:
         spec = short_spec(**(section if kind == "distill" else {}))
-        spec = spec.model_copy(update={"endurance": EnduranceSpec.model_validate(bad or {})})
         if kind == "teacher":
             spec = spec.model_copy(update={"teacher": spec.teacher.model_copy(update=section)})
         planned = next(one for one in plan(spec) if one.kind == kind)
         identity = planned.identity.at_attempt(attempt)
-        if profile != "smoke":
-            identity = type(identity)(
-                identity.kind, {**identity.spec, "profile": profile}, identity.inputs, identity.code, identity.lock
-            )
+        changed = {} if profile == "smoke" else {"profile": profile}
+        if bad is not None:  # of this run alone: what lies upstream was made without
+            changed["endurance"] = meaning_of(EnduranceSpec.model_validate(bad))
+        if changed:
+            identity = replace(identity, spec={**identity.spec, **changed})
         before = predecessor.run if predecessor else None
         launch = LaunchRecord(
             identity.run_id, planned.kin, planned.resolved, predecessor=before, endurance=endurance or {}

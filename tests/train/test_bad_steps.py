@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +33,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], list[
     """Multiply the losses of some steps (from 1); returns the steps that were tried, in their order."""
 
     def planted(factors: dict[int, float]) -> list[int]:
+        monkeypatch.undo()
         tried: list[int] = []
         real, at = Trainer.pass_over, [0]
 
@@ -44,7 +44,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], list[
 
         def pass_over(self: Trainer, *rest: Any) -> Any:
             found = real(self, *rest)
-            return replace(found, loss=found.loss * factors.get(at[0], 1.0))
+            return found._replace(loss=found.loss * factors.get(at[0], 1.0))
 
         monkeypatch.setattr(Trainer, "step", step)
         monkeypatch.setattr(Trainer, "pass_over", pass_over)
@@ -69,7 +69,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_checkpoint_before_it(
     plant({7: float("nan")})
     run = make_run(steps=10)
     code, text = run_here(run)
-    assert code is ExitCode.FAIL
+    assert code is ExitCode.FAIL, text
     assert "loss is nan at step 7; nothing was updated" in text
     kept = load_checkpoint(run.checkpoints / "step-000006")
     assert all(bool(torch.isfinite(value).all()) for value in kept.weights.values())
@@ -102,11 +102,12 @@ def test_its_batch_is_left_out_where_that_was_asked_and_events_and_evidence_say_
 def test_a_second_one_at_the_same_place_ends_the_run(make_run: MakeRun, run_here: RunHere, plant: Any) -> None:
     plant({5: float("nan"), 7: float("nan")})
     code, text = run_here(make_run(steps=10, bad={**SKIP, "divergence_steps": 2}))
-    assert code is ExitCode.FAIL
+    assert code is ExitCode.FAIL, text
     assert "step 5 was left out before it: the second at one place ends the run" in text
     plant({5: float("nan"), 8: float("nan")})
-    run = make_run(steps=10, attempt=2, bad={**SKIP, "divergence_steps": 2})
-    assert run_here(run)[0] is not ExitCode.FAIL or made(run)[-1] == 10
+    run = make_run(steps=10, attempt=2, require=ROWS, bad={**SKIP, "divergence_steps": 2})
+    assert run_here(run)[0] is ExitCode.PASS
+    assert made(run) == [1, 2, 3, 4, 6, 7, 9, 10]
 
 
 def test_what_diverges_goes_back_leaves_out_where_it_began_and_so_does_a_resume(
@@ -128,7 +129,7 @@ def test_what_diverges_goes_back_leaves_out_where_it_began_and_so_does_a_resume(
     monkeypatch.setattr(Trainer, "step", poisoned)
     stopping = make_run(**{**spec, "bad": {**asked, "on_bad_step": "stop"}})
     code, text = run_here(stopping)
-    assert code is ExitCode.FAIL
+    assert code is ExitCode.FAIL, text
     assert "the loss of the student diverges: from step 9 on" in text
     assert (stopping.checkpoints / "step-000006").is_dir()  # the newest before it outlives the two after it
 
@@ -151,7 +152,8 @@ def test_what_diverges_goes_back_leaves_out_where_it_began_and_so_does_a_resume(
     assert made(resumed) == made(run)
     ours, theirs = weights(resumed), weights(run)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert json.loads((resumed.out / "metrics.json").read_text()) == json.loads((run.out / "metrics.json").read_text())
+    found = [json.loads((one.out / "metrics.json").read_text())["models"]["student"] for one in (resumed, run)]
+    assert all(found[0][name] == found[1][name] for name in ("initial", "final", "kept_step"))
 
 
 def test_a_resume_before_a_batch_that_was_left_out_leaves_it_out_again(
@@ -170,10 +172,6 @@ def test_a_resume_before_a_batch_that_was_left_out_leaves_it_out_again(
 
 
 def test_a_loss_diverges_above_the_factor_times_the_median_for_so_many_steps_in_a_row() -> None:
-    watch = Watch(2.0, 3)
-    told = [watch.feed(step, loss) for step, loss in enumerate([9, 9, 9, 1, 1, 1, 1, 3, 1, 3, 3, 2.1])]
-    # The median is of [9, 9, 9, 1, 1, 1, 1] and then of [..., 1]: 5 and below, so that 3 is not above twice of it.
-    assert told == [False] * 12
     watch = Watch(2.0, 3)
     told = [watch.feed(step, loss) for step, loss in enumerate([1, 1, 1, 3, 3, 1, 3, 3, 3])]
     assert told == [False] * 8 + [True]
