@@ -6,6 +6,7 @@ import getpass
 import json
 from collections.abc import Sequence
 
+from dispatch.agent.cancelling import LONGEST_GRACE
 from dispatch.conclude import earned_code
 from dispatch.following.view import duration
 from dispatch.hosts.facts import RunState
@@ -86,11 +87,14 @@ def _line(record: Record, state: RunState | None, silent: str | None) -> str:
     return f"{head}  {state.state}{took}" + (f"  ({why})" if (why := state.reason or state.warning) else "")
 
 
-def cancel_run(transport: Transport, run: str, *, grace: float) -> ExitCode:
-    """Cancel a run and say what is left of it; exit code 0 once nothing of it is alive."""
+def cancel_run(transport: Transport, run: str, *, grace: float | None) -> ExitCode:
+    """Cancel a run and say what is left of it; exit code 0 once nothing of it is alive.
+
+    Without ``grace`` it has the seconds that it was promised.
+    """
     transport.install()
-    args = {"run": run, "grace": grace, "by": getpass.getuser()}
-    done = call(transport, "cancel", args, timeout=grace + 60.0).result
+    args = {"run": run, "by": getpass.getuser(), **({} if grace is None else {"grace": grace})}
+    done = call(transport, "cancel", args, timeout=(LONGEST_GRACE if grace is None else grace) + 60.0).result
     state = RunState.model_validate(done["state"])
     if state.state == "absent" and done["did"] == "nothing":
         raise RefusedError(
@@ -99,7 +103,7 @@ def cancel_run(transport: Transport, run: str, *, grace: float) -> ExitCode:
         )
     if done["survivors"] or state.going_on:
         raise UnknownOutcomeError(
-            f"{run} is still {state.state}: processes {done['survivors']} did not end within {grace:.0f} s and a KILL",
+            f"{run} is still {state.state}: processes {done['survivors']} did not end by TERM, a grace and KILL",
             next=f"latentforge dispatch cancel {run}",
         )
     words = {"nothing": "there was nothing to end", "removed": "it was taken out before it started", "ended": "ended"}

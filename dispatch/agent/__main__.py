@@ -215,10 +215,11 @@ def _fetch(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Rep
 
 
 def _cancel(root: Root, args: Arguments, payload: Payload, origin: Origin) -> Reply:
-    from .cancelling import cancel
+    from .cancelling import cancel, grace_of
     from .protocol import Reply
 
-    run, grace = root.run(args.text("run")), args.number("grace", 10.0, low=0.0, high=600.0)
+    run = root.run(args.text("run"))
+    grace = args.number("grace", grace_of(run), low=0.0, high=600.0)
     by = args.optional_text("by")
     args.done()
     return Reply(cancel(run, grace, by))

@@ -32,7 +32,15 @@ from .state import derive
 
 _PAUSE = 0.02
 _PATIENCE = 10.0
+GRACE = 10.0
+LONGEST_GRACE = 600.0
 _ACTIVE = ("running", "unsupervised")
+
+
+def grace_of(run: RunPaths) -> float:
+    """The seconds between TERM and KILL that a run was promised, in its launch description; 10 where in none."""
+    promised = (read_json(run.launch) or {}).get("endurance", {}).get("stop_grace", GRACE)
+    return min(LONGEST_GRACE, float(promised))
 
 
 def cancel(run: RunPaths, grace: float, by: str | None) -> dict[str, Any]:

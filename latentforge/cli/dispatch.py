@@ -131,7 +131,10 @@ def status(
 def cancel(
     run: RunArgument,
     host: HostOption = None,
-    grace: Annotated[float, typer.Option(metavar="SECONDS", min=0, max=600, help="Between TERM and KILL.")] = 10.0,
+    grace: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, max=600, help="Between TERM and KILL; else the run's stop_grace."),
+    ] = None,
 ) -> ExitCode:
     """End a run: TERM, a grace, KILL for all of its processes, and a look whether they are gone."""
     from dispatch.standing import cancel_run

@@ -26,6 +26,13 @@ class EnduranceSpec(Section):
 
     keep_newest: Count = Field(2, description="checkpoints that stay, the newest so many")
     keep_nth: Count | None = Field(None, description="each so many-th checkpoint stays for ever; none if absent")
+    disk_floor_mib: Annotated[int, Field(ge=0, lt=2**33)] = Field(
+        256, description="MiB that stay free: a run whose next checkpoint would leave less writes one more and stops"
+    )
+    stop_grace: Annotated[float, Field(gt=0.0, le=600.0)] = Field(
+        10.0,
+        description="seconds between being asked to stop and being killed: for the step under way and a checkpoint",
+    )
     restarts: Annotated[int, Field(ge=0, le=100)] = Field(
         0, description="how often the supervisor begins a run again that crashed, from its last checkpoint"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
-from latentforge.errors import RefusedError
+from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.endurance import endurance_of
 from latentforge.spec.run import RunDir
@@ -29,7 +30,10 @@ from latentforge.train.checkpoint import (
 )
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.resume import Earlier, carry_events, say_begun_again
-from latentforge.train.stopping import Interrupted
+from latentforge.train.stopping import SHARE, Interrupted, Overdue
+from latentforge.verdicts import ExitCode
+
+MIB = 1 << 20
 
 
 def position_of(data: ShardSet, order: BatchOrder) -> Position:
@@ -81,6 +85,10 @@ class Keeper:
         asked = endurance_of(self.run)
         forever = None if asked.keep_nth is None else asked.keep_nth * self.every
         self.retention = Retention(asked.keep_newest, forever)
+        self.floor = asked.disk_floor_mib * MIB
+        trained = sum(master.numel() for master in self.optimiser.masters.values())
+        others = [p for name, p in self.trained.named_parameters() if name not in self.optimiser.masters]
+        self._size = 12 * trained + sum(p.numel() * p.element_size() for p in others)
         self.kept: int | None = None
         """The step of the newest checkpoint that was taken."""
         self.spare: int | None = None
@@ -92,9 +100,18 @@ class Keeper:
         return self.run.checkpoints / self.below
 
     def __enter__(self) -> Self:
+        if self._room() < self.floor + self._size:
+            raise RefusedError(
+                f"{self._room() / MIB:.0f} MiB are free for {self.run.run}: a checkpoint takes {self._size / MIB:.0f}, "
+                f"and endurance.disk_floor_mib = {self.floor / MIB:.0f} are to stay free",
+                next="make room, or lower endurance.disk_floor_mib",
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(value, Overdue) and self._writing is not None:
+            self._writing.join((1.0 - SHARE) / 2 * endurance_of(self.run).stop_grace)
+            return
         try:
             self.settle()
         except Exception as error:
@@ -130,9 +147,31 @@ class Keeper:
             self.settle()
         if signal is not None or step % self.every == 0 or step == self.steps:
             self.keep(step)
+        elif self._room() < self.floor + self._size:
+            self._stop_for_room(step)
         if signal is not None:
             self.settle()
             raise Interrupted(f"interrupted by {signal} after step {step} of the {self.model}; checkpoint written")
+
+    def _stop_for_room(self, step: int) -> None:
+        """End the run while the room that it kept free still takes what is left to be written."""
+        room = self._room()
+        if room > self._size:
+            self.keep(step)
+            self.settle()
+        elif self._writing is not None:
+            self.settle()
+        raise LatentForgeError(
+            f"{room / MIB:.0f} MiB are left on the run's disk: a checkpoint takes {self._size / MIB:.0f}, and "
+            f"endurance.disk_floor_mib = {self.floor / MIB:.0f} are to stay free; stopped after step {step} of the "
+            f"{self.model}, the last checkpoint is of step {self.kept}",
+            next="make room, then go on from it:  latentforge dispatch go --attempt next",
+            code=ExitCode.UNKNOWN,
+        )
+
+    def _room(self) -> int:
+        found = os.statvfs(self.run.path)
+        return found.f_bavail * found.f_frsize
 
     def keep(self, step: int, below: str = "") -> None:
         """Take the checkpoint of ``step`` steps, for the folder ``below`` this one's, and go on while it is written."""

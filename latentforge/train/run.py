@@ -19,6 +19,7 @@ from latentforge.evidence.digests import file_sha256, tree_files, tree_sha256
 from latentforge.evidence.tensors import tensor_digests
 from latentforge.memory import MemoryPlan
 from latentforge.spec.code import running_code
+from latentforge.spec.endurance import endurance_of
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import HTTP_BACKENDS
@@ -48,7 +49,7 @@ def execute(
             log.say(f"restart {restarted}, {restarts_left} left")
         before = memory.begin_measuring()
         try:
-            with handled_signals() if signals else nullcontext():
+            with handled_signals(endurance_of(run).stop_grace) if signals else nullcontext():
                 planned = _run(run, log)
             if planned is not None:
                 memory.compare(run, log, planned, before=before)

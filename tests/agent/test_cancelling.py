@@ -383,3 +383,16 @@ def test_a_reused_pid_is_never_signalled() -> None:
     earlier = Process(me.pid, me.state, me.parent, me.group, me.session, me.ticks - 1)
     assert send(earlier, signal.SIGKILL) is False
     assert send(me, 0) is True
+
+
+def test_without_a_grace_of_its_own_a_cancel_waits_as_long_as_the_run_was_promised(host: AgentHost) -> None:
+    run = host.python(
+        "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: None)\nopen('out/up', 'w').close()\n"
+        "while True: time.sleep(0.1)",
+        endurance={"stop_grace": 0.7},
+    )
+    host.call("launch", chain=[run])
+    wait_for(lambda: (host.paths(run).dir / "out" / "up").is_file())
+    done = host.call("cancel", run=run, by="test")
+    assert done["forced"]
+    assert 0.7 <= done["grace_used"] < 10.0

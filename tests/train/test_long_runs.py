@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +23,7 @@ from latentforge.spec.run import RunDir
 from latentforge.train import checkpoint, distill, keeping, teacher
 from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.loop import Trainer
+from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -143,3 +148,54 @@ def test_the_best_step_of_a_token_student_and_of_its_twin_is_saved(
     saved = load_file(run.out / "student" / "model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in kept.items())
     assert [path.name for path in (run.checkpoints / "twin" / "best").iterdir()]
+
+
+def test_a_run_stops_while_its_disk_still_has_room_and_goes_on_when_there_is_more(
+    make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looks = os.statvfs, [0]
+
+    def filling(path: Any) -> Any:
+        looks[0] += 1
+        found = list(real(path))
+        # From the sixth step on there is less than the floor, and room for one checkpoint.
+        found[4] = (100 << 30) // found[1] if looks[0] < 7 else (9 << 20) // found[1]
+        return os.statvfs_result(found)
+
+    floor = {"disk_floor_mib": 10}
+    monkeypatch.setattr(os, "statvfs", filling)
+    stopped = make_run(steps=12, checkpoint_every=100, endurance=floor)
+    code, text = run_here(stopped)
+    assert code is ExitCode.UNKNOWN, text
+    assert "endurance.disk_floor_mib = 10 are to stay free; stopped after step" in text
+    last = max(one["step"] for one in said(stopped, "step"))
+    assert f"the last checkpoint is of step {last}" in text
+    refused = make_run(steps=12, checkpoint_every=100, attempt=2, predecessor=stopped, endurance=floor)
+    assert run_here(refused)[0] is ExitCode.REFUSED
+    monkeypatch.undo()
+    resumed = make_run(steps=12, checkpoint_every=100, attempt=3, predecessor=refused, endurance=floor)
+    _, text = run_here(resumed)
+    assert f"student resumes from step {last} of {stopped.run}" in text
+    assert {one["step"] for one in said(resumed, "step", model="student")} == set(range(1, 13))
+
+
+def test_a_step_that_is_longer_than_the_time_to_stop_is_given_up_and_the_last_checkpoint_stands(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def endless(self: Trainer, number: int, *rest: Any) -> Any:
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(6000):
+                time.sleep(0.01)
+        return step(self, number, *rest)
+
+    monkeypatch.setattr(Trainer, "step", endless)
+    run = make_run(endurance={"stop_grace": 0.5})
+    text = io.StringIO()
+    assert execute(run.path, signals=True, text=text) is ExitCode.UNKNOWN
+    end = read_events(run.events_file)[-1]
+    assert (end.kind, end.fields["code"]) == ("end", 3)
+    assert "neither the step under way nor its checkpoint was done within 0.4 of the 0.5 s" in end.fields["reason"]
+    assert load_checkpoint(run.checkpoints / "step-000004").step == 4
