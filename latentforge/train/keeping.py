@@ -28,7 +28,7 @@ from latentforge.train.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.engines.protocol import Optimiser
 from latentforge.train.resume import Earlier, carry_events, say_begun_again
 from latentforge.train.stopping import SHARE, Interrupted, Overdue
 from latentforge.verdicts import ExitCode
@@ -72,7 +72,7 @@ class Keeper:
     run: RunDir
     log: EventLog
     trained: nn.Module
-    optimiser: MasterOptimiser
+    optimiser: Optimiser
     model: str
     start: dict[str, str]
     steps: int
@@ -86,9 +86,8 @@ class Keeper:
         forever = None if asked.keep_nth is None else asked.keep_nth * self.every
         self.retention = Retention(asked.keep_newest, forever)
         self.floor = asked.disk_floor_mib * MIB
-        trained = sum(master.numel() for master in self.optimiser.masters.values())
-        others = [p for name, p in self.trained.named_parameters() if name not in self.optimiser.masters]
-        self._size = 12 * trained + sum(p.numel() * p.element_size() for p in others)
+        each = self.trained.parameters()
+        self._size = sum(p.numel() * (12 if p.requires_grad else p.element_size()) for p in each)
         self.kept: int | None = None
         """The step of the newest checkpoint that was taken."""
         self.spare: int | None = None
@@ -177,8 +176,7 @@ class Keeper:
         """Take the checkpoint of ``step`` steps, for the folder ``below`` this one's, and go on while it is written."""
         began = time.monotonic()
         self.settle()
-        weights = {**dict(self.trained.named_parameters()), **self.optimiser.masters}
-        taken = snapshot(self.model, step, weights, self.optimiser.moments(), self.position)
+        taken = snapshot(self.model, step, self.optimiser.weights(), self.optimiser.moments(), self.position)
         stood, folder = time.monotonic() - began, self.folder / below
         if not below:
             self.kept = step

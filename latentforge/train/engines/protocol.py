@@ -39,6 +39,10 @@ class Optimiser(Protocol):
         """AdamW's state, whole: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``. Collective."""
         ...
 
+    def forget_gradients(self) -> None:
+        """Drop what was added up of a step that is not made."""
+        ...
+
     def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Put back what :meth:`weights` and :meth:`moments` gave, bit for bit, under any engine. Collective."""
         ...
