@@ -9,6 +9,7 @@ from latentforge.errors import FailedError
 from latentforge.spec.run import RunDir
 from latentforge.train.checkpoint import drop_after, load_checkpoint, newest_checkpoint, step_folder
 from latentforge.train.keeping import Keeper
+from latentforge.train.reading import KEPT_STEP
 from latentforge.train.resume import Earlier
 
 BELOW = "best"
@@ -86,7 +87,7 @@ class Best:
         self._keeper.optimiser.load(found.weights, found.moments)
         log = self._keeper.log
         of = {"step": steps, "split": "heldout", "model": self._keeper.model}
-        log.emit("metric", name="kept_step", value=self.step, kept_loss=self.loss, last_loss=loss, **of)
+        log.emit("metric", name=KEPT_STEP, value=self.step, kept_loss=self.loss, last_loss=loss, **of)
         log.say(f"kept: step {self.step}, held-out loss {self.loss:.4f}; that of step {steps}, the last, is {loss:.4f}")
         return self.step
 

@@ -99,11 +99,11 @@ class Course:
         try:
             return make()
         except NotFinite as bad:
-            self._keeper.optimiser.forget_gradients()
             torch.set_rng_state(generator)
             if self._keeper.kept != step:
                 self._keeper.keep(step)  # as the model was before it
             self._check_skipping(range(step, step + 1), bad)
+            self._keeper.optimiser.forget_gradients()
             self._leave_out(range(step, step + 1), str(bad))
             self._keeper.after(step + 1, None)
             return None

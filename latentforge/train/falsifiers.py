@@ -13,6 +13,7 @@ from latentforge.train.effective import differences
 from latentforge.train.latent_falsifiers import latent_causal_001, latent_kd_001
 from latentforge.train.optimiser import warmup_cosine
 from latentforge.train.reading import (
+    KEPT_STEP,
     Events,
     heldout_metric,
     left_out_of,
@@ -289,7 +290,9 @@ def _fell(events: Events, name: str) -> Verdict:
 
 def _other_rows(events: Events, models: Sequence[str]) -> tuple[bool | None, str] | None:
     """Why held-out values of these models do not compare, as (passed, text); None where all are of the same rows."""
-    measured = [e.fields for e in events if e.kind == "metric" and e.fields.get("split") == "heldout"]
+    metrics = [e.fields for e in events if e.kind == "metric" and e.fields.get("split") == "heldout"]
+    # Which step was kept is said of the held-out values, and measured on no row.
+    measured = [fields for fields in metrics if fields.get("name") != KEPT_STEP]
     rows = {fields.get("rows_sha256") for fields in measured if fields.get("model") in models}
     if None in rows:
         return None, "the events do not say on which held-out rows was measured"

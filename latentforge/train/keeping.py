@@ -93,18 +93,19 @@ class Keeper:
         self.spare: int | None = None
         """The newest checkpoint of at most so many steps stays, since the run may have to go back to it."""
 
-    @property
-    def folder(self) -> Path:
-        """Where its checkpoints lie."""
-        return self.run.checkpoints / self.below
-
-    def __enter__(self) -> Self:
         if self._room() < self.floor + self._size:
             raise RefusedError(
                 f"{self._room() / MIB:.0f} MiB are free for {self.run.run}: a checkpoint takes {self._size / MIB:.0f}, "
                 f"and endurance.disk_floor_mib = {self.floor / MIB:.0f} are to stay free",
                 next="make room, or lower endurance.disk_floor_mib",
             )
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.run.checkpoints / self.below
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:

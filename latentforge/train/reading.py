@@ -27,6 +27,8 @@ def steps_of(events: Events, model: str) -> dict[int, dict[str, Any]]:
     return {e.fields["step"]: e.fields for e in events if e.kind == "step" and e.fields.get("model") == model}
 
 
+KEPT_STEP = "kept_step"
+"""The metric that says which step's weights were put back at the end."""
 SKIPPED = "skipped_step"
 """The name in a warning's event that says which step (from 1) of a ``model`` was left out, and ``why``."""
 

@@ -140,7 +140,8 @@ def test_the_best_step_of_a_token_student_and_of_its_twin_is_saved(
     measured = distill.evaluate
     monkeypatch.setattr(distill, "evaluate", lambda *a, **k: replace(measured(*a, **k), loss=next(planted)))
     run = make_run(steps=6, validate_every=2, keep="best", require=TWIN)
-    _, text = run_here(run)
+    code, text = run_here(run)
+    assert code in (ExitCode.PASS, ExitCode.FAIL), text
     metrics = json.loads((run.out / "metrics.json").read_text())["models"]
     assert (metrics["student"]["kept_step"], metrics["twin"]["kept_step"]) == (4, 6), text
     assert "kept: step 4, held-out loss 3.0000; that of step 6, the last, is 4.0000" in text
@@ -172,6 +173,7 @@ def test_a_run_stops_while_its_disk_still_has_room_and_goes_on_when_there_is_mor
     assert f"the last checkpoint is of step {last}" in text
     refused = make_run(steps=12, checkpoint_every=100, attempt=2, predecessor=stopped, endurance=floor)
     assert run_here(refused)[0] is ExitCode.REFUSED
+    assert not refused.checkpoints.exists()
     monkeypatch.undo()
     resumed = make_run(steps=12, checkpoint_every=100, attempt=3, predecessor=refused, endurance=floor)
     _, text = run_here(resumed)

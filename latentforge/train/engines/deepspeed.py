@@ -101,6 +101,13 @@ class ZeroOptimiser:
                 found[f"{name}/{key}"] = _as_fp32(safe_get_full_optimizer_state(p, key))
         return found
 
+    def forget_gradients(self) -> None:
+        """Refused: what DeepSpeed has averaged of a step lies in buffers of its own, which nothing else clears."""
+        raise RefusedError(
+            "endurance.on_bad_step = 'skip': DeepSpeed keeps what it added up of a step that is not made",
+            next="set endurance.on_bad_step = 'stop', or distributed = 'ddp' or 'fsdp2'",
+        )
+
     @torch.no_grad()
     def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Put back what :meth:`weights` and :meth:`moments` of any engine gave."""
