@@ -9,6 +9,7 @@ from . import exitrec, journal, locks
 from .memory_evidence import SIGKILL
 from .paths import RunPaths
 from .processes import boot_clock, boot_id
+from .protocol import CRASHED
 from .state import outcome_of
 
 LONGEST_REASON = 300
@@ -51,10 +52,10 @@ def judge(
     return Ending(outcome_of(code, None), "exited", meanwhile)
 
 
-def may_begin_again(outcome: str, kind: str) -> bool:
+def may_begin_again(kind: str, code: int | None) -> bool:
     """Whether a run that ended so may go on from its last checkpoint: it crashed by itself, nobody ended it, and it was
-    not memory that it lacked, which it would lack again."""
-    return outcome in ("crashed", "killed") and kind in ("exited", "signal", "killed-unknown")
+    not memory that it lacked, which it would lack again. Any code but that of a crash is an end that it told itself."""
+    return kind in ("signal", "killed-unknown") or (kind == "exited" and code == CRASHED)
 
 
 def write_for_the_dead(

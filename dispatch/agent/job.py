@@ -116,7 +116,7 @@ class Job:
                 oom=oom,
                 evidence=evidence,
             )
-            if left <= 0 or self.stop.why is not None or not ending.may_begin_again(outcome, kind):
+            if left <= 0 or self.stop.why is not None or not ending.may_begin_again(kind, ended["code"]):
                 break
             restarted += 1
             journal.record(run, "restarting", restarted=restarted, left=left - 1, outcome=outcome, **ended)

@@ -364,6 +364,7 @@ def test_a_run_that_crashes_is_begun_again_within_its_budget_under_the_same_id(h
         ("raise SystemExit(1)", 5, 1, "fail"),
         ("raise SystemExit(2)", 5, 1, "refused"),
         ("raise SystemExit(3)", 5, 1, "unknown"),
+        ("raise SystemExit(6)", 5, 1, "crashed"),
     ],
 )
 def test_it_is_not_begun_again_beyond_its_budget_nor_after_an_end_that_it_gave_itself(
