@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from latentforge.events.event import Event
 
 WENT_BACK = ("resume", "rollback")
-"""Phases that say ``model`` and ``step``: from that step on its steps are made again."""
+"""Phases that say ``model`` and ``step``: what came after that step is made again. Where they say of how many ``steps``
+it is, so are the held-out values of the last one."""
 _OF_A_STEP = ("step", "metric", "checkpoint")
 
 
@@ -22,12 +23,9 @@ def standing(events: Iterable[Event]) -> list[Event]:
 
 
 def _undone(one: Event, back: Event) -> bool:
-    step, model = one.fields.get("step"), back.fields.get("model")
-    until = back.fields.get("step")
-    return (
-        one.kind in _OF_A_STEP
-        and one.fields.get("model") == model
-        and isinstance(step, int)
-        and isinstance(until, int)
-        and step > until
-    )
+    step, until, steps = one.fields.get("step"), back.fields.get("step"), back.fields.get("steps")
+    if one.kind not in _OF_A_STEP or one.fields.get("model") != back.fields.get("model"):
+        return False
+    if not isinstance(step, int) or not isinstance(until, int):
+        return False
+    return step > until or (one.kind == "metric" and isinstance(steps, int) and step >= steps)

@@ -29,7 +29,7 @@ from latentforge.train.checkpoint import (
     snapshot,
 )
 from latentforge.train.engines.protocol import Optimiser
-from latentforge.train.resume import Earlier, carry_events, say_begun_again
+from latentforge.train.resume import Earlier, carry_events
 from latentforge.train.stopping import SHARE, Interrupted, Overdue
 from latentforge.verdicts import ExitCode
 
@@ -127,8 +127,6 @@ class Keeper:
             return None
         checkpoint = earlier.checkpoints.get(self.model)
         if checkpoint is None:
-            if earlier.run == self.run.run:
-                say_begun_again(self.log, self.model)
             if not earlier.checkpoints:
                 self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
             return None
@@ -242,6 +240,6 @@ class Keeper:
                 f"the checkpoint was computed with {checkpoint.threads} threads, this run has "
                 f"{torch.get_num_threads()}: its steps may not repeat bit for bit"
             )
-        of = {"model": self.model, "step": checkpoint.step, "predecessor": earlier.run}
+        of = {"model": self.model, "step": checkpoint.step, "steps": self.steps, "predecessor": earlier.run}
         self.log.emit("phase", name="resume", state="end", **of)
         self.log.say(f"{self.model} resumes from step {checkpoint.step} of {earlier.run}")

@@ -29,11 +29,11 @@ def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> Earl
     are said and skipped. Refused where the predecessor was asked for something else.
     """
     own = _left_by(run, models, log)
+    for model in models.keys() - own.checkpoints.keys():
+        if any(event.fields.get("model") == model for event in own.events):
+            say_begun_again(log, model)
     if own.checkpoints:
         return own
-    for model in models:
-        if any(event.kind == "step" and event.fields.get("model") == model for event in own.events):
-            say_begun_again(log, model)
     ours = run.load_identity()
     before, newest = run.predecessor(), None
     while before is not None and before.path.is_dir():

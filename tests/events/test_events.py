@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentforge.errors import RefusedError
-from latentforge.events import EventLog, parse_event, read_events
+from latentforge.events import EventLog, parse_event, read_events, standing
 from latentforge.verdicts import ExitCode, Outcome, Verdict, parse_line
 
 RUN = "distill-" + "0" * 20
@@ -96,3 +96,42 @@ def test_a_phase_that_raises_has_no_end(tmp_path: Path) -> None:
     told = [(event.fields["name"], event.fields["state"]) for event in read_events(tmp_path / "e")]
     assert told == [("load", "begin"), ("load", "end"), ("train", "begin")]
     assert list(log.timings) == ["load"]
+
+
+def test_what_a_run_went_back_behind_does_not_stand_and_all_else_does(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path, "distill-" + "0" * 20, text=io.StringIO()) as log:
+        for model in ("student", "twin"):
+            log.emit("metric", name="val_loss", value=9.0, step=0, model=model)
+            for step in (1, 2, 3):
+                log.emit("step", step=step, model=model, loss=float(step))
+            log.emit("metric", name="val_loss", value=3.0, step=3, model=model)
+        log.emit("phase", name="resume", state="end", model="student", step=1)
+        log.emit("step", step=2, model="student", loss=20.0)
+        log.emit("phase", name="resume", state="end", model="twin", step=3, steps=3)
+        log.emit("metric", name="val_loss", value=3.0, step=3, model="twin")
+        log.emit("warning", message="said once", step=3, model="student")
+    found = [
+        (e.kind, e.fields.get("model"), e.fields.get("step"), e.fields.get("loss")) for e in standing(read_events(path))
+    ]
+    assert [one[1:] for one in found if one[0] == "step"] == [
+        ("student", 1, 1.0),
+        ("twin", 1, 1.0),
+        ("twin", 2, 2.0),
+        ("twin", 3, 3.0),
+        ("student", 2, 20.0),
+    ]
+    assert [one[1:3] for one in found if one[0] == "metric"] == [("student", 0), ("twin", 0), ("twin", 3)]
+    assert ("warning", "student", 3, None) in found
+
+
+def test_a_log_that_a_killed_process_left_is_gone_on_with_behind_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path, "distill-" + "0" * 20, text=io.StringIO()) as log:
+        log.emit("phase", name="load", state="begin")
+        log.emit("phase", name="load", state="end")
+    with path.open("ab") as file:
+        file.write(b'{"seq": 2, "t": 1.0, "wa')
+    with EventLog(path, "distill-" + "0" * 20, text=io.StringIO()) as log:
+        log.emit("end", code=0)
+    assert [(event.seq, event.kind) for event in read_events(path)] == [(0, "phase"), (1, "phase"), (2, "end")]
