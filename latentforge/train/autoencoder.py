@@ -12,7 +12,7 @@ from torch import Tensor
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import copy_tokenizer
-from latentforge.events import EventLog, read_events, standing
+from latentforge.events import EventLog, read_events
 from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.run import RunDir, write_record
@@ -154,7 +154,7 @@ def run(run: RunDir, log: EventLog) -> None:
         record = {"steps": spec.steps, "kept_step": kept, "flops": {MODEL: flops}, "heldout": reports}
         write_record(run.out / "metrics.json", record)
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
-    for verdict in judge(standing(read_events(run.events_file)), spec.require):
+    for verdict in judge(read_events(run.events_file), spec.require):
         log.verdict(verdict)
 
 

@@ -177,7 +177,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
     spent = {**flops_of_inputs(run), **flops}
     parts = " + ".join(f"{name} {value / 1e12:.2f}" for name, value in spent.items())
     log.say(f"flops {parts} = {sum(spent.values()) / 1e12:.2f} TFLOP")
-    for verdict in judge(standing(read_events(run.events_file)), spec.require):
+    for verdict in judge(read_events(run.events_file), spec.require):
         log.verdict(verdict)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from latentforge.events import standing
 from latentforge.spec.canary import CANARY, LATENT_CANARY
 from latentforge.train.canary_falsifiers import canary_001, latent_canary_001
 from latentforge.train.codec_falsifiers import latent_ae_001, latent_ae_002
@@ -269,6 +270,7 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
 
 def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:
     """The verdicts of a run, those that are always due first, the required ones last (a log's last lines)."""
+    events = standing(events)  # a run that went back made some steps twice
     due = (*ALWAYS, *OF_STUDENTS) if (run_of(events) or "").startswith("distill-") else ALWAYS
     chosen = [check for check in due if all(REQUIRABLE[name] is not check for name in require)]
     return [check(events) for check in (*chosen, *(REQUIRABLE[name] for name in require))]

@@ -13,7 +13,7 @@ from torch import Tensor
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.errors import RefusedError
-from latentforge.events import EventLog, read_events, standing
+from latentforge.events import EventLog, read_events
 from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import LatentSpec
 from latentforge.spec.run import RunDir, write_record
@@ -169,7 +169,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         }
         write_record(run.out / "metrics.json", record)
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
-    for verdict in judge(standing(read_events(run.events_file)), spec.require):
+    for verdict in judge(read_events(run.events_file), spec.require):
         log.verdict(verdict)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
-from latentforge.events import EventLog, read_events, standing
+from latentforge.events import EventLog, read_events
 from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import TeacherSpec
@@ -164,7 +164,7 @@ def run(run: RunDir, log: EventLog) -> None:
         write_record(run.out / "teacher.json", record)
     log.say(f"teacher of {folder.parameters} parameters: held-out loss {before.loss:.4f} to {after.loss:.4f}")
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
-    for verdict in judge(standing(read_events(run.events_file))):
+    for verdict in judge(read_events(run.events_file)):
         log.verdict(verdict)
 
 
