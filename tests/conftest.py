@@ -103,6 +103,7 @@ def _isolated_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
     home = tmp_path_factory.mktemp("xdg")
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    monkeypatch.delenv("LATENTFORGE_STATE", raising=False)  # a job's: it would come before the folder above
     for name in ("GX10_HOST", "GX10_USER", "GX10_REPO_PATH", "TEACHER_REPO", "STUDENT_INIT", "STEPS", "BATCH_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("LR", "T", "ALPHA", "EVIDENCE_DIR", "EVIDENCE_KEY", "EVIDENCE_SIGNERS", "DRY_RUN", *ALL_NAMES):
