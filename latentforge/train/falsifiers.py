@@ -123,8 +123,9 @@ def effective_lr_001(events: Events) -> Verdict:
     worst, at = 0.0, 0
     for step, fields in steps.items():
         wanted = asked["learning_rate"] * schedule(step - 1)
-        off = abs(fields["learning_rate"] - wanted) / wanted
-        worst, at = (off, step) if not off <= worst else (worst, at)
+        off = abs(float(fields["learning_rate"]) - wanted) / wanted  # not a number is written as text
+        off = math.inf if math.isnan(off) else off  # NaN is below nothing: the next step's would take its place
+        worst, at = (off, step) if off > worst else (worst, at)
     measured = {"worst_relative": worst, "steps": len(steps), "peak": asked["learning_rate"]}
     if worst <= 1e-9:
         return verdict_of(events, name, True, f"learning rate as asked at {len(steps)} steps", measured)

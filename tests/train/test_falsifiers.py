@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -202,6 +203,8 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("F-BATCH-ROWS-001", "step", {"step": 3}, {"denominator": 7}, "step 3"),
     ("F-BATCH-ROWS-001", "step", {"step": 3}, {"sequences": 1}, "step 3"),
     ("F-EFFECTIVE-LR-001", "step", {"step": 4, "model": "student"}, {"learning_rate": 1e-5}, "at step 4"),
+    ("F-EFFECTIVE-LR-001", "step", {"step": 3, "model": "student"}, {"learning_rate": "nan"}, "at step 3"),
+    ("F-EFFECTIVE-LR-001", "step", {"step": 3, "model": "student"}, {"learning_rate": math.nan}, "at step 3"),
     ("F-ARTEFACT-SIZE-001", "checkpoint", {}, {"bytes": 200}, "200 bytes, its tensors need 800"),
     (
         "F-ARTEFACT-MOVED-001",
