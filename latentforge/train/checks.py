@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from dataclasses import replace
 from itertools import pairwise
@@ -83,6 +84,31 @@ def learning_rate_arrives(*, mutant: str | None = None) -> Finding:
     return Finding(
         abs(ratio - 2.0) < 1e-2, f"twice the learning rate: update {ratio:.4f} times as long", {"ratio": ratio}
     )
+
+
+def schedule_arrives(*, mutant: str | None = None) -> Finding:
+    """AdamW moves each tensor whose gradient is one by the learning rate of the step: up over the warm-up, then down a
+    cosine. ``mutant`` "constant" stays at the peak.
+    """
+    peak, warmup, steps = 1e-2, 4, 12
+    optimiser = small_trainer(learning_rate=peak, warmup_steps=warmup, steps=steps).optimiser
+    if mutant == "constant":
+        optimiser.schedule = lambda step: 1.0
+    worst, where = 0.0, ""
+    for step in range(steps):
+        along = max(0, step - warmup) / (steps - 1 - warmup)
+        # Written otherwise than the schedule is: 1 + cos x = 2 cos^2 (x / 2).
+        wanted = peak * ((step + 1) / (warmup + 1) if step < warmup else 0.1 + 0.9 * math.cos(math.pi * along / 2) ** 2)
+        before = {name: value.detach().clone() for name, value in optimiser.masters.items()}
+        for value in optimiser.masters.values():
+            value.grad = torch.ones_like(value)
+        optimiser.set_learning_rate(step)
+        optimiser.step()
+        for name, value in optimiser.masters.items():
+            off = float(((before[name] - value.detach()) / wanted - 1.0).abs().nan_to_num(math.inf).max())
+            worst, where = (off, f" ({name}, step {step + 1})") if off > worst else (worst, where)
+    text = f"{len(optimiser.masters)} tensors over {steps} steps, moved off the schedule by at most {worst:.1e}{where}"
+    return Finding(worst < 1e-3, text, {"worst_relative": worst, "tensors": len(optimiser.masters)})
 
 
 def objective_arrives(*, mutant: str | None = None) -> Finding:

@@ -14,6 +14,7 @@ from latentforge.contracts import Finding
 from latentforge.events import Event
 from latentforge.students import causal
 from latentforge.students.causal import Student
+from latentforge.train import optimiser
 from latentforge.train.falsifiers import REQUIRABLE
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.rehearsal import fixture_targets
@@ -57,6 +58,17 @@ def _constant_rate(set_learning_rate: Any) -> Any:
         for group in self.groups:
             group["lr"] = 1e-3
         return 1e-3
+
+    return wrong
+
+
+def _one_group(set_learning_rate: Any) -> Any:
+    def wrong(self: MasterOptimiser, step: int) -> float:
+        kept = [group["lr"] for group in self.groups[1:]]
+        rate = float(set_learning_rate(self, step))
+        for group, value in zip(self.groups[1:], kept, strict=True):
+            group["lr"] = value
+        return rate
 
     return wrong
 
@@ -112,6 +124,22 @@ _trainer(
     "set_learning_rate",
     _constant_rate,
     how="the optimiser steps with 1e-3 whatever was asked",
+)
+_trainer(
+    "norms kept at their peak",
+    "F-EFFECTIVE-LR-002",
+    MasterOptimiser,
+    "set_learning_rate",
+    _one_group,
+    how="the schedule reaches the first of the optimiser's groups alone, which is the one that events tell of",
+)
+_trainer(
+    "warm-up forgotten",
+    "F-EFFECTIVE-LR-002",
+    optimiser,
+    "warmup_cosine",
+    lambda schedule: lambda warmup_steps, steps: schedule(0, steps),
+    how="the schedule begins at its peak, for the trainer and for who judges its events alike",
 )
 _trainer(
     "weight decay dropped",
