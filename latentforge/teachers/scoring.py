@@ -145,7 +145,7 @@ def check_agreement(teacher: Scorer, store: TargetStore, data: Data, *, sample: 
             else:
                 _, again = next(teacher.score([asked], k=store.k, temperatures=store.temperatures))
                 differs = _apart(ids, logprobs, again.ids[-1], again.logprobs[-1])
-            worst = max(worst, differs)
+            worst = float(np.maximum(worst, differs))  # not a number stays one
             positions += 1
     if not worst <= tolerance:
         raise FailedError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -221,6 +223,23 @@ def test_a_store_shifted_by_one_position_is_found(teacher_folder: Path, shards: 
             filled(f"shifted {shift}.sqlite", shift) as store,
             pytest.raises(FailedError, match="stored targets differ from the teacher's own"),
         ):
+            check_agreement(teacher, store, shards)
+
+
+def test_a_teacher_whose_second_answer_is_no_number_does_not_agree_with_its_store(
+    teacher_folder: Path, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = HFTeacher.open(teacher_folder)
+    with TargetStore.create(tmp_path / "store.sqlite", teacher.identity.as_json(), 8, [1.0], vocab_size=270) as store:
+        for shard in (shards.train, shards.heldout):
+            tokens = shard.rows(np.arange(len(shard)))
+            answers = teacher.topk(torch.from_numpy(tokens), k=8, temperatures=(1.0,))
+            store.put_many(zip(tokens, sequence_rows(*answers, sequences=len(tokens)), strict=True))
+        logits, asked = HFTeacher.logits, itertools.count()
+        monkeypatch.setattr(
+            HFTeacher, "logits", lambda self, tokens: logits(self, tokens) * (math.nan if next(asked) == 2 else 1.0)
+        )
+        with pytest.raises(FailedError, match="differ from the teacher's own by nan nats"):
             check_agreement(teacher, store, shards)
 
 
