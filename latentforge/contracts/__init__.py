@@ -1,13 +1,14 @@
 """Contracts: claims with falsifiers, each an executable check and a planted control on which it must fail.
 
-``Finding`` is imported eagerly (checks return it); the loader and the runner, which need pydantic and YAML, lazily.
+``Finding`` and ``worse`` are imported eagerly (checks return one and call the other); the loader and the runner, which
+need pydantic and YAML, lazily.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from latentforge.contracts.finding import Finding
+from latentforge.contracts.finding import Finding, worse
 
 if TYPE_CHECKING:
     from latentforge.contracts.load import ContractSet, contracts_folder, load_contracts
@@ -41,6 +42,7 @@ __all__ = [
     "load_contracts",
     "overall",
     "summary",
+    "worse",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,3 +27,8 @@ class Finding:
             )
         if "\n" in self.text or "\r" in self.text:
             raise ValueError(f"Finding.text has more than one line: {self.text!r}")
+
+
+def worse(one: float, other: float) -> float:
+    """The larger of two errors; not a number, of which nothing is known, is worse than any, and stays."""
+    return one if math.isnan(one) or one >= other else other

@@ -5,6 +5,7 @@ Each takes ``mutant``: the planted mistake with which it must fail. A mutant cha
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def loss_gradient_consistent(*, direction: str = "forward", beta: float = 0.3, m
                     )
                 numeric = _numeric_gradient(direction, beta, temperature, ce_weight, kd_weight, kind, t_teacher)
                 error = float((analytic - numeric).abs().max())
-                if not error <= worst:
+                if not (math.isnan(worst) or error <= worst):
                     worst, at = error, f"T={temperature:g}, weights {ce_weight:g}/{kd_weight:g}, {kind}"
     return Finding(
         worst < 1e-6,
@@ -140,9 +141,8 @@ def _reverse_kl_gradient(
 
 def temperature_power(*, mutant: str | None = None) -> Finding:
     """The gradient of the KD term carries T to the first power: T² of the loss, less one T by the chain rule."""
-    import math
 
-    from latentforge.contracts import Finding
+    from latentforge.contracts import Finding, worse
     from latentforge.kernels.fixtures import gradient_of, known_mutant, labels_of, normal
     from latentforge.kernels.targets import DenseTargets
 
@@ -171,7 +171,7 @@ def temperature_power(*, mutant: str | None = None) -> Finding:
         factor = float((gradient * direction).sum() / (direction * direction).sum())
         powers[f"{temperature:g}"] = math.log(factor) / math.log(temperature) if factor > 0 else math.nan
         off = abs(powers[f"{temperature:g}"] - 1.0)
-        worst = off if not off <= worst else worst
+        worst = worse(worst, off)
     shown = ", ".join(f"T={t}: {p:.6f}" for t, p in powers.items())
     return Finding(worst < 1e-6, f"gradient = T^n (q − p) with n = {shown} (expected 1)", {"powers": powers})
 
@@ -181,7 +181,7 @@ def weights_named(*, mutant: str | None = None) -> Finding:
     import torch
     from torch.nn import functional
 
-    from latentforge.contracts import Finding
+    from latentforge.contracts import Finding, worse
     from latentforge.kernels.fixtures import WEIGHTS, gradient_of, known_mutant, labels_of, normal, value_of
     from latentforge.kernels.targets import DenseTargets
 
@@ -214,8 +214,7 @@ def weights_named(*, mutant: str | None = None) -> Finding:
         }
         error = abs(value_of(student, DenseTargets(teacher), labels, **settings) - expected.item())
         difference = gradient_of(student, DenseTargets(teacher), labels, **settings) - expected_gradient
-        error = max(error, float(difference.abs().max()))
-        worst = error if not error <= worst else worst
+        worst = worse(worst, worse(error, float(difference.abs().max())))
     return Finding(
         worst < 1e-10,
         f"max difference from torch's cross_entropy and kl_div {worst:.1e} (bound 1e-10)",

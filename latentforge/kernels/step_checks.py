@@ -17,7 +17,7 @@ def pure_cross_entropy(*, mutant: str | None = None) -> Finding:
     import torch
     from torch.nn import functional
 
-    from latentforge.contracts import Finding
+    from latentforge.contracts import Finding, worse
     from latentforge.kernels.fixtures import TEMPERATURES, gradient_of, known_mutant, labels_of, normal
     from latentforge.kernels.targets import DenseTargets
 
@@ -46,7 +46,7 @@ def pure_cross_entropy(*, mutant: str | None = None) -> Finding:
                 backend=backend,
             )
             error = float((gradient.double() - expected).abs().max())
-            worst = error if not error <= worst else worst
+            worst = worse(worst, error)
         errors[backend] = worst
     return Finding(
         errors["reference"] < 1e-12 and errors["cpu"] < 1e-6,
