@@ -17,8 +17,10 @@ from latentforge.memory.codec import codec_parameters
 from latentforge.memory.estimate import TWIN, student_shape, teacher_shape
 from latentforge.memory.latent import continuation_bytes, latent_parameters
 from latentforge.spec.capabilities import wanted_of
+from latentforge.spec.endurance import checkpoints_of
+from latentforge.spec.latent import AutoencoderSpec, LatentSpec
 from latentforge.spec.pipeline import BUILTIN_CORPUS
-from latentforge.spec.sections import PipelineSpec
+from latentforge.spec.sections import DistillSpec, PipelineSpec, TeacherSpec
 
 GIB = 2**30
 _ENVIRONMENT = {"cpu": (int(1.2 * GIB), 30_000)}
@@ -29,8 +31,6 @@ _BUILT = (200 << 20, 1_000)
 _BUILTIN_BYTES = 64 << 20
 _RUN = (64 << 20, 200)
 """Log, events and small files of one run."""
-_CHECKPOINTS = 3
-"""Kept are two; a third is written before the oldest goes."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,15 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
     terms += _latent_terms(spec, models, tokens)
     runs = max(4, len(wanted_of(spec)["kinds"])) if spec.distils else len(wanted_of(spec)["kinds"])
     if spec.has_teacher and spec.teacher.model is None and models.teacher.shape is not None:
-        terms.append(Term("teacher", models.teacher.shape.parameters * 4 * (1 + 3 * _CHECKPOINTS)))
+        terms.append(Term("teacher", models.teacher.shape.parameters * (4 + 12 * _checkpoints(spec, spec.teacher))))
     if spec.scores or (spec.distils and spec.distill.targets == "store"):
         row = spec.score.k * 6 + 4 * len(spec.score.temperatures) + 8
         terms.append(Term("targets", tokens * row))
     if spec.distils and models.student.shape is not None:
         states = 16 if spec.distill.precision == "bf16" else 12
         students = 2 if TWIN in spec.distill.require else 1
-        terms.append(Term("student", models.student.shape.parameters * (4 * students + states * _CHECKPOINTS)))
+        each = 4 + states * _checkpoints(spec, spec.distill)
+        terms.append(Term("student", models.student.shape.parameters * each * students))
     if spec.benches and spec.through == "distill" and models.student.shape is not None:
         terms.append(Term("bench", 4 * models.student.shape.parameters))  # the student that it measured
     if spec.profile == "full" and (long := [term for term in terms if term.name in ("student", "latent student")]):
@@ -183,13 +184,17 @@ def _disk(ask: Ask, facts: HostFacts, memory: MemoryPlan) -> tuple[tuple[Term, .
     return tuple(terms), inodes + runs * _RUN[1], compiles
 
 
+def _checkpoints(spec: PipelineSpec, section: TeacherSpec | DistillSpec | AutoencoderSpec | LatentSpec) -> int:
+    return checkpoints_of(spec.endurance, steps=section.steps, every=section.checkpoint_every, keep=section.keep)
+
+
 def _latent_terms(spec: PipelineSpec, models: Models, tokens: int) -> list[Term]:
     """Codec, continuations and latent student on disk; nothing where none is made."""
     terms: list[Term] = []
     known = {"chunk": spec.data.chunk, "vocab_size": models.teacher.vocabulary or spec.data.vocab_size}
     codec = codec_parameters(spec.autoencoder, **known)
     if spec.through != "distill":
-        terms.append(Term("codec", codec * (4 + 12 * _CHECKPOINTS)))
+        terms.append(Term("codec", codec * (4 + 12 * _checkpoints(spec, spec.autoencoder))))
     if spec.continues:
         rows = tokens // spec.data.sequence_length
         if spec.continuations.rows is not None:
@@ -199,7 +204,7 @@ def _latent_terms(spec: PipelineSpec, models: Models, tokens: int) -> list[Term]
     if spec.through == "latent":
         count = latent_parameters(spec.latent, latent=spec.autoencoder.latent, **known)
         states = 16 if spec.latent.precision == "bf16" else 12
-        terms.append(Term("latent student", count * (4 + states * _CHECKPOINTS) + 4 * codec))
+        terms.append(Term("latent student", count * (4 + states * _checkpoints(spec, spec.latent)) + 4 * codec))
         if spec.benches:
             terms.append(Term("bench", 4 * (count + codec)))
     return terms

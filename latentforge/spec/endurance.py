@@ -66,6 +66,13 @@ def carriage_of(endurance: EnduranceSpec) -> dict[str, Any]:
     return endurance.model_dump(mode="json", exclude=set(MEANING))
 
 
+def checkpoints_of(endurance: EnduranceSpec, *, steps: int, every: int, keep: str) -> int:
+    """The most checkpoints that a training of ``steps`` steps with one ``every`` so many has on disk: those that stay,
+    one that is being written, and the best, the one before it and the next."""
+    forever = 0 if endurance.keep_nth is None else steps // (every * endurance.keep_nth)
+    return endurance.keep_newest + 1 + forever + (3 if keep == "best" else 0)
+
+
 def endurance_of(run: RunDir) -> EnduranceSpec:
     """What was asked of a run: its identity's part, carried as its launch record says."""
     meant = run.load_identity().spec.get("endurance", {})

@@ -95,7 +95,14 @@ def test_a_pipeline_for_a_codec_asks_no_teacher_and_says_its_own_memory_and_disk
     assert not plan.refusals
     need = need_of(ask, facts)
     assert need.memory is not None
-    assert [term.name for term in need.memory.terms] == ["codec", "states", "activations", "logits", "runtime"]
+    assert [term.name for term in need.memory.terms] == [
+        "codec",
+        "states",
+        "checkpoint",
+        "activations",
+        "logits",
+        "runtime",
+    ]
     assert [term.name for term in need.disk] == ["environment", "build", "data", "codec", "logs"]
     assert need.wanted["kinds"] == ("data", "autoencoder")
     assert {"autoencoder.latent", "data.chunk", "through"} <= set(need.wanted["fields"])

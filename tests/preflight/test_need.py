@@ -139,6 +139,16 @@ def test_more_targets_need_more_disk(facts_with: Facts) -> None:
     assert large.disk_bytes > small.disk_bytes
 
 
+@pytest.mark.parametrize("asked", ["endurance.keep_newest=9", "endurance.keep_nth=1", "distill.keep='best'"])
+def test_checkpoints_that_stay_need_disk(facts_with: Facts, asked: str) -> None:
+    usual = ("distill.checkpoint_every=10", "distill.validate_every=10")
+    few, more = (
+        {term.name: term.bytes for term in need_of(ask, facts_with()).disk}
+        for ask in (ask_for(*usual), ask_for(*usual, asked))
+    )
+    assert more["student"] > few["student"]
+
+
 def test_the_canaries_of_a_full_pipeline_need_the_disk_of_their_students_and_are_judged_by_falsifiers_of_their_own(
     facts_with: Facts,
 ) -> None:
