@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from latentforge.errors import LatentForgeError, RefusedError
+from latentforge.evidence.configuration import compare_configuration, same
 from latentforge.evidence.digests import tree_files
 from latentforge.evidence.reading import RunRecord, read_run
 from latentforge.evidence.verify import Verification, verify_evidence
@@ -19,6 +21,7 @@ from latentforge.students.latent.generate import generate
 from latentforge.students.latent.requests import Request
 from latentforge.students.token_session import TokenModel
 from latentforge.train.falsifiers import judge
+from latentforge.train.reading import ready_of
 from latentforge.train.samples import NEW_TOKENS
 from latentforge.verdicts import Outcome, Verdict
 from latentforge.writers.opening import Writer, open_writer
@@ -97,6 +100,10 @@ def _evidence(found: Verification) -> Condition:
 def _ended(record: RunRecord) -> Condition:
     if record.outcome is Outcome.PASS and (record.end["record"] or {}).get("code") is None:
         return Condition("end", Outcome.UNKNOWN, "its host recorded no end of its process")
+    ends = [event for event in record.events if event.kind == "end"]
+    if record.outcome is Outcome.PASS and (len(ends) != 1 or record.events[-1] is not ends[0]):
+        told = f"its events tell {len(ends)} ends" if len(ends) > 1 else "its events go on after their end"
+        return Condition("end", Outcome.UNKNOWN, f"{told}: a run ends once, and says nothing more")
     said = f"the run ended with {record.end['outcome']}" + (f": {record.reason}" if record.reason else "")
     return Condition("end", record.outcome, said)
 
@@ -116,13 +123,17 @@ def _profile(record: RunRecord, smoke: bool) -> Condition:
 
 
 def _configuration(record: RunRecord) -> Condition:
-    """What was in force, in the trainer's own record, beside what the identity asks for."""
+    """What was in force, in the trainer's own record and in its events, beside what the identity asks for."""
     if record.effective is None:
         return Condition("configuration", Outcome.UNKNOWN, "the run did not record what was in force")
-    if record.differences:
-        first = record.differences[0]
-        told = f"{first['field']} = {first['requested']!r} was asked, {first['effective']!r} was in force"
-        return Condition("configuration", Outcome.FAIL, told)
+    # The falsifiers take from the ready event what was asked: only the identity says whether it was.
+    spec = record.identity.spec if record.identity else {}
+    told_ready = compare_configuration(record.kind, spec, ready_of(record.events))["differences"]
+    for where, differences in (("", record.differences), (" (events.jsonl)", told_ready)):
+        if differences:
+            first = differences[0]
+            told = f"{first['field']} = {first['requested']!r} was asked, {first['effective']!r} was in force{where}"
+            return Condition("configuration", Outcome.FAIL, told)
     return Condition("configuration", Outcome.PASS, f"{len(record.effective)} values in force are those asked for")
 
 
@@ -130,6 +141,9 @@ def _claims(record: RunRecord) -> Iterator[Condition]:
     """Every falsifier that is due, judged again from the run's events, and held against what the run recorded."""
     if record.unread:
         yield Condition("events", Outcome.UNKNOWN, f"{record.unread[0]}: what it said is not known")
+    elif gap := next(((n, event.seq) for n, event in enumerate(record.events) if event.seq != n), None):
+        told = f"event {gap[0]} is numbered {gap[1]}: some were taken out, added or moved"
+        yield Condition("events", Outcome.UNKNOWN, told)
     asked: Any = (record.identity.spec.get(record.kind) or {}).get("require", ()) if record.identity else ()
     due = tuple(dict.fromkeys((*asked, *REQUIRED[record.kind])))
     recorded = {verdict.falsifier: verdict for verdict in record.verdicts}
@@ -148,7 +162,19 @@ def _claim(name: str, again: Verdict, said: Verdict | None) -> Condition:
     if said is not None and said.outcome is not again.outcome:
         text = f"recorded as {said.outcome.name.lower()}, but from the events: {again.text}"
         return Condition(name, min(said.outcome, again.outcome), text)
+    found = json.loads(json.dumps(again.measured))
+    for what, value in (said.measured if said is not None else {}).items():
+        if what in found and not _as_measured(value, found[what]):
+            text = f"recorded with {what} = {value!r}, but from the events it is {found[what]!r}"
+            return Condition(name, Outcome.FAIL, text)
     return Condition(name, again.outcome, again.text)
+
+
+def _as_measured(said: Any, found: Any) -> bool:
+    """Whether a recorded value is the one that follows; a number that JSON has no form for was recorded as text."""
+    if type(said) is float and type(found) is float:
+        return math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-9)  # another machine's cosine has other last bits
+    return same(said, found) or bool(said == str(found))
 
 
 def _weights(record: RunRecord) -> Iterator[Condition]:

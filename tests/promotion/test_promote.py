@@ -208,6 +208,45 @@ def other_rate_in_force(run: Path) -> None:
     (run / "effective.json").write_text(json.dumps(record))
 
 
+def other_rate_in_the_events(run: Path) -> None:
+    """Asked for, in force and at each step, if the events alone are believed."""
+
+    def tenfold(event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            event["learning_rate"] *= 10
+        elif event.get("name") == "ready":
+            for side in ("requested", "effective"):
+                event[side]["distill"]["learning_rate"] *= 10
+
+    for kind in ("step", "phase"):
+        reworded(tenfold, kind)(run)
+
+
+def events_of(change: Callable[[list[dict[str, Any]]], object]) -> Plant:
+    """Changes the list of events."""
+
+    def plant(run: Path) -> None:
+        lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        change(lines)
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return plant
+
+
+def a_second_end(lines: list[dict[str, Any]]) -> None:
+    lines.insert(-1, {**lines[-1], "seq": lines[-1]["seq"], "code": 1})
+    lines[-1]["seq"] += 1
+
+
+def an_event_taken_out(lines: list[dict[str, Any]]) -> None:
+    del lines[1]
+
+
+def a_lower_loss(event: dict[str, Any]) -> None:
+    if event["name"] == "val_loss" and event["step"]:
+        event["value"] /= 2
+
+
 def garbled(run: Path) -> None:
     lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
     lines[-2] = lines[-2].replace('"kind"', '"kinds"')
@@ -222,14 +261,27 @@ def forget_denominators(event: dict[str, object]) -> None:
     ("plant", "condition", "outcome", "told"),
     [
         (other_rate_in_force, "configuration", Outcome.FAIL, "learning_rate = 0.003 was asked, 0.5 was in force"),
+        (
+            other_rate_in_the_events,
+            "configuration",
+            Outcome.FAIL,
+            "= 0.003 was asked, 0.03 was in force (events.jsonl)",
+        ),
         (lambda run: (run / "effective.json").unlink(), "configuration", Outcome.UNKNOWN, "did not record"),
+        (events_of(an_event_taken_out), "events", Outcome.UNKNOWN, "event 1 is numbered 2: some were taken out"),
+        (events_of(a_second_end), "end", Outcome.UNKNOWN, "tell 2 ends"),
+        (reworded(a_lower_loss, "metric"), "F-DISTILL-SMOKE-001", Outcome.FAIL, "recorded with val_loss = "),
         (garbled, "events", Outcome.UNKNOWN, "is no event"),
         (reworded(forget_denominators, "step"), "events", Outcome.UNKNOWN, "cannot be judged again: KeyError"),
         (lambda run: (run / "exit.json").write_text("{}"), "end", Outcome.UNKNOWN, "no end of its process"),
     ],
     ids=[
         "another rate in force",
+        "another rate in the events alone",
         "nothing in force",
+        "an event taken out",
+        "two ends",
+        "a metric that the verdict did not measure",
         "a line that is no event",
         "steps without a word",
         "no exit record",
