@@ -238,9 +238,11 @@ def end_of(events: Sequence[Event], record: dict[str, Any] | None) -> dict[str, 
 
 def gainsays(record: Mapping[str, Any] | None, code: Any) -> bool:
     """Whether the host's exit record says that a process was killed, or ended otherwise than its last event."""
-    return record is not None and (
-        record.get("code") not in (None, code) or record.get("outcome") not in (None, "pass", "fail")
-    )
+    if record is None:
+        return False
+    told = record.get("code")
+    otherwise = told is not None and (type(told) is not int or told != code)  # false is no 0
+    return otherwise or record.get("outcome") not in (None, "pass", "fail")
 
 
 def _check_inventory(record: Mapping[str, Any] | None, found: str | None) -> None:

@@ -274,6 +274,7 @@ def forget_denominators(event: dict[str, object]) -> None:
         (garbled, "events", Outcome.UNKNOWN, "is no event"),
         (reworded(forget_denominators, "step"), "events", Outcome.UNKNOWN, "cannot be judged again: KeyError"),
         (lambda run: (run / "exit.json").write_text("{}"), "end", Outcome.UNKNOWN, "no end of its process"),
+        (lambda run: (run / "exit.json").write_text('{"code": false}'), "end", Outcome.UNKNOWN, "ended with unknown"),
     ],
     ids=[
         "another rate in force",
@@ -285,6 +286,7 @@ def forget_denominators(event: dict[str, object]) -> None:
         "a line that is no event",
         "steps without a word",
         "no exit record",
+        "an exit code that is no number",
     ],
 )
 def test_what_is_not_known_of_a_run_does_not_promote_it(
