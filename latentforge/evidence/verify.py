@@ -222,7 +222,7 @@ def _verify_run(run_dir: Path, ledger: _Ledger, hasher: Hash) -> Verification:
     try:
         content = read_regular(run_dir / MANIFEST)
     except FileNotFoundError:
-        result.problems.append(Problem(MANIFEST, "is missing"))
+        result.problems.append(_no_manifest(run_dir, ledger))
         return result
     except LatentForgeError as error:
         result.problems.append(_unsound(MANIFEST, error))
@@ -242,6 +242,15 @@ def _verify_run(run_dir: Path, ledger: _Ledger, hasher: Hash) -> Verification:
         # Only over whole files: what follows from an altered file differs too, and would bury its name.
         _check_statement(run_dir, statement, digests, result)
     return result
+
+
+def _no_manifest(run_dir: Path, ledger: _Ledger) -> Problem:
+    """Taken away where a ledger or a signature knows of it; a run that was only collected never had one."""
+    entered = ledger.problems or (ledger.chain is not None and ledger.chain.of_run(run_dir.name) is not None)
+    if entered or os.path.lexists(run_dir / f"{MANIFEST}{SUFFIX}"):
+        return Problem(MANIFEST, "is missing")
+    text = f"was never recorded, as far as is known here: latentforge dispatch watch {run_dir.name}"
+    return Problem(MANIFEST, text, Outcome.UNKNOWN)
 
 
 def _check_signature(run_dir: Path, content: bytes, ledger: _Ledger, result: Verification) -> None:

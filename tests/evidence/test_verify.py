@@ -106,6 +106,25 @@ def test_a_missing_file_and_a_new_file_are_named(run_dir: Path) -> None:
     assert ("notes.txt", "appeared since: it is not in the manifest") in problems(run_dir)
 
 
+def test_a_run_that_was_only_collected_is_not_called_altered(runs: Path) -> None:
+    collected = verify_evidence(planted_run(runs, seed=9))
+    assert collected.outcome is Outcome.UNKNOWN
+    assert "was never recorded" in collected.problems[0].text
+    assert f"latentforge dispatch watch {collected.run}" in collected.problems[0].text
+
+
+@pytest.mark.parametrize("kept", ["ledger.jsonl", "manifest.json.sig"])
+def test_a_manifest_that_was_taken_away_is_missing_where_something_knows_of_it(
+    run_dir: Path, runs: Path, kept: str
+) -> None:
+    (run_dir / "manifest.json").unlink()
+    if kept == "manifest.json.sig":
+        (runs / "ledger.jsonl").unlink()
+        (run_dir / kept).write_text("of what was here")
+    assert verify_evidence(run_dir).outcome is Outcome.FAIL
+    assert problems(run_dir)[0] == ("manifest.json", "is missing")
+
+
 def test_a_file_replaced_by_a_link_out_of_the_folder_fails(run_dir: Path, tmp_path: Path) -> None:
     shutil.copy(run_dir / "launch.log", tmp_path / "elsewhere.log")
     (run_dir / "launch.log").unlink()
