@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -45,10 +46,15 @@ def refuse_secrets(value: Any, where: str, environ: Mapping[str, str] | None = N
 
 def refuse_secret_files(folder: Path, names: list[str], environ: Mapping[str, str] | None = None) -> None:
     """Refuse text files (logs, events, JSON) that hold a secret of the environment; streamed, any size."""
-    secrets = {name: value.encode() for name, value in secret_values(environ).items()}
+    # As it is, and as JSON writes it: with quotes, backslashes and perhaps what is not ASCII escaped.
+    secrets = {
+        (name, form.encode(errors="surrogateescape"))
+        for name, value in secret_values(environ).items()
+        for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    }
     if not secrets:
         return
-    overlap = max(len(secret) for secret in secrets.values()) - 1
+    overlap = max(len(secret) for _, secret in secrets) - 1
     for relative in names:
         if not relative.endswith(_TEXT):
             continue
@@ -56,7 +62,7 @@ def refuse_secret_files(folder: Path, names: list[str], environ: Mapping[str, st
             tail = b""
             while block := stream.read(_BLOCK):
                 window = tail + block
-                for name, secret in secrets.items():
+                for name, secret in secrets:
                     if secret in window:
                         raise _refusal(name, relative)
                 tail = window[-overlap:] if overlap else b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_a_launch_record_with_a_token_stops_the_statement(tmp_path: Path) -> Non
     (run_dir / "launch.json").write_text(text)
     with pytest.raises(RefusedError, match=r"HF_TOKEN stands in launch\.json"):
         build_statement(run_dir, plan=None, host={}, dispatched={}, environ={"HF_TOKEN": VALUE})
+
+
+@pytest.mark.parametrize("value", ['a"planted\\value/0123', "clé-planted-0123"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_secret_that_json_escapes_is_found_in_a_file(tmp_path: Path, value: str, ascii_only: bool) -> None:
+    (tmp_path / "effective.json").write_text(json.dumps({"note": value}, ensure_ascii=ascii_only))
+    with pytest.raises(RefusedError, match=r"HF_TOKEN stands in effective\.json"):
+        refuse_secret_files(tmp_path, ["effective.json"], {"HF_TOKEN": value})
