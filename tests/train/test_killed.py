@@ -67,6 +67,12 @@ def said_of(run: RunDir) -> set[str]:
     return set(lines)
 
 
+def judged(run: RunDir) -> list[tuple[str, str, str]]:
+    """What the run was judged to be: no step that was made twice is counted twice."""
+    found = [event.fields for event in read_events(run.events_file) if event.kind == "verdict"]
+    return [(fields["falsifier"], fields["outcome"], fields["text"]) for fields in found]
+
+
 def left_by(run: RunDir) -> dict[str, str]:
     """What the run left below ``out`` but for what is said of it in words, by digest."""
     files = [path for path in run.out.rglob("*") if path.is_file() and path.name != "metrics.json"]
@@ -119,6 +125,7 @@ def check(whole: tuple[RunDir, int], ask: Start, runs: Path, where: random.Rando
     log = again.log_file.read_text()
     assert ended == read_events(run.events_file)[-1].fields["code"], log
     assert said_of(again) == said_of(run), log
+    assert judged(again) == judged(run), log
     assert left_by(again) == left_by(run), log
 
 
