@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -35,15 +36,19 @@ class Part(BaseModel):
 class Scope(Part):
     """Where a verdict holds. Outside it a falsifier is not run and its UNKNOWN does not count.
 
-    ``arch`` names processors (``x86_64``, ``aarch64``) or GPU architectures (``sm_121``), ``device`` a kind of device.
+    ``arch`` names processors (``x86_64``, ``aarch64``) or GPU architectures (``sm_121``), ``device`` a kind of device,
+    ``package`` what an extra of LatentForge installs.
     """
 
     arch: Literal["any"] | list[Architecture] = "any"
     device: Literal["any", "cpu", "cuda"] = "any"
     profile: Literal["any", "smoke", "full"] = "any"
+    package: Literal["any", "deepspeed"] = "any"
 
     def unmet(self, *, arch: str, gpus: Sequence[str]) -> str | None:
-        """Why this machine (processor, GPU architectures) is outside the scope; None where it is inside."""
+        """Why this machine (processor, GPU architectures, packages) is outside the scope; None where it is inside."""
+        if self.package != "any" and importlib.util.find_spec(self.package) is None:
+            return f"needs {self.package}, which is not installed"
         if self.device == "cuda" and not gpus:
             return "needs a GPU"
         if self.arch != "any" and not {arch, *gpus} & set(self.arch):

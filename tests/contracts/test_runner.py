@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -226,6 +227,18 @@ def test_outside_its_scope_a_falsifier_is_not_run_and_does_not_count(contract: C
     assert outcome(folder, Machine("aarch64", ("sm_121",)))[::2] == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
 
 
+def test_a_claim_of_an_extra_counts_where_the_extra_is_installed_and_nowhere_else(
+    contract: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract(honest)
+    folder = contract(raising(None), name="extra", id="F-EXTRA-001", extra="scope: {package: deepspeed}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert outcome(folder)[::2] == (Outcome.UNKNOWN, ExitCode.UNKNOWN)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert outcome(folder)[::2] == (Outcome.UNKNOWN, ExitCode.PASS)
+    assert outcome(folder)[1] == "needs deepspeed, which is not installed; not required on this machine"
+
+
 def test_nothing_checked_is_not_a_pass(contract: Callable[..., Path]) -> None:
     assert outcome(contract(honest, extra="scope: {arch: [sm_121]}"))[2] is ExitCode.UNKNOWN
 
@@ -415,7 +428,7 @@ def test_list_says_what_is_superseded_and_by_what(several: None, capsys: pytest.
     assert main(["contracts", "list", "old", "--json"]) == 0
     (old,) = json.loads(capsys.readouterr().out)
     assert old["superseded"] == {"F-OLD-001": "successor"}
-    assert old["scope"] == {"F-OLD-001": {"arch": "any", "device": "any", "profile": "any"}}
+    assert old["scope"] == {"F-OLD-001": {"arch": "any", "device": "any", "profile": "any", "package": "any"}}
 
 
 @pytest.mark.parametrize(
