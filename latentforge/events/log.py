@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from latentforge.events.event import KINDS
+from latentforge.events.event import KINDS, read_events
 from latentforge.verdicts import ExitCode, Verdict
 
 _DURABLE = frozenset({"checkpoint", "verdict", "end"})
@@ -35,11 +35,22 @@ class EventLog:
 
     def __init__(self, path: Path, run: str, *, text: TextIO | None = None) -> None:
         self.run = run
+        self._path = path
         self._text = sys.stdout if text is None else text
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._seq = _go_on(self._file)
         self._lock = threading.Lock()  # a teacher is watched from a thread of its own
         self.timings: dict[str, float] = {}
+
+    def take_up(self) -> None:
+        """Go on behind what another process has written meanwhile: with its numbers, and the time of its phases."""
+        self._seq, self.timings = _go_on(self._file), {}
+        for event in read_events(self._path):
+            if event.kind == "phase" and "seconds" in event.fields:
+                self._took(event.fields["name"], event.fields["seconds"])
+
+    def _took(self, phase: str, seconds: float) -> None:
+        self.timings[phase] = round(self.timings.get(phase, 0.0) + seconds, 3)
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +89,7 @@ class EventLog:
         self.emit("phase", name=name, state="begin", **fields)
         yield
         seconds = time.monotonic() - begin
-        self.timings[name] = round(self.timings.get(name, 0.0) + seconds, 3)
+        self._took(name, seconds)
         self.emit("phase", name=name, state="end", seconds=round(seconds, 3))
         self.say(f"phase {name} took {seconds:.1f} s")
 
@@ -174,6 +185,22 @@ class EventLog:
     def end(self, code: ExitCode, *, reason: str = "") -> None:
         """The run's last event: the exit code that it earned."""
         self.emit("end", code=int(code), outcome=code.name.lower(), reason=reason)
+
+
+class Unheard(EventLog):
+    """The log of a process that does not write: another one of its run, which does the same, says it all."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(Path(os.devnull), run)
+
+    def take_up(self) -> None:
+        """Nothing was written here."""
+
+    def emit(self, kind: str, /, **fields: Any) -> None:
+        """Nothing is written."""
+
+    def say(self, line: str) -> None:
+        """Nothing is said."""
 
 
 def _go_on(file: int) -> int:

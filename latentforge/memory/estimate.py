@@ -167,7 +167,7 @@ def distill_memory(
             held = ahead_bytes(spec.prefetch, spec.batch_size, length, student.shape.vocab_size)
             terms.append(Term("ahead", held))
     load = teacher.load if teacher is not None else (0, 0)
-    return MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load)
+    return MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load).on(spec.processes)
 
 
 AHEAD_BYTES = 1 << 30

@@ -59,7 +59,7 @@ def latent_memory(
             Term("attention", attention_bytes(_shape(spec, spec.student.layers), rows, length // chunk)),
             runtime(device),
         ),
-    )
+    ).on(spec.processes)
 
 
 def continuation_bytes(spec: ContinuationsSpec, *, length: int, rows: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentforge.verdicts import Outcome
 
@@ -76,6 +76,12 @@ class MemoryPlan:
         steady = sum(term.bytes for term in self.terms if not term.elsewhere)
         runtime = sum(term.bytes for term in self.terms if term.name == "runtime")
         return max(steady, self.load + self.mapped + runtime if self.load else 0)
+
+    def on(self, processes: int) -> MemoryPlan:
+        """The plan of so many processes on this host, each taken to hold what one alone does: sharded weights and
+        states are less, and their share is not counted on."""
+        terms = tuple(term if term.elsewhere else replace(term, bytes=term.bytes * processes) for term in self.terms)
+        return replace(self, terms=terms, load=self.load * processes, mapped=self.mapped * processes)
 
     def line(self, total: int | None = None) -> str:
         """``teacher 1.1 + student 0.4 + … + margin 16.0 = 20.3 GiB``, the margin of a host with ``total`` bytes."""

@@ -54,6 +54,21 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def share_of(section: str, distributed: Distributed, processes: int, batch_size: int, *, frozen: bool) -> int:
+    """The most rows of a batch that one of the processes has. Refused (ValueError) where they could not train together,
+    each on its share."""
+    if distributed == "none" and processes > 1:
+        raise ValueError(
+            f"processes = {processes} with distributed = 'none': they would not train together; set "
+            f"{section}.distributed = 'ddp', or leave processes out"
+        )
+    if distributed != "none" and frozen:
+        raise ValueError(f"distributed = {distributed!r} with a frozen student: there is nothing to train together")
+    if processes > batch_size:
+        raise ValueError(f"processes = {processes} with batch_size = {batch_size}: some would never have a row")
+    return -(-batch_size // processes)
+
+
 def check_attention(what: str, hidden: int, heads: int, kv_heads: int) -> None:
     """Refuse (ValueError) a width that its heads do not share."""
     if hidden % heads or (hidden // heads) % 2:

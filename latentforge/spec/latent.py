@@ -10,12 +10,14 @@ from pydantic import Field, model_validator
 from latentforge.spec.fields import (
     LEAST_TEMPERATURE,
     Count,
+    Distributed,
     Positive,
     Section,
     Weight,
     check_attention,
     check_best,
     check_falsifiers,
+    share_of,
 )
 
 
@@ -137,6 +139,12 @@ class LatentSpec(Section):
     weight_decay: Weight = 0.01
     clip_norm: Positive | None = 1.0
     precision: Literal["fp32", "bf16"] = Field("fp32", description="'bf16' keeps fp32 master weights")
+    distributed: Distributed = Field(
+        "none", description="what spreads the training over processes: torch's DDP or FSDP2, DeepSpeed's ZeRO"
+    )
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes on each host that share every batch; the result is that of one"
+    )
     activation_checkpointing: bool = Field(False, description="compute activations again for the gradient: less memory")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 250
@@ -184,6 +192,12 @@ class LatentSpec(Section):
         micro = self.micro_batch_size
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
+        share = share_of("latent", self.distributed, self.processes, self.batch_size, frozen=self.student.frozen)
+        if micro is not None and micro > share:
+            raise ValueError(
+                f"micro_batch_size = {micro} is more than the {share} rows that each of {self.processes} processes "
+                f"has of batch_size = {self.batch_size}"
+            )
         used = self.sample_continuations
         if self.continues and used is not None and self.samples % used:
             raise ValueError(

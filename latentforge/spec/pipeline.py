@@ -139,6 +139,12 @@ def _effective_distill(spec: PipelineSpec, notes: list[str]) -> DistillSpec:
                 f"teacher.backend = {teacher.backend!r} has no dense logits from which it could be had",
                 next=f"set distill.temperature = {spec.score.temperatures[0]:g}, or teacher.backend = 'hf'",
             )
+        if distill.distributed != "none":
+            raise RefusedError(
+                f"distill.temperature = {distill.temperature:g} is not in score.temperatures [{stored}], and "
+                f"distill.distributed = {distill.distributed!r} takes stored targets alone",
+                next=f"add {distill.temperature:g} to score.temperatures, or set distill.distributed = 'none'",
+            )
         notes.append(
             f"T = {distill.temperature:g} is not in score.temperatures [{stored}]: planned with live dense targets"
         )

@@ -11,6 +11,7 @@ from latentforge.spec.bench import BenchSpec
 from latentforge.spec.endurance import EnduranceSpec
 from latentforge.spec.fields import (
     Count,
+    Distributed,
     EnvironmentName,
     Positive,
     Profile,
@@ -20,6 +21,7 @@ from latentforge.spec.fields import (
     check_attention,
     check_best,
     check_falsifiers,
+    share_of,
 )
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 from latentforge.spec.url import check_url
@@ -189,6 +191,12 @@ class DistillSpec(Section):
     kd_weight: Weight = 0.7
     direction: Literal["forward"] = "forward"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    distributed: Distributed = Field(
+        "none", description="what spreads the training over processes: torch's DDP or FSDP2, DeepSpeed's ZeRO"
+    )
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes on each host that share every batch; the result is that of one"
+    )
     checkpoint_every: Count = 250
     validate_every: Count | None = Field(
         None, description="measure held-out text every so many steps; before the first and after the last if absent"
@@ -221,8 +229,30 @@ class DistillSpec(Section):
         if micro is not None and micro > self.batch_size:
             raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
         check_best("distill", self.keep, self.validate_every, self.steps)
+        share = share_of("distill", self.distributed, self.processes, self.batch_size, frozen=self.student.frozen)
+        if micro is not None and micro > share:
+            raise ValueError(
+                f"micro_batch_size = {micro} is more than the {share} rows that each of {self.processes} processes "
+                f"has of batch_size = {self.batch_size}"
+            )
+        self._taught_together()
         check_falsifiers(self.require, section="distill")
         return self
+
+    def _taught_together(self) -> None:
+        """Refuse a teacher that several processes would each hold, or ask."""
+        if self.distributed == "none":
+            return
+        if self.targets == "live":
+            raise ValueError(
+                f"distributed = {self.distributed!r} with targets = 'live': each process would hold or ask a teacher "
+                "of its own; set targets = 'store', or distributed = 'none'"
+            )
+        if self.on_policy > 0.0:
+            raise ValueError(
+                f"distributed = {self.distributed!r} with on_policy = {self.on_policy:g}: the processes do not write "
+                "text together; set on_policy = 0, or distributed = 'none'"
+            )
 
 
 Goal = Literal["distill", "autoencoder", "latent"]
@@ -282,6 +312,13 @@ class PipelineSpec(Section):
     def _sections_agree(self) -> Self:
         if len(set(self.secrets)) != len(self.secrets):
             raise ValueError(f"secrets = {list(self.secrets)} names one twice")
+        spread = {"distill": self.distils and self.distill, "latent": self.through == "latent" and self.latent}
+        for name, section in spread.items():
+            if section and section.distributed != "none" and self.endurance.on_bad_step == "skip":
+                raise ValueError(
+                    f"{name}.distributed = {section.distributed!r} with endurance.on_bad_step = 'skip': the processes "
+                    "do not go back together; set endurance.on_bad_step = 'stop'"
+                )
         if self.through == "latent":
             self._latent_agrees()
         if self.has_teacher:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
@@ -23,7 +24,7 @@ from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
-from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
 from latentforge.teachers.crossed import CrossCoverage, CrossedShards, CrossedTeacher
@@ -36,6 +37,7 @@ from latentforge.teachers.store import StoreTeacher
 from latentforge.train.asking import answers_dense, check_live, check_on_policy
 from latentforge.train.data import checked_path
 from latentforge.train.engines.choice import Parts, Updates, engine_of
+from latentforge.train.engines.single import Single
 from latentforge.train.feed import Feed
 from latentforge.train.loop import Objective, Trainer
 from latentforge.train.onpolicy import OnPolicy
@@ -174,6 +176,7 @@ def make_feed(job: Job, trainer: Trainer, steps: range) -> Feed:
         micro_batch_size=trainer.micro_batch_size,
         eos_id=data.eos_id,
         interrupted=lambda: stop_requested() is not None,
+        world=trainer.engine.world,
     )
 
 
@@ -199,10 +202,31 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
     model = copy.deepcopy(start).to(job.device)
     model.requires_grad_(not spec.student.frozen)
     student = Student(model, job.data.vocab_size, padding_of(job.data))
+    parts = Parts(student, model, layers=layers_of(model), methods=("logits",))
     updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
-    engine = engine_of("none", Parts(student, model), updates, precision=PRECISIONS[spec.precision])
+    engine = engine_of(spec.distributed, parts, updates, precision=PRECISIONS[spec.precision])
     objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
     return Trainer(student, engine, objective, micro_batch_size=spec.micro_batch_size)
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers of a causal LM that are computed one after the other; none where it keeps them in another way."""
+    return list(getattr(model.base_model, "layers", ()))
+
+
+def whole_student(job: Job, start: Any, trainer: Trainer) -> tuple[Student, dict[str, Tensor]]:
+    """The student as one process has it, and its weights with their masters; of several processes the first is given
+    the trained weights in a model of its own. Collective.
+    """
+    weights, engine = trainer.optimiser.weights(), trainer.engine
+    if not isinstance(engine, Single) and engine.world.first:
+        model = copy.deepcopy(start)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        cast_weights(model, engine.precision)
+        return Student(model.to(job.device), job.data.vocab_size, padding_of(job.data)), weights
+    return trainer.student, weights
 
 
 def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
@@ -210,7 +234,9 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
     spec, optimiser, objective = job.spec, trainer.optimiser, trainer.objective
     model = trainer.student.model
     batch = training_batch(job.data.train, job.order, 0, job.device)
-    parts = batch.split(trainer.micro_batch_size or len(batch))
+    world = trainer.engine.world
+    size = min(trainer.micro_batch_size or len(batch), -(-len(batch) // world.size))
+    wrapped = trainer.engine.wrapped()
     feed = make_feed(job, trainer, range(0))
     config = model.config
     student: dict[str, Any] = {"frozen": not any(p.requires_grad for p in model.parameters())}
@@ -233,17 +259,19 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
             "targets": "live" if job.supply.live else "store",
             "steps": spec.steps,
             "batch_size": len(batch),
-            "micro_batch_size": len(parts[0]),
+            "micro_batch_size": size,
             "learning_rate": optimiser.peak_learning_rate,
             "warmup_steps": spec.warmup_steps,
             "weight_decay": optimiser.weight_decay,
             "clip_norm": optimiser.clip_norm,
-            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype],
+            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[trainer.engine.precision],
             "temperature": job.supply.temperature if objective.kd_weight > 0 else objective.temperature,
             "ce_weight": objective.ce_weight,
             "kd_weight": objective.kd_weight,
             "direction": "forward",
             "device": next(model.parameters()).device.type,
+            "distributed": wrapped.engine,
+            "processes": world.local,
             "checkpoint_every": spec.checkpoint_every,
             "validate_every": spec.validate_every,
             "keep": spec.keep,
@@ -260,6 +288,7 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
         **asked,
         "targets_fetched_ahead": feed.ahead,
         "predictions_per_sequence": batch.shape[1] - 1,
-        "micro_batches": len(parts),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "micro_batches": world.passes(len(batch), trainer.micro_batch_size),
+        "parameters": wrapped.parameters if world.size > 1 else sum(p.numel() for p in model.parameters()),
+        **({} if wrapped.engine == "none" else {"engine": wrapped.record()}),
     }

@@ -63,7 +63,7 @@ def run(run: RunDir, log: EventLog) -> None:
         objective = CodecObjective(spec.token_dropout, spec.latent_dropout, spec.kl_weight, spec.kl_floor, kernel)
         trainer = CodecTrainer(codec, optimiser, objective, eos_id=data.eos_id, seed=seed)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
-        start = start_digests(optimiser, codec)
+        start = start_digests(optimiser)
         earlier = open_predecessor(run, log, CHECKPOINTS)
     if slow:
         log.warning(slow)
@@ -149,7 +149,7 @@ def run(run: RunDir, log: EventLog) -> None:
         folder = run.out / "codec"
         codec.save(folder, eos_id=data.eos_id, tokenizer_sha256=data.tokenizer_sha256, latent_std=after.latent_std)
         copy_tokenizer(data.tokenizer_dir, folder)
-        say_saved(codec, optimiser, folder, start=start, log=log, step=spec.steps, model=MODEL)
+        say_saved(codec, optimiser.weights(), folder, start=start, log=log, step=spec.steps, model=MODEL)
         reports = {"initial": None if before is None else before.as_json(), "final": after.as_json()}
         record = {"steps": spec.steps, "kept_step": kept, "flops": {MODEL: flops}, "heldout": reports}
         write_record(run.out / "metrics.json", record)

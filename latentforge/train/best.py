@@ -8,6 +8,7 @@ import shutil
 from latentforge.errors import FailedError
 from latentforge.spec.run import RunDir
 from latentforge.train.checkpoint import drop_after, load_checkpoint, newest_checkpoint, step_folder
+from latentforge.train.engines.world import World
 from latentforge.train.keeping import Keeper
 from latentforge.train.reading import KEPT_STEP
 from latentforge.train.resume import Earlier
@@ -38,7 +39,8 @@ class Best:
         last = None if earlier is None else earlier.checkpoints.get(self._keeper.model)
         if earlier is None or last is None or not self.wanted:
             return
-        if earlier.run == self._keeper.run.run:
+        first = World.here().first
+        if earlier.run == self._keeper.run.run and first:
             drop_after(self._folder, min(last.step, self._keeper.steps - 1))
         theirs = RunDir(self._keeper.run.path.parent / earlier.run)
         before = theirs.checkpoints / self._keeper.below / BELOW
@@ -46,7 +48,7 @@ class Best:
         for sentence in said:
             self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
         if found is not None:
-            if before != self._folder:
+            if before != self._folder and first:
                 shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
             self.step = found.step
             self.loss = self._before[found.step] = _loss(earlier, self._keeper.model, found.step)
@@ -83,6 +85,7 @@ class Best:
                 next="train with a lower learning rate",
             )
         self._keeper.settle()
+        World.here().barrier()
         found = load_checkpoint(step_folder(self._folder, self.step))
         self._keeper.optimiser.load(found.weights, found.moments)
         log = self._keeper.log

@@ -385,7 +385,7 @@ def no_compile_in_a_step(*, mutant: str | None = None) -> Finding:
 
 def _save(trainer: Trainer, folder: Path, step: int) -> Any:
     optimiser = trainer.optimiser
-    start = start_digests(small_trainer().optimiser, small_trainer().student.model)
+    start = start_digests(small_trainer().optimiser)
     weights: dict[str, Tensor] = {**dict(trainer.student.model.named_parameters()), **optimiser.masters}
     taken = snapshot("student", step, weights, optimiser.moments(), Position("0" * 64, 0, len(small_batch())))
     return save_checkpoint(folder, taken, start=start)

@@ -32,11 +32,13 @@ from latentforge.train.assembly import (
     open_supply,
     start_model,
     values_in_force,
+    whole_student,
 )
 from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.canary_falsifiers import SAME
 from latentforge.train.course import Course
+from latentforge.train.engines.world import World
 from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
 from latentforge.train.keeping import Keeper, position_of
@@ -129,22 +131,24 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
         log.say(f"dense targets of {spec.prefetch} batches would take more than 1 GiB: none are fetched ahead")
     wants_twin = TWIN in spec.require
     flops = dict.fromkeys(("student", "twin") if wants_twin else ("student",), spec.steps * step_flops)
-    effective.record(
-        run,
-        effective=in_force,
-        device=effective.device_record(device),
-        kernel_backend=kernel,
-        tokenizer_sha256=data.tokenizer_sha256,
-        flops=flops,
-    )
+    world = World.here()
+    if world.first:
+        effective.record(
+            run,
+            effective=in_force,
+            device=effective.device_record(device),
+            kernel_backend=kernel,
+            tokenizer_sha256=data.tokenizer_sha256,
+            flops=flops,
+        )
     effective.require_same("distill", identity.spec, in_force)
-    if device.type != "cpu":
+    if device.type != "cpu" and spec.distributed == "none":
         with log.phase("rehearse"):
             batch = training_batch(data.train, order, 0, device)
             rehearse(trainer, batch, supply.targets)
             if drawing:
                 on_policy.write(trainer.student, batch[:1], 0, 0)
-            held_out_once(job, trainer.student)
+            held_out_once(job, trainer)
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
@@ -155,10 +159,12 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
         rival = make_trainer(job, start, kd_weight=0.0, ce_weight=spec.ce_weight or 1.0)
         trained["twin"] = train(job, rival, "twin", earlier, profile)
 
+    plain = {name: whole_student(job, start, one.trainer) for name, one in trained.items()}
+    if not world.first:
+        return
     with log.phase("save"):
         save_model(
-            student.trainer.student,
-            student.trainer.optimiser,
+            *plain["student"],
             run.out / "student",
             tokenizer=data.tokenizer_dir,
             start=student.start,
@@ -166,7 +172,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
             step=spec.steps,
             model="student",
         )
-        models = {name: one.trainer.student for name, one in trained.items()}
+        models = {name: one for name, (one, _) in plain.items()}
         if isinstance(supply.source, HFTeacher):
             models = {"teacher": Student(supply.source.model, data.vocab_size), **models}
         elif profile == "smoke" and has_weights(teacher) and not supply.elsewhere:
@@ -184,7 +190,8 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
 def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profile: str) -> Trained:
     """All steps of one model, from its start or its predecessor's last checkpoint, held-out values at both ends."""
     spec, log = job.spec, job.log
-    start = start_digests(trainer.optimiser, trainer.student.model)
+    start = start_digests(trainer.optimiser)
+    world = trainer.engine.world
     trained, optimiser = trainer.student.model, trainer.optimiser
     position, below = position_of(job.data, job.order), CHECKPOINTS[model]
     keeper = Keeper(job.run, log, trained, optimiser, model, start, spec.steps, spec.checkpoint_every, position, below)
@@ -192,7 +199,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     best.carry(earlier)
     before = known_evaluation(earlier, model)
     if before is None:
-        before = held_out(job, trainer.student, teacher_needed=True)
+        before = held_out(job, trainer, teacher_needed=True)
         report(job, model, before, step=0)
     first = keeper.resume(earlier) or 0
     tally = Tally() if earlier is None else Tally.of(standing(earlier.events), model=model, until=first)
@@ -210,7 +217,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                     try:
                         given = feed.next(step, trainer.student)
                     except (TeacherFailure, prefetch.Interrupted) as stopped:
-                        if step > (keeper.kept or 0):
+                        if step > (keeper.kept or 0) and world.size == 1:
                             keeper.keep(step)
                         report_teaching(job, trainer, model, tally, step=step)
                         raise before_step(step, stopped, model) from stopped
@@ -218,37 +225,39 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                     if result is None:
                         continue
                     result = replace(result, seconds=result.seconds + given.wait_seconds)
-                    log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(given.fields))
+                    fields = summed(given.fields, world)
+                    log_step(log, result, step=step + 1, steps=spec.steps, model=model, **rounded(fields))
                     say_notes(job, step + 1)
                     if course.went_back(step, result.loss):
                         events = standing(read_events(job.run.events_file))
                         tally = Tally.of(events, model=model, until=spec.steps)
                         continue
-                    tally.add({"rows": result.rows, "sequences": result.sequences, **given.fields})
+                    tally.add({"rows": result.rows, "sequences": result.sequences, **fields})
                     if best.due(step + 1):
-                        found = held_out(job, trainer.student)
+                        found = held_out(job, trainer)
                         report(job, model, found, step=step + 1)
                         best.offer(step + 1, found.loss)
-                    if (signal := stop_requested()) is not None:
+                    if (signal := world.signal(stop_requested())) is not None:
                         report_teaching(job, trainer, model, tally, step=step + 1)
                     keeper.after(step + 1, signal)
 
-    after = held_out(job, trainer.student)
+    after = held_out(job, trainer)
     kept = best.put_back(spec.steps, after.loss)
-    after = after if kept == spec.steps else held_out(job, trainer.student)
+    after = after if kept == spec.steps else held_out(job, trainer)
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
     report_teaching(job, trainer, model, tally, step=spec.steps)
     return Trained(trainer, start, before, after, kept, tally)
 
 
-def held_out(job: Job, student: Student, *, teacher_needed: bool = False) -> Evaluation:
+def held_out(job: Job, trainer: Trainer, *, teacher_needed: bool = False) -> Evaluation:
     """Cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order.
 
     Without the KL where the teacher is lost and the run goes on; never so where its answer cannot be trusted, nor where
     it is ``teacher_needed``: before step 1 nothing has shown yet that there is a teacher at all.
     """
     settings: dict[str, Any] = {"temperature": job.spec.temperature, "backend": job.kernel}
+    student = trainer.engine.module
     with job.log.phase("evaluate"):
         try:
             return evaluate(student, evaluation_batches(job.data.heldout, job.device), job.supply.held_out, **settings)
@@ -259,10 +268,11 @@ def held_out(job: Job, student: Student, *, teacher_needed: bool = False) -> Eva
         return evaluate(student, evaluation_batches(job.data.heldout, job.device), None, **settings)
 
 
-def held_out_once(job: Job, student: Student) -> None:
+def held_out_once(job: Job, trainer: Trainer) -> None:
     """The held-out passes with their shapes, for what they load; the values are thrown away."""
     batches = {len(batch): batch for batch in evaluation_batches(job.data.heldout, job.device)}
-    evaluate(student, batches.values(), job.supply.held_out, temperature=job.spec.temperature, backend=job.kernel)
+    settings: dict[str, Any] = {"temperature": job.spec.temperature, "backend": job.kernel}
+    evaluate(trainer.engine.module, batches.values(), job.supply.held_out, **settings)
 
 
 def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
@@ -308,6 +318,13 @@ def lost_teacher(failure: TeacherFailure, model: str, step: int) -> LatentForgeE
         next="mend the teacher, then resume from the last checkpoint:  latentforge dispatch go --attempt next",
         code=ExitCode.UNKNOWN if failure.code is ExitCode.TRANSPORT else failure.code,
     )
+
+
+def summed(fields: dict[str, Any], world: World) -> dict[str, Any]:
+    """The rows that had targets, over all processes; seconds are those of the one that writes them."""
+    names = [name for name in ("target_rows", "silent_rows") if name in fields]
+    counts = world.sums(*(fields[name] for name in names)) if names else []
+    return fields | {name: int(count) for name, count in zip(names, counts, strict=True)}
 
 
 def rounded(fields: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentforge.students.causal import IGNORE, Student, told
 from latentforge.teachers.prefetch import Prefetcher, interruptible
+from latentforge.train.engines.world import World
 from latentforge.train.loop import Lesson
 from latentforge.train.onpolicy import OnPolicy, written_fields
 from latentforge.train.supply import Supply
@@ -39,7 +40,8 @@ class Feed:
     Targets of the data are fetched up to ``ahead`` steps before they are used, but dense ones of a teacher in this
     process only where they do not take too much memory (``dense_fits``); else teacher and student take turns. The
     student's own text cannot be fetched: it depends on the weights of its step, so its teacher is waited for:
-    ``judge``, where it is another one than that of the data. Without a supply nothing is fetched. A context.
+    ``judge``, where it is another one than that of the data. Without a supply nothing is fetched. Of several processes
+    in a ``world`` each is given lessons of its share. A context.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Feed:
         micro_batch_size: int | None = None,
         eos_id: int = -1,
         interrupted: Callable[[], bool] = lambda: False,
+        world: World | None = None,
     ) -> None:
         self._batch_of = batch_of
+        self._world = World() if world is None else world
         self._supply = supply
         self._judge = supply if judge is None else judge
         self.asked_ahead = ahead
@@ -112,9 +116,11 @@ class Feed:
         return Given(tokens, _counted(lessons, fields, student), waited, fields)
 
     def _shares(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The sequences of the data, and those that the student continues: the last of the batch."""
+        """The sequences of the data, and those that the student continues: the last of the batch. Of several processes
+        none writes text."""
         own = self.on_policy.count(step, len(tokens))
-        return tokens[: len(tokens) - own], tokens[len(tokens) - own :]
+        data = tokens[: len(tokens) - own]
+        return data[self._world.share(len(data))], tokens[len(tokens) - own :]
 
     def _material(self, step: int) -> tuple[Tensor, list[Lesson] | None]:
         tokens = self._batch_of(step)

@@ -29,6 +29,7 @@ from latentforge.train.checkpoint import (
     snapshot,
 )
 from latentforge.train.engines.protocol import Optimiser
+from latentforge.train.engines.world import World
 from latentforge.train.resume import Earlier, carry_events
 from latentforge.train.stopping import SHARE, Interrupted, Overdue
 from latentforge.verdicts import ExitCode
@@ -82,6 +83,7 @@ class Keeper:
     _writing: _Writing | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self._world = World.here()
         asked = endurance_of(self.run)
         forever = None if asked.keep_nth is None else asked.keep_nth * self.every
         self.retention = Retention(asked.keep_newest, forever)
@@ -123,6 +125,7 @@ class Keeper:
         """Go on from the last checkpoint of the predecessor, and keep it as this run's first, or of this run where it
         was begun before: how many steps were made. None where the run starts from step 0, which is said where there was
         something to go on from."""
+        self._world.barrier()  # all of them have read what was left, before the first writes over it
         if earlier is None:
             return None
         checkpoint = earlier.checkpoints.get(self.model)
@@ -133,7 +136,8 @@ class Keeper:
         self._go_on(earlier, checkpoint)
         if earlier.run == self.run.run:
             self.kept = checkpoint.step
-            drop_after(self.folder, checkpoint.step)
+            if self._world.first:
+                drop_after(self.folder, checkpoint.step)
         else:
             self.keep(checkpoint.step)
         return checkpoint.step
@@ -145,10 +149,11 @@ class Keeper:
             self.settle()
         if signal is not None or step % self.every == 0 or step == self.steps:
             self.keep(step)
-        elif self._room() < self.floor + self._size:
+        elif self._world.any(self._room() < self.floor + self._size):
             self._stop_for_room(step)
         if signal is not None:
             self.settle()
+            self._world.barrier()  # the run has ended when what the first process writes is whole
             raise Interrupted(f"interrupted by {signal} after step {step} of the {self.model}; checkpoint written")
 
     def _stop_for_room(self, step: int) -> None:
@@ -175,10 +180,13 @@ class Keeper:
         """Take the checkpoint of ``step`` steps, for the folder ``below`` this one's, and go on while it is written."""
         began = time.monotonic()
         self.settle()
-        taken = snapshot(self.model, step, self.optimiser.weights(), self.optimiser.moments(), self.position)
-        stood, folder = time.monotonic() - began, self.folder / below
+        weights, moments = self.optimiser.weights(), self.optimiser.moments()
         if not below:
             self.kept = step
+        if not self._world.first:
+            return
+        taken = snapshot(self.model, step, weights, moments, self.position)
+        stood, folder = time.monotonic() - began, self.folder / below
         self._writing = _Writing(lambda: self._write(taken, folder, stood))
 
     def go_back(self, step: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +18,6 @@ from latentforge.events import EventLog, read_events
 from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import LatentSpec
 from latentforge.spec.run import RunDir, write_record
-from latentforge.students.causal import cast_weights
 from latentforge.students.latent.backbone import DecoderShape
 from latentforge.students.latent.causality import changes
 from latentforge.students.latent.chunks import chunked, valid
@@ -31,6 +31,7 @@ from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.course import Course
+from latentforge.train.engines.choice import Parts, Updates, engine_of
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.latent_falsifiers import MODEL
@@ -38,7 +39,6 @@ from latentforge.train.latent_lessons import TEXT, Teaching
 from latentforge.train.latent_products import save_writer, written
 from latentforge.train.latent_trainer import HeldOut, LatentTrainer
 from latentforge.train.loop import log_compiles, log_step
-from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import start_digests
 from latentforge.train.resume import open_predecessor
 from latentforge.train.score import teacher_folder
@@ -70,20 +70,17 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         codec = open_codec(run, data).to(device)
         teaching = open_teaching(run, spec, codec, data, kernel, held)
         student = new_student(spec, codec, seed=seed).to(device)
+        plain = None if spec.distributed == "none" else copy.deepcopy(student)
         cost = training_cost(student, teaching, positions=data.sequence_length // data.chunk, rows=len(data.train))
         flops = cost.total * spec.steps * spec.batch_size * (data.sequence_length - data.chunk)
         fit_threads(flops / spec.steps)
-        optimiser = MasterOptimiser(
-            student,
-            learning_rate=spec.learning_rate,
-            weight_decay=spec.weight_decay,
-            warmup_steps=spec.warmup_steps,
-            steps=spec.steps,
-            clip_norm=spec.clip_norm,
-        )
-        trainer = LatentTrainer(student, optimiser, teaching, seed=seed, micro_batch_size=spec.micro_batch_size)
+        updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
+        parts = Parts(student, student, layers=student.layers(), some_unused=True)
+        engine = engine_of(spec.distributed, parts, updates, precision=PRECISIONS[spec.precision])
+        optimiser, world = engine.optimiser, engine.world
+        trainer = LatentTrainer(student, engine, teaching, seed=seed, micro_batch_size=spec.micro_batch_size)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
-        start = start_digests(optimiser, student)
+        start = start_digests(optimiser)
         earlier = open_predecessor(run, log, CHECKPOINTS)
     if slow:
         log.warning(slow)
@@ -91,16 +88,17 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         log.say(sentence)
 
     in_force = values_in_force(run, spec, trainer, order, data, device)
-    effective.record(
-        run,
-        effective=in_force,
-        device=effective.device_record(device),
-        kernel_backend=kernel,
-        tokenizer_sha256=data.tokenizer_sha256,
-        flops={MODEL: flops},
-    )
+    if world.first:
+        effective.record(
+            run,
+            effective=in_force,
+            device=effective.device_record(device),
+            kernel_backend=kernel,
+            tokenizer_sha256=data.tokenizer_sha256,
+            flops={MODEL: flops},
+        )
     effective.require_same(MODEL, identity.spec, in_force)
-    if device.type != "cpu":
+    if device.type != "cpu" and spec.distributed == "none":
         with log.phase("rehearse"):
             trainer.rehearse(data, training_batch(data.train, order, 0, device), covered_rows(teaching, order, 0))
     trainer.watch.drain()
@@ -126,7 +124,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
             if done is None:
                 continue
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
-            signal, last = stop_requested(), step + 1 == spec.steps
+            signal, last = world.signal(stop_requested()), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
                 log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
             if course.went_back(step, done.result.loss):
@@ -141,6 +139,10 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         after = trainer.held_out(data)
         kept = best.put_back(spec.steps, after.loss)
         after = after if kept == spec.steps else trainer.held_out(data)
+        weights = optimiser.weights()
+        if not world.first:
+            return
+        student = student if plain is None else filled(plain, weights, engine.precision)
         rows = torch.from_numpy(data.heldout.rows(np.arange(min(CAUSAL_ROWS, len(data.heldout))))).to(device)
         text = chunked(rows, data.chunk)
         change = changes(student, text, valid(text, data.eos_id))
@@ -156,7 +158,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
-        save_writer(run, log, student, codec, optimiser, data, start=start, step=spec.steps)
+        save_writer(run, log, student, codec, weights, data, start=start, step=spec.steps)
         write_record(run.out / "samples.json", written(run.out / "student", data, device))
         reports = {"initial": None if before is None else vars(before), "final": vars(after)}
         causality = {"before": change.before, "after": change.after, "places": change.places}
@@ -171,6 +173,14 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     log.say(f"flops {flops / 1e12:.2f} TFLOP")
     for verdict in judge(read_events(run.events_file), spec.require):
         log.verdict(verdict)
+
+
+def filled(student: LatentStudent, weights: dict[str, Tensor], precision: torch.dtype) -> LatentStudent:
+    """A student with the weights of one that several processes have trained, as one process would have it."""
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.data = weights[name].to(parameter.device, precision)
+    return student
 
 
 def open_codec(run: RunDir, data: ShardSet) -> Codec:
@@ -202,7 +212,6 @@ def new_student(spec: LatentSpec, codec: Codec, *, seed: int) -> LatentStudent:
         seed=seed,
         energy=EnergySettings(spec.alpha, spec.draws, spec.samples),
     )
-    cast_weights(student, PRECISIONS[spec.precision])
     student.requires_grad_(not asked.frozen)
     if spec.activation_checkpointing:
         student.checkpoint_activations()
@@ -292,7 +301,8 @@ def values_in_force(
     student, optimiser, teaching = trainer.student, trainer.optimiser, trainer.teaching
     config = student.backbone.decoder.model.config
     batch = training_batch(data.train, order, 0, device)
-    size = min(trainer.micro_batch_size or len(batch), len(batch))
+    world, wrapped = trainer.engine.world, trainer.engine.wrapped()
+    size = min(trainer.micro_batch_size or len(batch), -(-len(batch) // world.size))
     weights = {name: getattr(teaching.spec, name) for name in LatentSpec.model_fields if name.endswith("_weight")}
     return {
         "profile": run.load_identity().spec["profile"],
@@ -323,7 +333,9 @@ def values_in_force(
             "warmup_steps": spec.warmup_steps,
             "weight_decay": optimiser.weight_decay,
             "clip_norm": optimiser.clip_norm,
-            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[student.table.weight.dtype],
+            "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[trainer.engine.precision],
+            "distributed": wrapped.engine,
+            "processes": world.local,
             "activation_checkpointing": student.head.checkpointing,
             "device": student.table.weight.device.type,
             "checkpoint_every": spec.checkpoint_every,
@@ -335,6 +347,7 @@ def values_in_force(
         "chunk": student.shape.chunk,
         "latent_size": student.shape.latent,
         "predictions_per_sequence": batch.shape[1] - student.shape.chunk,
-        "micro_batches": -(-len(batch) // size),
-        "parameters": sum(p.numel() for p in student.parameters()),
+        "micro_batches": world.passes(len(batch), trainer.micro_batch_size),
+        "parameters": wrapped.parameters if world.size > 1 else sum(p.numel() for p in student.parameters()),
+        **({} if wrapped.engine == "none" else {"engine": wrapped.record()}),
     }

@@ -175,8 +175,14 @@ class Teaching:
         each |= {name: int(one.given.sum()) for name, one in drawn.items()}
         return Counts(count, chunks_here, places.numel() - count, each)
 
-    def lesson(self, tokens: Tensor, seeds: Tensor, drawn: dict[str, Drawn], counts: Counts) -> Lesson:
-        """The signals of ``tokens`` int64 [b, L], some rows of a batch, divided by what the batch's ``counts`` say."""
+    def lesson(
+        self, tokens: Tensor, seeds: Tensor, drawn: dict[str, Drawn], counts: Counts, *, together: bool = False
+    ) -> Lesson:
+        """The signals of ``tokens`` int64 [b, L], some rows of a batch, divided by what the batch's ``counts`` say.
+
+        Several processes train ``together``: each pass then has every signal that the batch has, with or without a row
+        of it here, since they wait for each other in every layer.
+        """
         chunks = chunked(tokens, self.codec.shape.chunk)
         there = valid(chunks, self.eos_id)
         energy: dict[str, EnergySignal] = {}
@@ -185,7 +191,7 @@ class Teaching:
                 self.codec, chunks, there, denominator=counts.energy[TEXT], weight=self.weights[TEXT]
             )
         for name, one in drawn.items():
-            if not bool(one.given.any()):
+            if not (counts.energy[name] if together else bool(one.given.any())):
                 continue  # nothing here was continued
             told = None if one.temperature == 1.0 else torch.full(one.given.shape, one.temperature)
             energy[name] = continuation_signal(
@@ -202,13 +208,22 @@ class Teaching:
         return Lesson(chunks, there, seeds, energy, tokens_told, self._vector(chunks, there, targets, counts))
 
     def lessons(
-        self, tokens: Tensor, seeds: Tensor, drawn: dict[str, Drawn], counts: Counts, size: int
+        self,
+        tokens: Tensor,
+        seeds: Tensor,
+        drawn: dict[str, Drawn],
+        counts: Counts,
+        size: int,
+        *,
+        rows: slice = slice(None),
+        together: bool = False,
     ) -> Iterator[Lesson]:
-        """A batch in parts of at most ``size`` rows."""
-        for at in range(0, len(tokens), size):
-            part = slice(at, at + size)
+        """``rows`` of a batch, all if not given, in parts of at most ``size``."""
+        first, last, _ = rows.indices(len(tokens))
+        for at in range(first, last, size):
+            part = slice(at, min(at + size, last))
             some = {name: Drawn(one.ids[part], one.given[part], one.temperature) for name, one in drawn.items()}
-            yield self.lesson(tokens[part], seeds[part], some, counts)
+            yield self.lesson(tokens[part], seeds[part], some, counts, together=together)
 
     def _targets(self, tokens: Tensor) -> Targets | None:
         if self.rows is None:

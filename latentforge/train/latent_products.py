@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import copy_tokenizer
@@ -17,7 +19,6 @@ from latentforge.students.latent.codec import Codec
 from latentforge.students.latent.generate import Request, generate
 from latentforge.students.latent.student import LatentStudent
 from latentforge.train.latent_falsifiers import MODEL
-from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.products import say_saved
 from latentforge.train.samples import NEW_TOKENS, PROMPTS
 from latentforge.writers.opening import CODEC_FOLDER, open_writer
@@ -28,7 +29,7 @@ def save_writer(
     log: EventLog,
     student: LatentStudent,
     codec: Codec,
-    optimiser: MasterOptimiser,
+    weights: Mapping[str, Tensor],
     data: ShardSet,
     *,
     start: dict[str, str],
@@ -47,7 +48,7 @@ def save_writer(
     shutil.copytree(run.input_path("codec") / "codec", partial / CODEC_FOLDER)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    say_saved(student, optimiser, folder, start=start, log=log, step=step, model=MODEL)
+    say_saved(student, weights, folder, start=start, log=log, step=step, model=MODEL)
 
 
 def written(folder: Path, data: ShardSet, device: torch.device) -> list[dict[str, Any]]:

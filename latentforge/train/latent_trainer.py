@@ -13,9 +13,9 @@ from latentforge.data.shards import ShardSet
 from latentforge.errors import FailedError
 from latentforge.kernels.guard.compiles import CompileWatch
 from latentforge.students.latent.student import LatentLoss, LatentStudent
+from latentforge.train.engines.protocol import Engine, Optimiser
 from latentforge.train.latent_lessons import TEMPERED, Counts, Lesson, Teaching, row_seeds
 from latentforge.train.loop import StepResult, bytes_of, refuse_not_finite
-from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.setting import evaluation_batches
 
 HELD_OUT = -1
@@ -55,26 +55,31 @@ class HeldOut:
 
 
 class LatentTrainer:
-    """A latent student, its optimiser, its signals and the seed of its noise."""
+    """A latent student, the engine that trains it, its signals and the seed of its noise."""
 
     def __init__(
         self,
         student: LatentStudent,
-        optimiser: MasterOptimiser,
+        engine: Engine,
         teaching: Teaching,
         *,
         seed: int,
         micro_batch_size: int | None,
     ) -> None:
-        self.student, self.optimiser, self.teaching = student, optimiser, teaching
+        self.student, self.engine, self.teaching = student, engine, teaching
         self.seed, self.micro_batch_size = seed, micro_batch_size
         self.watch = CompileWatch()
+
+    @property
+    def optimiser(self) -> Optimiser:
+        """What updates the weights, and holds them whole for checkpoints."""
+        return self.engine.optimiser
 
     def step(
         self, step: int, tokens: Tensor, *, visits: Tensor | None = None, covered: Tensor | None = None
     ) -> LatentStep:
-        """Train once on all of ``tokens`` int64 [B, L]; ``step`` counts from 0, ``visits`` and ``covered`` are as of
-        ``Teaching.drawn``.
+        """Train once on all of ``tokens`` int64 [B, L], of which each process of a run trains its share; ``step``
+        counts from 0, ``visits`` and ``covered`` are as of ``Teaching.drawn``.
 
         Denominators count the whole batch before its first micro-batch. FailedError, with nothing updated, where a
         chunk or a token of it was not trained, or a number is not finite.
@@ -87,11 +92,19 @@ class LatentTrainer:
         seeds = row_seeds(self.seed, step, len(tokens))
         sizes: list[int] = []
         loss, parts, energy, told = 0.0, dict[str, float](), dict.fromkeys(counts.energy, 0), 0
-        for lesson in self.teaching.lessons(tokens, seeds, drawn, counts, self.micro_batch_size or len(tokens)):
-            found = self._pass(lesson)
-            if found.loss.requires_grad:
-                found.loss.backward()
-                self.optimiser.collect()
+        engine, world = self.engine, self.engine.world
+        passes = world.passes(len(tokens), self.micro_batch_size)
+        shared = {"together": world.size > 1}
+        batch = (tokens, seeds, drawn, counts, self.micro_batch_size or len(tokens))
+        lessons = self.teaching.lessons(*batch, rows=world.share(len(tokens)), **shared)
+        for number, lesson in enumerate(world.padded(lessons, passes)):
+            with engine.passing(last=number + 1 == passes):
+                if lesson is None:  # no row is left here, and others wait in every layer
+                    (again,) = self.teaching.lessons(*batch, rows=slice(0, 1), **shared)
+                    engine.backward(self._pass(again).loss * 0.0)
+                    continue
+                found = self._pass(lesson)
+                engine.backward(found.loss)
             sizes.append(len(lesson.chunks))
             loss += float(found.loss.detach())
             told += found.tokens
@@ -100,13 +113,24 @@ class LatentTrainer:
             for name, rows in found.rows.items():
                 energy[name] += rows
         wanted = counts.tokens if self.teaching.has_tokens else 0
-        if sum(sizes) != len(tokens) or energy != counts.energy or told != wanted:
+        names = sorted(self.teaching.parts)
+        loss, sequences, told, *each = world.sums(
+            loss,
+            sum(sizes),
+            told,
+            *(parts.get(name, 0.0) for name in names),
+            *(energy[name] for name in counts.energy),
+        )
+        sequences, told = int(sequences), int(told)
+        parts = {name: value for name, value in zip(names, each, strict=False) if name in parts}
+        energy = {name: int(value) for name, value in zip(counts.energy, each[len(names) :], strict=True)}
+        if sequences != len(tokens) or energy != counts.energy or told != wanted:
             raise FailedError(
-                f"step {step + 1}: {sum(sizes)} of {len(tokens)} rows, {told} of {wanted} tokens, {energy} of "
+                f"step {step + 1}: {sequences} of {len(tokens)} rows, {told} of {wanted} tokens, {energy} of "
                 f"{counts.energy} chunks were trained; the step is refused"
             )
         refuse_not_finite("loss", loss, step)
-        grad_norm = self.optimiser.step()
+        grad_norm = engine.step()
         refuse_not_finite("gradient norm", grad_norm, step)
         result = StepResult(
             loss=loss,
@@ -114,7 +138,7 @@ class LatentTrainer:
             kd=parts.get("token_kd"),
             learning_rate=learning_rate,
             rows=counts.tokens,
-            sequences=sum(sizes),
+            sequences=sequences,
             micro_batches=tuple(sizes),
             denominator=counts.tokens,
             grad_norm=grad_norm,
@@ -164,7 +188,7 @@ class LatentTrainer:
         if not lesson.teaches:
             unasked = torch.full((), torch.nan)
             return LatentLoss(torch.zeros(()), {}, unasked, unasked, {}, 0)
-        found: LatentLoss = self.student(
+        found: LatentLoss = self.engine.module(
             lesson.chunks,
             lesson.valid,
             lesson.seeds,

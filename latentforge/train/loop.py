@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentforge.errors import FailedError
 from latentforge.events import EventLog
-from latentforge.kernels.api import kd_loss
 from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
-from latentforge.students.causal import IGNORE, LossParts, RowUse, Student, told
+from latentforge.students.causal import IGNORE, LossParts, RowUse, Student
 from latentforge.train.effective import memory_in_use
 from latentforge.train.engines.protocol import Engine, Optimiser
 
@@ -268,34 +267,32 @@ def rehearse(trainer: Trainer, tokens: Tensor, targets_of: TargetsOf | None) -> 
 
 @torch.no_grad()
 def evaluate(
-    student: Student, batches: Iterable[Tensor], targets_of: TargetsOf | None, *, temperature: float, backend: str
+    student: nn.Module, batches: Iterable[Tensor], targets_of: TargetsOf | None, *, temperature: float, backend: str
 ) -> Evaluation:
     """Cross-entropy and KL to the teacher (at ``temperature``) over batches of tokens int64 [B, L].
 
-    The KL is a mean over the rows in which the teacher says something; None where there are none.
+    ``student`` is a :class:`Student`, or what an engine has made of it. The KL is a mean over the rows in which the
+    teacher says something; None where there are none.
     """
     student.eval()
     loss, kl, rows, heard = 0.0, 0.0, 0, 0
     seen = hashlib.sha256()
     for tokens in batches:
         seen.update(bytes_of(tokens))
-        labels = student.labels(tokens)
         targets = None if targets_of is None else targets_of(tokens)
-        parts = kd_loss(
-            student.logits(tokens),
+        parts: LossParts = student(
+            tokens,
             targets,
-            labels,
+            1.0,
             temperature=temperature,
             ce_weight=1.0,
             kd_weight=0.0 if targets_of is None else 1.0,
-            denominator=1.0,
-            ignore_index=IGNORE,
-            backend=backend,
+            kernel_backend=backend,
         )
         loss += float(parts.ce)
         kl += float(parts.kd)
-        rows += int((labels != IGNORE).sum())
-        heard += 0 if targets is None else int(((labels != IGNORE) & told(targets)).sum())
+        rows += parts.rows
+        heard += (0 if targets is None else parts.rows) if parts.kd_rows is None else parts.kd_rows
     if rows == 0:
         raise FailedError("the held-out split has no row to evaluate on")
     # kd carries T squared, which belongs to the gradient's scale, not to a divergence.

@@ -146,9 +146,11 @@ def begin_measuring() -> int:
     return effective.memory_in_use()
 
 
-def compare(run: RunDir, log: EventLog, plan: MemoryPlan, *, before: int) -> MeasuredMemory:
-    """Set the peak beside the plan, as an event and in ``effective.json``; a warning where it is far above."""
-    found = MeasuredMemory.of(plan, peak=effective.peak_memory_bytes(), before=before)
+def compare(run: RunDir, log: EventLog, plan: MemoryPlan, *, before: int, held: int | None = None) -> MeasuredMemory:
+    """Set the peak beside the plan, as an event and in ``effective.json``; a warning where it is far above. ``held`` is
+    the sum of the peaks of a run's processes, where it had some besides this one."""
+    peak, before = (effective.peak_memory_bytes(), before) if held is None else (held, 0)
+    found = MeasuredMemory.of(plan, peak=peak, before=before)
     values = {"planned_bytes": found.planned, "measured_bytes": found.measured, "peak_bytes": found.peak}
     log.memory(**values)
     share = f"{found.measured / found.planned:.0%}" if found.planned else "?"

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.errors import FailedError
 from latentforge.events import EventLog
 from latentforge.students.causal import Student
 from latentforge.train.checkpoint import tensor_sha256
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.engines.protocol import Optimiser
 
 
-def start_digests(optimiser: MasterOptimiser, model: nn.Module) -> dict[str, str]:
+def start_digests(optimiser: Optimiser) -> dict[str, str]:
     """The digest of every tensor before the first step: of the masters where it is trained, else of the model."""
-    tensors = {**dict(model.named_parameters()), **optimiser.masters}
-    return {name: tensor_sha256(value) for name, value in tensors.items()}
+    return {name: tensor_sha256(value) for name, value in optimiser.weights().items()}
 
 
 def save_model(
     student: Student,
-    optimiser: MasterOptimiser,
+    weights: Mapping[str, Tensor],
     folder: Path,
     *,
     tokenizer: Path,
@@ -47,12 +47,12 @@ def save_model(
     copy_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return say_saved(student.model, optimiser, folder, start=start, log=log, step=step, model=model)
+    return say_saved(student.model, weights, folder, start=start, log=log, step=step, model=model)
 
 
 def say_saved(
     trained: nn.Module,
-    optimiser: MasterOptimiser,
+    weights: Mapping[str, Tensor],
     folder: Path,
     *,
     start: dict[str, str],
@@ -62,7 +62,8 @@ def say_saved(
 ) -> dict[str, Any]:
     """Compare every tensor that was saved in ``folder`` with memory, and say in an event what moved since ``start``.
 
-    FailedError where what is on disk is not what was trained.
+    ``weights`` are the optimiser's: masters where a tensor is trained. FailedError where what is on disk is not what
+    was trained.
     """
     files = sorted(folder.glob("*.safetensors"))
     saved = {name: value for file in files for name, value in load_file(file).items()}
@@ -70,8 +71,7 @@ def say_saved(
     wrong = [n for n, p in parameters.items() if n not in saved or tensor_sha256(saved[n]) != tensor_sha256(p)]
     if wrong:
         raise FailedError(f"{folder}: {len(wrong)} tensor(s) on disk are not what was trained: {', '.join(wrong[:3])}")
-    current = {**parameters, **optimiser.masters}
-    unmoved = [name for name, digest in start.items() if tensor_sha256(current[name]) == digest]
+    unmoved = [name for name, digest in start.items() if tensor_sha256(weights[name]) == digest]
     weight = {
         "bytes": sum(file.stat().st_size for file in files),
         "expected_bytes": sum(p.numel() * p.element_size() for p in parameters.values()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from latentforge.errors import RefusedError
 from latentforge.events import Event, EventLog, read_events, standing
 from latentforge.spec.run import RunDir
+from latentforge.spec.spread import without_spread
 from latentforge.train.checkpoint import Checkpoint, newest_checkpoint
 from latentforge.train.loop import Evaluation
 from latentforge.train.reading import left_out_of, say_left_out
@@ -38,8 +39,9 @@ def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> Earl
     before, newest = run.predecessor(), None
     while before is not None and before.path.is_dir():
         theirs = before.load_identity()
-        for what in ("kind", "spec", "inputs"):
-            if getattr(ours, what) != getattr(theirs, what):
+        asked = [(one.kind, without_spread(one.spec), one.inputs) for one in (ours, theirs)]
+        for what, own, other in zip(("kind", "spec", "inputs"), *asked, strict=True):
+            if own != other:
                 raise RefusedError(f"{run.run} cannot resume {before.run}: its {what} is another")
         earlier = _left_by(before, models, log)
         if earlier.checkpoints:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 from latentforge.errors import LatentForgeError, RefusedError
@@ -23,9 +20,12 @@ from latentforge.spec.endurance import endurance_of
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import HTTP_BACKENDS
+from latentforge.spec.spread import processes_of
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.train import effective, memory
+from latentforge.train.recipes import follow, set_up
 from latentforge.train.setting import fit_threads
+from latentforge.train.spread import run_spread
 from latentforge.train.stopping import Interrupted, handled_signals
 from latentforge.verdicts import ExitCode, Outcome, exit_code, meet
 
@@ -50,9 +50,10 @@ def execute(
         before = memory.begin_measuring()
         try:
             with handled_signals(endurance_of(run).stop_grace) if signals else nullcontext():
-                planned = _run(run, log)
+                planned = _run(run, log, text)
             if planned is not None:
-                memory.compare(run, log, planned, before=before)
+                plan, held = planned
+                memory.compare(run, log, plan, before=before, held=held)
             code, reason = _earned(run), ""
         except Interrupted as error:
             code, reason = ExitCode.UNKNOWN, str(error)
@@ -74,8 +75,9 @@ def execute(
     return code
 
 
-def _run(run: RunDir, log: EventLog) -> MemoryPlan | None:
-    """Check, plan its memory and follow the recipe of its kind; returns what it was planned to hold."""
+def _run(run: RunDir, log: EventLog, text: TextIO | None) -> tuple[MemoryPlan, int | None] | None:
+    """Check, plan its memory and follow the recipe of its kind; returns what it was planned to hold, and what its
+    processes held where there are several."""
     identity = run.load_identity()
     check_code(identity)
     with log.phase("inputs"):
@@ -96,30 +98,19 @@ def _run(run: RunDir, log: EventLog) -> MemoryPlan | None:
     planned = memory.plan_of(run, identity)
     if planned is not None:
         memory.require_room(run, log, planned)
-    if identity.kind == "data":
-        from latentforge.train.data import run as recipe
-    elif identity.kind == "teacher":
-        from latentforge.train.teacher import run as recipe
-    elif identity.kind == "score":
-        from latentforge.train.score import run as recipe
-    elif identity.kind == "autoencoder":
-        from latentforge.train.autoencoder import run as recipe
-    elif identity.kind == "continuations":
-        from latentforge.train.continuations import run as recipe
-    elif identity.kind == "latent":
-        from latentforge.train.latent import run as recipe
-    elif identity.kind == "bench":
-        from latentforge.train.bench import run as recipe
+    processes = processes_of(identity.kind, identity.spec)
+    held = None
+    if processes is None:
+        follow(run, log, identity.kind)
     else:
-        from latentforge.train.distill import run as recipe
-    recipe(run, log)
+        held = run_spread(run, log, processes, text=text)
     if identity.kind in ("data", "score"):
         effective.record(run, effective=_product_values(run, identity))
     if identity.kind == "score":
         made = json.loads((run.out / "score.json").read_bytes())
         batches = made["sequences"] / identity.spec["score"]["batch_size"]
         effective.record(run, flops={"score": _scoring_flops(run, identity) * batches})
-    return planned
+    return None if planned is None else (planned, held)
 
 
 def check_code(identity: RunIdentity) -> None:
@@ -130,20 +121,6 @@ def check_code(identity: RunIdentity) -> None:
             f"{identity.run_id} was planned for code {identity.code[:12]}…, this process runs {found[:12]}…",
             next="plan again with this code:  latentforge dispatch go",
         )
-
-
-def set_up(seed: int) -> int:
-    """Make torch deterministic and seed every generator; returns the seed as torch now holds it."""
-    # Read by cuBLAS when its first handle is made; without it, its results differ from run to run.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # On a GPU some operators have no deterministic form: torch says which, and the run goes on.
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    # Filling every fresh tensor with NaN is for finding bugs; results do not depend on it, the time does.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    return torch.initial_seed()
 
 
 def verify_inputs(run: RunDir) -> dict[str, dict[str, Any]]:

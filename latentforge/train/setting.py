@@ -13,6 +13,7 @@ from latentforge.data.order import BatchOrder
 from latentforge.data.shards import PackedShard, ShardSet
 from latentforge.errors import LatentForgeError, RefusedError
 from latentforge.students.causal import Padding
+from latentforge.train.engines.world import World
 
 EVALUATION_ROWS = 32
 """Sequences of a forward pass when nothing is trained."""
@@ -25,13 +26,14 @@ SMALL_STEP_FLOPS = 20e9
 def fit_threads(step_flops: float) -> int:
     """Set and return torch's threads for steps of ``step_flops``: all cores, but one where a step is small.
 
-    The environment's LATENTFORGE_THREADS wins. Small operators gain little from a second thread and lose a hundred
-    times as much where another process wants its core: every operator then waits for a descheduled thread.
+    Several processes of a run on this host share its cores. The environment's LATENTFORGE_THREADS wins. Small operators
+    gain little from a second thread and lose a hundred times as much where another process wants its core: every
+    operator then waits for a descheduled thread.
     """
     asked = os.environ.get(THREADS)
     if asked is not None and (not asked.isdigit() or int(asked) < 1):
         raise RefusedError(f"{THREADS}={asked!r} is not a number of threads", next=f"unset {THREADS}")
-    cores = len(os.sched_getaffinity(0))
+    cores = max(1, len(os.sched_getaffinity(0)) // World.here().local)
     torch.set_num_threads(int(asked) if asked else 1 if step_flops < SMALL_STEP_FLOPS else cores)
     return torch.get_num_threads()
 

@@ -71,7 +71,7 @@ def run(run: RunDir, log: EventLog) -> None:
         )
         trainer = Trainer(teacher, Single(teacher, optimiser), Objective(1.0, 1.0, 0.0, kernel))
         order = BatchOrder(len(data.train), spec.batch_size, seed)
-        start = start_digests(optimiser, model)
+        start = start_digests(optimiser)
         earlier = open_predecessor(run, log, CHECKPOINTS)
     if slow:
         log.warning(slow)
@@ -150,7 +150,7 @@ def run(run: RunDir, log: EventLog) -> None:
         run.out.mkdir(exist_ok=True)
         save_model(
             teacher,
-            optimiser,
+            optimiser.weights(),
             run.out / "model",
             tokenizer=data.tokenizer_dir,
             start=start,

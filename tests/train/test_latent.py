@@ -381,8 +381,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_nothing_updated(
 def test_a_signal_that_was_not_computed_refuses_the_step(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     real = latent.Teaching.lesson
 
-    def forgets(self: Any, *arguments: Any) -> Any:
-        found = real(self, *arguments)
+    def forgets(self: Any, *arguments: Any, **settings: Any) -> Any:
+        found = real(self, *arguments, **settings)
         found.energy.pop("sample", None)
         return found
 

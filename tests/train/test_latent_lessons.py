@@ -19,6 +19,7 @@ from latentforge.students.latent.energy import EnergySettings
 from latentforge.students.latent.student import LatentShape, LatentStudent
 from latentforge.targets.continuations import ContinuationStore
 from latentforge.targets.continued import contexts
+from latentforge.train.engines.single import Single
 from latentforge.train.latent import training_cost
 from latentforge.train.latent_lessons import Teaching, row_seeds
 from latentforge.train.latent_trainer import LatentTrainer
@@ -124,7 +125,7 @@ def test_rows_without_a_signal_of_their_own_teach_nothing_and_end_no_run(store: 
     wanted = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 0, "steps": 2, "clip_norm": 1.0}
     optimiser = MasterOptimiser(student, **wanted)
     before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
-    trainer = LatentTrainer(student, optimiser, taught, seed=1, micro_batch_size=1)
+    trainer = LatentTrainer(student, Single(student, optimiser), taught, seed=1, micro_batch_size=1)
     done = trainer.step(0, text(), covered=torch.tensor([False] * 3))
     assert (done.counts.energy, done.result.loss, done.result.sequences) == ({"sample": 0}, 0.0, 3)
     assert all(torch.equal(before[name], weight) for name, weight in student.named_parameters())

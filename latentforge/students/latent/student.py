@@ -316,6 +316,11 @@ class LatentStudent(nn.Module):
         hidden = self.token_rows(states.flatten(0, 1), chunks[:, 1:].flatten(0, 1)).reshape(rows, -1, width)
         return F.pad(hidden, (0, 0, self.shape.chunk - 1, 0)).flatten(0, 1)
 
+    def layers(self) -> list[nn.Module]:
+        """The decoders' layers: what each pass that trains goes through, in their order."""
+        decoders = [self.backbone.decoder] + ([] if self.token_head is None else [self.token_head.decoder])
+        return [layer for decoder in decoders for layer in decoder.model.layers]
+
     def checkpoint_activations(self) -> None:
         """From now on, keep no activations inside the layers while training: they are computed again for the gradient,
         with the same result.

@@ -79,3 +79,18 @@ def shares_are_what_was_asked(*, mutant: str | None = None) -> Finding:
         said[engine] = f"{engine} {share[0]:.2f}/{share[1]:.2f}"
     # The engines have refused themselves where a type or a size was another: what came back here is what held.
     return Finding(True, f"share of weights/states in each of 2 processes: {', '.join(said.values())}", said)
+
+
+def print_table() -> None:
+    """The equality table of docs/distributed.md, for one process and for two."""
+    print("| processes | engine | passes | loss | gradient norm | weights and moments | weights here | states here |")
+    print("|---|---|---|---|---|---|---|---|")
+    for processes in (1, 2):
+        for (engine, way, mutant), one in table(processes).items():
+            off = " | ".join(f"{value:.1e}" for value in one[:3])
+            here = " | ".join(f"{one.wrapped[name] / one.wrapped['parameters']:.2f}" for name in ("weights", "states"))
+            print(f"| {processes} | {engine} | {way if mutant is None else f'{way}, {mutant}'} | {off} | {here} |")
+
+
+if __name__ == "__main__":
+    print_table()

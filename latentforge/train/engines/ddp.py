@@ -26,6 +26,11 @@ class Ddp:
         # Gradients in bf16 are added up in fp32 masters after each pass, so each pass has to have the whole sum.
         self._once = all(p.dtype == torch.float32 for p in optimiser.working.values())
 
+    @property
+    def precision(self) -> torch.dtype:
+        """That of the weights themselves."""
+        return next(p.dtype for p in self.optimiser.working.values())
+
     def passing(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are summed over the processes in the last pass alone."""
         return nullcontext() if last or not self._once else self.module.no_sync()

@@ -209,6 +209,11 @@ class DeepSpeed:
         self.module = engine
         self.optimiser = ZeroOptimiser(engine, trained, warmup_steps=warmup_steps, steps=steps, clip_norm=clip_norm)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """That of the weights themselves, as DeepSpeed holds it."""
+        return torch.bfloat16 if self.module.bfloat16_enabled() else torch.float32
+
     def passing(self, *, last: bool) -> AbstractContextManager[None]:
         """Nothing is held back for the last pass: its settings leave the accumulation to us."""
         return nullcontext()

@@ -30,8 +30,8 @@ _BATCHES = (8, 8, 5)
 
 
 class Compared(NamedTuple):
-    """The furthest that a loss, a gradient norm (both relative) and a weight were from a single process's, and what
-    the engine had wrapped."""
+    """The furthest that a loss, a gradient norm (both relative) and a weight or moment were from those of a single
+    process, and what the engine had wrapped."""
 
     loss: float
     norm: float
@@ -40,12 +40,17 @@ class Compared(NamedTuple):
 
 
 def compared(
-    distributed: Distributed, *, micro_batch_size: int | None, tied: bool = True, mutant: str | None = None
+    distributed: Distributed,
+    *,
+    micro_batch_size: int | None,
+    tied: bool = True,
+    resumed: bool = False,
+    mutant: str | None = None,
 ) -> Compared:
     """Three steps of one student by an engine on the processes of this world, beside the same by none on this one.
 
-    Rows are ragged (documents end inside them), and so are the batches. ``mutant`` "divided-twice" leaves the library's
-    own average in.
+    Rows are ragged (documents end inside them), and so are the batches. Where it is ``resumed``, the engine takes over
+    what the single process kept after its first step. ``mutant`` "divided-twice" leaves the library's own average in.
     """
     alone, there = _trainer("none", micro_batch_size, tied), _trainer(distributed, micro_batch_size, tied)
     if mutant == "divided-twice":
@@ -53,11 +58,16 @@ def compared(
     loss = norm = 0.0
     for step, rows in enumerate(_BATCHES):
         tokens = _tokens(step, rows)
-        wanted, found = (one.step(step, tokens, _targets) for one in (alone, there))
+        wanted = alone.step(step, tokens, _targets)
+        if resumed and step == 0:
+            there.optimiser.load(*_kept(alone))
+            continue
+        found = there.step(step, tokens, _targets)
         loss = max(loss, abs(found.loss - wanted.loss) / abs(wanted.loss))
         norm = max(norm, abs(found.grad_norm - wanted.grad_norm) / wanted.grad_norm)
-    weights, ours = alone.optimiser.weights(), there.optimiser.weights()
-    weight = max(float((ours[name] - value).detach().abs().max()) for name, value in weights.items())
+    # Weights and moments as a checkpoint holds them.
+    wanted_kept, ours = ({**weights, **moments} for weights, moments in (_kept(alone), _kept(there)))
+    weight = max(float((ours[name] - value).abs().max()) for name, value in wanted_kept.items())
     return Compared(loss, norm, weight, there.engine.wrapped().record())
 
 
@@ -97,6 +107,11 @@ def _trainer(distributed: Distributed, micro_batch_size: int | None, tied: bool)
         engine = engine_of(distributed, parts, updates, precision=torch.float32)
     kernel, _ = choose_kernel(torch.device("cpu"), torch.float32)
     return Trainer(student, engine, Objective(2.0, 0.3, 0.7, kernel), micro_batch_size=micro_batch_size)
+
+
+def _kept(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, moments = trainer.optimiser.weights(), trainer.optimiser.moments()
+    return tuple({name: value.detach().clone() for name, value in some.items()} for some in (weights, moments))
 
 
 def _tokens(step: int, rows: int) -> Tensor:

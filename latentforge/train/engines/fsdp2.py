@@ -50,6 +50,12 @@ class Fsdp2:
         self.module = student
         self.optimiser = optimiser
 
+    @property
+    def precision(self) -> torch.dtype:
+        """That in which weights are gathered, as ``fully_shard`` holds it."""
+        found: torch.dtype = self.module._get_fsdp_state()._mp_policy.param_dtype  # type: ignore[operator, union-attr]
+        return found
+
     def passing(self, *, last: bool) -> AbstractContextManager[None]:
         """Nothing is held back for the last pass."""
         return nullcontext()

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Thread
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TextIO
 
 import torch.distributed as dist
 
-from latentforge.errors import LatentForgeError
+from latentforge.errors import CrashedError, LatentForgeError
+from latentforge.train.stopping import Interrupted
 from latentforge.verdicts import ExitCode
 
 GRACE_SECONDS = 20.0
@@ -38,9 +40,17 @@ class Ended:
 
 class Ranks:
     """``size`` processes on this host that each call ``module:function`` with ``arguments``; a context, which kills
-    what is left of them when it is left."""
+    what is left of them when it is left. What they say goes where this process's own does, or into ``text``."""
 
-    def __init__(self, target: str, arguments: Mapping[str, Any], size: int, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        arguments: Mapping[str, Any],
+        size: int,
+        *,
+        threads: int | None = None,
+        text: TextIO | None = None,
+    ) -> None:
         # Held here: no process has to guess a free port, and one that is late still finds it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._reports: list[IO[bytes]] = []
@@ -58,9 +68,16 @@ class Ranks:
             # A group of its own: Ctrl-C reaches this process alone, which hands it on.
             self._processes.append(
                 subprocess.Popen(
-                    command, env={**os.environ, **shared, **own}, pass_fds=[report.fileno()], process_group=0
+                    command,
+                    env={**os.environ, **shared, **own},
+                    stdout=None if text is None else subprocess.PIPE,
+                    pass_fds=[report.fileno()],
+                    process_group=0,
                 )
             )
+        self._listeners = [Thread(target=_copy, args=(one.stdout, text)) for one in self._processes if one.stdout]
+        for listener in self._listeners:
+            listener.start()
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +86,8 @@ class Ranks:
         self._end(signal.SIGKILL)
         for process in self._processes:
             process.wait()
+        for listener in self._listeners:
+            listener.join()
         for report in self._reports:
             report.close()
 
@@ -83,15 +102,19 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def wait(self, *, grace: float = GRACE_SECONDS) -> list[Ended]:
-        """Until all have ended. Once one has ended badly the others have ``grace`` seconds, and are killed."""
+    def wait(self, *, grace: float = GRACE_SECONDS, look: Callable[[], None] = lambda: None) -> list[Ended]:
+        """Until all have ended; ``look`` is called again and again. Once one has ended badly the others have ``grace``
+        seconds, and are killed."""
         until: float | None = None
         while any(process.poll() is None for process in self._processes):
             if until is None and any(process.returncode not in (None, 0) for process in self._processes):
                 until = time.monotonic() + grace
             if until is not None and time.monotonic() > until:
                 self._end(signal.SIGKILL)
+            look()
             time.sleep(_LOOK_SECONDS)
+        for listener in self._listeners:
+            listener.join()
         return [self._ended(rank) for rank in range(len(self._processes))]
 
     def _end(self, number: int) -> None:
@@ -108,6 +131,12 @@ class Ranks:
         return Ended(rank, process.pid, int(process.returncode), told, rank in self._ours)
 
 
+def _copy(said: IO[bytes], text: TextIO) -> None:
+    for line in said:
+        text.write(line.decode("utf-8", "replace"))
+        text.flush()
+
+
 def together(target: str, arguments: Mapping[str, Any], size: int, *, threads: int | None = None) -> list[Any]:
     """What each of ``size`` processes returned, by rank; the error of the one that failed first where one did."""
     with Ranks(target, arguments, size, threads=threads) as ranks:
@@ -118,23 +147,22 @@ def together(target: str, arguments: Mapping[str, Any], size: int, *, threads: i
 
 def refuse_failed(ended: list[Ended]) -> None:
     """Raise what the processes of a run failed of, where one did: a killed one says more than those that missed it, an
-    error with a next step more than a crash."""
+    error with a next step more than a crash. Interrupted where they were told to stop."""
     for one in ended:
         if one.returncode < 0 and not one.ours:
             name = signal.Signals(-one.returncode).name
-            raise LatentForgeError(
+            raise CrashedError(
                 f"process {one.rank} of {len(ended)} (pid {one.pid}) was killed by {name}; the others were ended",
                 next="look for the out-of-memory killer in the kernel's log, then resume:  "
                 "latentforge dispatch go --attempt next",
-                code=ExitCode.CRASHED,
             )
     failed = [one for one in ended if one.told.get("code") != 0]
     for one in failed:
         if "error" in one.told:
             raise LatentForgeError(one.told["error"], next=one.told["next"], code=ExitCode(one.told["code"]))
     for one in failed:
+        if "interrupted" in one.told:
+            raise Interrupted(one.told["interrupted"])
+    for one in failed:
         what = one.told.get("crash", f"ended with exit code {one.returncode} and told nothing")
-        trace = one.told.get("trace", "")
-        raise LatentForgeError(
-            f"process {one.rank} of {len(ended)} (pid {one.pid}): {what}\n{trace}".rstrip(), code=ExitCode.CRASHED
-        )
+        raise CrashedError(f"process {one.rank} of {len(ended)} (pid {one.pid}): {what}")

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from latentforge.errors import FailedError
@@ -95,6 +96,11 @@ class Engine(Protocol):
     world: World
     module: nn.Module
     optimiser: Optimiser
+
+    @property
+    def precision(self) -> torch.dtype:
+        """In what passes compute: fp32, or bf16 beside fp32 masters."""
+        ...
 
     def passing(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one pass, forward and backward; ``last`` of this step's."""

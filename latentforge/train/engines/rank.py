@@ -45,8 +45,8 @@ def _told(target: str, arguments: dict[str, Any]) -> dict[str, Any]:
     except LatentForgeError as error:
         return {"code": error.code, "error": str(error), "next": error.next}
     except Exception as error:
-        trace = traceback.format_exc().rstrip()
-        return {"code": ExitCode.CRASHED, "crash": f"{type(error).__name__}: {error}", "trace": trace}
+        traceback.print_exc()
+        return {"code": ExitCode.CRASHED, "crash": f"{type(error).__name__}: {error}"}
     return {"code": 0, "value": value}
 
 

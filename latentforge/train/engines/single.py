@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from latentforge.train.engines.protocol import Wrapped
@@ -18,6 +19,11 @@ class Single:
         self.world = World()
         self.module = student
         self.optimiser = optimiser
+
+    @property
+    def precision(self) -> torch.dtype:
+        """That of the weights themselves."""
+        return next(p.dtype for p in self.optimiser.model.parameters())
 
     def passing(self, *, last: bool) -> AbstractContextManager[None]:
         """Nothing is held back for the last pass."""

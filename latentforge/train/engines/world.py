@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local: int = 1
+    """Of them on this host."""
 
     @classmethod
     def here(cls) -> World:
         """The world that this process has joined; one process alone where it has joined none."""
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+        if not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     @property
     def first(self) -> bool:
@@ -60,6 +65,10 @@ class World:
         found = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(found)
         return [float(value) for value in found]
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any of the processes. Collective."""
+        return here if self.size == 1 else self.sums(float(here))[0] > 0
 
     def signal(self, asked: str | None) -> str | None:
         """The signal that told any of the processes to stop: they all stop after the same step. Collective."""
