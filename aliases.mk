@@ -7,6 +7,7 @@
 #   BATCH_SIZE        of the run that is trained                    PROMPT MAX_TOKENS TEMP TOP_P   of infer
 #   LATENT            folder of infer, serve and bench; the newest student below runs/ or EVIDENCE_DIR   PORT   of a server
 #   RECIPE            recipe or file of the train- targets          DATA              data.corpus: for Venice, its prompts
+#   PROCESSES         of the train-student-deepspeed targets, on each host: one a GPU; 1 if not given
 #   PROMPTS_FILE      of bench                                      RESULTS           folder of its report; results/ if not given
 .PHONY: check-api toy train-ae train-student train-student-venice train-student-vllm-local train-student-vllm-remote \
         train-student-deepspeed train-student-deepspeed-zero3 serve-vllm-local infer serve bench test-e2e
@@ -27,6 +28,7 @@ codec   = $(call given,DATA,--set 'data.corpus=$(DATA)') $(call given,K,--set 'd
           $(call given,SEED,--set 'seed=$(SEED)')
 student = $(codec) $(call given,KD_W,--set 'latent.token_kd_weight=$(KD_W)') \
           $(call given,MSE_W,--set 'latent.mse_weight=$(MSE_W)') $(call given,CE_W,--set 'latent.ce_weight=$(CE_W)')
+spread  = $(call given,PROCESSES,--set 'latent.processes=$(PROCESSES)')
 go      = $(LATENTFORGE) dispatch go $(RECIPE)
 
 check-api: setup  ## asks the teacher that the environment names (TEACHER_BACKEND, VENICE_API_KEY, VLLM_REMOTE_URL): models, rows, tokens
@@ -51,10 +53,16 @@ train-student-vllm-local: setup  ## the same from VLLM_LOCAL_MODEL, served by a 
 train-student-vllm-remote: setup  ## the same from a vLLM at VLLM_REMOTE_URL; TEACHER_REPO is its tokenizer
 	TEACHER_BACKEND=vllm-remote $(go) $(student)
 
-train-student-deepspeed train-student-deepspeed-zero3:  ## not there yet: nothing here shards a model with DeepSpeed
-	@echo "$@: no run is sharded with DeepSpeed yet; it comes with distributed training. On one machine:" >&2
-	@echo "  make train-student" >&2
-	@exit 2
+train-student-deepspeed: setup $(VENV)/.deepspeed  ## the same as train-student, its optimiser's states and gradients sharded by ZeRO-2: PROCESSES
+	$(go) --set latent.distributed=deepspeed-zero2 $(spread) $(student)
+
+train-student-deepspeed-zero3: setup $(VENV)/.deepspeed  ## the same, its weights sharded too, by ZeRO-3: PROCESSES
+	$(go) --set latent.distributed=deepspeed-zero3 $(spread) $(student)
+
+# Not in constraints/cpu.txt: a host that does not ask for it is not given it.
+$(VENV)/.deepspeed: constraints/dev.txt $(VENV)/.packages
+	@$(PIP) install --quiet -c constraints/cpu.txt -c constraints/dev.txt deepspeed
+	@touch $@
 
 serve-vllm-local: setup  ## serves VLLM_LOCAL_MODEL with vLLM on PORT, for this machine alone
 	$(LATENTFORGE) teacher serve "$${VLLM_LOCAL_MODEL:?names the folder of the model}" $(call given,PORT,--port '$(PORT)')

@@ -19,7 +19,7 @@ TARGETS = [
     *("train-student-vllm-remote", "train-student-deepspeed", "train-student-deepspeed-zero3", "serve-vllm-local"),
     *("infer", "serve", "bench", "test-e2e"),
 ]
-OURS = re.compile(r"STEPS|EPOCHS|BATCH_SIZE|LR|T|ALPHA|K|D|SEED|PORT|PROMPT|(MAKE|TEACHER|VENICE|VLLM).*")
+OURS = re.compile(r"PROCESSES|STEPS|EPOCHS|BATCH_SIZE|LR|T|ALPHA|K|D|SEED|PORT|PROMPT|(MAKE|TEACHER|VENICE|VLLM).*")
 
 
 def make(target: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -91,11 +91,18 @@ def test_the_whole_lines_tests_are_there() -> None:
     assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
-@pytest.mark.parametrize("target", ["train-student-deepspeed", "train-student-deepspeed-zero3"])
-def test_what_is_not_there_yet_says_so_and_fails(target: str) -> None:
-    done = make(target)
-    assert done.returncode == 2
-    assert f"{target}: no run is sharded with DeepSpeed yet" in done.stderr
+@pytest.mark.parametrize(("target", "stage"), [("train-student-deepspeed", 2), ("train-student-deepspeed-zero3", 3)])
+def test_the_deepspeed_targets_shard_the_student_that_train_student_trains(
+    planned: Any, target: str, stage: int
+) -> None:
+    values = planned(target, "K=4", "STEPS=9", "PROCESSES=2", RECIPE="smoke-latent")
+    assert (values["latent.distributed"], values["latent.processes"]) == (f"deepspeed-zero{stage}", 2)
+    same = planned("train-student", "K=4", "STEPS=9", RECIPE="smoke-latent")
+    spread = {"latent.distributed", "latent.processes"}
+    assert {name: value for name, value in values.items() if name not in spread} == {
+        name: value for name, value in same.items() if name not in spread
+    }
+    assert planned(target, RECIPE="smoke-latent")["latent.processes"] == 1
 
 
 def test_a_prompt_of_any_characters_is_the_one_that_is_continued(folders: Any) -> None:
