@@ -44,7 +44,7 @@ def _kept(**asked: Any) -> Iterator[tuple[Trainer, Keeper]]:
         launch = LaunchRecord(identity.run_id, "c" * 64, {}, endurance={"disk_floor_mib": 0})
         run = RunDir.create(Path(folder), identity, launch)
         model, optimiser = trainer.student.model, trainer.optimiser
-        start = start_digests(optimiser, model)
+        start = start_digests(optimiser)
         with (
             EventLog(run.events_file, run.run, text=io.StringIO()) as log,
             Keeper(run, log, model, optimiser, _MODEL, start, STEPS, STEPS, _ROWS) as keeper,

@@ -94,6 +94,7 @@ class ZeroOptimiser:
         made = self._steps()
         if made is None:
             return {}
+        self._link()
         found: dict[str, Tensor] = {}
         for name, p in self._trained.items():
             found[f"{name}/step"] = made.clone()
@@ -142,7 +143,13 @@ class ZeroOptimiser:
         for flat in self.flats():
             made = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
             zero.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **made}
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stage 2 links each parameter to its moments
+        self._link()
+
+    def _link(self) -> None:
+        """Stage 2 links each parameter to its moments, once: after the first group's step, when the second has none."""
+        zero = self._engine.optimizer
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
     def _set_whole(self, p: nn.Parameter, value: Tensor) -> None:
