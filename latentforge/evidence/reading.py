@@ -14,7 +14,7 @@ from latentforge.evidence.configuration import compare_configuration, flatten
 from latentforge.evidence.statement import MANIFEST, end_of, read_json
 from latentforge.spec.identity import RUN_ID, RunIdentity
 from latentforge.spec.reading import UnreadableError
-from latentforge.spec.run import RunDir
+from latentforge.spec.run import RunDir, named_folder
 from latentforge.verdicts import FALSIFIER_ID, Outcome, Verdict
 
 
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> RunRecord:
 
     RefusedError where the folder is no run's, or a file of it cannot be read as what its name promises.
     """
-    run = RunDir(Path(os.path.realpath(folder)))
+    run = RunDir(named_folder(folder))
     if not os.path.isdir(run.path):
         raise RefusedError(f"there is no folder {run.path}", next="latentforge dispatch ls")
     identity = run.load_identity() if os.path.lexists(run.identity_file) else None

@@ -15,6 +15,7 @@ from latentforge.evidence.statement import MANIFEST
 from latentforge.evidence.verify import verify_evidence
 from latentforge.spec.identity import RUN_ID
 from latentforge.spec.reading import read_regular
+from latentforge.spec.run import named_folder
 from latentforge.verdicts import Outcome
 
 
@@ -25,7 +26,7 @@ def sign_evidence(path: Path, key: Path) -> tuple[str, Path]:
     run that is here does not verify whole, or the ledger does not; RefusedError where it is signed already, or ``key``
     does not sign. Nothing is left behind where it fails.
     """
-    path = Path(os.path.realpath(path))
+    path = named_folder(path)
     if path.name in (MANIFEST, LEDGER) and path.is_file():
         path = path.parent
     signature = path / f"{MANIFEST}{SUFFIX}"

@@ -23,6 +23,7 @@ from latentforge.evidence.statement import DERIVED, MANIFEST, UNLISTED, checked_
 from latentforge.spec.canonical import canonical_bytes
 from latentforge.spec.identity import RUN_ID
 from latentforge.spec.reading import UnreadableError, parse_json, read_regular
+from latentforge.spec.run import named_folder
 from latentforge.verdicts import Outcome, meet, parse_line
 
 Hash = Callable[[Path], str]
@@ -134,7 +135,7 @@ def verify_evidence(
     for head in heads:
         if not os.path.lexists(head):
             raise RefusedError(f"there is no head of a ledger at {head} (--head)", next="ls runs/heads/")
-    path = Path(os.path.realpath(given))
+    path = named_folder(given)
     began = time.monotonic()
     single = RUN_ID.fullmatch(path.name) is not None
     if not single and not os.path.lexists(path / LEDGER):

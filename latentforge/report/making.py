@@ -18,6 +18,7 @@ from latentforge.report.placing import check_page, check_plot, outside_runs, ref
 from latentforge.report.plots import write_plots
 from latentforge.report.standing import standing
 from latentforge.report.tensorboard import write_events
+from latentforge.spec.run import named_folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def read_sections(runs: Sequence[str], *, verify: bool = True) -> list[Section]:
     RefusedError where a folder is no run's, or one is named twice, or ``EVIDENCE_SIGNERS`` names no file of allowed
     signers.
     """
-    folders = [find_run(run, next="latentforge report runs/RUN").resolve() for run in runs]
+    folders = [named_folder(find_run(run, next="latentforge report runs/RUN")) for run in runs]
     names = [folder.name for folder in folders]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

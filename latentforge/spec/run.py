@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentforge.errors import RefusedError
-from latentforge.spec.identity import RunIdentity, check_run_id
+from latentforge.spec.identity import RUN_ID, RunIdentity, check_run_id
 from latentforge.spec.reading import read_regular
 
 InputRef = dict[str, str]
@@ -21,6 +21,13 @@ def write_record(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def named_folder(path: Path) -> Path:
+    """A folder by its whole path; one that is linked as a run by that name, beside which its ledger lies, any other
+    link by what it leads to."""
+    given = Path(os.path.abspath(path))
+    return given if RUN_ID.fullmatch(given.name) else Path(os.path.realpath(given))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from latentforge.evidence import checks
 from latentforge.evidence.checks import planted_run, recorded_run
 from latentforge.evidence.ledger import append, read_chain
 from latentforge.evidence.manifest import record, write_manifest
+from latentforge.evidence.reading import read_run
 from latentforge.evidence.statement import build_statement
 from latentforge.evidence.verify import verify_evidence
 from latentforge.spec.canonical import canonical_bytes
@@ -104,6 +105,23 @@ def test_a_missing_file_and_a_new_file_are_named(run_dir: Path) -> None:
     (run_dir / "notes.txt").write_text("later")
     assert ("launch.log", "is missing") in problems(run_dir)
     assert ("notes.txt", "appeared since: it is not in the manifest") in problems(run_dir)
+
+
+def test_a_run_whose_folder_is_a_link_is_judged_by_its_name_and_beside_it(runs: Path, run_dir: Path) -> None:
+    kept = runs.parent / "kept"
+    run_dir.rename(kept)
+    run_dir.symlink_to(kept, target_is_directory=True)
+    alias = runs.parent / "latest"
+    alias.symlink_to(run_dir, target_is_directory=True)
+    assert verify_evidence(run_dir).outcome is Outcome.PASS
+    assert read_run(run_dir).id == run_dir.name
+    with pytest.raises(RefusedError, match="neither a run folder"):
+        verify_evidence(alias)  # leads to a folder that is called kept, and no ledger is beside that
+    assert verify_evidence(runs).outcome is Outcome.PASS
+    other = next(path for path in runs.iterdir() if path.is_dir() and path != run_dir)
+    alias.unlink()
+    alias.symlink_to(other, target_is_directory=True)
+    assert verify_evidence(alias).run == other.name
 
 
 def test_a_run_that_was_only_collected_is_not_called_altered(runs: Path) -> None:
