@@ -290,7 +290,7 @@ def test_any_of_very_many_calls_is_what_autograd_finds(call: Call) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("kind", ["dense", "linear"])
 @pytest.mark.parametrize("chunk_rows", [None, 4])
-def test_rows_further_apart_and_odd_addresses_change_no_bit(
+def test_rows_further_apart_and_odd_addresses_change_no_more_than_the_order_of_a_sum(
     chunk_rows: int | None, kind: str, dtype: torch.dtype
 ) -> None:
     def bits(place: str) -> list[Tensor]:
@@ -301,9 +301,13 @@ def test_rows_further_apart_and_odd_addresses_change_no_bit(
         found.loss.backward()
         return [*(x.detach() for x in found), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
+    # The products are the vendor's: MKL adds in another order at another address on an AMD EPYC with AVX2 (two of these
+    # five tensors), and in the same one on an Intel Xeon with AVX-512.
     wanted = bits("plain")
     for place in ("gaps", "misaligned"):
-        assert all(torch.equal(a, b) for a, b in zip(bits(place), wanted, strict=True))
+        for found, plain in zip(bits(place), wanted, strict=True):
+            last = 2.0**-7 if plain.dtype == BF16 else 4e-7
+            assert float((found - plain).abs().max()) <= last * float(plain.abs().max()), place
 
 
 COMPILED = Call(11, 37, 6, "topk", "forward", 3, k=5, chunk_rows=4)
