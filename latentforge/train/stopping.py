@@ -58,7 +58,8 @@ def handled_signals(grace: float | None = None) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        _STOP.grace = None
+        # A run that follows in this process was not told to stop.
+        _STOP.requested, _STOP.grace = None, None
         for number, handler in before.items():
             signal.signal(number, handler)
 

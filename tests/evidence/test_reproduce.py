@@ -416,7 +416,9 @@ def wait_for(what: Callable[[], object]) -> None:
 def asked_again(trained: RunDir, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     """The command in a process of its own, whose temporary folder is ``folder``."""
     folder.mkdir()
-    command = [sys.executable, "-m", "latentforge", "evidence", "reproduce", str(trained.path), *more]
+    # What ignores a signal stays so in its children: a test run under nohup, or in a shell's background, does.
+    command = ["env", "--default-signal=HUP,INT,TERM", sys.executable, "-m", "latentforge", "evidence", "reproduce"]
+    command += [str(trained.path), *more]
     return subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE)
 
 

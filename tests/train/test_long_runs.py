@@ -24,6 +24,7 @@ from latentforge.train import checkpoint, distill, keeping, teacher
 from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.loop import Trainer
 from latentforge.train.run import execute
+from latentforge.train.stopping import stop_requested
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -201,3 +202,4 @@ def test_a_step_that_is_longer_than_the_time_to_stop_is_given_up_and_the_last_ch
     assert (end.kind, end.fields["code"]) == ("end", 3)
     assert "neither the step under way nor its checkpoint was done within 0.4 of the 0.5 s" in end.fields["reason"]
     assert load_checkpoint(run.checkpoints / "step-000004").step == 4
+    assert stop_requested() is None, "the next run of this process would stop at its first step"

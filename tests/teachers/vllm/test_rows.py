@@ -137,8 +137,7 @@ def test_stores_filled_by_transformers_and_by_a_server_hold_the_same_rows(
     mine, theirs = stored("hf.sqlite", hf_rows), stored("vllm.sqlite", http_rows)
     moved = entries = 0
     if rounding == "none":
-        assert all((mine[n].ids == theirs[n].ids).all() for n in mine)
-        worst, mass = worst_difference(mine, theirs)
+        worst, mass = worst_difference(mine, theirs)  # id by id: two that are as likely may stand in either order
         print(f"stored exactly: logprobs differ by at most {worst:.2g}, rest mass by {mass:.2g}")
         assert worst <= TOLERANCE
         assert mass <= TOLERANCE
