@@ -48,8 +48,8 @@ def axis_of(values: Sequence[float], *, zero: bool = False, logarithmic: bool | 
         return _logarithmic(low, high)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
-    if low == high:
-        reach = abs(low) * 0.1 or 1.0
+    if high - low < 1 / _LARGEST:  # the same number, or two of which a fifth of the difference is none
+        reach = abs(low) * 0.1 if abs(low) > 1 / _LARGEST else 1.0
         low, high = (low if zero and low == 0 else low - reach), high + reach
     step = _step((high - low) / count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

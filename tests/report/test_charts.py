@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from latentforge.report.axes import axis_of, smoothed, step_axis, thinned
@@ -18,6 +18,8 @@ sane = st.floats(-1e12, 1e12, allow_nan=False) | st.floats(1e-9, 1e9)
 
 @settings(max_examples=60)
 @given(st.lists(sane, min_size=1, max_size=12), st.booleans())
+@example(values=[5e-324], zero=True)
+@example(values=[5e-324, 1.5e-323], zero=False)
 def test_an_axis_holds_every_value_and_its_ticks_rise(values: list[float], zero: bool) -> None:
     axis = axis_of(values, zero=zero)
     assert all(-1e-6 <= axis.at(value) <= 1 + 1e-6 for value in values)
