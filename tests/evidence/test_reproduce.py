@@ -422,7 +422,11 @@ def asked_again(trained: RunDir, folder: Path, *more: str) -> subprocess.Popen[b
     return subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+# One way leads from each of the three; two of them take a training more each, and are left to make soak.
+OTHERS = [pytest.param(number, marks=pytest.mark.soak) for number in (signal.SIGHUP, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS])
 def test_a_signal_ends_the_training_that_was_started(trained: RunDir, tmp_path: Path, number: signal.Signals) -> None:
     with asked_again(trained, tmp_path / "temporary") as process:
         wait_for(
