@@ -7,10 +7,11 @@ import importlib
 import inspect
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from latentforge.contracts.events import judge_events
 from latentforge.contracts.finding import Finding
@@ -66,7 +67,7 @@ def resolve_check(reference: str) -> Check:
     """The function behind ``module:function``; UndecidedError with the reason where there is none."""
     module_name, _, function_name = reference.partition(":")
     try:
-        with _silence():
+        with _silence(), _staying():
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
@@ -112,7 +113,7 @@ def _called(check: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     except (TypeError, ValueError) as error:  # ValueError: a function of C that says nothing of its arguments
         raise UndecidedError(f"the check does not take these arguments: {error}") from error
     try:
-        with _silence():
+        with _silence(), _staying():
             return check(**arguments)
     except ModuleNotFoundError as error:
         raise UndecidedError(f"the check cannot run: it needs {error.name}, which is not installed") from error
@@ -128,6 +129,26 @@ def _silence() -> Iterator[None]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         yield
+
+
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """A check that leaves this process at once would take the verdicts along, with an exit code of its own choice.
+
+    Processes that it forks leave as they like.
+    """
+    here, leave = os.getpid(), os._exit
+
+    def stay(status: int) -> NoReturn:
+        if os.getpid() != here:
+            leave(status)
+        raise SystemExit(f"os._exit({status!r})")
+
+    os._exit = stay
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def check_falsifier(

@@ -154,6 +154,7 @@ def test_a_check_that_is_not_there_is_unknown(contract: Callable[..., Path], ref
         lambda *, mutant=None: Finding(1, "one"),  # type: ignore[arg-type]
         lambda: Finding(True, "takes no mutant"),
         lambda *, mutant=None: sys.exit(0),
+        lambda *, mutant=None: os._exit(0),
         lambda *, mutant=None: (_ for _ in ()).throw(GeneratorExit()),
         lambda *, mutant=None: (_ for _ in ()).throw(CancelledError()),
         lambda *, mutant=None: Finding(mutant is None, None),  # type: ignore[arg-type]
@@ -250,7 +251,14 @@ def test_supersession_takes_a_falsifier_out_of_the_verdict(contract: Callable[..
 
 
 @pytest.mark.parametrize(
-    "text", ["import sys; sys.exit(0)", "print('{}'); raise SystemExit", "1 / 0", "raise GeneratorExit"]
+    "text",
+    [
+        "import sys; sys.exit(0)",
+        "print('{}'); raise SystemExit",
+        "1 / 0",
+        "raise GeneratorExit",
+        "import os; os._exit(0)",
+    ],
 )
 def test_a_module_of_checks_that_ends_the_process_is_unknown_and_not_green(
     contract: Callable[..., Path],
