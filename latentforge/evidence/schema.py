@@ -150,8 +150,24 @@ class NotCollected(Shape):
     sha256: Sha256
 
 
+def _identities(schema: int, wanted: JsonValue) -> JsonValue:
+    """In JSON Schema: identities that fit ``wanted``, where the predicate is of that schema."""
+    asked: JsonValue = {"properties": {"schema": {"const": schema}}, "required": ["schema"]}
+    return {"if": asked, "then": {"properties": {"identities": wanted}}}
+
+
+_SINCE_2: list[JsonValue] = [*sorted(SINCE_2)]
+_BY_SCHEMA: list[JsonValue] = [
+    _identities(1, {"not": {"anyOf": [{"required": [name]} for name in _SINCE_2]}}),
+    _identities(2, {"required": _SINCE_2}),
+]
+"""What :meth:`Predicate._of_its_schema` holds, for validators of other people."""
+
+
 class Predicate(Shape):
     """What LatentForge states about a run; schema 1 is that of manifests without ``tensors`` and ``data_files``."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": _BY_SCHEMA})
 
     schema_: Literal[1, 2] = Field(alias="schema")
     run: RunPart

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from latentforge.errors import FailedError, RefusedError
@@ -214,3 +216,28 @@ def test_the_committed_schemas_are_those_of_the_code() -> None:
     folder = Path(__file__).resolve().parents[2] / "evidence" / "schema"
     committed = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert committed == json_schemas(), "python -m latentforge.evidence.schema evidence/schema"
+
+
+@pytest.mark.parametrize(
+    ("schema", "left_out", "fits"),
+    [
+        (2, (), True),
+        (1, ("tensors", "data_files"), True),
+        (1, (), False),
+        (1, ("tensors",), False),
+        (1, ("data_files",), False),
+        (2, ("tensors",), False),
+        (2, ("data_files",), False),
+        (2, ("tensors", "data_files"), False),
+    ],
+)
+def test_the_json_schema_ties_identities_to_the_schema_as_the_model_does(
+    run_dir: Path, schema: int, left_out: tuple[str, ...], fits: bool
+) -> None:
+    statement = state(run_dir)
+    statement["predicate"]["schema"] = schema
+    for name in left_out:
+        del statement["predicate"]["identities"][name]
+    assert Draft202012Validator(json_schemas()["statement.schema.json"]).is_valid(statement) is fits
+    with nullcontext() if fits else pytest.raises(ValidationError):
+        Statement.model_validate(statement)
