@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latentforge.contracts import Finding
+from latentforge.contracts import Finding, worse
 from latentforge.errors import RefusedError
 
 _VOCABULARY = 264
@@ -145,7 +145,7 @@ def store_equals_live(*, shift: int = 0) -> Finding:
                 )
                 equal += int(((kept.ids == live.ids).all(-1) & (error < 1e-4)).sum())
                 positions += len(error)
-                worst = max(worst, float(error.max()))
+                worst = worse(worst, float(error.max()))
     text = f"{equal} of {positions} stored rows equal the live teacher's (worst {worst:.2g} nats)"
     return Finding(equal == positions, text, {"equal": equal, "positions": positions, "worst": worst})
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from latentforge.contracts.finding import worse
 from latentforge.errors import FailedError
 from latentforge.kernels.noise import gumbel
 from latentforge.targets.continued import Ids
@@ -106,7 +108,7 @@ def _drawn_again(teacher: HFTeacher, rows: Rows, asked: Continuing) -> DrawsAgre
                     position = int(asked.positions(np.array([chunk]), at)[number, 0])
                     noise = gumbel(key, torch.tensor(position, device=ids.device), ids)
                     heights = logits[at] + temperature * noise
-                    worst = max(worst, float(heights.max() - heights[token]))
+                    worst = worse(worst, float(heights.max() - heights[token]))
                     tokens += 1
     return DrawsAgreement(worst, tokens, "nats")
 
@@ -126,7 +128,7 @@ def _as_likely(teacher: Any, rows: Rows, asked: Continuing) -> DrawsAgreement:
                         _Row.of(scored, end - 1, temperature).add_pairs(twice, [int(one[0]) for one in chunks])
                     for at, token in enumerate(chunks[number]):
                         _Row.of(scored, end - 1 + at, temperature).add(likely, outside, int(token))
-    worst = max(abs(likely.deviations), abs(twice.deviations), outside.deviations)
+    worst = reduce(worse, (abs(likely.deviations), abs(twice.deviations), outside.deviations))
     return DrawsAgreement(worst, outside.count, "deviations")
 
 

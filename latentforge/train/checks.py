@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentforge.contracts.finding import Finding
+from latentforge.contracts.finding import Finding, worse
 from latentforge.events import Event, EventLog, read_events
 from latentforge.students.causal import LossParts, Student
 from latentforge.train import falsifiers
@@ -129,7 +129,7 @@ def objective_arrives(*, mutant: str | None = None) -> Finding:
         trainer.objective = replace(trainer.objective, temperature=trained_at, ce_weight=held[0], kd_weight=held[1])
         loss = trainer.step(0, batch, fixture_targets()).loss
         wanted = ce_weight * ce + kd_weight * kd
-        worst = max(worst, abs(loss - wanted) / wanted)
+        worst = worse(worst, abs(loss - wanted) / wanted)
     text = f"loss of a step off torch's own by {worst:.1e} of it, T in 1, 2, 4"
     return Finding(worst < 1e-4, text, {"relative": worst})
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from latentforge.contracts.finding import worse
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.http.client import HttpClient
 from latentforge.teachers.http.flow import FlowControl
@@ -140,7 +141,7 @@ def _prove_positions(
     floor = min(again.values())
     for number, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
         # One that is not among them has at most the log-probability of their last.
-        worst = max(worst, abs(logprob - again[number]) if number in again else logprob - floor)
+        worst = worse(worst, abs(logprob - again[number]) if number in again else logprob - floor)
     if not worst <= _AGREES:
         client.failure(
             "shifted",
