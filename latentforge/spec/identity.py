@@ -12,7 +12,7 @@ from latentforge.errors import RefusedError
 from latentforge.spec.canonical import canonical_bytes
 from latentforge.spec.reading import parse_json
 
-Kind = Literal["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent", "bench"]
+Kind = Literal["data", "teacher", "score", "continuations", "autoencoder", "distill", "latent", "bench", "follow"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RUN_ID = re.compile(r"([a-z]+)-([0-9a-f]{20})")
 SCHEMA = 1

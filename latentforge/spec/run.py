@@ -45,6 +45,8 @@ class LaunchRecord:
     reach: dict[str, Any] = field(default_factory=dict)
     endurance: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
+    world: dict[str, Any] = field(default_factory=dict)
+    """Where it runs on several hosts: which, and which of them this is (``spec.hosts``)."""
 
     def as_json(self) -> dict[str, Any]:
         """The content of ``launch.json``."""
