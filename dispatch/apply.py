@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from dispatch.building.build import BuildChoice, build_program
@@ -50,11 +51,8 @@ def refuse(plan: Plan) -> None:
         raise LatentForgeError(first.why, next=first.next, code=first.code)
 
 
-def apply(
-    plan: Plan, ask: Ask, transport: Transport, places: Places, follower: Follower, *, say: Callable[[str], None]
-) -> Applied:
-    """Carry a plan out and follow it to its end."""
-    plan = launch(plan, ask, transport, places, follower, say=say)
+def follow_chain(plan: Plan, follower: Follower) -> Applied:
+    """Follow what a plan has launched to its end."""
     followed: dict[str, RunState] = {}
     chain = plan.chain
     for position, one in enumerate(chain, start=1):
@@ -80,11 +78,11 @@ def launch(
     if not plan.starts_something:
         if plan.chain:
             follower.goal = plan.chain[-1].run
-            remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
+            remember(places, ask.host, [one.run for one in plan.chain], **context_of(ask, plan))
         return plan
     shown = plan
     plan, facts = survey(transport, ask, places)
-    _same_judgements(shown, plan, ask)
+    same_judgements(shown, plan, ask)
     refuse(plan)
     if not plan.chain:
         return plan
@@ -94,21 +92,21 @@ def launch(
     if plan.warmup is not None:
         warm_up(plan.warmup, ask, facts, transport, follower, plan)
     if any(pull.will != "keep" for pull in plan.pulls):
-        _pull(plan, ask, facts, transport, places, follower, say=say)
+        pull_models(plan, ask, facts, transport, places, follower, say=say)
     if any(one.will == "run" for one in plan.chain):
         # Noted before the launch: if the reply is lost, the run can still be found by its name.
-        remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
+        remember(places, ask.host, [one.run for one in plan.chain], **context_of(ask, plan))
         for one in plan.chain:
             if one.will == "run":
                 reserve(one, ask, facts, plan, transport)
-        _launch([one.run for one in plan.chain], ask, transport, follower, plan)
+        launch_chain([one.run for one in plan.chain], ask, transport, follower, plan)
     follower.goal = plan.chain[-1].run  # from here on a command that is stopped leaves a run that goes on
-    remember(places, ask.host, [one.run for one in plan.chain], **_told(ask, plan))
+    remember(places, ask.host, [one.run for one in plan.chain], **context_of(ask, plan))
     keep_applied(places, plan, ask)
     return plan
 
 
-def _pull(
+def pull_models(
     plan: Plan,
     ask: Ask,
     facts: HostFacts,
@@ -128,7 +126,8 @@ def _pull(
         raise RefusedError(f"the models on {ask.host.name} are others than those that were planned", next=ask.command)
 
 
-def _told(ask: Ask, plan: Plan) -> dict[str, Any]:
+def context_of(ask: Ask, plan: Plan) -> dict[str, Any]:
+    """What is noted of a plan beside each of its runs."""
     lanes = ask.lane.as_json() if ask.lane is not None else None
     return {"recipe": ask.recipe, "plan": plan.digest, "lanes": lanes}
 
@@ -204,8 +203,17 @@ def _again(run: str, ask: Ask) -> str:
     )
 
 
-def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: Transport) -> None:
-    """Reserve a run with everything that starting it takes; nothing of it is looked up again later."""
+def reserve(
+    one: ChosenRun,
+    ask: Ask,
+    facts: HostFacts,
+    plan: Plan,
+    transport: Transport,
+    *,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Reserve a run with everything that starting it takes, ``more`` in place of what else would be written; nothing of
+    it is looked up again later."""
     argv, env = job(one, facts, plan)
     record: dict[str, Any] = {
         "run": one.run,
@@ -221,6 +229,7 @@ def reserve(one: ChosenRun, ask: Ask, facts: HostFacts, plan: Plan, transport: T
         "plan": plan.digest,
         "host": host_record(ask, facts),
         **plan.runner.launch_fields(),
+        **more,
     }
     args = {"run": one.run, "identity": one.identity, "launch": record}
     if names := sorted(ask.spec.secrets):
@@ -259,7 +268,8 @@ def host_record(ask: Ask, facts: HostFacts) -> dict[str, Any]:
     return record | {"boot_id": host.boot_id, **({"waived": dict(ask.waived)} if ask.waived else {})}
 
 
-def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower, plan: Plan) -> None:
+def launch_chain(chain: list[str], ask: Ask, transport: Transport, follower: Follower, plan: Plan) -> None:
+    """Start reserved runs in order; where another chain has the first of them, after that with ``--wait``."""
     args = {"chain": chain, "wait_lease": ask.wait, "runner": plan.runner.asked}
     try:
         call(transport, "launch", args, timeout=90.0)
@@ -274,7 +284,8 @@ def _launch(chain: list[str], ask: Ask, transport: Transport, follower: Follower
         call(transport, "launch", args, timeout=90.0)
 
 
-def _same_judgements(shown: Plan, now: Plan, ask: Ask) -> None:
+def same_judgements(shown: Plan, now: Plan, ask: Ask) -> None:
+    """Refuse a plan that takes something away from the one that was shown."""
     before = {step.name: step for step in shown.steps}
     changed: list[str] = []
     for step in now.steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +15,16 @@ from dispatch.transport.call import Transport
 from dispatch.transport.retry import call
 from latentforge.errors import RefusedError
 from latentforge.spec.identity import RUN_ID
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The second host of a run over two, and the runs there that follow those of its chain."""
+
+    host: str
+    root: str | None
+    user: str | None
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Record:
     plan: str
     at: str
     lanes: dict[str, Any] | None = None
+    beside: Beside | None = None
 
     @property
     def context(self) -> dict[str, Any]:
@@ -40,6 +51,14 @@ class Record:
         """The host as it was named when the run was given to it."""
         user = self.user if not host.is_local else None
         return host.model_copy(update={"root": self.root, **({"user": user} if user else {})})
+
+    def following(self) -> tuple[Record, ...]:
+        """The records of the runs that follow those of its chain on a second host; none where it has one host."""
+        if self.beside is None:
+            return ()
+        host, root, user, chain = self.beside.host, self.beside.root, self.beside.user, self.beside.runs
+        there = replace(self, host=host, root=root, user=user, chain=chain, beside=None)
+        return tuple(replace(there, run=run) for run in chain)
 
 
 def plan_context(digest: str, recipe: str, lanes: dict[str, Any] | None) -> dict[str, Any]:
@@ -55,11 +74,12 @@ def remember(
     recipe: str,
     plan: str,
     lanes: dict[str, Any] | None = None,
+    beside: Beside | None = None,
 ) -> None:
     """Note the runs of a chain; a note that says the same already stays as it is."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     for run in chain:
-        record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at, lanes)
+        record = Record(run, host.name, host.root, host.user, tuple(chain), recipe, plan, at, lanes, beside)
         earlier = _read(places, run)
         if earlier is None or not _says(earlier, record):
             with writing():
@@ -69,7 +89,7 @@ def remember(
 def _says(earlier: Record, record: Record) -> bool:
     """Whether the earlier note tells where the run is, and knows at least the same chain."""
     same_place = (earlier.host, earlier.root, earlier.user) == (record.host, record.root, record.user)
-    return same_place and set(record.chain) <= set(earlier.chain)
+    return same_place and earlier.beside == record.beside and set(record.chain) <= set(earlier.chain)
 
 
 def recorded(places: Places) -> list[Record]:
@@ -116,6 +136,9 @@ def find_there(transport: Transport, beginning: str) -> str:
 def _read(places: Places, run: str) -> Record | None:
     try:
         value: dict[str, Any] = json.loads(places.record(run).read_text())
-        return Record(**{**value, "chain": tuple(value["chain"])})
+        beside = value.get("beside")
+        if beside is not None:
+            beside = Beside(**{**beside, "runs": tuple(beside["runs"])})
+        return Record(**{**value, "chain": tuple(value["chain"]), "beside": beside})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dispatch.apply import Applied, apply, host_record, launch, refuse
-from dispatch.building.build import PREPARING
+from dispatch.apply import Applied, follow_chain, host_record, launch, refuse
+from dispatch.building.build import NO_EVIDENCE, PREPARING
 from dispatch.ends import RunEnd, ends_of, verdict_json
 from dispatch.following.follow import Follower
 from dispatch.following.limits import Limits
@@ -70,14 +70,14 @@ class Session:
         # What comes last is imported while the host answers what comes first.
         Ahead(lambda: import_module("dispatch.conclude"), lambda: None)
         try:
-            plan, facts = survey(self.transport, ask, self.places)
+            plan, facts = self._survey(ask)
             since = since_applied(self.places, plan, ask)
             self.say(render(plan, ask, since))
             refuse(plan)
             if detach and plan.chain:
-                plan = launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
+                plan = self._launch(plan, ask)
                 return self._left(plan.chain[-1].run, "launched; it goes on by itself.", ExitCode.PASS)
-            applied = apply(plan, ask, self.transport, self.places, self.follower, say=self.say)
+            applied = self._apply(plan, ask)
             self.observer.close()
             self.concluding = applied.final
             return self._concluded(plan, ask, facts, applied)
@@ -87,6 +87,24 @@ class Session:
             return self._detached(ask.command)
         finally:
             self.observer.close()
+
+    def _survey(self, ask: Ask) -> tuple[Plan, HostFacts]:
+        return survey(self.transport, ask, self.places)
+
+    def _launch(self, plan: Plan, ask: Ask) -> Plan:
+        return launch(plan, ask, self.transport, self.places, self.follower, say=self.say)
+
+    def _apply(self, plan: Plan, ask: Ask) -> Applied:
+        """Carry a plan out and follow it to its end."""
+        return follow_chain(self._launch(plan, ask), self.follower)
+
+    def _ends(self, plan: Plan, applied: Applied) -> list[RunEnd]:
+        """How the runs of the pipeline ended."""
+        return ends_of(plan.runs, applied.followed, self.observer.views, self.places, self.transport.host.name)
+
+    def _code(self, code: ExitCode) -> ExitCode:
+        """The exit code of the command where the run that decides earned ``code``."""
+        return code
 
     def watch(self, run: str, chain: list[str], context: Mapping[str, object]) -> ExitCode:
         """Follow a run, and those of its chain that come before it, to the end; the exit code is the run's."""
@@ -104,7 +122,7 @@ class Session:
                     f"{last} is {state.state} on {self.transport.host.name}: it was never started there",
                     next="latentforge dispatch go RECIPE",
                 )
-            if last.startswith(PREPARING):
+            if last.startswith(NO_EVIDENCE):
                 return self._told(last, state, None)
             self.concluding = last
             from dispatch.conclude import conclude
@@ -142,9 +160,8 @@ class Session:
             plan=plan_context(plan.digest, ask.recipe, ask.lane.as_json() if ask.lane else None),
             facts=host_record(ask, facts),
         )
-        views, host = self.observer.views, self.transport.host.name
-        ends = ends_of(plan.runs, applied.followed, views, self.places, host)
-        for line in phase_lines(views):
+        ends = self._ends(plan, applied)
+        for line in phase_lines(self.observer.views):
             self.say(line)
         self.say("runs of the pipeline:")
         for end in ends:
@@ -158,7 +175,7 @@ class Session:
             self.say(
                 f"adopted: an earlier dispatch to {ask.host.name} finished {applied.final}; nothing was trained now"
             )
-        code = self._told(applied.final, applied.state, done, again=f"{ask.command} --attempt next")
+        code = self._code(self._told(applied.final, applied.state, done, again=f"{ask.command} --attempt next"))
         if self.json:
             print(json.dumps(_as_json(plan, ends, done, applied.state, code), indent=2))
         return code
@@ -239,6 +256,11 @@ def preview(ask: Ask, places: Places, *, as_json: bool, transport: Transport | N
         plan, _facts = survey(own, ask, places)
     finally:
         own.close()
+    return show_preview(plan, ask, places, as_json=as_json)
+
+
+def show_preview(plan: Plan, ask: Ask, places: Places, *, as_json: bool) -> ExitCode:
+    """Show a plan that is not carried out; the code of what refuses it."""
     since = since_applied(places, plan, ask)
     if as_json:
         print(json.dumps({**plan.as_json(), "since": since.as_json() if since else None}, indent=2))

@@ -87,16 +87,17 @@ def _line(record: Record, state: RunState | None, silent: str | None) -> str:
     return f"{head}  {state.state}{took}" + (f"  ({why})" if (why := state.reason or state.warning) else "")
 
 
-def cancel_run(transport: Transport, run: str, *, grace: float | None) -> ExitCode:
+def cancel_run(transport: Transport, run: str, *, grace: float | None, known: bool = True) -> ExitCode:
     """Cancel a run and say what is left of it; exit code 0 once nothing of it is alive.
 
-    Without ``grace`` it has the seconds that it was promised.
+    Without ``grace`` it has the seconds that it was promised. One that is not there is refused where it is ``known`` to
+    have been.
     """
     transport.install()
     args = {"run": run, "by": getpass.getuser(), **({} if grace is None else {"grace": grace})}
     done = call(transport, "cancel", args, timeout=(LONGEST_GRACE if grace is None else grace) + 60.0).result
     state = RunState.model_validate(done["state"])
-    if state.state == "absent" and done["did"] == "nothing":
+    if known and state.state == "absent" and done["did"] == "nothing":
         raise RefusedError(
             f"{run} is not on {transport.host.name}: it never was, or was cleaned up; nothing was ended",
             next="latentforge dispatch status   lists the runs that this laptop knows",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import folders, hardware, journal, locks, pulling, runner
+from . import folders, hardware, journal, locks, pulling, runner, wire
 from .durable import read_json
 from .paths import NAME, Root, expand, filesystem_of
 from .preflight import Collection
@@ -25,7 +25,7 @@ def probe(root: Root, args: Arguments, agent: str | None = None, *, may_act: boo
     builds, venvs, objects = args.texts("builds"), args.texts("venvs"), args.texts("cas")
     asks_runner, models = args.flag("runner"), args.texts("models")
     rubbish = args.table("gc") if args.has("gc") else None
-    asked = args.table("preflight")
+    asked, link = args.table("preflight"), args.optional_text("link")
     args.done()
     gathering = Collection(root, asked, may_act=may_act) if asked else None
     states = {}
@@ -49,6 +49,7 @@ def probe(root: Root, args: Arguments, agent: str | None = None, *, may_act: boo
         "lease": {"device": locks.holder(root.device_lock)},
         "state_filesystem": filesystem_of(root.dir),
         **({"runner": runner.facts(root)} if asks_runner else {}),
+        **({"link": wire.wire(link)} if link is not None else {}),
         "clock": clock(),
     }
     return {**facts, "preflight": gathering.result()} if gathering is not None else facts
@@ -63,7 +64,7 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
         kin = (read_json(run.launch) or {}).get("kin")
         if kin not in found:
             continue
-        identity, state = read_json(run.identity) or {}, derive(run)
+        identity, state, launch = read_json(run.identity) or {}, derive(run), read_json(run.launch) or {}
         found[kin].append(
             {
                 "id": run.id,
@@ -76,7 +77,9 @@ def _kin(root: Root, kins: list[str]) -> dict[str, list[dict[str, Any]]]:
                 "ended": state["ended"],
                 # Under which boot and driver it ran: a canary vouches for no other.
                 "boot_id": (journal.read(run).started or {}).get("boot_id"),
-                "driver": ((read_json(run.launch) or {}).get("host") or {}).get("driver"),
+                "driver": (launch.get("host") or {}).get("driver"),
+                # The hosts that it was launched over, where there are several.
+                "hosts": (launch.get("world") or {}).get("hosts") or [],
             }
         )
     return found

@@ -17,6 +17,8 @@ from latentforge.spec.identity import RunIdentity
 
 PREPARING = ("build-", "warmup-", "pull-")
 """How the ids of runs begin that prepare a host: no part of a pipeline, and no evidence is kept of them."""
+NO_EVIDENCE = (*PREPARING, "follow-")
+"""And of those that take part in a run of another host, where the evidence is."""
 _PROGRAM = Path(__file__).with_name("host_build.py")
 
 

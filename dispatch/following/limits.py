@@ -44,6 +44,9 @@ class Limits:
         """
         if kind == "build":
             return cls(other=HOUR, floor=HOUR, overall=3 * HOUR)
+        if kind == "follow":
+            # It waits for its leader as long as the leader's earlier stages take; its own bound ends it.
+            return cls(other=100 * HOUR, floor=5 * MINUTE, overall=None)
         if (spec or {}).get("profile") != "smoke":
             # More than a hundred hours were a regression of the pace that this project is about.
             return cls(

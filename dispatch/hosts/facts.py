@@ -69,6 +69,8 @@ class KinRun(RunState):
     attempt: int = 1
     boot_id: str | None = None
     driver: str | None = None
+    hosts: tuple[str, ...] = ()
+    """Those that it was launched over, the leader first; empty where it has one host to itself."""
 
 
 class PathFact(Fact):
@@ -131,6 +133,22 @@ class Interpreter(Fact):
         return tuple(int(part) for part in self.version.split(".")[:2] if part.isdigit())
 
 
+class WireFact(Fact):
+    """One interface of a host: its IPv4 address and network, None where it has none.
+
+    ``up``, and ``carrier`` (the other end of its cable is up), are None where there is no such interface.
+    """
+
+    interface: str
+    address: str | None = None
+    network: str | None = None
+    mtu: int | None = None
+    up: bool | None = None
+    carrier: bool | None = None
+    others: tuple[str, ...] = ()
+    """All interfaces that there are."""
+
+
 class Holder(Fact):
     """Who holds the device lease."""
 
@@ -156,6 +174,8 @@ class HostFacts(Fact):
     rsync: str | None = None
     """Where rsync lies on the host; asked together with models."""
     preflight: PreflightFacts | None = None
+    link: WireFact | None = None
+    """The interface of the inventory's ``link``; asked for a run over two hosts."""
 
     @property
     def lease_holder(self) -> Holder | None:

@@ -56,6 +56,15 @@ class Host(BaseModel):
     runner: Literal["auto", "detached", "systemd"] = Field("auto", description="what carries runs; 'auto' = probed")
     warn_below_gib: Gib | None = Field(None, description="available memory to warn at")
     kill_below_gib: Gib | None = Field(None, description="available memory to end a run at")
+    link: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{1,15}$")] | None = Field(
+        None, description="its network interface on the fast link to another host, for runs over both"
+    )
+    hca: Annotated[str, Field(pattern=r"^[A-Za-z0-9_:,=^-]{1,255}$")] | None = Field(
+        None, description="its RDMA devices on that link (NCCL_IB_HCA); NCCL's own choice if absent"
+    )
+    link_deadline: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False, strict=True)] = Field(
+        30.0, description="seconds of silence after which the other host of a run that it leads is lost"
+    )
     keys: tuple[PinnedKey, ...] = ()
 
     @field_validator("address")
@@ -96,6 +105,12 @@ class Host(BaseModel):
     def _warned_before_ended(self) -> Host:
         if self.kill_below_gib and self.warn_below_gib and self.warn_below_gib < self.kill_below_gib:
             raise ValueError("warn_below_gib is less than kill_below_gib: it would be ended before it is warned of")
+        return self
+
+    @model_validator(mode="after")
+    def _cards_of_a_link(self) -> Host:
+        if self.hca is not None and self.link is None:
+            raise ValueError("hca names the cards of a link, and there is no link: name its interface too")
         return self
 
     @property
@@ -155,16 +170,41 @@ class Inventory:
 
         ``GX10_USER`` and ``GX10_REPO_PATH`` replace the user and the state root.
         """
+        name, said = self._named(flag, env)
+        if "," in name:
+            raise RefusedError(
+                f"{said} names several hosts: `go` and `plan` take two for one run over both, this takes one",
+                next=f"one of them, or the same on each:  --each {name}",
+            )
+        return self._host(name, said, flag, env)
+
+    def choose_all(self, flag: str | None, env: Mapping[str, str]) -> tuple[Host, ...]:
+        """The host that a run is given to, or the two (``a,b``: ``a`` leads) that it is spread over, as ``choose``."""
+        named, said = self._named(flag, env)
+        names = [name.strip() for name in named.split(",")]
+        if len(names) == 1:
+            return (self._host(named, said, flag, env),)
+        if not all(names):
+            raise RefusedError(f"{said} holds an empty name", next="--host A,B")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RefusedError(f"{said} names {twice} twice: a run is spread over two hosts", next=f"--host {twice}")
+        if len(names) > 2:
+            raise RefusedError(
+                f"{said} names {len(names)} hosts, and a run is spread over two at most",
+                next=f"two of them:  --host {names[0]},{names[1]}\n"
+                f"one of them, the first that is fit:  --lanes {','.join(names)}",
+            )
+        return tuple(self._linked(self._host(name, said, flag, env)) for name in names)
+
+    def _named(self, flag: str | None, env: Mapping[str, str]) -> tuple[str, str]:
+        """What a command names, and how it says so."""
         if flag is not None and not flag.strip():
             # A script's unset variable must not turn into another machine.
             raise RefusedError(f"--host {flag!r} names no host", next="latentforge dispatch hosts   lists them")
         name = flag or env.get("GX10_HOST") or self.default or LOCAL
-        said = f"--host {name!r}" if flag else f"GX10_HOST={name!r}"
-        if "," in name:
-            raise RefusedError(
-                f"{said} asks for one run spread over several hosts, and no recipe can be (distributed = none)",
-                next=f"one of them, the first that is fit:  --lanes {name}\nthe same on each:  --each {name}",
-            )
+        return name, f"--host {name!r}" if flag else f"GX10_HOST={name!r}"
+
+    def _host(self, name: str, said: str, flag: str | None, env: Mapping[str, str]) -> Host:
         try:
             host = self.get(name)
         except RefusedError as error:
@@ -175,6 +215,20 @@ class Inventory:
             host = _changed(host, "user", user, "GX10_USER")
         if root := env.get("GX10_REPO_PATH"):
             host = _changed(host, "root", root, "GX10_REPO_PATH")
+        return host
+
+    def _linked(self, host: Host) -> Host:
+        """The host itself; refused where its interface on the link to another is not known."""
+        if host.is_local:
+            raise RefusedError(
+                "local cannot be one of two hosts: nothing says which interface leads to the other",
+                next="enrol this machine by name:  latentforge dispatch enrol NAME --address ADDRESS --link INTERFACE",
+            )
+        if host.link is None:
+            raise RefusedError(
+                f"{host.name} has no link in {self.path}: its interface on the cable to the other host",
+                next=f"latentforge dispatch enrol {host.name} --link INTERFACE   (there:  ip -br addr   lists them)",
+            )
         return host
 
     def put(self, host: Host) -> None:

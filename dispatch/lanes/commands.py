@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from dispatch.building.build import PREPARING
+from dispatch.building.build import NO_EVIDENCE
 from dispatch.building.only import Built, build_only
 from dispatch.collect import Collected, collect
 from dispatch.conclude import worst
@@ -100,7 +100,7 @@ def gathering(records: Sequence[Record], places: Places) -> Callable[[Host], Gat
         states = _states(host, records, places)
         copies, failed = {}, {}
         for run, state in states.items():
-            if state.state != "finished" or run.startswith(PREPARING):
+            if state.state != "finished" or run.startswith(NO_EVIDENCE):
                 continue
             where = next(one for one in records if one.run == run).at_host(host)
             transport = open_transport(where, places)

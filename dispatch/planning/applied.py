@@ -125,9 +125,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _path(places: Places, ask: Ask) -> Path:
-    """One file a host, state root and pipeline; a pipeline file is named by where it lies."""
+    """One file a host (or two), state root and pipeline; a pipeline file is named by where it lies."""
     recipe = os.path.abspath(ask.recipe) if ask.recipe.endswith(".toml") or "/" in ask.recipe else ask.recipe
-    name = hashlib.sha256(f"{ask.host.root or ''}\0{recipe}".encode()).hexdigest()[:16]
+    beside = "".join(f"\0{name}" for name in ask.hosts[1:])
+    name = hashlib.sha256(f"{ask.host.root or ''}\0{recipe}{beside}".encode()).hexdigest()[:16]
     return places.plans(ask.host.name) / f"{name}.json"
 
 

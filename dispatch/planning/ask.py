@@ -41,6 +41,8 @@ class Ask:
     """Why the secrets that the pipeline names cannot be given, or None."""
     waived: tuple[tuple[str, str], ...] = ()
     """(check, why its failure is let through); kept with the run."""
+    hosts: tuple[str, ...] = ()
+    """The two hosts of a run that is spread over both, the leader first; empty where it has one to itself."""
     command: str = ""
     """The command that does what is asked, to copy: with the flags and the environment that steered it."""
 
@@ -54,6 +56,7 @@ def asked(
     attempt_next: bool = False,
     wait: bool = False,
     lanes: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     waived: Sequence[tuple[str, str]] = (),
     folder: Path | None = None,
     stale: Callable[[], str | None] = lambda: None,
@@ -71,6 +74,7 @@ def asked(
     if spec.secrets:
         notes.append(f"secrets are given by name: {', '.join(sorted(spec.secrets))}")
     source = code_around(folder)
+    where = ("--lanes", ",".join(lanes)) if lanes else ("--host", ",".join(hosts) or host.name)
     return Ask(
         recipe=recipe,
         spec=spec,
@@ -84,9 +88,8 @@ def asked(
         attempt_next=attempt_next,
         wait=wait,
         waived=tuple(waived),
-        command=_command(
-            recipe, ("--lanes", ",".join(lanes)) if lanes else ("--host", host.name), resolved, env, overrides, waived
-        ),
+        hosts=tuple(hosts),
+        command=_command(recipe, where, resolved, env, overrides, waived),
         no_secrets=_missing(spec.secrets, env),
         unfit=(_unfit(source) or stale()) if host.is_local else None,
     )

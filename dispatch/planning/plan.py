@@ -68,6 +68,8 @@ class Plan:
     refusals: tuple[Refusal, ...]
     busy: str | None = None
     """Who holds the device lease that a run of this plan would have to wait for."""
+    beside: Plan | None = None
+    """The part of a second host in a run over both; its steps, refusals and notes are among these."""
 
     @property
     def final(self) -> ChosenRun:
@@ -81,8 +83,9 @@ class Plan:
 
     @property
     def starts_something(self) -> bool:
-        """Whether a process is to be started on the host: a build or a run; following one that goes on is none."""
-        return any(run.will == "run" for run in self.runs) or (self.build is not None and self.build.will == "run")
+        """Whether a process is to be started on a host: a build or a run; following one that goes on is none."""
+        own = any(run.will == "run" for run in self.runs) or (self.build is not None and self.build.will == "run")
+        return own or (self.beside is not None and self.beside.starts_something)
 
     @property
     def changes_nothing(self) -> bool:
@@ -93,11 +96,15 @@ class Plan:
     def digest(self) -> str:
         """sha256 (hex) of the judgements: what ``apply`` compares."""
         steps = [[step.name, step.will, step.run or ""] for step in self.steps]
-        return canonical_sha256({"schema": 1, "host": self.host, "steps": steps, "memory": self.memory.ok is not False})
+        told = {"schema": 1, "host": self.host, "steps": steps, "memory": self.memory.ok is not False}
+        if self.beside is not None:
+            told["beside"] = self.beside.digest
+        return canonical_sha256(told)
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs."""
         return {
+            **({"beside": self.beside.as_json()} if self.beside is not None else {}),
             "plan": self.digest,
             "host": self.host,
             "machine": self.machine,

@@ -9,14 +9,18 @@ from dispatch.planning.plan import Plan
 
 def render(plan: Plan, ask: Ask, since: Since | None = None) -> str:
     """The plan as text, with what changed since the last one was applied, without the sentence that ends a preview."""
-    machine = f" ({plan.machine})" if plan.machine else ""
-    lines = [f"plan {plan.digest[:8]}  {ask.recipe} on {plan.host}{machine}", ""]
+    each = [one for one in (plan, plan.beside) if one is not None]
+    where = " and ".join(one.host + (f" ({one.machine})" if one.machine else "") for one in each)
+    lines = [f"plan {plan.digest[:8]}  {ask.recipe} on {where}", ""]
     width = max(len(step.name) for step in plan.steps)
     lines.append(f"  {'step':<{width}}  {'will':<6}  because")
     lines += [f"  {step.name:<{width}}  {step.will:<6}  {step.because}" for step in plan.steps]
-    lines += ["", f"  {plan.memory.text}"]
-    if plan.starts_something:
-        lines.append(f"  {plan.runner.text}")
+    lines.append("")
+    for one in each:
+        whose = f"  {one.host}: " if len(each) > 1 else "  "
+        lines.append(f"{whose}{one.memory.text}")
+        if plan.starts_something:
+            lines.append(f"{whose}{one.runner.text}")
     lines += [f"  note: {note}" for note in plan.notes]
     lines += ["", *since.lines()] if since is not None else []
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dispatch.building.build import BuildChoice, BuildNames, choose_build
@@ -56,6 +57,11 @@ def survey(transport: Transport, ask: Ask, places: Places) -> tuple[Plan, HostFa
     copied = _copied(places)
     plan = make_plan(ask, facts, runs, build=build, warmup=warmup, pulls=pulls, memory=memory, copied=copied)
     return plan, facts
+
+
+def survey_beside(transport: Transport, ask: Ask, kins: Sequence[str]) -> HostFacts:
+    """What there is on a host of what a request builds there, and of runs of these ``kins``: none of the pipeline's."""
+    return _probe(transport, ask, [], BuildNames.of(ask), kins)
 
 
 def survey_build(transport: Transport, ask: Ask) -> tuple[BuildChoice, HostFacts]:
@@ -148,8 +154,10 @@ def _check_teacher(spec: PipelineSpec, found: PathFact, digests: dict[str, str])
         )
 
 
-def _probe(transport: Transport, ask: Ask, planned: list[PlannedRun], names: BuildNames | None) -> HostFacts:
-    kins = [run.kin for run in planned]
+def _probe(
+    transport: Transport, ask: Ask, planned: list[PlannedRun], names: BuildNames | None, more_kins: Sequence[str] = ()
+) -> HostFacts:
+    kins = [*(run.kin for run in planned), *more_kins]
     wanted = [{"id": run.run_id, "kin": run.kin} for run in planned]
     question: dict[str, object] = {"kins": kins, "runs": wanted, "runner": True}
     if names is not None:
@@ -158,6 +166,8 @@ def _probe(transport: Transport, ask: Ask, planned: list[PlannedRun], names: Bui
         kins += [names.kin, warmup_kin(ask)]
         question |= {"builds": [names.build], "venvs": [names.venv], "cas": [ask.bundle.sha256]}
     question["preflight"] = preflight_question(ask.host, ask)
+    if ask.hosts:
+        question["link"] = ask.host.link
     facts = facts_of(transport, "probe", question, timeout=PROBE_SECONDS)
     later = [run for one in planned for run in attempt_ids(one, facts.kin_runs.get(one.kin, ()))]
     if names is not None:

@@ -30,6 +30,14 @@ app = typer.Typer(
 HostOption = Annotated[
     str | None, typer.Option("--host", metavar="HOST", help="Which host; else GX10_HOST, else the default, else local.")
 ]
+HostsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        metavar="HOST[,HOST]",
+        help="Which host; else GX10_HOST, else the default, else local. Two: one run over both, the first leads.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the pipeline; repeatable.")
 ]
@@ -51,7 +59,7 @@ PipelineArgument = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A 
 @app.command()
 def go(
     pipeline: PipelineArgument,
-    host: HostOption = None,
+    host: HostsOption = None,
     lanes: LanesOption = None,
     abandon: AbandonOption = False,
     set_: SetOption = None,
@@ -74,18 +82,24 @@ def go(
     adjust = Limits.adjuster(deadline or (), stall)
     dry_run = dry_run or _dry_run()
     wanted = _Wanted(pipeline, host, set_, attempt, wait, lanes, abandon, waive, kd_cache_ro)
-    with _asked(wanted, readonly=dry_run) as (places, ask, transport):
+    with _asked(wanted, readonly=dry_run) as (places, asks, transports):
+        if len(asks) > 1:
+            from dispatch.pairing.session import pair_session, preview_both
+
+            if dry_run:
+                return preview_both(asks, transports, places, as_json=json)
+            return pair_session(asks, transports, places, json=json, adjust=adjust).go(asks[0], detach=detach)
         from dispatch.session import Session, preview
 
         if dry_run:
-            return preview(ask, places, as_json=json, transport=transport)
-        return Session(transport, places, json=json, adjust=adjust).go(ask, detach=detach)
+            return preview(asks[0], places, as_json=json, transport=transports[0])
+        return Session(transports[0], places, json=json, adjust=adjust).go(asks[0], detach=detach)
 
 
 @app.command()
 def plan(
     pipeline: PipelineArgument,
-    host: HostOption = None,
+    host: HostsOption = None,
     lanes: LanesOption = None,
     abandon: AbandonOption = False,
     set_: SetOption = None,
@@ -96,10 +110,14 @@ def plan(
 ) -> ExitCode:
     """Show what `go` would do, and why; nothing is created or changed anywhere."""
     wanted = _Wanted(pipeline, host, set_, attempt, False, lanes, abandon, waive, kd_cache_ro)
-    with _asked(wanted, readonly=True) as (places, ask, transport):
+    with _asked(wanted, readonly=True) as (places, asks, transports):
+        if len(asks) > 1:
+            from dispatch.pairing.session import preview_both
+
+            return preview_both(asks, transports, places, as_json=json)
         from dispatch.session import preview
 
-        return preview(ask, places, as_json=json, transport=transport)
+        return preview(asks[0], places, as_json=json, transport=transports[0])
 
 
 @app.command()
@@ -136,17 +154,22 @@ def cancel(
         typer.Option(metavar="SECONDS", min=0, max=600, help="Between TERM and KILL; else the run's stop_grace."),
     ] = None,
 ) -> ExitCode:
-    """End a run: TERM, a grace, KILL for all of its processes, and a look whether they are gone."""
+    """End a run: TERM, a grace, KILL for all of its processes, and a look whether they are gone.
+
+    Of a run over two hosts both are ended, the leader first.
+    """
+    from dispatch.conclude import worst
     from dispatch.standing import cancel_run
     from dispatch.transport.open import open_transport
 
     _no_preview("cancel")
     places, record, where = located(run, host)
-    transport = open_transport(where, places)
-    try:
-        return cancel_run(transport, record.run, grace=grace)
-    finally:
-        transport.close()
+    codes = []
+    for one in (record, *record.following()):
+        there = where if one is record else one.at_host(_places()[1].get(one.host))
+        with contextlib.closing(open_transport(there, places)) as transport:
+            codes.append(cancel_run(transport, one.run, grace=grace, known=one is record))
+    return worst(codes)
 
 
 @app.command()
@@ -196,6 +219,8 @@ def enrol(
     python: Annotated[str | None, typer.Option(metavar="PATH", help="Python 3.11 or newer on the host.")] = None,
     lock: Annotated[str | None, typer.Option(help="Lock file in constraints/ to build from (cpu).")] = None,
     gb10: Annotated[bool | None, typer.Option("--gb10/--no-gb10", help="Declare it a GB10.")] = None,
+    link: Annotated[str | None, typer.Option(metavar="INTERFACE", help="Its end of the link to another host.")] = None,
+    hca: Annotated[str | None, typer.Option(metavar="CARD,CARD", help="Its RDMA cards there (NCCL_IB_HCA).")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Accept other keys than those that are pinned.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Pin the keys that are offered now, without asking.")] = False,
     fingerprint: Annotated[
@@ -208,7 +233,7 @@ def enrol(
     _no_preview("enrol")
     places, inventory = _places()
     given = {"address": address, "user": user, "port": port, "identity": identity, "root": root, "python": python}
-    given |= {"lock": lock, "gb10": gb10}
+    given |= {"lock": lock, "gb10": gb10, "link": link, "hca": hca}
     wanted = {field: value for field, value in given.items() if value is not None}
     return do_enrol(name, wanted, places, inventory, replace=replace, yes=yes, expected=fingerprint)
 
@@ -243,18 +268,18 @@ class _Wanted(NamedTuple):
     waive: list[str] | None
     cache_readonly: bool = False
 
-    def of(self, where: Host, lanes: Sequence[str] = ()) -> Ask:
-        """The request to one host."""
+    def of(self, where: Host, lanes: Sequence[str] = (), hosts: Sequence[str] = ()) -> Ask:
+        """The request to one host, or to one of the two ``hosts``."""
         from latentforge.spec.dotenv import Environment
 
         overrides = [*(self.overrides or ()), *(["teacher.cache_readonly=true"] if self.cache_readonly else ())]
-        words = (overrides, self.attempt, self.wait)
-        return _asked_of(self.pipeline, where, *words, env=Environment.here(), lanes=lanes, waive=self.waive)
+        words, env = (overrides, self.attempt, self.wait), Environment.here()
+        return _asked_of(self.pipeline, where, *words, env=env, lanes=lanes, hosts=hosts, waive=self.waive)
 
 
 @contextlib.contextmanager
-def _asked(wanted: _Wanted, *, readonly: bool) -> Iterator[tuple[Places, Ask, Transport]]:
-    """What is asked, and a transport to the host of whom; closed in the end."""
+def _asked(wanted: _Wanted, *, readonly: bool) -> Iterator[tuple[Places, tuple[Ask, ...], tuple[Transport, ...]]]:
+    """What is asked, of one host or of two, and a transport to each of them; closed in the end."""
     from dispatch.transport.open import open_transport
     from latentforge.errors import RefusedError
 
@@ -263,16 +288,21 @@ def _asked(wanted: _Wanted, *, readonly: bool) -> Iterator[tuple[Places, Ask, Tr
     if wanted.abandon and wanted.lanes is None:
         raise RefusedError("--abandon says that a lane may be left behind, and there are no --lanes")
     places, inventory = _places()
-    if wanted.lanes is None:
-        where = inventory.choose(wanted.host, os.environ)
-        transport = open_transport(where, places, readonly=readonly)
-        transport.ahead("probe")  # the host starts our agent while the rest is imported and the request is made
-        with contextlib.closing(transport):
-            yield places, wanted.of(where), transport
-        return
-    ask = dispatch_hosts.lane_ask(wanted.of, wanted.lanes, wanted.host, places, inventory, abandon=wanted.abandon)
-    with contextlib.closing(open_transport(ask.host, places, readonly=readonly)) as transport:
-        yield places, ask, transport
+    with contextlib.ExitStack() as opened:
+        if wanted.lanes is not None:
+            ask = dispatch_hosts.lane_ask(
+                wanted.of, wanted.lanes, wanted.host, places, inventory, abandon=wanted.abandon
+            )
+            transport = open_transport(ask.host, places, readonly=readonly)
+            yield places, (ask,), (opened.enter_context(contextlib.closing(transport)),)
+            return
+        hosts, transports = inventory.choose_all(wanted.host, os.environ), []
+        for host in hosts:
+            transports.append(open_transport(host, places, readonly=readonly))
+            transports[-1].ahead("probe")  # the host starts our agent while the rest is imported and the request made
+            opened.enter_context(contextlib.closing(transports[-1]))
+        names = [host.name for host in hosts] if len(hosts) > 1 else ()
+        yield places, tuple(wanted.of(host, hosts=names) for host in hosts), tuple(transports)
 
 
 def _asked_of(
@@ -284,6 +314,7 @@ def _asked_of(
     *,
     env: Mapping[str, str],
     lanes: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     waive: list[str] | None = None,
 ) -> Ask:
     from dispatch.planning.ask import asked
@@ -297,6 +328,7 @@ def _asked_of(
         attempt_next=attempt == "next",
         wait=wait,
         lanes=lanes,
+        hosts=hosts,
         waived=check_waivers(waive or []),
         stale=_stale_extension,
     )

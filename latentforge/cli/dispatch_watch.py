@@ -40,9 +40,11 @@ def watch(
     In a pipe these are the run's own lines (of several, each with its run before it), so that
     `latentforge dispatch watch RUN | grep F-DISTILL` prints the verdict and ends. Ends by itself with 4 where a run
     makes no step, misses a deadline or writes no log; the run is left alone, and the command that stops it is shown.
-    With --host no record of this laptop is needed: the host knows its runs, also by the beginnings of their ids.
+    Of a run over two hosts both are followed. With --host no record of this laptop is needed: the host knows its runs,
+    also by the beginnings of their ids.
     """
     from dispatch.following.limits import Limits
+    from dispatch.hosts.inventory import Inventory
     from dispatch.session import Session
     from dispatch.together import Target, watch_together
     from dispatch.transport.open import open_transport
@@ -50,8 +52,12 @@ def watch(
 
     adjust = Limits.adjuster(deadline or (), stall)
     found = [located(run, host) for run in dict.fromkeys(runs)]
-    if len(found) > 1:
-        targets = {record.run: Target(record, where) for _places, record, where in found}
+    targets = {record.run: Target(record, where) for _places, record, where in found}
+    inventory = Inventory.load(found[0][0])
+    for _places, record, _where in found:
+        for one in record.following()[-1:]:  # before the last of its chain the others are followed
+            targets.setdefault(one.run, Target(one, one.at_host(inventory.get(one.host))))
+    if len(targets) > 1:
         return watch_together(list(targets.values()), found[0][0], adjust=adjust)
     places, record, where = found[0]
     transport = open_transport(where, places)

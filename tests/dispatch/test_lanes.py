@@ -201,9 +201,13 @@ def test_a_host_that_is_enrolled_keeps_the_lanes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [("--host", "a,b"), ()])
 def test_one_run_on_several_hosts_is_refused_with_the_reason_and_both_alternatives(laptop: Any, words: Any) -> None:
+    key = '{ type = "ssh-ed25519", sha256 = "SHA256:' + "Q" * 43 + '", date = "2026-11-22" }'
+    tables = [f'[hosts.{name}]\naddress = "127.0.0.1"\nport = 1\nlink = "eth9"\nkeys = [{key}]' for name in "ab"]
+    laptop.places.hosts_file.parent.mkdir(parents=True)
+    laptop.places.hosts_file.write_text("\n".join(tables))
     done = laptop.cli("plan", "tiny", *words, **({} if words else {"GX10_HOST": "a,b"}))
     assert done.returncode == 2
-    assert "no recipe can be (distributed = none)" in done.stderr
+    assert "no stage of tiny is spread over processes (distributed = none)" in done.stderr
     assert "--lanes a,b" in done.stderr
     assert "--each a,b" in done.stderr
 

@@ -281,7 +281,7 @@ def test_a_finished_run_of_another_clone_is_adopted_and_that_is_said(
 def test_a_judgement_that_changed_since_the_preview_is_refused(
     jobs: Any, ask: Make, session: Make, laptop: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dispatch.apply import apply
+    from dispatch.apply import launch
 
     dispatch = session()
     assert dispatch.go(ask()) is ExitCode.PASS
@@ -289,7 +289,7 @@ def test_a_judgement_that_changed_since_the_preview_is_refused(
     plan, _facts = survey(dispatch.transport, more, laptop.places)
     shutil.rmtree(Path(os.environ["XDG_STATE_HOME"]) / "latentforge/runs")
     with pytest.raises(RefusedError, match="changed since the plan was shown: data was 'keep', is now 'run'"):
-        apply(plan, more, dispatch.transport, laptop.places, dispatch.follower, say=print)
+        launch(plan, more, dispatch.transport, laptop.places, dispatch.follower, say=print)
 
 
 def test_a_held_lease_is_refused_with_7_and_names_its_holder(

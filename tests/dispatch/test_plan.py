@@ -217,7 +217,7 @@ def test_whatever_states_there_are_no_ended_run_is_started_and_nothing_unknown_t
 def test_a_plan_is_applied_as_it_was_shown_or_refused_with_what_changed(asks: dict[str, Ask]) -> None:
     from dataclasses import replace
 
-    from dispatch.apply import _same_judgements
+    from dispatch.apply import same_judgements
     from dispatch.planning.plan import Step
 
     ask = asks["box"]
@@ -228,10 +228,10 @@ def test_a_plan_is_applied_as_it_was_shown_or_refused_with_what_changed(asks: di
 
     def refusal(before: Plan, now: Plan) -> str:
         with pytest.raises(RefusedError, match=r"^box changed since the plan was shown: ") as refused:
-            _same_judgements(before, now, ask)
+            same_judgements(before, now, ask)
         return str(refused.value)
 
-    _same_judgements(shown, plan_of(ask, facts_of(host={"mem_available": 90 * GIB})), ask)
+    same_judgements(shown, plan_of(ask, facts_of(host={"mem_available": 90 * GIB})), ask)
     assert "warmup was not needed, is now 'run' (new build)" in refusal(shown, longer)
     assert "warmup was 'run', is now left out" in refusal(longer, shown)
     assert "the runner was systemd, is now detached" in refusal(systemd, shown)
@@ -239,7 +239,7 @@ def test_a_plan_is_applied_as_it_was_shown_or_refused_with_what_changed(asks: di
     # Somebody else did it all meanwhile: nothing is left to prove.
     done = plan_of(ask, facts_of({run.run_id: PASSED for run in planned_of(ask).values()}))
     assert not done.starts_something
-    _same_judgements(longer, done, ask)
+    same_judgements(longer, done, ask)
 
 
 def test_an_earlier_run_that_failed_stops_the_pipeline_and_is_what_is_reported(asks: dict[str, Ask]) -> None:

@@ -1,0 +1,174 @@
+"""One run over two hosts: planned, launched and followed as one, and what becomes of it when one of them is lost."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dispatch.apply
+from latentforge.spec.hosts import PORTS
+
+Make = Callable[..., Any]
+pytestmark = [pytest.mark.sshd, pytest.mark.usefixtures("can_wire")]
+SPREAD = ("--set", "distill.distributed=ddp")
+
+
+class Pair:
+    """The two hosts with the code's build on each, jobs that train nothing, and the user's command."""
+
+    def __init__(self, hosts: Any, laptop: Any, checkout: Path) -> None:
+        self.hosts, self.laptop, self.checkout = hosts, laptop, checkout
+        self.following: dict[str, Any] = {}
+        """How the runs of the second host behave."""
+
+    def go(self, *words: str, host: str = "a,b", spread: bool = True, **env: str) -> Any:
+        given = [*(SPREAD if spread else ()), *words, "--host", host]
+        return self.laptop.cli("go", "tiny", *given, cwd=self.checkout, **env)
+
+    def launch(self, number: int, kind: str) -> list[dict[str, Any]]:
+        """The launch records of a host's runs of a kind, in the order in which they were reserved."""
+        found = sorted(
+            self.hosts.roots[number].glob(f"runs/{kind}-*/launch.json"), key=lambda path: path.stat().st_mtime
+        )
+        return [json.loads(path.read_text()) for path in found]
+
+
+@pytest.fixture
+def pair(
+    two_hosts: Any, jobs: Any, ask: Make, built: Make, laptop: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> Pair:
+    made, of_leader = Pair(two_hosts, laptop, checkout), dispatch.apply.job
+
+    def job(one: Any, facts: Any, plan: Any) -> Any:
+        argv, env = of_leader(one, facts, plan)
+        return ([*argv[:-1], json.dumps(made.following)] if one.kind.startswith("follow") else argv), env
+
+    monkeypatch.setattr("dispatch.apply.job", job)
+    for host in two_hosts.hosts:
+        built(host, ask(host))
+    return made
+
+
+def test_two_hosts_are_planned_launched_and_followed_as_one(pair: Pair, jobs: Any, snapshot: Make) -> None:
+    before = snapshot(*pair.hosts.roots, pair.laptop.home)
+    first, second = (pair.go(DRY_RUN="1") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert snapshot(*pair.hosts.roots, pair.laptop.home) == before, "a preview changed a file"
+    assert "keep    a cable-a 198.51.100.1, b cable-b 198.51.100.2; silence of 4 s ends a run" in first.stdout
+    steps = [line.split("  ")[1] for line in first.stdout.splitlines()[3:] if line.startswith("  ")][:17]
+    assert steps[4:] == [
+        *("warmup", "link", "b: trust", "b: preflight", "b: code", "b: build", "b: warmup"),
+        *("data", "teacher", "score", "distill", "b: follow distill", "follow"),
+    ]
+
+    went = pair.go("--json")
+    assert went.returncode == 0, went.stderr
+    told, (leads,), (follows,) = json.loads(went.stdout), pair.launch(0, "distill"), pair.launch(1, "follow")
+    assert told["code"] == 0
+    assert told["beside"]["host"] == "b"
+    assert [(end["kind"], end["ended"]) for end in told["ends"]][-2:] == [("distill", "pass"), ("b: follow", "pass")]
+    lines = went.stderr.splitlines()
+    assert {line[:4] for line in lines if " step 1/" in line} == {"a | ", "b | "}, "both logs, each line with its host"
+    port = leads["world"].pop("port")
+    assert port in PORTS
+    meeting = {"hosts": ["a", "b"], "address": "198.51.100.1", "hca": None, "deadline_seconds": 4.0}
+    assert leads["world"] == {**meeting, "index": 0, "interface": "cable-a", "wait_seconds": 300.0}
+    here = {"index": 1, "port": port, "interface": "cable-b", "wait_seconds": 86400.0}
+    assert follows["world"] == {**meeting, **here}
+    assert (follows["lease"], follows["resolved"]) == (["device"], {})
+    assert "world" not in pair.launch(0, "score")[0]
+
+    again = pair.go()
+    assert (again.returncode, "no changes. distill-" in again.stdout) == (0, True), again.stdout
+    assert len(jobs.starts()) == 4, "a second go started something"
+
+
+def test_a_second_host_whose_leader_never_comes_is_sent_home_and_comes_back_with_the_next_attempt(
+    pair: Pair, jobs: Any, eventually: Make
+) -> None:
+    pair.following = {"wait_at": 1, "gate": str(jobs.gate), "steps": 3}
+    jobs.others = {"exit": 1, "reason": "planted"}
+    failed = pair.go()
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "b: follow     cancelled" in failed.stdout
+    states = json.loads(pair.laptop.cli("status", "--each", "b", "--json").stdout)["hosts"]["b"]["value"]
+    assert [one["outcome"] for one in states.values()] == ["cancelled"]
+
+    # Left alone by --detach, taken up by watch, ended by cancel: each time both of them.
+    jobs.others = {"steps": 3}
+    jobs.how = {"wait_at": 2, "gate": str(jobs.gate)}
+    left = pair.go("--attempt", "next", "--detach")
+    assert left.returncode == 0, left.stdout + left.stderr
+    eventually(lambda: any(one.startswith("distill-") for one in jobs.starts()), "the student's run starts", 60.0)
+    (leads,), follows = pair.launch(0, "distill"), pair.launch(1, "follow")[-1]
+    run = leads["run"]
+    assert len(pair.launch(1, "follow")) == 2, "a cancelled one is followed by another"
+    other = pair.go(host="a", spread=True, DRY_RUN="1")
+    assert "it goes on" in other.stdout
+    cancelled = pair.laptop.cli("cancel", run)
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert [line.split()[0] for line in cancelled.stdout.splitlines()] == [run, follows["run"]]
+
+    # Over one host alone it goes on nowhere else, and that is said.
+    alone = pair.go("--attempt", "next", "--detach", host="a")
+    assert alone.returncode == 0, alone.stderr
+    refused = pair.go()
+    assert refused.returncode == 2
+    assert "goes on on a, not over a and b" in refused.stderr
+    jobs.open()
+    run = pair.launch(0, "distill")[-1]["run"]
+    assert pair.laptop.cli("watch", run).returncode == 0
+
+    pair.following = {"exit": 5, "reason": "planted"}
+    lost = pair.go("--attempt", "next")
+    assert lost.returncode == 5, "the leader passed, the other host did not"
+    assert "b: follow     crashed" in lost.stdout
+
+
+def test_what_cannot_be_one_run_over_two_hosts_is_refused_by_host_with_the_command_that_helps(pair: Pair) -> None:
+    def refused(done: Any, code: int, said: str, following: str) -> None:
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stderr, done.stderr
+        assert following in done.stderr.partition("next: ")[2], done.stderr
+
+    refused(pair.go(host="a,a"), 2, "names a twice", "--host a")
+    refused(pair.go(host="a,b,c"), 2, "names 3 hosts, and a run is spread over two at most", "--host a,b")
+    refused(pair.go(host="a,local"), 2, "local cannot be one of two hosts", "enrol NAME")
+    refused(pair.go(host="a,"), 2, "holds an empty name", "--host A,B")
+    refused(pair.go(spread=False), 2, "no stage of tiny is spread over processes", "--set distill.distributed=fsdp2")
+    many = pair.go("--set", "distill.processes=9")
+    refused(many, 2, "2 hosts x distill.processes = 9 with batch_size = 16", "distill.batch_size = 18")
+
+    file = pair.laptop.places.hosts_file
+    whole = file.read_text()
+
+    def with_b(**changes: Any) -> Any:
+        """A preview with other values in b's table; None takes one away."""
+        head, table = whole.split("[hosts.b]")
+        for name, value in changes.items():
+            lines = [line for line in table.splitlines() if not line.startswith(f"{name} =")]
+            table = "\n".join([*lines[:1], *([] if value is None else [f"{name} = {json.dumps(value)}"]), *lines[1:]])
+        file.write_text(f"{head}[hosts.b]{table}\n")
+        assert tomllib.loads(file.read_text())
+        return pair.go(DRY_RUN="1")
+
+    refused(with_b(link=None), 2, "b has no link", "latentforge dispatch enrol b --link INTERFACE")
+    refused(with_b(link=None, hca="mlx5_0"), 2, "hca names the cards of a link, and there is no link", "edit ")
+    gone = with_b(link="enp9s0")
+    assert gone.returncode == 1
+    assert "b has no interface 'enp9s0' (there are: lo, " in gone.stdout
+    other = with_b(lock="vllm-cpu")
+    assert "a and b have other lock files, cpu " in other.stdout, other.stdout + other.stderr
+    file.write_text(whole)
+    pair.hosts._far(1, "ip", "link", "set", "cable-b", "down")
+    down = pair.go(DRY_RUN="1")
+    assert (down.returncode, "cable-b of b is down" in down.stdout) == (1, True), down.stdout
+    started = pair.go()
+    assert started.returncode == 1
+    assert "ip link set cable-b up" in started.stderr
