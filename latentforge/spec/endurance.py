@@ -42,7 +42,7 @@ class EnduranceSpec(Section):
         "and leave its batch out, once at one place",
     )
     divergence_factor: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = Field(
-        None, description="the loss diverges above so many times the median of the last 100, or divergence_steps; not looked for if absent"
+        None, description="the loss diverges above so many times the median of the last 100; not looked for if absent"
     )
     divergence_steps: Count = Field(20, description="and does so for this many steps in a row")
 
