@@ -113,7 +113,7 @@ def lay_out(first: RunRecord, how: Rerun) -> Path:
             raise RefusedError(f"{target} is inside {recorded}, which was recorded", next="name another with --to")
     run = RunDir(first.folder)
     # Neither the command nor the predecessor of the first time: it begins at the beginning, here.
-    launch = replace(run.load_launch(), argv=[], lease=[], predecessor=None)
+    launch = replace(run.load_launch(), argv=[], lease=[], predecessor=None, world={})
     try:
         target.mkdir(parents=True)
         for named, folder in links.items():

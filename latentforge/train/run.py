@@ -23,6 +23,8 @@ from latentforge.spec.sections import HTTP_BACKENDS
 from latentforge.spec.spread import processes_of
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.train import effective, memory
+from latentforge.train.hosts.follower import take_part
+from latentforge.train.hosts.leading import Leading
 from latentforge.train.recipes import follow, set_up
 from latentforge.train.setting import fit_threads
 from latentforge.train.spread import run_spread
@@ -47,10 +49,11 @@ def execute(
         if restarted:
             log.emit("phase", name="restart", state="end", restarted=restarted, left=restarts_left)
             log.say(f"restart {restarted}, {restarts_left} left")
-        before = memory.begin_measuring()
+        before, leading, then = memory.begin_measuring(), None, None
         try:
             with handled_signals(endurance_of(run).stop_grace) if signals else nullcontext():
-                planned = _run(run, log, text)
+                leading = Leading.of(run, log)
+                planned = _run(run, log, text, leading)
             if planned is not None:
                 plan, held = planned
                 memory.compare(run, log, plan, before=before, held=held)
@@ -59,7 +62,7 @@ def execute(
             code, reason = ExitCode.UNKNOWN, str(error)
             log.say(f"error: {reason}")
         except LatentForgeError as error:
-            code, reason = error.code, str(error)
+            code, reason, then = error.code, str(error), error.next
             log.say(f"error: {error}")
             if error.next:
                 log.say(f"  next: {error.next}")
@@ -72,10 +75,14 @@ def execute(
             log.warning(f"crashed: {reason}")
         else:
             log.end(code, reason=reason)
+        if leading is not None:
+            leading.end(code, reason, then)
     return code
 
 
-def _run(run: RunDir, log: EventLog, text: TextIO | None) -> tuple[MemoryPlan, int | None] | None:
+def _run(
+    run: RunDir, log: EventLog, text: TextIO | None, leading: Leading | None
+) -> tuple[MemoryPlan, int | None] | None:
     """Check, plan its memory and follow the recipe of its kind; returns what it was planned to hold, and what its
     processes held where there are several."""
     identity = run.load_identity()
@@ -95,6 +102,8 @@ def _run(run: RunDir, log: EventLog, text: TextIO | None) -> tuple[MemoryPlan, i
         extension=effective.extension(),
         device=effective.device_record(torch.device("cpu")),
     )
+    if identity.kind == "follow":
+        return take_part(run, log, text=text)
     planned = memory.plan_of(run, identity)
     if planned is not None:
         memory.require_room(run, log, planned)
@@ -103,7 +112,7 @@ def _run(run: RunDir, log: EventLog, text: TextIO | None) -> tuple[MemoryPlan, i
     if processes is None:
         follow(run, log, identity.kind)
     else:
-        held = run_spread(run, log, processes, text=text)
+        held = run_spread(run, log, processes, leading=leading, text=text)
     if identity.kind in ("data", "score"):
         effective.record(run, effective=_product_values(run, identity))
     if identity.kind == "score":

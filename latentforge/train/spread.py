@@ -1,8 +1,8 @@
-"""A run whose training is spread over processes of this host: they follow the recipe, and this one speaks for them."""
+"""A run whose training is spread over processes: they follow the recipe, and the one that started them speaks for
+them."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import TextIO
 
@@ -14,41 +14,48 @@ from latentforge.events.log import Unheard
 from latentforge.spec.endurance import endurance_of
 from latentforge.spec.run import RunDir
 from latentforge.train import effective, memory
-from latentforge.train.engines.launching import Ranks, refuse_failed
+from latentforge.train.engines.launching import Place, Ranks, refuse_failed
 from latentforge.train.engines.world import World
+from latentforge.train.hosts.abreast import Abreast
+from latentforge.train.hosts.leading import Leading
 from latentforge.train.recipes import follow, set_up
-from latentforge.train.stopping import deferred_stop, handled_signals, stop_requested
+from latentforge.train.stopping import deferred_stop, handled_signals
 
 
-def run_spread(run: RunDir, log: EventLog, processes: int, *, text: TextIO | None = None) -> int:
-    """Follow the recipe of ``run`` on ``processes`` of this host, of which the first writes; returns the bytes that
-    they held at most, summed.
+def run_spread(
+    run: RunDir, log: EventLog, processes: int, *, leading: Leading | None = None, text: TextIO | None = None
+) -> int:
+    """Follow the recipe of ``run`` on ``processes`` of this host, of which the first writes, beside as many on each of
+    the hosts that it is ``leading``; returns the bytes that those here held at most, summed.
 
     A signal to stop is handed on: they end after the same step, with a checkpoint. One that is killed, or fails, ends
-    them all. Raises what they ended by.
+    them all, and so does a host that is lost. Raises what they ended by.
     """
+    check_devices(processes)
+    place, abreast = (None, Abreast([])) if leading is None else leading.meet()
+    with deferred_stop(), begin(run, log, processes, text=text, place=place) as ranks:
+        ended = ranks.wait(look=lambda: abreast.look(ranks))
+        others = abreast.ended(ended)
+    log.take_up()
+    abreast.refuse_lost()
+    refuse_failed([*ended, *others])
+    return sum(int(one.told["value"]) for one in ended)
+
+
+def check_devices(processes: int) -> None:
+    """Refuse more processes than this host has GPUs, where it has any."""
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise RefusedError(
             f"processes = {processes}, and this host has {torch.cuda.device_count()} GPU(s): a GPU takes one process",
             next=f"set processes = {torch.cuda.device_count()}, or device = 'cpu'",
         )
-    handed_on = False
 
-    def look() -> None:
-        nonlocal handed_on
-        if stop_requested() is not None and not handed_on:
-            handed_on = True
-            ranks.tell(signal.SIGTERM)
 
-    with (
-        deferred_stop(),
-        Ranks("latentforge.train.spread:follow_here", {"path": str(run.path)}, processes, text=text) as ranks,
-    ):
-        log.say(f"{processes} processes: {', '.join(map(str, ranks.pids))}")
-        ended = ranks.wait(look=look)
-    log.take_up()
-    refuse_failed(ended)
-    return sum(int(one.told["value"]) for one in ended)
+def begin(run: RunDir, log: EventLog, processes: int, *, text: TextIO | None, place: Place | None) -> Ranks:
+    """Start the processes of a run on this host."""
+    ranks = Ranks("latentforge.train.spread:follow_here", {"path": str(run.path)}, processes, text=text, place=place)
+    log.say(f"{processes} processes: {', '.join(map(str, ranks.pids))}")
+    return ranks
 
 
 def follow_here(path: str) -> int:

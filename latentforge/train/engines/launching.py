@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,18 +30,50 @@ _LOOK_SECONDS = 0.05
 @dataclass(frozen=True)
 class Ended:
     """How one process ended: its exit code or the signal that killed it (negative), and what it ``told``, if it could;
-    ``ours`` where it was this process that ended it."""
+    ``ours`` where it was its own host's process that ended it, ``host`` where there are several."""
 
     rank: int
     pid: int
     returncode: int
     told: Mapping[str, Any]
     ours: bool = False
+    host: str = ""
+
+    @property
+    def named(self) -> str:
+        """Its pid, and the host's name where there are several."""
+        return f"pid {self.pid} on {self.host}" if self.host else f"pid {self.pid}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the processes of one host stand among those of all: the store that all of them find each other by, the
+    first one's rank, how many there are, this ``host``'s name, and what they are told of it."""
+
+    address: str
+    port: int
+    first: int
+    world: int
+    host: str
+    environment: Mapping[str, str]
+
+
+def store_at(address: str) -> dist.TCPStore:
+    """A store that listens on this address alone, at a port of the kernel's choice: torch's own listens on all."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as door:
+        door.bind((address, 0))
+        door.listen(socket.SOMAXCONN)
+        port = door.getsockname()[1]
+        return dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(door.fileno())
+        )
 
 
 class Ranks:
     """``size`` processes on this host that each call ``module:function`` with ``arguments``; a context, which kills
-    what is left of them when it is left. What they say goes where this process's own does, or into ``text``."""
+    what is left of them when it is left. What they say goes where this process's own does, or into ``text``. They are
+    all that there are, or in a ``place`` among others."""
 
     def __init__(
         self,
@@ -50,21 +83,27 @@ class Ranks:
         *,
         threads: int | None = None,
         text: TextIO | None = None,
+        place: Place | None = None,
     ) -> None:
-        # Held here: no process has to guess a free port, and one that is late still finds it.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if place is None:
+            # Held here: no process has to guess a free port, and one that is late still finds it.
+            self._store = store_at("127.0.0.1")
+            place = Place("127.0.0.1", self._store.port, 0, size, "", {})
+        self._place = place
         self._reports: list[IO[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ours: set[int] = set()
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(size)}
+        self._until: float | None = None
+        shared = {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port), "WORLD_SIZE": str(place.world)}
+        shared |= place.environment
         if threads is not None:
             shared["OMP_NUM_THREADS"] = str(threads)
         for rank in range(size):
             report = tempfile.TemporaryFile()  # noqa: SIM115  closed when the context is left
             self._reports.append(report)
             program = [sys.executable, "-m", "latentforge.train.engines.rank"]
-            command = [*program, target, json.dumps(arguments), str(report.fileno())]
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+            command = [*program, target, json.dumps(arguments), str(report.fileno()), str(os.getpid())]
+            own = {"RANK": str(place.first + rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
             # A group of its own: Ctrl-C reaches this process alone, which hands it on.
             self._processes.append(
                 subprocess.Popen(
@@ -102,14 +141,23 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
+    @property
+    def failing(self) -> bool:
+        """Whether one of them has ended badly."""
+        return any(process.poll() not in (None, 0) for process in self._processes)
+
+    def hurry(self, grace: float = GRACE_SECONDS) -> None:
+        """Leave them ``grace`` seconds to end by themselves, and kill them then."""
+        if self._until is None:
+            self._until = time.monotonic() + grace
+
     def wait(self, *, grace: float = GRACE_SECONDS, look: Callable[[], None] = lambda: None) -> list[Ended]:
         """Until all have ended; ``look`` is called again and again. Once one has ended badly the others have ``grace``
         seconds, and are killed."""
-        until: float | None = None
         while any(process.poll() is None for process in self._processes):
-            if until is None and any(process.returncode not in (None, 0) for process in self._processes):
-                until = time.monotonic() + grace
-            if until is not None and time.monotonic() > until:
+            if self.failing:
+                self.hurry(grace)
+            if self._until is not None and time.monotonic() > self._until:
                 self._end(signal.SIGKILL)
             look()
             time.sleep(_LOOK_SECONDS)
@@ -128,7 +176,8 @@ class Ranks:
         report.seek(0)
         said = report.read()
         told = json.loads(said) if said.endswith(b"}") else {}
-        return Ended(rank, process.pid, int(process.returncode), told, rank in self._ours)
+        first, host = self._place.first, self._place.host
+        return Ended(first + rank, process.pid, int(process.returncode), told, rank in self._ours, host)
 
 
 def _copy(said: IO[bytes], text: TextIO) -> None:
@@ -152,7 +201,7 @@ def refuse_failed(ended: list[Ended]) -> None:
         if one.returncode < 0 and not one.ours:
             name = signal.Signals(-one.returncode).name
             raise CrashedError(
-                f"process {one.rank} of {len(ended)} (pid {one.pid}) was killed by {name}; the others were ended",
+                f"process {one.rank} of {len(ended)} ({one.named}) was killed by {name}; the others were ended",
                 next="look for the out-of-memory killer in the kernel's log, then resume:  "
                 "latentforge dispatch go --attempt next",
             )
@@ -165,4 +214,4 @@ def refuse_failed(ended: list[Ended]) -> None:
             raise Interrupted(one.told["interrupted"])
     for one in failed:
         what = one.told.get("crash", f"ended with exit code {one.returncode} and told nothing")
-        raise CrashedError(f"process {one.rank} of {len(ended)} (pid {one.pid}): {what}")
+        raise CrashedError(f"process {one.rank} of {len(ended)} ({one.named}): {what}")

@@ -15,13 +15,15 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 
 
-def main(target: str, arguments: str, report: str) -> None:
+def main(target: str, arguments: str, report: str, parent: str) -> None:
     """Call ``module:function`` with the JSON object ``arguments``, once all processes are there; write what it returned
     or how it failed as JSON to the descriptor ``report``; end without the interpreter's own end, in which gloo's
     threads may abort after all work is done.
     """
-    # Whoever started these processes ends them; where it was killed, the kernel does.
+    # Whoever started these processes ends them; where it was killed, the kernel does, also before it was asked to.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(128 + signal.SIGKILL)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     told = _told(target, json.loads(arguments))
     sys.stdout.flush()

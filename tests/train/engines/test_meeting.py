@@ -1,0 +1,247 @@
+"""The hosts of a run meet, lend each other what is read, and notice in time that one is gone; no process is started."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentforge.errors import CrashedError, FailedError, LatentForgeError, RefusedError
+from latentforge.events import EventLog
+from latentforge.spec.hosts import Hosts, following
+from latentforge.spec.identity import RunIdentity
+from latentforge.spec.run import LaunchRecord, RunDir
+from latentforge.train.hosts.meeting import Door, come_to
+from latentforge.train.hosts.mirror import Mirror, Reading, lend, read_by
+from latentforge.train.hosts.wire import HostLost, Link
+
+DEADLINE = 0.9
+LEADER = RunIdentity("distill", {"distill": {"distributed": "ddp", "processes": 1}}, {}, "c" * 64, "l" * 64)
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+class Mute(Link):
+    """The planted fault: a host that does not beat, so that nothing says that it is there."""
+
+    def _beat(self) -> None:
+        """Nothing is told."""
+
+
+class Deaf(Link):
+    """One that beats, and takes nothing of what it is told."""
+
+    def _read(self) -> None:
+        """Nothing is read."""
+
+
+def ends(held: ExitStack, deadline: float = DEADLINE, there: type[Link] = Link) -> tuple[Link, Link]:
+    """Both ends of one connection, of which one may be planted."""
+    ours, theirs = socket.socketpair()
+    found = Link("b", ours, deadline), there("a", theirs, deadline)
+    for link in found:
+        held.callback(link.close)
+    return found
+
+
+@pytest.mark.fault(row=43)
+def test_a_host_that_is_silent_is_lost_within_its_deadline_and_one_that_beats_is_not(
+    held: ExitStack,
+) -> None:
+    here, there = ends(held)
+    time.sleep(2 * DEADLINE)
+    assert (here.arrived(), there.arrived()) == ([], [])
+    there.tell("last", x=1)
+    there.tell("part", b"\0" * 7)
+    there.close()
+    assert [(one.kind, one.fields, len(one.content)) for one in (here.take(), here.take())] == [
+        ("last", {"x": 1}, 0),
+        ("part", {}, 7),
+    ]
+    with pytest.raises(HostLost, match="host b closed its connection: its run ended, or was killed"):
+        here.take(within=DEADLINE)
+    assert not here.silent
+
+    here, there = ends(held, there=Mute)
+    began = time.monotonic()
+    with pytest.raises(HostLost, match=r"host b was not heard for [0-9.]+ s") as lost:
+        here.take()
+    assert DEADLINE <= time.monotonic() - began < DEADLINE + 5
+    assert here.silent
+    assert lost.value.next is not None
+    here, there = ends(held, there=Deaf)
+    with pytest.raises(HostLost, match=r"host b took nothing for 0\.9 s"):
+        list(map(here.tell, ["part"] * 64, [bytes(1 << 20)] * 64))
+
+
+def log_of(folder: Path) -> EventLog:
+    return EventLog(folder / "events.jsonl", folder.name, text=io.StringIO())
+
+
+def world(index: int = 0, **changed: Any) -> Hosts:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    known = {"hosts": ["a", "b"], "index": index, "address": "127.0.0.1", "port": port, "interface": "lo"}
+    return Hosts.model_validate({**known, "deadline_seconds": DEADLINE, "wait_seconds": 1.5, **changed})
+
+
+def at(leader: Hosts, **changed: Any) -> Hosts:
+    """The other host's view of it."""
+    return leader.model_copy(update={"index": 1, **changed})
+
+
+@pytest.mark.fault(row=45)
+def test_who_comes_is_let_in_once_and_only_with_the_same_run_and_code(held: ExitStack, tmp_path: Path) -> None:
+    hosts, log = world(), log_of(tmp_path)
+    door = Door(LEADER, hosts)
+    held.callback(door.close, 0, "", None)
+    began = time.monotonic()
+    with pytest.raises(CrashedError, match=rf"host b did not come to 127\.0\.0\.1:{hosts.port} within 1\.5 s"):
+        door.gather(log)
+    assert time.monotonic() - began < 10
+    # A stranger of another run waits in vain, and one that says nothing holds nobody up.
+    held.enter_context(socket.create_connection(("127.0.0.1", hosts.port)))
+    with pytest.raises(CrashedError, match=rf"leads {LEADER.run_id}, not distill-"):
+        come_to(following(LEADER.at_attempt(2), 1), at(hosts), log)
+    own = following(LEADER, 1)
+    link = come_to(own, at(hosts), log)
+    with pytest.raises(CrashedError, match="a process of host b is here already"):
+        come_to(own, at(hosts), log)
+    link.close()
+    # Begun again it is let in again.
+    again = come_to(own, at(hosts, wait_seconds=30.0), log)
+    held.callback(again.close)
+    (came,) = door.gather(log)
+    assert (came.index, came.link.peer, came.told["code"], came.told["interface"]) == (1, "b", LEADER.code, "lo")
+    assert door.address == ("127.0.0.1", hosts.port)  # and no other one
+    # The planted fault: a follower of other code. Both end, and neither waits for the other.
+    with pytest.raises(RefusedError, match="host b runs code dddddddddddd…, and a cccccccccccc…") as refused:
+        come_to(replace(own, code="d" * 64), at(hosts), log)
+    assert refused.value.next is not None
+    with pytest.raises(RefusedError, match="host b runs code dddddddddddd…"):
+        door.gather(log)
+    door.close(2, "it was refused", "next")
+    end = again.take(within=10)
+    assert (end.kind, end.fields) == ("end", {"code": 2, "reason": "it was refused", "next": "next"})
+
+
+def test_a_place_that_is_none_is_refused_with_what_there_is(held: ExitStack, tmp_path: Path) -> None:
+    hosts = world()
+    with pytest.raises(RefusedError, match=r"the link of host a is to be 'nolink0', and it has .*lo"):
+        Door(LEADER, hosts.model_copy(update={"interface": "nolink0"}))
+    with pytest.raises(FailedError, match=r"192\.0\.2\.7:[0-9]+: no interface of host a has this address now"):
+        Door(LEADER, hosts.model_copy(update={"address": "192.0.2.7"}))
+    held.callback(Door(LEADER, hosts).close, 0, "", None)
+    with pytest.raises(FailedError, match="another process listens there"):
+        Door(LEADER, hosts)
+    log, nowhere = log_of(tmp_path), at(world())
+    with pytest.raises(
+        CrashedError, match=r"host a did not let this one in .* within 1\.5 s: it does not listen there"
+    ):
+        come_to(following(LEADER, 1), nowhere, log)
+
+
+def leading_run(root: Path) -> RunDir:
+    """A run with an input that is a run, one that is a folder elsewhere, and a predecessor without checkpoints."""
+    data = RunDir(root / "runs" / ("data-" + "1" * 20))
+    (data.out / "deep").mkdir(parents=True)
+    (data.out / "train.bin").write_bytes(os.urandom(3 << 20))
+    (data.out / "deep" / "index.json").write_text("{}")
+    (data.checkpoints / "step-000001").mkdir(parents=True)
+    (data.checkpoints / "step-000001" / "big").write_bytes(b"stays")
+    data.identity_file.write_text("{}")
+    model = root / "models" / "tiny"
+    model.mkdir(parents=True)
+    (model / "weights").write_bytes(b"w" * 1000)
+    resolved = {"data": {"run": data.run}, "teacher": {"path": str(model), "sha256": "e" * 64}}
+    before = RunDir.create(root / "runs", LEADER, LaunchRecord(LEADER.run_id, "", {}))
+    before.events_file.write_text('{"seq": 0}\n')
+    identity = LEADER.at_attempt(2)
+    return RunDir.create(
+        root / "runs", identity, LaunchRecord(identity.run_id, "", resolved, predecessor=before.run, env={"X": "1"})
+    )
+
+
+def mirrored(held: ExitStack, source: Reading, own: RunDir) -> tuple[Mirror, list[str]]:
+    """Mirror over a connection; what moved. What the receiver raises is raised."""
+    here, there = ends(held, 30.0)
+    reading, mirror = Reading.of_json(source.as_json()), Mirror(own)
+    lacking = mirror.lacking(reading, lambda done, total: None)
+    mirror.require_room(lacking)
+    sender = threading.Thread(target=lend, args=(here, lacking, lambda done, total: None))
+    sender.start()
+    try:
+        mirror.receive(there, lacking, lambda done, total: None)
+    finally:
+        sender.join()
+    return mirror, [one.path for one in lacking]
+
+
+@pytest.mark.fault(row=44)
+def test_what_a_run_reads_is_mirrored_by_digest_once_and_no_flipped_byte_is_believed(
+    held: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, runs = leading_run(tmp_path / "a"), tmp_path / "b" / "runs"
+    identity = run.load_identity()
+    first = RunDir.create(runs, following(identity, 1), LaunchRecord(following(identity, 1).run_id, "", {}))
+    reading = read_by(run)
+    # The planted fault: one byte of a file is another one when it is sent.
+    shard = run.path.parent / ("data-" + "1" * 20) / "out" / "train.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FailedError, match=r"out/train\.bin came with sha256 .* on the leader"):
+        mirrored(held, reading, first)
+    assert not list(first.path.rglob("train.bin*"))
+    shard.write_bytes(whole)
+    # What came whole before stays, the rest comes.
+    mirror, moved = mirrored(held, reading, first)
+    assert moved[0].endswith("out/train.bin")
+    assert len(moved) < len(reading.files)
+    leader = mirror.leader(reading, run.run)
+    assert leader.load_identity() == identity
+    assert (leader.input_path("data") / "train.bin").read_bytes() == whole
+    assert (leader.input_path("data") / "deep" / "index.json").read_text() == "{}"
+    assert not (leader.input_path("data") / "checkpoints").exists()
+    assert (leader.input_path("teacher") / "weights").read_bytes() == b"w" * 1000
+    before = leader.predecessor()
+    assert before is not None
+    assert before.load_identity() == LEADER
+    assert before.events_file.read_bytes() == b'{"seq": 0}\n'
+    # Another run of that host links what is there; a file that was changed meanwhile, or is new there, is neither.
+    second = RunDir.create(runs, following(identity.at_attempt(3), 1), LaunchRecord("", "", {}))
+    (second.path / "mirror" / "runs" / run.run / "out").mkdir(parents=True)
+    (second.path / "mirror" / "runs" / run.run / "out" / "stale").write_text("of another start")
+    index = first.path / "mirror" / "runs" / ("data-" + "1" * 20) / "out" / "deep" / "index.json"
+    index.write_text("[]")
+    mirror, moved = mirrored(held, reading, second)
+    assert [Path(one).name for one in moved] == ["index.json"]
+    assert not list(second.path.rglob("stale"))
+    found = [one.path / "mirror" / "runs" / shard.parent.parent.name / "out" / "train.bin" for one in (first, second)]
+    assert found[0].samefile(found[1])
+    # Where there is no room it is refused before anything is sent; a name that leads out never is taken.
+    shutil.rmtree(first.path / "mirror")
+    shutil.rmtree(second.path / "mirror")
+    room = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*room[:4], 1, *room[5:])))
+    with pytest.raises(RefusedError, match="0 MiB are free for what the run reads: 3 are to be mirrored"):
+        mirrored(held, reading, first)
+    evil = replace(reading.files[0], path="runs/../../x")
+    with pytest.raises(RefusedError, match="lies outside of what a run reads"):
+        Reading.of_json(replace(reading, files=[evil]).as_json())
+    with pytest.raises(LatentForgeError, match="was altered"):
+        mirror.leader(replace(reading, identity=reading.identity.replace("ddp", "zzz")), run.run)
