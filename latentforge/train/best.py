@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
+
+from torch import Tensor
 
 from latentforge.errors import FailedError
-from latentforge.events import standing
-from latentforge.train.checkpoint import (
-    copy_checkpoint,
-    drop_after,
-    load_checkpoint,
-    newest_checkpoint,
-    step_folder,
-    steps_in,
-)
+from latentforge.spec.run import RunDir
+from latentforge.train.checkpoint import drop_after, load_checkpoint, newest_checkpoint, step_folder
 from latentforge.train.engines.world import World
 from latentforge.train.keeping import Keeper
-from latentforge.train.reading import KEPT_STEP, heldout_metric
+from latentforge.train.reading import KEPT_STEP
 from latentforge.train.resume import Earlier
 
 BELOW = "best"
@@ -42,27 +38,22 @@ class Best:
     def carry(self, earlier: Earlier | None) -> None:
         """Take over a predecessor's best up to its last checkpoint, before this run writes one of its own: whoever goes
         on from that finds the best as well. What came later is measured again, as the last step's is in any case."""
-        if not self.wanted:
+        last = None if earlier is None else earlier.checkpoints.get(self._keeper.model)
+        if earlier is None or last is None or not self.wanted:
             return
-        own = earlier is not None and earlier.run == self._keeper.run.run
-        until = -1 if earlier is None else min(earlier.step, self._keeper.steps - 1)
         first = World.here().first
-        if first:
-            drop_after(self._folder, until if own else -1)
-        if earlier is None:
-            return
-        before = earlier.path.parent / BELOW
-        found, said = newest_checkpoint(before, until=until)
+        if earlier.run == self._keeper.run.run and first:
+            drop_after(self._folder, min(last.step, self._keeper.steps - 1))
+        theirs = RunDir(self._keeper.run.path.parent / earlier.run)
+        before = theirs.checkpoints / self._keeper.below / BELOW
+        found, said = newest_checkpoint(before, until=min(last.step, self._keeper.steps - 1))
         for sentence in said:
             self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
-        if found is None:
-            return
-        if first and not own:
-            copy_checkpoint(step_folder(before, found.step), self._folder)
-        for step in steps_in(before):
-            if step <= found.step:
-                self._before[step] = _loss(earlier, self._keeper.model, step)
-        self.step, self.loss = found.step, self._before[found.step]
+        if found is not None:
+            if before != self._folder and first:
+                shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
+            self.step = found.step
+            self.loss = self._before[found.step] = _loss(earlier, self._keeper.model, found.step)
 
     def due(self, step: int) -> bool:
         """Whether held-out text is to be measured after ``step`` steps; after the last it is in any case."""
@@ -96,18 +87,28 @@ class Best:
                 next="train with a lower learning rate",
             )
         self._keeper.settle()
-        World.here().barrier()
-        found = load_checkpoint(step_folder(self._folder, self.step))
-        self._keeper.optimiser.load(found.weights, found.moments)
+        self._keeper.optimiser.load(*self._read(self.step))
         log = self._keeper.log
         of = {"step": steps, "split": "heldout", "model": self._keeper.model}
         log.emit("metric", name=KEPT_STEP, value=self.step, kept_loss=self.loss, last_loss=loss, **of)
         log.say(f"kept: step {self.step}, held-out loss {self.loss:.4f}; that of step {steps}, the last, is {loss:.4f}")
         return self.step
 
+    def _read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and moments of the checkpoint of ``step``, which lies on the disk of the first process alone."""
+        world = World.here()
+        world.barrier()
+        if world.one_disk or world.first:
+            found = load_checkpoint(step_folder(self._folder, step))
+            parts = found.weights, found.moments
+        else:
+            parts = None, None
+        return parts if world.one_disk else (world.given(parts[0]), world.given(parts[1]))
+
 
 def _loss(earlier: Earlier, model: str, step: int) -> float:
-    found = [value for at, value in heldout_metric(standing(earlier.events), "val_loss", model) if at == step]
-    if not found:
-        raise FailedError(f"{earlier.run} kept step {step} as its best, and its events do not say at what loss")
-    return found[-1]
+    for event in earlier.events:
+        said = event.fields
+        if event.kind == "metric" and (said["name"], said.get("model"), said["step"]) == ("val_loss", model, step):
+            return float(said["value"])
+    raise FailedError(f"{earlier.run} kept step {step} as its best, and its events do not say at what loss")

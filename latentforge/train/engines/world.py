@@ -78,6 +78,25 @@ class World:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else None
 
+    @property
+    def one_disk(self) -> bool:
+        """Whether all processes are on one host, so that each finds what the first has written."""
+        return self.local == self.size
+
+    def given(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """What the first process has, in all of them: CPU tensors by name, bit for bit. Collective."""
+        known = [None if tensors is None else {name: (one.shape, one.dtype) for name, one in tensors.items()}]
+        dist.broadcast_object_list(known)
+        shapes = known[0]
+        assert shapes is not None
+        found = {}
+        for name, (shape, dtype) in shapes.items():
+            there = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name].contiguous()
+            # As bytes: not every backend moves every type.
+            dist.broadcast(there.view(-1).view(torch.uint8), 0)
+            found[name] = there
+        return found
+
     def barrier(self) -> None:
         """Wait for all processes. Collective."""
         if self.size > 1:
