@@ -6,36 +6,15 @@ machine (a GPU's) cannot be run; a test that shows its control failing here is n
 
 from __future__ import annotations
 
-import shutil
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from latentforge.contracts import check_contract, load_contracts
 from latentforge.kernels.guard.records import Record, Records, state_folder
-from latentforge.verdicts import Outcome
 
-CONTRACTS = load_contracts()
-TESTS = Path(__file__).parents[1]
-CONTROL_SEEN_BY = {
-    "F-BACKEND-SELECT-003": "teachers/precision/test_contract.py",
-    "F-DISTILL-CUDA-STUDENT-001": "train/test_gpu_student.py",
-}
-"""Claims about a GPU: the test that sees each one's control fail where there is none."""
-PROVEN = state_folder()
-"""What was proven of the kernels of this machine; read here, where a test's own folders do not hide it yet."""
-
-
-def lend(records: Path) -> None:
-    """Copy these records to where the test's own are looked for: no test writes the user's."""
-    if records.is_dir():
-        shutil.copytree(records, state_folder(), dirs_exist_ok=True)
-
-
-@pytest.fixture(autouse=True)
-def _proven() -> None:
-    """On a GPU nothing runs that was not proven there: without records each claim that computes on one is unknown."""
-    lend(PROVEN)
+from ..claims import BESIDE, CONTRACTS, CONTROL_SEEN_BY, PROVEN, claims_of, lend, require_claim
 
 
 def _id(falsifier_id: str, function: str) -> str:
@@ -43,19 +22,23 @@ def _id(falsifier_id: str, function: str) -> str:
     return f"{'.'.join(function.split('.')[:2])}:{falsifier_id}"
 
 
-@pytest.mark.parametrize(
-    "falsifier_id", [pytest.param(one.id, id=_id(one.id, one.function)) for _, one in CONTRACTS.falsifiers()]
-)
+@pytest.mark.parametrize("falsifier_id", [pytest.param(name, id=_id(name, check)) for name, check in claims_of(None)])
 def test_the_claim_holds_and_its_control_is_seen_failing(falsifier_id: str) -> None:
-    contract = CONTRACTS.named(falsifier_id)
-    (found,) = check_contract(contract, CONTRACTS, only=[falsifier_id])
-    if not found.counts:
-        assert found.verdict.outcome is Outcome.UNKNOWN
-        assert falsifier_id in (TESTS / CONTROL_SEEN_BY[falsifier_id]).read_text()
-        return
-    assert found.verdict.outcome is Outcome.PASS, found.verdict.line()
-    assert found.control is not None
-    assert found.control.passed is False
+    require_claim(falsifier_id)
+
+
+def _run_by(test: Callable[[str], None]) -> list[str]:
+    (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")  # type: ignore[attr-defined]
+    return [getattr(one, "values", (one,))[0] for one in mark.args[1]]
+
+
+def test_each_claim_is_run_by_one_test() -> None:
+    run = _run_by(test_the_claim_holds_and_its_control_is_seen_failing)
+    for module in BESIDE.values():
+        beside = importlib.import_module(f"{__package__.partition('.')[0]}.{module}")
+        assert require_claim.__name__ in beside.test_the_claim_holds_and_its_control_is_seen_failing.__code__.co_names
+        run += _run_by(beside.test_the_claim_holds_and_its_control_is_seen_failing)
+    assert sorted(run) == sorted(one.id for _, one in CONTRACTS.falsifiers())
 
 
 def test_only_claims_about_a_gpu_are_left_to_another_test() -> None:

@@ -10,6 +10,8 @@ from latentforge.train.engines.checks import OF_DEEPSPEED, OF_TORCH, UNTIED, tab
 from latentforge.train.engines.equality import TOLERANCE
 from latentforge.train.engines.protocol import Wrapped
 
+from ...claims import claims_of, require_claim
+
 pytestmark = pytest.mark.slow
 WHOLE, HALF = 1.0, 0.5
 SHARES = {
@@ -30,6 +32,11 @@ def test_two_processes_train_what_one_does_in_one_pass_or_many(engine: Any) -> N
         assert (found.wrapped["engine"], found.wrapped["wrapper"]) == (engine, wrapper)
         assert found.wrapped["weights"] / found.wrapped["parameters"] == pytest.approx(weights, abs=0.01)
         assert found.wrapped["states"] / found.wrapped["parameters"] == pytest.approx(states, abs=0.01)
+
+
+@pytest.mark.parametrize("falsifier_id", [name for name, _ in claims_of("train.engines.test_equality")])
+def test_the_claim_holds_and_its_control_is_seen_failing(falsifier_id: str) -> None:
+    require_claim(falsifier_id)
 
 
 @pytest.mark.parametrize("engine", OF_TORCH + OF_DEEPSPEED)
