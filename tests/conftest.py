@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
 
 if TYPE_CHECKING:
     from .latent_folders import Folders
 
-# No test is timed: on a machine that is busy an example may take any time.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# Where the environment forbids bytecode (PYTHONDONTWRITEBYTECODE, which processes that a test starts still obey), each
+# worker compiles torch, hypothesis and the rewritten tests anew, and so does each process beside it that imports torch.
+sys.dont_write_bytecode = False
 
 # Read when torch is imported: threads that spin for work make small tensors ten times as slow on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,6 +45,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return folder if folder.endswith(_BUILT_ONCE) else module
 
     return ByModule(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test is timed; the workers share what is trained for many tests (latentforge/train/rehearsal.py)."""
+    from hypothesis import settings  # after bytecode was allowed, above
+
+    # On a machine that is busy an example may take any time.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
+    if not hasattr(config, "workerinput"):  # they inherit the variable
+        folder = tempfile.TemporaryDirectory(prefix="latentforge-rehearsals-")
+        os.environ["LATENTFORGE_REHEARSALS"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,13 @@
-"""Small settings in which a claim about training is checked quickly: one tiny pipeline a process, one tiny student."""
+"""Small settings in which a claim about training is checked quickly: one tiny pipeline, one tiny student.
+
+A pipeline is trained once a process; once for all processes that ``LATENTFORGE_REHEARSALS`` names one folder to.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor
 
 from latentforge.events import Event, read_events
+from latentforge.spec.pipeline import Role
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import PipelineSpec
@@ -28,10 +34,24 @@ LENGTH = 12
 SEQUENCES = 16
 
 
+SHARED = "LATENTFORGE_REHEARSALS"
+"""The variable that names the folder in which several processes keep what they train here."""
+
+
 @cache
-def _root() -> tempfile.TemporaryDirectory[str]:
+def _own_root() -> tempfile.TemporaryDirectory[str]:
     # Kept for the life of the process, so that all checks share one teacher; removed with it.
     return tempfile.TemporaryDirectory(prefix="latentforge-tiny-")
+
+
+def rehearsed(recipe: str, spec: PipelineSpec) -> dict[Role, RunDir]:
+    """The runs of that spec of a tiny recipe, by role: those that are there already are kept, by whomever they were
+    trained. They are not to be changed.
+    """
+    root = Path(os.environ.get(SHARED) or _own_root().name)
+    with open(root / f"{recipe}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who waits here finds the runs that he would have trained
+        return execute_pipeline(spec, root, text=io.StringIO())
 
 
 def tiny_spec(**distill: Any) -> PipelineSpec:
@@ -47,7 +67,7 @@ def tiny_spec(**distill: Any) -> PipelineSpec:
 def _tiny_run(frozen: bool, kd_weight: float | None) -> RunDir:
     weights = {} if kd_weight is None else {"kd_weight": kd_weight}
     spec = tiny_spec(frozen=frozen, **weights)
-    return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["distill"]
+    return rehearsed("tiny", spec)["distill"]
 
 
 def tiny_run(*, frozen: bool = False, kd_weight: float | None = None) -> RunDir:
@@ -64,7 +84,7 @@ def tiny_events(*, frozen: bool = False, kd_weight: float | None = None) -> list
 def _tiny_codec_run(collapsed: bool) -> RunDir:
     planted = ("autoencoder.kl_weight=1.0", "autoencoder.kl_floor=0.0", "autoencoder.steps=60") if collapsed else ()
     spec = resolve_pipeline("tiny-autoencoder", env={}, overrides=planted).spec
-    return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["autoencoder"]
+    return rehearsed("tiny-autoencoder", spec)["autoencoder"]
 
 
 def tiny_codec_events(*, collapsed: bool = False) -> list[Event]:
@@ -79,7 +99,7 @@ def tiny_latent_run(*, frozen: bool = False) -> RunDir:
     that learns nothing."""
     planted = ("latent.student.frozen=true", "latent.steps=4", "latent.checkpoint_every=2") if frozen else ()
     spec = resolve_pipeline("tiny-latent", env={}, overrides=planted).spec
-    return execute_pipeline(spec, Path(_root().name), text=io.StringIO())["latent"]
+    return rehearsed("tiny-latent", spec)["latent"]
 
 
 def tiny_latent_events(*, frozen: bool = False) -> list[Event]:
