@@ -4,6 +4,7 @@ ends at once."""
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -74,6 +75,20 @@ def deferred_stop() -> Iterator[None]:
         _STOP.deferring -= 1
         if _STOP.grace is not None:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Within, the first signal waits until the end and then does what it would have done, so that what is sent or
+    written inside is whole. Nothing where signals are deferred already, and in a thread, which none reaches."""
+    if _STOP.deferring or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _STOP.requested
+    with deferred_stop():
+        yield
+    if before is None and _STOP.requested is not None:
+        raise Interrupted(f"interrupted by {_STOP.requested}")
 
 
 def stop_requested() -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentforge.errors import CrashedError, LatentForgeError
+from latentforge.train.stopping import whole
 from latentforge.verdicts import ExitCode
 
 BEAT_SECONDS = 2.0
@@ -74,7 +75,7 @@ class Link:
         """Send a message. HostLost where it is not taken within the deadline."""
         said = json.dumps([kind, fields]).encode()
         try:
-            with self._sending:
+            with whole(), self._sending:
                 self._connection.sendall(_HEAD.pack(_MAGIC, len(said), len(content)) + said)
                 if content:
                     self._connection.sendall(content)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from latentforge.errors import CrashedError, FailedError, LatentForgeError, RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.hosts import Hosts, following
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import LaunchRecord, RunDir
+from latentforge.train.engines.launching import store_at
 from latentforge.train.hosts.meeting import Door, come_to
 from latentforge.train.hosts.mirror import Mirror, Reading, lend, read_by
 from latentforge.train.hosts.wire import HostLost, Link
+from latentforge.train.stopping import Interrupted, handled_signals
 
 DEADLINE = 0.9
 LEADER = RunIdentity("distill", {"distill": {"distributed": "ddp", "processes": 1}}, {}, "c" * 64, "l" * 64)
@@ -86,6 +92,45 @@ def test_a_host_that_is_silent_is_lost_within_its_deadline_and_one_that_beats_is
     here, there = ends(held, there=Deaf)
     with pytest.raises(HostLost, match=r"host b took nothing for 0\.9 s"):
         list(map(here.tell, ["part"] * 64, [bytes(1 << 20)] * 64))
+
+
+class Stopping:
+    """A connection in the middle of whose every message this process is told to stop."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def sendall(self, content: bytes) -> None:
+        self._connection.sendall(content[:7])
+        os.kill(os.getpid(), signal.SIGTERM)
+        self._connection.sendall(content[7:])
+
+
+def test_a_stop_in_the_middle_of_a_message_comes_after_it(held: ExitStack) -> None:
+    here, there = ends(held, 30.0)
+    with handled_signals():
+        here._connection, kept = Stopping(here._connection), here._connection  # type: ignore[assignment]
+        with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
+            here.tell("file", path="x")
+        here._connection = kept
+    here.tell("end", code=3)
+    assert [(one.kind, one.fields) for one in (there.take(), there.take())] == [
+        ("file", {"path": "x"}),
+        ("end", {"code": 3}),
+    ]
+
+
+def test_processes_meet_at_their_address_alone_and_none_begins_whose_parent_is_gone() -> None:
+    store = store_at("127.0.0.1")
+    TCPStore("127.0.0.1", store.port, is_master=False).set("there", "1")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", store.port))
+    rank = [sys.executable, "-m", "latentforge.train.engines.rank", "nothing:at_all", "{}", "1"]
+    done = subprocess.run([*rank, str(os.getpid() + 1)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGKILL, "", "")
 
 
 def log_of(folder: Path) -> EventLog:
