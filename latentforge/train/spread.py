@@ -17,7 +17,7 @@ from latentforge.train import effective, memory
 from latentforge.train.engines.launching import Place, Ranks, refuse_failed
 from latentforge.train.engines.world import World
 from latentforge.train.hosts.abreast import Abreast
-from latentforge.train.hosts.leading import Leading
+from latentforge.train.hosts.leading import Leading, counted
 from latentforge.train.recipes import follow, set_up
 from latentforge.train.stopping import deferred_stop, handled_signals
 
@@ -54,7 +54,7 @@ def check_devices(processes: int) -> None:
 def begin(run: RunDir, log: EventLog, processes: int, *, text: TextIO | None, place: Place | None) -> Ranks:
     """Start the processes of a run on this host."""
     ranks = Ranks("latentforge.train.spread:follow_here", {"path": str(run.path)}, processes, text=text, place=place)
-    log.say(f"{processes} processes: {', '.join(map(str, ranks.pids))}")
+    log.say(f"{counted(processes)}: {', '.join(map(str, ranks.pids))}")
     return ranks
 
 

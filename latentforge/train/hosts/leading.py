@@ -81,7 +81,7 @@ class Leading:
             "others": others,
         }
         effective.record(self._run, world=world)
-        self._log.say(f"{len(hosts.hosts)} hosts, {each} processes on each: {', '.join(hosts.hosts)}")
+        self._log.say(f"{len(hosts.hosts)} hosts, {counted(each)} on each: {', '.join(hosts.hosts)}")
 
 
 def expect(link: Link, kind: str) -> dict[str, Any]:
@@ -91,6 +91,11 @@ def expect(link: Link, kind: str) -> dict[str, Any]:
     if message.kind != kind:
         raise FailedError(f"host {link.peer} told {message.kind!r} where {kind!r} was to come")
     return message.fields
+
+
+def counted(processes: int) -> str:
+    """So many processes, for people."""
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def mirrored(moved: list[Lent], all: list[Lent]) -> str:

@@ -85,13 +85,13 @@ class Door:
             waited, at = time.monotonic() - began, f"{hosts.address}:{hosts.port}"
             if waited > hosts.wait_seconds:
                 raise CrashedError(
-                    f"host {', '.join(missing)} did not come to {at} within {hosts.wait_seconds:g} s",
+                    f"host {', '.join(missing)} did not come to {at} within {_long(hosts.wait_seconds)}",
                     next="see how its run ended (latentforge dispatch ls), then:  "
                     "latentforge dispatch go --attempt next",
                 )
             if time.monotonic() - said > SAID_SECONDS:
                 said = time.monotonic()
-                log.say(f"waiting for {', '.join(missing)} at {at}: {waited:.0f} of {hosts.wait_seconds:g} s")
+                log.say(f"waiting for {', '.join(missing)} at {at}: {_long(waited)} of {_long(hosts.wait_seconds)}")
 
     def close(self, code: int, reason: str, next: str | None) -> None:
         """Listen no longer, and tell who came how the run ended."""
@@ -197,7 +197,7 @@ def come_to(follower: RunIdentity, hosts: Hosts, log: EventLog) -> Link:
             )
         if why != last or time.monotonic() - said > SAID_SECONDS:
             said, last = time.monotonic(), why
-            log.say(f"waiting for {hosts.leader} at {at}: {_long(waited)} of {_long(hosts.wait_seconds)} ({why})")
+            log.say(f"waiting for {hosts.leader}: {why} ({_long(waited)} of {_long(hosts.wait_seconds)})")
         time.sleep(_AGAIN_SECONDS)
 
 
@@ -229,4 +229,6 @@ def _said(error: OSError) -> str:
 
 
 def _long(seconds: float) -> str:
-    return f"{seconds:g} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+    if seconds < 600:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 36_000 else f"{seconds / 3600:.0f} h"
