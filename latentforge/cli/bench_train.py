@@ -24,7 +24,7 @@ def train(
 ) -> ExitCode:
     """Time steps of SPEC's token-level student: data, targets from a store, forward, KD kernel, backward, optimiser.
 
-    Steps of KD and of plain cross-entropy take turns on the same batches; rows and targets are real files of made-up
+    Steps of KD and of plain cross-entropy are taken on the same batches; rows and targets are real files of made-up
     values. A gate that fails ends with 1.
     """
     import math
@@ -34,15 +34,14 @@ def train(
     from latentforge.errors import RefusedError
     from latentforge.kernels.bench.machine import cpu_name
     from latentforge.spec.resolve import resolve_pipeline
+    from latentforge.train.speed.asked import measurable
     from latentforge.train.speed.material import make_material
     from latentforge.train.speed.measure import measure
     from latentforge.train.speed.table import lines
 
     if max_overhead is not None and not (math.isfinite(max_overhead) and max_overhead >= 0):
         raise RefusedError(f"--max-overhead {max_overhead} is not a share of a step", next="for example 0.15")
-    spec = resolve_pipeline(recipe, env={}, overrides=overrides or []).spec
-    if spec.distill.kd_weight == 0:
-        raise RefusedError("distill.kd_weight = 0: there is no KD to be measured", next="--set distill.kd_weight=0.7")
+    spec = measurable(resolve_pipeline(recipe, env={}, overrides=overrides or []).spec)
     with Progress() as progress, tempfile.TemporaryDirectory(prefix="latentforge-bench-") as folder:
         progress.tell("writing rows and targets")
         material = make_material(

@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 from latentforge.cli.bench import app
 from latentforge.cli.bench_train import train
+from latentforge.data.tokenizer import train_bpe
 from latentforge.errors import RefusedError
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.targets.store import TargetStore
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.speed import measure as measuring
+from latentforge.train.speed.asked import measurable
 from latentforge.train.speed.material import Material, make_material
 from latentforge.train.speed.measure import PARTS, Breakdown, measure
 from latentforge.train.speed.table import lines
@@ -124,12 +126,27 @@ def test_a_gate_below_the_measured_overhead_fails_the_command(
     [
         (["--max-overhead", "nan"], "--max-overhead nan is not a share of a step"),
         (["--set", "distill.kd_weight=0"], "there is no KD to be measured"),
+        (["--set", "through=autoencoder"], "through = 'autoencoder' trains no token-level student"),
+        (["--set", "distill.temperature=2"], "another step than this is measured: distill.temperature = 2.0"),
+        (
+            ["--set", "distill.distributed=ddp", "--set", "distill.processes=2"],
+            "another step than this is measured: distill.distributed = 'ddp', distill.processes = 2",
+        ),
+        (["--set", "teacher.model=not/here"], "teacher.model = 'not/here' is no folder here"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments: list[str], said: str) -> None:
-    done = CliRunner().invoke(app, ["train", "tiny", *arguments])
+    done = CliRunner().invoke(
+        app, ["train", "tiny", "--steps", "1", *(f for one in SMALL for f in ("--set", one)), *arguments]
+    )
     assert isinstance(done.exception, RefusedError)
     assert said in str(done.exception)
+
+
+def test_the_vocabulary_is_that_of_the_teacher_s_tokenizer(tmp_path: Path) -> None:
+    made = train_bpe(["the words of a corpus, again and again"] * 9, 270, tmp_path)
+    assert measurable(spec("data.vocab_size=2048", f"teacher.model={tmp_path}")).data.vocab_size == made.vocab_size
+    assert measurable(spec()).data.vocab_size == 300
 
 
 def test_making_material_leaves_no_file_half_written(tmp_path: Path) -> None:
