@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentforge.data.tokenizer import train_bpe
 from latentforge.errors import RefusedError
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.targets.store import TargetStore
+from latentforge.train.loop import Trainer
 from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.speed import measure as measuring
 from latentforge.train.speed.asked import measurable
@@ -90,6 +92,34 @@ def test_what_is_made_slow_is_the_part_that_says_so(
     assert found.step >= 0.2
     if slow != "data and targets":  # which plain cross-entropy has none of
         assert found.plain >= 0.2
+
+
+def test_no_target_is_fetched_while_a_step_of_plain_cross_entropy_is_timed(
+    material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fetched, beside = threading.Event(), list[int](), list[int]()
+    get_many, step = TargetStore.get_many, Trainer.step
+
+    def fetching(*args: Any) -> Any:
+        for seconds in (0.1, 0.0):
+            (beside if plain.is_set() else fetched).append(1)
+            time.sleep(seconds)
+        return get_many(*args)
+
+    def stepping(self: Trainer, *args: Any) -> Any:
+        if self.objective.kd_weight == 0:
+            plain.set()
+            time.sleep(0.2)
+        try:
+            return step(self, *args)
+        finally:
+            plain.clear()
+
+    monkeypatch.setattr(TargetStore, "get_many", fetching)
+    monkeypatch.setattr(Trainer, "step", stepping)
+    measure(spec("distill.prefetch=2"), material, steps=3)
+    assert fetched
+    assert not beside
 
 
 KNOWN = Breakdown(

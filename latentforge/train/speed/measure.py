@@ -1,4 +1,4 @@
-"""Timing of a trainer's real steps, part by part, in turns with steps of plain cross-entropy."""
+"""Timing of a trainer's real steps, part by part, beside steps of plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from latentforge.students.causal import (
 )
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.store import StoreTeacher
+from latentforge.train.assembly import PRECISIONS
 from latentforge.train.engines.single import Single
 from latentforge.train.feed import Feed
 from latentforge.train.flops import training_flops
@@ -36,14 +37,13 @@ from latentforge.train.speed.material import Material
 from latentforge.train.supply import Supply
 
 PARTS = ("data and targets", "forward", "backward", "optimiser", "rest")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the time of a step went: the median one, by its seconds, of ``steps`` steps of each kind, taken in turns.
+    """Where the time of a step went: the median one, by its seconds, of ``steps`` steps of each kind.
 
     ``parts`` is by :data:`PARTS` and sums to ``step``; ``kernel`` is what the KD kernel alone takes of the
     forward pass, ``fetch`` what reading and unpacking targets took on its own thread, of which ``hidden`` ran beside
@@ -138,9 +138,10 @@ class _TimedTrainer(Trainer):
 
 
 def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = lambda line: None) -> Breakdown:
-    """Take ``steps`` steps with targets and as many without, in turns, after one of each that is not counted.
+    """Take ``steps`` steps with targets and as many without, each block of them after a step that is not counted.
 
-    What is trained is the student of ``spec.distill`` on rows of ``spec.data``; RefusedError where device or kernel
+    Those with targets are taken before the others and after them, half each: a machine that grows slower does so for
+    both, and no target is fetched while a step without any is timed. What is trained is the student of ``spec.distill`` on rows of ``spec.data``; RefusedError where device or kernel
     are not there.
     """
     distill = spec.distill
@@ -160,7 +161,7 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
         learning_rate=distill.learning_rate,
         weight_decay=distill.weight_decay,
         warmup_steps=distill.warmup_steps,
-        steps=max(distill.steps, 2 * steps + 2),
+        steps=max(distill.steps, 2 * steps + 3),
         clip_norm=distill.clip_norm,
     )
     optimiser.clock = clock
@@ -174,8 +175,8 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
     def batch_of(step: int) -> Tensor:
         return training_batch(material.shard, order, step, device)
 
-    total = steps + 1
     taken: dict[bool, list[_Taken]] = {True: [], False: []}
+    half = (steps + 1) // 2
     with TargetStore.open(material.store, cache_bytes=0) as store:
         supply = Supply(
             StoreTeacher(store),
@@ -186,18 +187,18 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
             ce_alone=1.0,
             live=False,
         )
-        common: dict[str, Any] = {"micro_batch_size": distill.micro_batch_size}
-        with (
-            Feed(batch_of, range(total), supply=supply, ahead=distill.prefetch, **common) as with_targets,
-            Feed(batch_of, range(total), supply=None, ahead=0, **common) as without,
-        ):
-            for step in range(total):
-                for kd in (True, False) if step % 2 == 0 else (False, True):
-                    trainer.objective = taught if kd else plain
+        for kd, block in ((True, range(half + 1)), (False, range(steps + 1)), (True, range(half, steps + 1))):
+            if len(block) == 1:  # the step that is not counted, alone
+                continue
+            trainer.objective = taught if kd else plain
+            micro, ahead, source = distill.micro_batch_size, distill.prefetch if kd else 0, supply if kd else None
+            with Feed(batch_of, block, supply=source, ahead=ahead, micro_batch_size=micro) as feed:
+                for step in block:
                     say(f"step {step} of {steps}, {'with' if kd else 'without'} targets")
-                    taken[kd].append(_take(trainer, with_targets if kd else without, step, clock))
+                    found = _take(trainer, feed, step, clock)
+                    taken[kd] += [found] if step > block.start else []
         kernel_seconds = _kernel_seconds(trainer, taught, supply, batch_of(0), clock)
-    with_kd, alone = taken[True][1:], taken[False][1:]
+    with_kd, alone = taken[True], taken[False]
     middle = sorted(with_kd, key=lambda one: one.seconds)[(steps - 1) // 2]
     fetch = sum(one.fetch for one in with_kd)
     return Breakdown(
@@ -287,7 +288,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     clock = _Clock(device)
     best = float("inf")
-    for _ in range(rounds + 1):
+    a @ b
+    for _ in range(rounds):
         began = clock.now()
         a @ b
         best = min(best, clock.now() - began)
