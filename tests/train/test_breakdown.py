@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from latentforge.cli.bench import app
@@ -24,7 +25,7 @@ from latentforge.train.optimiser import MasterOptimiser
 from latentforge.train.speed import measure as measuring
 from latentforge.train.speed.asked import measurable
 from latentforge.train.speed.material import Material, make_material
-from latentforge.train.speed.measure import PARTS, Breakdown, measure
+from latentforge.train.speed.measure import PARTS, Breakdown, matmul_peak, measure
 from latentforge.train.speed.table import lines
 
 SMALL = ["data.vocab_size=300", "data.sequence_length=16", "score.k=8", "distill.batch_size=4", "distill.device=cpu"]
@@ -120,6 +121,12 @@ def test_no_target_is_fetched_while_a_step_of_plain_cross_entropy_is_timed(
     measure(spec("distill.prefetch=2"), material, steps=3)
     assert fetched
     assert not beside
+
+
+def test_the_first_product_is_not_counted_in_the_machine_s_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 4.0, 4.0, 6.0])
+    monkeypatch.setattr(measuring._Clock, "now", lambda self: next(seconds))
+    assert matmul_peak(torch.device("cpu"), torch.float32, rounds=2) == 2.0 * 128**3 / 2.0
 
 
 KNOWN = Breakdown(
