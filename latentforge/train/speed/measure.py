@@ -141,8 +141,8 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
     """Take ``steps`` steps with targets and as many without, each block of them after a step that is not counted.
 
     Those with targets are taken before the others and after them, half each: a machine that grows slower does so for
-    both, and no target is fetched while a step without any is timed. What is trained is the student of ``spec.distill`` on rows of ``spec.data``; RefusedError where device or kernel
-    are not there.
+    both, and no target is fetched while a step without any is timed. What is trained is the student of ``spec.distill``
+    on rows of ``spec.data``; RefusedError where device or kernel are not there.
     """
     distill = spec.distill
     device = choose_device(distill.device)
