@@ -110,12 +110,7 @@ class Session:
         """Follow a run, and those of its chain that come before it, to the end; the exit code is the run's."""
         self.follower.goal = run
         try:
-            upto = self._still_to_see(run, chain)
-            state, last = RunState(state="absent"), run
-            for position, one in enumerate(upto, start=1):
-                state, last = self.follower.follow(one, position=position, of=len(upto)), one
-                if not state.passed:
-                    break
+            state, last = self._watched(run, chain)
             self.observer.close()
             if state.state in ("absent", "reserved"):
                 raise RefusedError(
@@ -130,13 +125,23 @@ class Session:
             done = conclude(
                 self.transport, last, state, self.places, plan=context, facts={"name": self.transport.host.name}
             )
-            return self._told(last, state, done)
+            return self._code(self._told(last, state, done))
         except WatchEndedError as ended:
             return self._stopped(ended)
         except KeyboardInterrupt:
             return self._detached(f"latentforge dispatch watch {run}")
         finally:
             self.observer.close()
+
+    def _watched(self, run: str, chain: list[str]) -> tuple[RunState, str]:
+        """Follow a run and what is before it; the last state that was seen, and of which run."""
+        upto = self._still_to_see(run, chain)
+        state, last = RunState(state="absent"), run
+        for position, one in enumerate(upto, start=1):
+            state, last = self.follower.follow(one, position=position, of=len(upto)), one
+            if not state.passed:
+                break
+        return state, last
 
     def _still_to_see(self, run: str, chain: list[str]) -> list[str]:
         """The run, and before it those of its chain that have not passed yet."""

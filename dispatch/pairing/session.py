@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from dispatch.planning.ask import Ask
 from dispatch.planning.plan import Plan
 from dispatch.session import Session, show_preview
 from dispatch.transport.call import Transport
-from latentforge.errors import LatentForgeError
+from latentforge.errors import LatentForgeError, UnknownOutcomeError
 from latentforge.verdicts import ExitCode
 
 if TYPE_CHECKING:
@@ -33,20 +33,16 @@ if TYPE_CHECKING:
 
 _SETTLE_SECONDS = 15.0
 """What the second host has, beyond the link's own deadline, to end after its leader has."""
+_ANSWER_SECONDS = 5.0
 
 
 def pair_session(
-    asks: tuple[Ask, Ask],
-    transports: tuple[Transport, Transport],
-    places: Places,
-    *,
-    json: bool,
-    adjust: Callable[[Limits], Limits],
+    transports: tuple[Transport, Transport], places: Places, *, adjust: Callable[[Limits], Limits], json: bool = False
 ) -> PairSession:
     """The session of a command over two hosts, whose lines say which host they are of."""
-    observers = _observers([ask.host.name for ask in asks], as_json=json)
-    session = PairSession(transports[0], places, json=json, adjust=adjust, observer=observers[0])
-    session.second = End(asks[1], transports[1], Follower(transports[1], places, observers[1], adjust=adjust))
+    first, second = _observers([one.host.name for one in transports], as_json=json)
+    session = PairSession(transports[0], places, json=json, adjust=adjust, observer=first)
+    session.second = Follower(transports[1], places, second, adjust=adjust)
     return session
 
 
@@ -74,59 +70,107 @@ def preview_both(
 class PairSession(Session):
     """A command that may follow a run over two hosts; Ctrl-C at any moment leaves both of them alone."""
 
-    second: End = field(init=False)
-    """The host that follows."""
+    second: Follower = field(init=False)
+    """Follows the runs of the host that follows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._asks: tuple[Ask, Ask] | None = None
+        self._beside: list[str] = []
         self._following: dict[str, RunState] = {}
         self._error: LatentForgeError | None = None
         self._cancelled: list[str] = []
 
+    def go_both(self, asks: tuple[Ask, Ask], *, detach: bool) -> ExitCode:
+        """Plan, show, apply, and follow both hosts to the verdict."""
+        self._asks = asks
+        return self.go(asks[0], detach=detach)
+
+    def watch_both(self, run: str, chain: list[str], context: Mapping[str, object], following: list[str]) -> ExitCode:
+        """Follow a run as ``watch`` does, and beside it the runs ``following`` it on the second host."""
+        self._beside = following
+        return self.watch(run, chain, context)
+
     def _survey(self, ask: Ask) -> tuple[Plan, HostFacts]:
-        plan, facts = survey_both([self.transport, self.second.transport], [ask, self.second.ask], self.places)
+        assert self._asks is not None
+        plan, facts = survey_both([self.transport, self.second.transport], self._asks, self.places)
         return plan, facts[0]
 
     def _launch(self, plan: Plan, ask: Ask) -> Plan:
-        return launch_both(plan, [End(ask, self.transport, self.follower), self.second], self.places, say=self.say)
+        assert self._asks is not None
+        ends = [
+            End(self._asks[0], self.transport, self.follower),
+            End(self._asks[1], self.second.transport, self.second),
+        ]
+        return launch_both(plan, ends, self.places, say=self.say)
 
     def _apply(self, plan: Plan, ask: Ask) -> Applied:
         """Carry the plan out and follow both hosts; the second one's runs that the leader never came to are ended."""
         plan = self._launch(plan, ask)
         assert plan.beside is not None
-        thread = threading.Thread(target=self._follow_second, args=(plan.beside,), daemon=True)
-        if plan.beside.chain:
-            thread.start()
-        applied = follow_chain(plan, self.follower)
-        if plan.beside.chain:
-            self._settle(plan.beside, applied, thread)
+        leads = {one.run: one.resolved["leader"]["run"] for one in plan.beside.chain}
+        with self._second_followed([*leads]) as never:
+            applied = follow_chain(plan, self.follower)
+            never += [run for run in leads if leads[run] not in applied.followed and not applied.state.passed]
         return applied
 
-    def _follow_second(self, plan: Plan) -> None:
+    def _watched(self, run: str, chain: list[str]) -> tuple[RunState, str]:
+        with self._second_followed(self._beside) as never:
+            state, last = super()._watched(run, chain)
+            never += self._beside if last != run and state.has_ended else []
+        return state, last
+
+    @contextmanager
+    def _second_followed(self, runs: list[str]) -> Iterator[list[str]]:
+        """Follow the second host's runs in turn while the leader is followed, and then see them end.
+
+        They have as long as it may take there to notice the leader's end; what the caller puts into the list has no
+        leader that could end, and is cancelled. A host that does not answer is not waited for: it may have gone down
+        with the run.
+        """
+        thread = threading.Thread(target=self._follow_second, args=(runs,), daemon=True)
+        never: list[str] = []
+        if runs:
+            thread.start()
+        yield never
+        if never:
+            self._cancelled = cancel_following(self.second.transport, never)
+        if runs:
+            thread.join(self.second.transport.host.link_deadline)
+        if thread.is_alive() and self._answers(runs[-1]):
+            thread.join(_SETTLE_SECONDS)
+            if thread.is_alive():
+                left = [run for run in runs if run not in self._following]
+                self._cancelled += cancel_following(self.second.transport, left)
+        if runs:
+            thread.join(_SETTLE_SECONDS)
+
+    def _follow_second(self, runs: list[str]) -> None:
         """Follow the second host's runs in turn; what stands in the way of that is told, and hides nothing else."""
-        for position, one in enumerate(plan.chain, start=1):
+        for position, run in enumerate(runs, start=1):
             try:
-                state = self.second.follower.follow(one.run, position=position, of=len(plan.chain))
+                state = self.second.follow(run, position=position, of=len(runs))
             except LatentForgeError as error:
-                self._error = error
+                self._error = self._error or error
                 return
-            self._following[one.run] = state
+            self._following[run] = state
             if not state.passed:
                 return
 
-    def _settle(self, plan: Plan, applied: Applied, thread: threading.Thread) -> None:
-        """Wait for the second host's end, for as long as it may take there to notice the leader's."""
-        never = [one.run for one in plan.chain if one.resolved["leader"]["run"] not in applied.followed]
-        if not applied.state.passed and never:
-            self._cancelled = cancel_following(self.second.transport, never)
-        self.second.follower.patience = _SETTLE_SECONDS  # whoever went down with the run is not waited for
-        until = time.monotonic() + self.second.ask.host.link_deadline + _SETTLE_SECONDS
-        while thread.is_alive() and time.monotonic() < until:
-            thread.join(0.2)
-        if thread.is_alive():
-            left = [one.run for one in plan.chain if one.run not in self._following]
-            self._cancelled += cancel_following(self.second.transport, left)
-            thread.join(_SETTLE_SECONDS)
+    def _answers(self, run: str) -> bool:
+        """Whether the second host can be asked; what is then not known of it is noted where it cannot."""
+        try:
+            self.second.transport.call("status", {"runs": [run]}, timeout=_ANSWER_SECONDS)
+        except LatentForgeError as error:
+            # Its follower has to have put its cursors down before this process ends.
+            self.second.patience = 0.0
+            self.second.transport.close()
+            self._error = UnknownOutcomeError(
+                f"it does not answer, so how {run} ended is not known ({error})",
+                next=f"latentforge dispatch watch {run}",
+            )
+            return False
+        return True
 
     def _ends(self, plan: Plan, applied: Applied) -> list[RunEnd]:
         ends = super()._ends(plan, applied)
@@ -140,9 +184,10 @@ class PairSession(Session):
     def _code(self, code: ExitCode) -> ExitCode:
         """The leader's; where it passed, the second host's has its say too."""
         if self._error is not None:
-            host = self.second.ask.host.name
+            host = self.second.transport.host.name
             self.say(f"{host}: {self._error}" + (f"\n  next: {self._error.next}" if self._error.next else ""))
         if code is not ExitCode.PASS:
             return code
-        codes = [earned_code(state) for state in self._following.values()]
+        known = [state for state in self._following.values() if state.state != "absent"]  # else cleaned up since
+        codes = [earned_code(state) for state in known]
         return worst([*codes, *([self._error.code] if self._error is not None else [])])

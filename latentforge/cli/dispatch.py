@@ -88,7 +88,7 @@ def go(
 
             if dry_run:
                 return preview_both(asks, transports, places, as_json=json)
-            return pair_session(asks, transports, places, json=json, adjust=adjust).go(asks[0], detach=detach)
+            return pair_session(transports, places, json=json, adjust=adjust).go_both(asks, detach=detach)
         from dispatch.session import Session, preview
 
         if dry_run:

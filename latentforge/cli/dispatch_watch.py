@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -40,8 +41,8 @@ def watch(
     In a pipe these are the run's own lines (of several, each with its run before it), so that
     `latentforge dispatch watch RUN | grep F-DISTILL` prints the verdict and ends. Ends by itself with 4 where a run
     makes no step, misses a deadline or writes no log; the run is left alone, and the command that stops it is shown.
-    Of a run over two hosts both are followed. With --host no record of this laptop is needed: the host knows its runs,
-    also by the beginnings of their ids.
+    Of one run over two hosts both are followed. With --host no record of this laptop is needed: the host knows its
+    runs, also by the beginnings of their ids.
     """
     from dispatch.following.limits import Limits
     from dispatch.hosts.inventory import Inventory
@@ -52,16 +53,17 @@ def watch(
 
     adjust = Limits.adjuster(deadline or (), stall)
     found = [located(run, host) for run in dict.fromkeys(runs)]
-    targets = {record.run: Target(record, where) for _places, record, where in found}
-    inventory = Inventory.load(found[0][0])
-    for _places, record, _where in found:
-        for one in record.following()[-1:]:  # before the last of its chain the others are followed
-            targets.setdefault(one.run, Target(one, one.at_host(inventory.get(one.host))))
-    if len(targets) > 1:
+    if len(found) > 1:
+        targets = {record.run: Target(record, where) for _places, record, where in found}
         return watch_together(list(targets.values()), found[0][0], adjust=adjust)
     places, record, where = found[0]
-    transport = open_transport(where, places)
-    try:
-        return Session(transport, places, adjust=adjust).watch(record.run, list(record.chain), record.context)
-    finally:
-        transport.close()
+    run, chain = record.run, list(record.chain)
+    with contextlib.closing(open_transport(where, places)) as transport:
+        if record.beside is None:
+            return Session(transport, places, adjust=adjust).watch(run, chain, record.context)
+        from dispatch.pairing.session import pair_session
+
+        other = record.following()[0].at_host(Inventory.load(places).get(record.beside.host))
+        with contextlib.closing(open_transport(other, places)) as second:
+            session = pair_session((transport, second), places, adjust=adjust)
+            return session.watch_both(run, chain, record.context, list(record.beside.runs))
