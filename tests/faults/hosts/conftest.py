@@ -40,6 +40,12 @@ class TwoHosts:
         self._far(number, "ip", "link", "set", f"cable-{'ab'[number]}", "up")
         self.wires[number].restore()
 
+    def slow(self, megabits: int) -> None:
+        """So many megabits a second on the cable."""
+        rate = ("root", "tbf", "rate", f"{megabits}mbit", "burst", "32kb", "latency", "500ms")
+        for number, name in enumerate("ab"):
+            self._far(number, "tc", "qdisc", "replace", "dev", f"cable-{name}", *rate)
+
     def die(self, number: int) -> int:
         """A host loses its power: nobody hears from it again, and none of its processes is left; how many went."""
         self.cut(number)
@@ -60,7 +66,9 @@ class TwoHosts:
         return gone
 
     def boot(self, number: int) -> None:
-        """The host is up again: its networks, its server; none of its processes."""
+        """The host is up again: its networks, its server; none of its processes. The cable is as fast as it was."""
+        for one, name in enumerate("ab"):
+            self._far(one, "tc", "qdisc", "del", "dev", f"cable-{name}", "root")
         self.restore(number)
         self.servers[number].start()
 

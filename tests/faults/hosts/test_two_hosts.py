@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 import dispatch.apply
+from dispatch.building.build import BuildNames
+from dispatch.planning.ask import asked
 from latentforge.spec.hosts import PORTS
 
 Make = Callable[..., Any]
 pytestmark = [pytest.mark.sshd, pytest.mark.usefixtures("can_wire")]
+CHECKOUT = Path(__file__).resolve().parents[3]
 SPREAD = ("--set", "distill.distributed=ddp")
 
 
@@ -172,3 +181,86 @@ def test_what_cannot_be_one_run_over_two_hosts_is_refused_by_host_with_the_comma
     started = pair.go()
     assert started.returncode == 1
     assert "ip link set cable-b up" in started.stderr
+
+
+REAL = (
+    *("teacher.steps=20", "distill.steps=40", "distill.checkpoint_every=5", "distill.distributed=ddp"),
+    'distill.require=["F-DISTILL-SMOKE-001"]',
+)
+
+
+def real_build(host: Any, request: Any, built: Make) -> None:
+    """The build of a request on a host: this interpreter and the code under test, one thread a process."""
+    built(host, request)
+    python = Path(host.root) / "venvs" / BuildNames.of(request).venv / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nOMP_NUM_THREADS=1 exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.fault(row=46)
+def test_a_second_host_that_loses_its_power_ends_the_run_within_the_deadline_and_the_next_attempt_is_as_on_one_host(
+    two_hosts: Any, laptop: Any, built: Make, eventually: Make, tmp_path: Path
+) -> None:
+    for host in two_hosts.hosts:
+        real_build(host, asked("tiny", host, env={}, folder=CHECKOUT), built)
+    flags = [word for value in REAL for word in ("--set", value)]
+    env = {**laptop.env, "EVIDENCE_DIR": str(tmp_path / "copies"), "PYTHONUNBUFFERED": "1"}
+
+    def command(*words: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-P", "-m", "latentforge", "dispatch", *words]
+        return subprocess.Popen(argv, cwd=CHECKOUT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
+
+    def go(*words: str, over: str = "a,b") -> subprocess.Popen[str]:
+        return command("go", "tiny", *flags, *words, "--host", over)
+
+    def student(of: str) -> dict[str, Any]:
+        run = re.findall(r"^evidence: .*(distill-\w+)/manifest.json  verified", of, re.M)[-1]
+        return load_file(tmp_path / "copies" / run / "out" / "student" / "model.safetensors")
+
+    with open(tmp_path / "said", "w+") as out:
+
+        def said(command: subprocess.Popen[str], code: int, seconds: float = 400.0) -> str:
+            assert command.wait(seconds) == code, (tmp_path / "said").read_text()
+            out.seek(0)
+            text = out.read()
+            out.seek(0)
+            out.truncate()
+            return text
+
+        def there(pattern: str) -> bool:
+            return bool([*two_hosts.roots[0].glob(f"runs/{pattern}")])
+
+        two_hosts.slow(8)
+        left = go()
+        eventually(lambda: there("teacher-*/events.jsonl") or left.poll() is not None, "the teacher's run", 400.0)
+        left.send_signal(signal.SIGINT)
+        assert "detached; the run goes on.   back:  latentforge dispatch watch distill-" in said(left, 130)
+        watch = command("watch", "distill-")
+        try:
+            tenth = "distill-*/out/checkpoints/step-000010"
+            eventually(lambda: there(tenth) or watch.poll() is not None, "step 10", 400.0)
+            assert watch.poll() is None, (tmp_path / "said").read_text()
+            cut = time.monotonic()
+            assert two_hosts.die(1) >= 4, "sshd, supervisor, run and its process"
+            lost = said(watch, 5)
+            took = time.monotonic() - cut
+        finally:
+            watch.kill()
+            watch.wait()
+        assert re.search(r"^a \| error: host b was not heard for [45][.0-9]* s;", lost, re.M), lost
+        assert took < 60, took
+        assert there("distill-*/artifacts.json"), "the leader's run ended in order"
+
+        two_hosts.boot(1)
+        again = said(go("--attempt", "next"), 0)
+        assert "resume" in again
+        assert "b: follow     pass" in again
+        one = said(go("--set", "distill.processes=2", over="a"), 0)
+        assert "2 processes: " in one
+    found, wanted = student(again), student(one)
+    assert found.keys() == wanted.keys()
+    furthest = max(float(abs(found[name] - wanted[name]).max()) for name in wanted)
+    assert furthest <= 1e-6, furthest
