@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TRAINED_WITH := torch._inductor.compile_fx, torch.distributed.fsdp, torch.distributed.checkpoint.state_dict, torch.testing, \
+                transformers.models.qwen3.modeling_qwen3, latentforge.train.distill, latentforge.train.autoencoder
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/* csrc/*/*)
 TORCH  ?= 2.12.0
 SECOND := build/torch-$(TORCH)
@@ -106,6 +108,9 @@ $(VENV)/.built: $(NATIVE_SOURCES) $(VENV)/.packages $(wildcard $(VENV)/.nvcc)
 	@echo "set-up: building the extension"
 	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -m compileall -q latentforge dispatch
+	@# Leaves the bytecode of what a training imports of torch and transformers: where PYTHONDONTWRITEBYTECODE is set, each
+	@# process would compile it again.
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(TRAINED_WITH)'
 	@$(BIN)/latentforge --version
 	@echo $$(( $$(date +%s) - $$(cat .setup-began) )) > $(VENV)/.seconds; rm -f .setup-began
 	@echo "set-up took $$(cat $(VENV)/.seconds) s"
