@@ -210,7 +210,10 @@ def _scoring_flops(run: RunDir, identity: RunIdentity) -> float:
     data = json.loads((run.input_path("data") / "data.json").read_bytes())
     if identity.spec["teacher"]["backend"] in HTTP_BACKENDS:
         return 0.0  # computed elsewhere
-    weights = sum(file.stat().st_size / 4 for file in run.input_path("teacher").rglob("*.safetensors"))
+    folder = run.input_path("teacher")
+    # Of a run of ours its checkpoints, with the optimiser's moments, lie below the same folder.
+    folder = folder if run.input_run("teacher") is None else folder / "model"
+    weights = sum(file.stat().st_size / 4 for file in folder.glob("*.safetensors"))
     return float(2.0 * weights * identity.spec["score"]["batch_size"] * data["sequence_length"])
 
 

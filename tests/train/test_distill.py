@@ -55,6 +55,15 @@ def test_tiny_passes_every_falsifier_and_says_what_it_did() -> None:
     assert {"prompt", "text", "teacher", "student", "twin"} == set(sample)
 
 
+def test_scoring_is_said_to_cost_one_reading_by_the_teachers_weights_not_by_its_checkpoints_too() -> None:
+    scored = tiny_run().input_run("targets")
+    assert scored is not None
+    made = json.loads((scored.out / "score.json").read_text())
+    weights = sum(one.numel() for one in load_file(scored.input_path("teacher") / "model/model.safetensors").values())
+    tokens = made["sequences"] * 32
+    assert effective.read(scored)["flops"]["score"] == pytest.approx(2 * weights * tokens, rel=0.05)
+
+
 def test_every_run_of_the_line_reports_each_value_that_was_asked_for() -> None:
     run = tiny_run()
     line = [run, *(source for name in ("data", "teacher", "targets") if (source := run.input_run(name)) is not None)]
