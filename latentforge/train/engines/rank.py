@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_JOINING = timedelta(minutes=10)
 
 
 def main(target: str, arguments: str, report: str, parent: str) -> None:
@@ -59,6 +60,7 @@ def join() -> None:
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -66,8 +68,10 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend += ",cuda:nccl"
-    # One process may write a checkpoint, or show samples, for as long as that takes while the others wait for it.
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=2))
+    # A process that never comes, or that cannot be reached for a wall between the hosts, is missed sooner than ...
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_JOINING)
+    # ... one that writes a checkpoint, or shows samples, for as long as that takes while the others wait for it.
+    _set_pg_timeout(timedelta(hours=2))
 
 
 if __name__ == "__main__":

@@ -14,21 +14,26 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
+import torch
+import torch.distributed as dist
 
 from latentforge.errors import CrashedError, FailedError, LatentForgeError, RefusedError
 from latentforge.events import EventLog
 from latentforge.spec.hosts import Hosts, following
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import LaunchRecord, RunDir
+from latentforge.train.engines import rank
 from latentforge.train.engines.launching import store_at
+from latentforge.train.engines.world import World
 from latentforge.train.hosts.meeting import Door, come_to
 from latentforge.train.hosts.mirror import Mirror, Reading, lend, read_by
 from latentforge.train.hosts.wire import HostLost, Link
+from latentforge.train.keeping import Keeper
 from latentforge.train.stopping import Interrupted, handled_signals
 
 DEADLINE = 0.9
@@ -125,12 +130,41 @@ def test_a_stop_in_the_middle_of_a_message_comes_after_it(held: ExitStack) -> No
 
 def test_processes_meet_at_their_address_alone_and_none_begins_whose_parent_is_gone() -> None:
     store = store_at("127.0.0.1")
-    TCPStore("127.0.0.1", store.port, is_master=False).set("there", "1")
+    dist.TCPStore("127.0.0.1", store.port, is_master=False).set("there", "1")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", store.port))
-    rank = [sys.executable, "-m", "latentforge.train.engines.rank", "nothing:at_all", "{}", "1"]
-    done = subprocess.run([*rank, str(os.getpid() + 1)], capture_output=True, text=True)
+    process = [sys.executable, "-m", "latentforge.train.engines.rank", "nothing:at_all", "{}", "1"]
+    done = subprocess.run([*process, str(os.getpid() + 1)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGKILL, "", "")
+
+
+def test_a_process_that_never_comes_is_missed_in_minutes_and_one_that_writes_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = store_at("127.0.0.1")
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert timedelta(minutes=1) < rank._JOINING <= timedelta(minutes=10)
+    monkeypatch.setattr(rank, "_JOINING", timedelta(seconds=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(dist.DistStoreError, match="timeout"):
+        rank.join()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    rank.join()
+    try:
+        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_only_the_disk_that_is_written_to_has_to_have_room(tmp_path: Path) -> None:
+    keeper = Keeper.__new__(Keeper)
+    keeper.run, keeper.floor, keeper._size = RunDir(tmp_path / LEADER.run_id), 1 << 60, 0
+    keeper.run.path.mkdir()
+    for number, lacks in ((0, True), (1, False)):
+        keeper._world = World(number, 2, 1)
+        assert keeper._lacks_room() is lacks
 
 
 def log_of(folder: Path) -> EventLog:
