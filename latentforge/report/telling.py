@@ -19,6 +19,7 @@ _NAMES = {
     "distill": "a student",
     "latent": "a latent student",
     "bench": "a bench",
+    "follow": "a host's part in the run of another",
 }
 
 
