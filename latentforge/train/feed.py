@@ -70,13 +70,14 @@ class Feed:
         fits = supply is None or supply.k is not None or dense_fits
         # A teacher in this process ends its answer soon; one elsewhere may take its whole time-out.
         give_up = supply.give_up if supply is not None and supply.elsewhere else None
-        self._interrupted = interrupted
+        # Processes that share their steps agree on the one after which they end: none stops in a wait by itself.
+        self._interrupted = interrupted if self._world.size == 1 else lambda: False
         self._ahead = Prefetcher(
             self._material,
             steps,
             ahead=ahead if supply is not None and fits else 0,
             cancel=give_up,
-            interrupted=interrupted,
+            interrupted=self._interrupted,
         )
 
     @property
@@ -93,7 +94,7 @@ class Feed:
 
     def next(self, step: int, student: Student) -> Given:
         """The material of ``step``; ``student`` writes its share of it. TeacherFailure where the teacher's loss stops
-        the run, Interrupted where it is told to stop while it waits for a teacher elsewhere.
+        the run, Interrupted where it is told to stop while it waits for a teacher elsewhere and is alone in its world.
         """
         taken = self._ahead.take(step)
         tokens, fetched = taken.value

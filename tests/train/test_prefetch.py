@@ -17,6 +17,7 @@ from latentforge.teachers.fixture import FixtureTeacher
 from latentforge.teachers.http.client import HttpClient
 from latentforge.teachers.prefetch import Interrupted, Prefetcher
 from latentforge.train import effective
+from latentforge.train.engines.world import World
 from latentforge.train.feed import Feed
 from latentforge.train.onpolicy import OnPolicy
 from latentforge.train.rehearsal import small_batch, small_trainer
@@ -190,6 +191,15 @@ def test_an_interrupt_does_not_wait_for_who_judges_the_students_text() -> None:
         feed.next(0, small_trainer(ce_weight=0.3, kd_weight=0.7).student)
     assert closed.is_set()
     assert threads() == []
+
+
+def test_a_process_of_several_that_is_told_to_stop_still_takes_the_targets_that_it_waits_for() -> None:
+    asked: dict[str, Any] = {"supply": supply_of(Elsewhere(delay=0.2)), "ahead": 2, "interrupted": lambda: True}
+    student = small_trainer().student
+    with Feed(small_batch, range(1), world=World(1, 2, 2), **asked) as feed:
+        assert [len(lesson.tokens) for lesson in feed.next(0, student).lessons or ()] == [8]
+    with Feed(small_batch, range(1), **asked) as feed, pytest.raises(Interrupted):
+        feed.next(0, student)
 
 
 def test_dense_targets_are_not_piled_up_ahead_of_their_steps() -> None:
