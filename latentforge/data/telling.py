@@ -36,7 +36,8 @@ class Told:
         if done == total or now - self._shown >= _SECONDS_BETWEEN_PROGRESS:
             self._shown = now
             self._telling.progress(self._name, done, total)
-        if now - self._said >= _SECONDS_BETWEEN_LINES:
+        # Before the first byte there is no speed to tell: a large folder is listed for longer than a line waits.
+        if done > 0 and now - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = now
             speed = done / (now - self._begun)
             self._telling.say(

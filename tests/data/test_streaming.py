@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from latentforge.data import build_shards, workers
+from latentforge.data import telling as tellings
 from latentforge.data.build import READ_ORDER
 from latentforge.data.corpus import Corpus
-from latentforge.data.telling import Telling
+from latentforge.data.telling import Telling, Told
 from latentforge.data.tokenizer import Tokenizer, train_bpe
 from latentforge.data.workers import Encoding
 from latentforge.errors import CrashedError, RefusedError
@@ -150,3 +151,13 @@ def test_a_tokenizer_that_is_not_known_is_said_to_be_slow_and_progress_is_told_i
     assert told[0] == ("corpus", corpus.stat().st_size, corpus.stat().st_size)
     assert told[-1] == ("tokenize", index.bytes(heldout=False), index.bytes(heldout=False))
     assert Tokenizer.open(out / "tokenizer").vocab_size == 262
+
+
+def test_a_phase_that_has_read_nothing_after_half_a_minute_tells_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, now = list[str](), iter([0.0, 31.0, 62.0])
+    monkeypatch.setattr(tellings.time, "monotonic", lambda: next(now))
+    told = Told(Telling(say=lines.append), "corpus")
+    told(0, 100_000_000)
+    assert lines == []
+    told(50_000_000, 100_000_000)
+    assert lines == ["corpus: 50 of 100 MB, 0.8 MB/s, 62 s left at most"]
