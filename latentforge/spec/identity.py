@@ -93,27 +93,13 @@ class RunIdentity:
             raise RefusedError(f"identity of {run_id or 'a run'}: code, lock, secrets and inputs have to be texts")
         if value.get("schema") != SCHEMA or identity.kind not in KINDS:
             raise RefusedError(f"identity has schema {value.get('schema')!r}, kind {identity.kind!r}: not known here")
-        if (strange := identity._strange()) is not None:
-            raise RefusedError(f"identity of {run_id or 'a run'} holds a value of the wrong kind under {strange!r}")
+        if type(identity.attempt) is not int or identity.attempt < 1:
+            raise RefusedError(f"identity of {run_id or 'a run'}: attempt {identity.attempt!r} is no number from 1")
         if identity.canonical != content:
             raise RefusedError(f"identity of {run_id or identity.run_id} is not in canonical form")
         if run_id is not None and identity.run_id != run_id:
             raise RefusedError(f"identity of {run_id} hashes to {identity.run_id}: it was altered")
         return identity
-
-    def _strange(self) -> str | None:
-        """The name of a field that holds what it cannot, as one that somebody wrote by hand may; None where none."""
-        texts = {"code": [self.code], "lock": [self.lock], "secrets": self.secrets, "inputs": _values(self.inputs)}
-        for name, each in texts.items():
-            if each is None or not all(isinstance(one, str) for one in each):
-                return name
-        if not isinstance(self.spec, dict):
-            return "spec"
-        return "attempt" if type(self.attempt) is not int or self.attempt < 1 else None
-
-
-def _values(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else None
 
 
 def check_run_id(text: str) -> str:

@@ -93,6 +93,12 @@ def test_an_identity_whose_parts_have_another_shape_is_refused(part: str, value:
         RunIdentity.from_bytes(content)
 
 
+@pytest.mark.parametrize("attempt", [0, -1, True, 1.5, "1", None])
+def test_an_identity_of_no_attempt_is_refused(attempt: Any) -> None:
+    with pytest.raises(RefusedError, match=r"attempt .* is no number from 1"):
+        RunIdentity.from_bytes(canonical_bytes({**identity().as_json(), "attempt": attempt}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53])
 def test_a_value_without_canonical_form_is_refused(value: float) -> None:
     with pytest.raises(RefusedError):
