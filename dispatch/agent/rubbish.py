@@ -83,7 +83,7 @@ class Rubbish:
             why = self._why_it_stays(name, state)
             if why is None and name == holder:
                 why = "it holds the device lease"
-            if why is None and not self._brings(name):
+            if why is None and not self._brings(name) and not self._follows(name):
                 why = self._why_not_collected(name)
                 if why is None and self.wishes.keep and state["state"] in _ENDED and not self._has_successor(name):
                     why = "it did not pass, and no later run of its kind and meaning did"
@@ -120,6 +120,10 @@ class Rubbish:
         """Whether the run passed and its product lies elsewhere: it stays as long as that."""
         return name.startswith(("build-", "pull-")) and self.states[name]["outcome"] == "pass"
 
+    def _follows(self, name: str) -> bool:
+        """Whether the run took part in one of another host: its leader has all that came of it, it a mirror at most."""
+        return name.startswith("follow-") and self.states[name]["state"] in _ENDED
+
     def _why_not_collected(self, name: str) -> str | None:
         """Why the caller cannot have all that a run left; None where it proved by digest that it has."""
         if self.wishes.uncollected:
@@ -148,7 +152,7 @@ class Rubbish:
         """Of each kin the runs that passed last, as many as are to be kept."""
         kins: dict[str, list[str]] = {}
         for name in self.states:
-            if self._passed(name) and not self._brings(name):
+            if self._passed(name) and not self._brings(name) and not self._follows(name):
                 kins.setdefault(str(self.launches[name].get("kin") or name), []).append(name)
         latest = []
         for names in kins.values():

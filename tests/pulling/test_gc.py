@@ -43,6 +43,15 @@ def test_what_was_not_collected_or_is_not_proven_to_be_stays(host: Any, ended: M
     assert tidy.goes(keep=0, uncollected=True) == {first, second}
 
 
+def test_a_run_that_followed_one_of_another_host_goes_when_it_has_ended_and_not_before(
+    host: Any, ended: Make, tidy: Any, running: Make
+) -> None:
+    passed, failed = ended(host, kind="follow"), ended(host, "raise SystemExit(5)", kind="follow")
+    live = running(kind="follow")
+    assert tidy.goes() == {passed, failed}
+    assert tidy.why(live) == "it is running"
+
+
 def test_what_a_run_that_stays_names_stays_too_through_every_step(
     host: Any, ended: Make, tidy: Any, running: Make
 ) -> None:
