@@ -32,7 +32,8 @@ def print_hosts(inventory: Inventory, *, as_json: bool) -> ExitCode:
     for name, host in sorted(inventory.hosts.items()):
         where = (f"{host.user}@" if host.user else "") + host.address + (f":{host.port}" if host.port else "")
         keys = ", ".join(f"{short_type(key.type)} {key.sha256} pinned {key.date}" for key in host.keys[:1])
-        rows.append((name, where + (" GB10" if host.gb10 else ""), keys or "no key pinned"))
+        where += (" GB10" if host.gb10 else "") + (f" link {host.link}" if host.link else "")
+        rows.append((name, where, keys or "no key pinned"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for row in rows:
         mark = "  (default)" if row[0] == inventory.default else ""
