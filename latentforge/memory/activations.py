@@ -13,19 +13,21 @@ from latentforge.memory.shape import ModelShape
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes a unit of width that one layer keeps for the backward pass of one token."""
+    """Bytes a unit of width that one layer keeps for the backward pass of one token, and those of one number."""
 
     hidden: float
     query: float
     kv: float
     intermediate: float
+    number: float
 
 
-_SAVED = {"fp32": _Bytes(24, 20, 17, 16), "bf16": _Bytes(20, 10.5, 10.5, 8)}
+_SAVED = {"fp32": _Bytes(24, 16, 17, 16, 4), "bf16": _Bytes(20, 10.5, 10.5, 8, 2)}
 
 
-def activation_bytes(shape: ModelShape, tokens: int, precision: str = "fp32") -> int:
-    """Bytes kept between forward and backward of the decoder for ``tokens`` tokens in flight, logits not counted."""
+def activation_bytes(shape: ModelShape, tokens: int, precision: str = "fp32", *, recomputed: bool = False) -> int:
+    """Bytes kept between forward and backward of the decoder for ``tokens`` tokens in flight, logits not counted. Of
+    layers that are ``recomputed`` for the gradient their inputs alone are kept."""
     unit = _SAVED[precision]
     layer = (
         unit.hidden * shape.hidden
@@ -33,6 +35,8 @@ def activation_bytes(shape: ModelShape, tokens: int, precision: str = "fp32") ->
         + unit.kv * shape.kv_width
         + unit.intermediate * shape.intermediate
     )
+    if recomputed:
+        layer = unit.number * shape.hidden
     return int(tokens * (shape.layers * layer + 3 * 4 * shape.hidden))
 
 

@@ -15,37 +15,14 @@ from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.latent import latent_memory
-from latentforge.memory.plan import MemoryPlan, Term, checkpoint_term, largest, runtime
+from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
 from latentforge.memory.shape import ModelShape
+from latentforge.memory.training import Step, training_terms
 from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
-_WIDTH = {"fp32": 4, "bf16": 2}
 Place = Literal["process", "engine", "nowhere"]
 TWIN = "F-DISTILL-SMOKE-002"
-
-
-def training_terms(
-    shape: ModelShape, *, rows: int, length: int, precision: str, who: str, logit_copies: int
-) -> list[Term]:
-    """Weights, optimiser states, a checkpoint on its way to the disk, activations, logits, attention scratch.
-
-    States: Adam's two moments and the gradients in fp32; beside bf16 weights also fp32 masters, and the gradients of
-    one micro-batch before they are added to those in fp32.
-    """
-    count, width = shape.parameters, _WIDTH[precision]
-    states = count * (8 + 4 + (4 + 2 if precision == "bf16" else 0))
-    tokens = rows * length
-    # One more layer's worth for the gradients of the activations that flow back while they are in use.
-    working = activation_bytes(shape, tokens, precision) * (shape.layers + 1) // shape.layers
-    return [
-        Term(who, count * width),
-        Term("states", states),
-        checkpoint_term(count),
-        Term("activations", working),
-        Term("logits", logit_copies * 4 * tokens * shape.vocab_size),
-        Term("attention", attention_bytes(shape, rows, length)),
-    ]
 
 
 def teacher_shape(spec: TeacherSpec, vocab_size: int) -> ModelShape:
@@ -131,8 +108,8 @@ def place_of(spec: TeacherSpec) -> Place:
 
 def teacher_memory(spec: TeacherSpec, shape: ModelShape, *, length: int, device: str) -> MemoryPlan:
     """The plan of a run that trains a small teacher."""
-    # Cross-entropy of transformers holds the logits, their log-softmax and the gradient.
-    terms = training_terms(shape, rows=spec.batch_size, length=length, precision="fp32", who="teacher", logit_copies=3)
+    step = Step(spec.batch_size, length, accumulates=False)
+    terms = training_terms(shape, step, who="teacher", device=device)
     return MemoryPlan("teacher", (*terms, runtime(device)))
 
 
@@ -156,9 +133,7 @@ def distill_memory(
     if student.shape is None:
         unknown = [*unknown, "the student"]
     else:
-        trained = training_terms(
-            student.shape, rows=rows, length=length, precision=spec.precision, who="student", logit_copies=2
-        )
+        trained = training_terms(student.shape, step_of(spec, length), who="student", device=device)
         start = Term("start", 4 * student.shape.parameters)  # what the student, and its twin, are copies of
         terms = [*terms, *trained, start]
         if TWIN in spec.require:
@@ -168,6 +143,14 @@ def distill_memory(
             terms.append(Term("ahead", held))
     load = teacher.load if teacher is not None else (0, 0)
     return MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load).on(spec.processes)
+
+
+def step_of(spec: DistillSpec, length: int) -> Step:
+    """How a spec's token-level student is trained on rows of ``length`` tokens, as far as its memory goes."""
+    rows = spec.micro_batch_size or spec.batch_size
+    # Libraries that spread a training keep buffers for all gradients.
+    accumulates = rows < spec.batch_size or spec.distributed != "none"
+    return Step(rows, length, spec.precision, accumulates, spec.activation_checkpointing)
 
 
 AHEAD_BYTES = 1 << 30

@@ -197,6 +197,7 @@ class DistillSpec(Section):
     processes: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="processes on each host that share every batch; the result is that of one"
     )
+    activation_checkpointing: bool = Field(False, description="compute activations again for the gradient: less memory")
     checkpoint_every: Count = 250
     validate_every: Count | None = Field(
         None, description="measure held-out text every so many steps; before the first and after the last if absent"

@@ -15,6 +15,7 @@ from latentforge.kernels.api import kd_loss
 from latentforge.kernels.decode import latent_decode
 from latentforge.kernels.targets import DenseTargets, Targets, TopKTargets
 from latentforge.students.latent.chunks import chunked, valid
+from latentforge.students.recomputing import layers_recomputed, recompute_layers
 
 IGNORE = -100
 # Settings with which an architecture changes its logits after the last layer; the loss here would not see that.
@@ -210,6 +211,17 @@ class Student(nn.Module):
         bias = None if head.bias is None else head.bias[: self.vocab_size]
         # The weight is cut, not the logits: a view of logits is refused by the kernel, and padding costs no work.
         return F.linear(states, head.weight[: self.vocab_size], bias)
+
+    def checkpoint_activations(self) -> None:
+        """From now on, keep no activations inside the layers while training: they are computed again for the gradient,
+        with the same result. RefusedError for an architecture whose layers cannot.
+        """
+        recompute_layers(self.model)
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether every layer does so, as the layers themselves hold it."""
+        return layers_recomputed(self.model)
 
     @torch.no_grad()
     def continue_greedily(self, inputs: Tensor, new_tokens: int) -> Tensor:

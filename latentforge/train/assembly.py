@@ -202,6 +202,8 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
     model = copy.deepcopy(start).to(job.device)
     model.requires_grad_(not spec.student.frozen)
     student = Student(model, job.data.vocab_size, padding_of(job.data))
+    if spec.activation_checkpointing:
+        student.checkpoint_activations()
     parts = Parts(student, model, layers=layers_of(model), methods=("logits",))
     updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
     engine = engine_of(spec.distributed, parts, updates, precision=PRECISIONS[spec.precision])
@@ -272,6 +274,7 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
             "device": next(model.parameters()).device.type,
             "distributed": wrapped.engine,
             "processes": world.local,
+            "activation_checkpointing": trainer.student.checkpoints_activations,
             "checkpoint_every": spec.checkpoint_every,
             "validate_every": spec.validate_every,
             "keep": spec.keep,

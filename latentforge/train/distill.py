@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
@@ -260,17 +263,23 @@ def held_out(job: Job, trainer: Trainer, *, teacher_needed: bool = False) -> Eva
     student = trainer.engine.module
     with job.log.phase("evaluate"):
         try:
-            return evaluate(student, evaluation_batches(job.data.heldout, job.device), job.supply.held_out, **settings)
+            return evaluate(student, held_out_batches(job), job.supply.held_out, **settings)
         except TeacherFailure as failure:
             if teacher_needed or job.supply.on_loss == "stop" or failure.kind not in LOSSES:
                 raise
             job.log.warning(f"the teacher is lost, so KL to it is not measured: {failure}")
-        return evaluate(student, evaluation_batches(job.data.heldout, job.device), None, **settings)
+        return evaluate(student, held_out_batches(job), None, **settings)
+
+
+def held_out_batches(job: Job) -> Iterator[Tensor]:
+    """The held-out rows, no more of them at a time than a training pass takes: what its memory is planned by."""
+    rows = job.spec.micro_batch_size or job.spec.batch_size
+    return evaluation_batches(job.data.heldout, job.device, at_most=rows)
 
 
 def held_out_once(job: Job, trainer: Trainer) -> None:
     """The held-out passes with their shapes, for what they load; the values are thrown away."""
-    batches = {len(batch): batch for batch in evaluation_batches(job.data.heldout, job.device)}
+    batches = {len(batch): batch for batch in held_out_batches(job)}
     settings: dict[str, Any] = {"temperature": job.spec.temperature, "backend": job.kernel}
     evaluate(trainer.engine.module, batches.values(), job.supply.held_out, **settings)
 

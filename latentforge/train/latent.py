@@ -336,7 +336,7 @@ def values_in_force(
             "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[trainer.engine.precision],
             "distributed": wrapped.engine,
             "processes": world.local,
-            "activation_checkpointing": student.head.checkpointing,
+            "activation_checkpointing": student.checkpoints_activations,
             "device": student.table.weight.device.type,
             "checkpoint_every": spec.checkpoint_every,
             "validate_every": spec.validate_every,

@@ -77,8 +77,10 @@ def training_batch(shard: PackedShard, order: BatchOrder, step: int, device: tor
     return torch.from_numpy(shard.rows(order.indices(step))).to(device)
 
 
-def evaluation_batches(shard: PackedShard, device: torch.device) -> Iterator[Tensor]:
-    """All rows of a shard in order, tokens int64 [b, L]."""
-    for start in range(0, len(shard), EVALUATION_ROWS):
-        rows = np.arange(start, min(start + EVALUATION_ROWS, len(shard)))
+def evaluation_batches(shard: PackedShard, device: torch.device, *, at_most: int = EVALUATION_ROWS) -> Iterator[Tensor]:
+    """All rows of a shard in order, tokens int64 [b, L] of ``at_most`` rows: those of a training pass, where a model is
+    measured whose logits are the most that its run holds."""
+    size = min(at_most, EVALUATION_ROWS)
+    for start in range(0, len(shard), size):
+        rows = np.arange(start, min(start + size, len(shard)))
         yield torch.from_numpy(shard.rows(rows)).to(device)

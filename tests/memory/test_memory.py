@@ -24,9 +24,9 @@ from latentforge.memory.codec import codec_activation_bytes, codec_parameters
 from latentforge.memory.estimate import (
     student_shape,
     teacher_shape,
-    training_terms,
 )
 from latentforge.memory.plan import GIB
+from latentforge.memory.training import Step, training_terms
 from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.recipe import read_recipe, recipe_names
 from latentforge.spec.resolve import resolve_pipeline
@@ -156,7 +156,7 @@ def test_weights_and_states_are_those_that_the_optimiser_really_holds(precision:
             if one is not None and one.numel() > 1:
                 held[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
     terms = {term.name: term.bytes for term in training_terms(
-        shape, rows=1, length=1, precision=precision, who="student", logit_copies=1
+        shape, Step(1, 1, precision), who="student", device="cpu"
     )}  # fmt: skip
     assert sum(held.values()) == terms["student"] + terms["states"]
 

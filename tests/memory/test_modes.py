@@ -30,9 +30,9 @@ from latentforge.memory import (
     plan_mode,
 )
 from latentforge.memory.engine import EngineSetting, engine_terms
-from latentforge.memory.estimate import training_terms
 from latentforge.memory.known import RATES
 from latentforge.memory.plan import GIB
+from latentforge.memory.training import Step, training_terms
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.spec.sections import PipelineSpec
 from latentforge.verdicts import Outcome
@@ -87,7 +87,7 @@ def test_weights_and_states_of_a_fully_trained_student_are_the_tables_16_bytes_a
     billions: float, states: float
 ) -> None:
     shape = ModelShape.qwen3(1000, layers=1, hidden=64, heads=4, kv_heads=2, intermediate=64)
-    terms = training_terms(shape, rows=1, length=1, precision="fp32", who="student", logit_copies=1)
+    terms = training_terms(shape, Step(1, 1), who="student", device="cpu")
     share = sum(term.bytes for term in terms if term.name in ("student", "states")) / shape.parameters
     assert share == 16
     near(int(share * billions * 1e9), states, 0.01)
@@ -96,7 +96,7 @@ def test_weights_and_states_of_a_fully_trained_student_are_the_tables_16_bytes_a
 @pytest.mark.parametrize(("tokens", "said"), [(2048, 1.16), (4096, 2.32), (8192, 4.64)])
 def test_one_fp32_copy_of_the_logits_is_the_tables(tokens: int, said: float) -> None:
     shape = ModelShape.qwen3(151_936, layers=1, hidden=64, heads=4, kv_heads=2, intermediate=64)
-    terms = training_terms(shape, rows=1, length=tokens, precision="fp32", who="student", logit_copies=1)
+    terms = training_terms(shape, Step(1, tokens), who="student", device="cpu")
     near(next(term.bytes for term in terms if term.name == "logits"), said, 0.005)
 
 

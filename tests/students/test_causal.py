@@ -117,3 +117,32 @@ def test_a_continuation_repeats_what_the_model_prefers() -> None:
     assert torch.equal(found[:, :4], begun)
     last = student.logits(torch.cat([begun, begun[:, :1]], dim=1)).reshape(3, 4, 40)[:, -1]
     assert torch.equal(found[:, 4], last.argmax(-1))
+
+
+def test_activations_that_are_computed_again_give_the_same_bits_and_are_computed_again() -> None:
+    found = []
+    for again in (False, True):
+        student = Student(model(), 40)
+        if again:
+            student.checkpoint_activations()
+        assert student.checkpoints_activations is again
+        passes = []
+        student.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, made=passes: made.append(1))
+        student.train()
+        targets = DenseTargets(torch.randn(24, 40, generator=torch.Generator().manual_seed(4)))
+        parts = student(
+            tokens(), targets, 24, temperature=2.0, ce_weight=0.3, kd_weight=0.7, kernel_backend="reference"
+        )
+        parts.loss.backward()
+        assert len(passes) == (2 if again else 1)
+        found.append((parts.loss.detach(), [p.grad for p in student.parameters()]))
+    (loss, grads), (same, alike) = found
+    assert torch.equal(loss, same)
+    assert all(torch.equal(one, other) for one, other in zip(grads, alike, strict=True))
+
+
+def test_a_model_whose_layers_cannot_be_computed_again_is_refused_by_what_was_asked() -> None:
+    student = Student(model(), 40)
+    student.model.supports_gradient_checkpointing = False
+    with pytest.raises(RefusedError, match="activation_checkpointing = true"):
+        student.checkpoint_activations()

@@ -7,8 +7,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +19,8 @@ from latentforge.errors import FailedError, RefusedError
 from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
-from latentforge.spec.sections import PipelineSpec
+from latentforge.spec.sections import DistillSpec, PipelineSpec
+from latentforge.students.causal import Student
 from latentforge.train import distill, effective, products
 from latentforge.train.engines import choice
 from latentforge.train.inprocess import execute_pipeline, plan
@@ -143,6 +146,39 @@ def test_bf16_keeps_fp32_masters_in_its_checkpoints_and_saves_bf16(make_run: Mak
     assert {t.dtype for t in saved.values()} == {torch.bfloat16}
     assert effective.read(run)["effective"]["distill"]["precision"] == "bf16"
     assert effective.read(run)["effective"]["micro_batches"] == 4
+
+
+def test_activations_computed_again_change_no_bit_of_a_run_and_are_read_back_from_the_layers(
+    make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"steps": 4, "require": ()}
+    kept, again = make_run(**few), make_run(**few, activation_checkpointing=True)
+    for run, asked in ((kept, False), (again, True)):
+        assert run_here(run)[0] is ExitCode.PASS
+        assert effective.read(run)["effective"]["distill"]["activation_checkpointing"] is asked
+    ours, theirs = (load_file(run.out / "student" / "model.safetensors") for run in (again, kept))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    monkeypatch.setattr(Student, "checkpoint_activations", lambda self: None)
+    code, text = run_here(make_run(**few, attempt=2, activation_checkpointing=True))
+    assert code is ExitCode.FAIL
+    assert "activation_checkpointing = True asked, False in force" in text
+
+
+def test_held_out_text_is_measured_in_no_larger_passes_than_are_trained() -> None:
+    class Rows:
+        def __len__(self) -> int:
+            return 70
+
+        def rows(self, numbers: np.ndarray) -> np.ndarray:
+            return np.stack([numbers, numbers], 1)
+
+    for asked, most in (({"micro_batch_size": 3}, 3), ({"batch_size": 5}, 5), ({"batch_size": 64}, 32)):
+        job = SimpleNamespace(
+            spec=DistillSpec(**asked), data=SimpleNamespace(heldout=Rows()), device=torch.device("cpu")
+        )
+        batches = list(distill.held_out_batches(job))
+        assert max(len(batch) for batch in batches) == most
+        assert torch.cat(batches)[:, 0].tolist() == list(range(70))
 
 
 def test_a_temperature_without_stored_tails_runs_on_live_dense_targets(make_run: MakeRun, run_here: RunHere) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentforge.errors import RefusedError
+from latentforge.students.recomputing import layers_recomputed, recompute_layers
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,12 @@ class Decoder(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on, compute the activations inside the layers again for the gradient while training."""
-        # The name since transformers 5.20-odd, and the one before it, which warns there.
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable()
+        recompute_layers(self.model)
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether its layers do so."""
+        return layers_recomputed(self.model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         """Casts leave the frequencies of the positions in fp32: rounded to bf16, far positions are other ones."""

@@ -15,7 +15,7 @@ from latentforge.errors import RefusedError
 from latentforge.kernels.linear import linear_kd_loss
 from latentforge.kernels.targets import LinearTargets, Targets
 from latentforge.students.causal import IGNORE
-from latentforge.students.latent.backbone import Backbone, DecoderShape, StateCache
+from latentforge.students.latent.backbone import Backbone, Decoder, DecoderShape, StateCache
 from latentforge.students.latent.energy import EnergySettings, energy_score
 from latentforge.students.latent.folder import WEIGHTS, read_description, read_weights, write_folder
 from latentforge.students.latent.head import EnergyHead
@@ -318,17 +318,24 @@ class LatentStudent(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The decoders' layers: what each pass that trains goes through, in their order."""
-        decoders = [self.backbone.decoder] + ([] if self.token_head is None else [self.token_head.decoder])
-        return [layer for decoder in decoders for layer in decoder.model.layers]
+        return [layer for decoder in self.decoders() for layer in decoder.model.layers]
+
+    def decoders(self) -> list[Decoder]:
+        """Its stacks of layers: over chunks, and over tokens where there is a token head."""
+        return [self.backbone.decoder] + ([] if self.token_head is None else [self.token_head.decoder])
 
     def checkpoint_activations(self) -> None:
         """From now on, keep no activations inside the layers while training: they are computed again for the gradient,
         with the same result.
         """
-        self.backbone.decoder.checkpoint_activations()
-        if self.token_head is not None:
-            self.token_head.decoder.checkpoint_activations()
+        for decoder in self.decoders():
+            decoder.checkpoint_activations()
         self.head.checkpointing = True
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether every part of it does so, as the parts themselves hold it."""
+        return self.head.checkpointing and all(one.checkpoints_activations for one in self.decoders())
 
 
 def _without_token_head() -> RefusedError:

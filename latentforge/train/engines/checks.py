@@ -21,6 +21,9 @@ WAYS = {"1x8": None, "8x1": 1}
 UNTIED = "untied"
 """Two rows a pass, of a student whose head is a tensor of its own."""
 
+RECOMPUTED = "recomputed"
+"""Two rows a pass, of a student that computes its activations again for the gradient."""
+
 Case = tuple[Distributed, str, str | None]
 
 
@@ -31,10 +34,17 @@ def table(processes: int = 2) -> dict[Case, Compared]:
     engines = OF_TORCH + (OF_DEEPSPEED if importlib.util.find_spec("deepspeed") else ())
     cases: list[Case] = [(engine, way, None) for engine in engines for way in WAYS]
     cases.append(("fsdp2", UNTIED, None))
+    cases += [(engine, RECOMPUTED, None) for engine in engines]
     if processes > 1:
         cases += [(engine, "1x8", "divided-twice") for engine in engines]
     asked: list[dict[str, Any]] = [
-        {"distributed": engine, "micro_batch_size": WAYS.get(way, 2), "mutant": mutant, "tied": way != UNTIED}
+        {
+            "distributed": engine,
+            "micro_batch_size": WAYS.get(way, 2),
+            "mutant": mutant,
+            "tied": way != UNTIED,
+            "recomputed": way == RECOMPUTED,
+        }
         for engine, way, mutant in cases
     ]
     return dict(zip(cases, equality(asked, processes=processes), strict=True))

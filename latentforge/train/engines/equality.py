@@ -44,15 +44,19 @@ def compared(
     *,
     micro_batch_size: int | None,
     tied: bool = True,
+    recomputed: bool = False,
     resumed: bool = False,
     mutant: str | None = None,
 ) -> Compared:
     """Three steps of one student by an engine on the processes of this world, beside the same by none on this one.
 
-    Rows are ragged (documents end inside them), and so are the batches. Where it is ``resumed``, the engine takes over
-    what the single process kept after its first step. ``mutant`` "divided-twice" leaves the library's own average in.
+    Rows are ragged (documents end inside them), and so are the batches. With ``recomputed`` the engine's student
+    computes its activations again for the gradient, and that of the single process keeps them. Where it is ``resumed``,
+    the engine takes over what the single process kept after its first step. ``mutant`` "divided-twice" leaves the
+    library's own average in.
     """
-    alone, there = _trainer("none", micro_batch_size, tied), _trainer(distributed, micro_batch_size, tied)
+    alone = _trainer("none", micro_batch_size, tied)
+    there = _trainer(distributed, micro_batch_size, tied, recomputed)
     if mutant == "divided-twice":
         _divide_twice(there.engine)
     loss = norm = 0.0
@@ -96,8 +100,10 @@ def small_student(*, tied: bool = True) -> Student:
     return Student(new_model(shape, **sizes, seed=3, tied=tied), _VOCABULARY, Padding(4, _EOS))
 
 
-def _trainer(distributed: Distributed, micro_batch_size: int | None, tied: bool) -> Trainer:
+def _trainer(distributed: Distributed, micro_batch_size: int | None, tied: bool, recomputed: bool = False) -> Trainer:
     student = small_student(tied=tied)
+    if recomputed:
+        student.checkpoint_activations()
     model = student.model
     parts = Parts(student, model, layers=model.model.layers, methods=("logits",))
     updates = Updates(learning_rate=3e-3, weight_decay=0.1, warmup_steps=1, steps=9, clip_norm=0.5)

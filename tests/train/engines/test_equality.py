@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from latentforge.train.engines.checks import OF_DEEPSPEED, OF_TORCH, UNTIED, table
+from latentforge.train.engines.checks import OF_DEEPSPEED, OF_TORCH, RECOMPUTED, UNTIED, table
 from latentforge.train.engines.equality import TOLERANCE
 from latentforge.train.engines.protocol import Wrapped
 
@@ -55,6 +55,12 @@ def test_a_head_of_its_own_is_sharded_and_trained_alike() -> None:
     found = table()["fsdp2", UNTIED, None]
     assert max(found.loss, found.norm) <= TOLERANCE
     assert found.wrapped["weights"] < 0.51 * found.wrapped["parameters"]
+
+
+@pytest.mark.parametrize("engine", OF_TORCH + OF_DEEPSPEED)
+def test_activations_that_are_computed_again_change_nothing_under_an_engine(engine: Any) -> None:
+    found = table()[engine, RECOMPUTED, None]
+    assert max(found.loss, found.norm) <= TOLERANCE
 
 
 def test_a_share_that_is_too_large_is_refused() -> None:
