@@ -23,6 +23,7 @@ from latentforge.evidence.digests import file_sha256, tree_files
 from latentforge.spec.endurance import endurance_of
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import InputRef, LaunchRecord, RunDir
+from latentforge.train.best import BELOW
 from latentforge.train.checkpoint import newest_checkpoint
 from latentforge.train.hosts.wire import CHUNK, Link, refuse_ended
 
@@ -80,8 +81,8 @@ def read_by(run: RunDir) -> Reading:
             files += _of_tree(path, below) if path.is_dir() else [_lent(path, below)]
             ref = {**ref, "path": below}
         resolved[name] = ref
-    for one in _left(run):
-        files += _of_attempt(one, () if one.run == run.run else ("identity.json", "launch.json"))
+    for one, folders in _left(run):
+        files += _of_attempt(one, () if one.run == run.run else ("identity.json", "launch.json"), folders)
     known = {one.path: one for one in files}
     identity = run.identity_file.read_text(encoding="utf-8")
     return Reading(identity, replace(launch, resolved=resolved).as_json(), list(known.values()))
@@ -102,23 +103,35 @@ def _of_run(source: RunDir) -> Iterator[Lent]:
             yield _lent(path, f"runs/{source.run}/out/{name}", recorded.get(f"out/{name}"))
 
 
-def _left(run: RunDir) -> Iterator[RunDir]:
-    """This run, and the attempts before it up to the one that it goes on from."""
+def _left(run: RunDir) -> Iterator[tuple[RunDir, list[Path]]]:
+    """This run and all attempts before it, each with the folders of checkpoints that a model goes on from: those of
+    which no later attempt has a whole one."""
     one: RunDir | None = run
+    found = set[Path]()
     while one is not None and one.path.is_dir():
-        yield one
-        folders = [one.checkpoints, *(path for path in one.checkpoints.glob("*") if path.is_dir())]
-        if any(newest_checkpoint(folder)[0] is not None for folder in folders):
-            return
+        folders = {path.relative_to(one.checkpoints): path for path in _models(one)}
+        wanted = {below: path for below, path in folders.items() if below not in found}
+        yield one, list(wanted.values())
+        found |= {below for below, path in wanted.items() if newest_checkpoint(path)[0] is not None}
         one = one.predecessor()
 
 
-def _of_attempt(run: RunDir, records: Iterable[str]) -> Iterator[Lent]:
+def _models(run: RunDir) -> Iterator[Path]:
+    """Where the checkpoints of each of a run's models lie."""
+    yield run.checkpoints
+    for path in run.checkpoints.glob("[!.]*"):
+        if path.is_dir() and path.name != BELOW and not path.name.startswith("step-"):
+            yield path
+
+
+def _of_attempt(run: RunDir, records: Iterable[str], folders: Iterable[Path]) -> Iterator[Lent]:
     for name in (*records, "events.jsonl"):
         if (run.path / name).is_file():
             yield _lent(run.path / name, f"runs/{run.run}/{name}")
-    if run.checkpoints.is_dir():
-        yield from _of_tree(run.checkpoints, f"runs/{run.run}/out/checkpoints")
+    for folder in folders:
+        for path in (*folder.glob("step-*"), folder / BELOW):
+            if path.is_dir():
+                yield from _of_tree(path, f"runs/{run.run}/{path.relative_to(run.path).as_posix()}")
 
 
 def _of_tree(folder: Path, below: str) -> Iterator[Lent]:
