@@ -64,7 +64,7 @@ def run(run: RunDir, log: EventLog) -> None:
         trainer = CodecTrainer(codec, optimiser, objective, eos_id=data.eos_id, seed=seed)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser)
-        earlier = open_predecessor(run, log, CHECKPOINTS)
+        earlier = open_predecessor(run, log, CHECKPOINTS).get(MODEL)
     if slow:
         log.warning(slow)
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 from torch import Tensor
 
 from latentforge.errors import FailedError
-from latentforge.spec.run import RunDir
-from latentforge.train.checkpoint import drop_after, load_checkpoint, newest_checkpoint, step_folder
+from latentforge.events import standing
+from latentforge.train.checkpoint import (
+    copy_checkpoint,
+    drop_after,
+    load_checkpoint,
+    newest_checkpoint,
+    step_folder,
+    steps_in,
+)
 from latentforge.train.engines.world import World
 from latentforge.train.keeping import Keeper
-from latentforge.train.reading import KEPT_STEP
+from latentforge.train.reading import KEPT_STEP, heldout_metric
 from latentforge.train.resume import Earlier
 
 BELOW = "best"
@@ -38,22 +44,27 @@ class Best:
     def carry(self, earlier: Earlier | None) -> None:
         """Take over a predecessor's best up to its last checkpoint, before this run writes one of its own: whoever goes
         on from that finds the best as well. What came later is measured again, as the last step's is in any case."""
-        last = None if earlier is None else earlier.checkpoints.get(self._keeper.model)
-        if earlier is None or last is None or not self.wanted:
+        if not self.wanted:
             return
+        own = earlier is not None and earlier.run == self._keeper.run.run
+        until = -1 if earlier is None else min(earlier.step, self._keeper.steps - 1)
         first = World.here().first
-        if earlier.run == self._keeper.run.run and first:
-            drop_after(self._folder, min(last.step, self._keeper.steps - 1))
-        theirs = RunDir(self._keeper.run.path.parent / earlier.run)
-        before = theirs.checkpoints / self._keeper.below / BELOW
-        found, said = newest_checkpoint(before, until=min(last.step, self._keeper.steps - 1))
+        if first:
+            drop_after(self._folder, until if own else -1)
+        if earlier is None:
+            return
+        before = earlier.path.parent / BELOW
+        found, said = newest_checkpoint(before, until=until)
         for sentence in said:
             self._keeper.log.warning(f"{earlier.run}, {BELOW}: {sentence}")
-        if found is not None:
-            if before != self._folder and first:
-                shutil.copytree(step_folder(before, found.step), step_folder(self._folder, found.step))
-            self.step = found.step
-            self.loss = self._before[found.step] = _loss(earlier, self._keeper.model, found.step)
+        if found is None:
+            return
+        if first and not own:
+            copy_checkpoint(step_folder(before, found.step), self._folder)
+        for step in steps_in(before):
+            if step <= found.step:
+                self._before[step] = _loss(earlier, self._keeper.model, step)
+        self.step, self.loss = found.step, self._before[found.step]
 
     def due(self, step: int) -> bool:
         """Whether held-out text is to be measured after ``step`` steps; after the last it is in any case."""
@@ -107,8 +118,7 @@ class Best:
 
 
 def _loss(earlier: Earlier, model: str, step: int) -> float:
-    for event in earlier.events:
-        said = event.fields
-        if event.kind == "metric" and (said["name"], said.get("model"), said["step"]) == ("val_loss", model, step):
-            return float(said["value"])
-    raise FailedError(f"{earlier.run} kept step {step} as its best, and its events do not say at what loss")
+    found = [value for at, value in heldout_metric(standing(earlier.events), "val_loss", model) if at == step]
+    if not found:
+        raise FailedError(f"{earlier.run} kept step {step} as its best, and its events do not say at what loss")
+    return found[-1]

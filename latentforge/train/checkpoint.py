@@ -124,11 +124,11 @@ def save_checkpoint(
     be used is a failure, not a warning.
     """
     final = step_folder(folder, checkpoint.step)
-    partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _partial(final)
     try:
+        partial.mkdir(parents=True)
         size = _write(partial, final, checkpoint)
+        _give_name(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # what a full disk took of it is room for the end of the run
         raise FailedError(
@@ -136,13 +136,59 @@ def save_checkpoint(
             next="make room or mend the disk, then go on from the last whole one:  "
             "latentforge dispatch go --attempt next",
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    _sync(folder)
     unmoved = tuple(name for name, digest in start.items() if tensor_sha256(checkpoint.weights[name]) == digest)
-    for step in (retention or Retention()).outlived([_number(path) for path in _steps(folder)], spare=spare):
-        shutil.rmtree(step_folder(folder, step))
+    retain(folder, retention or Retention(), spare=spare)
     return Written(final, checkpoint.step, size, checkpoint.bytes, len(start) - len(unmoved), len(start), unmoved)
+
+
+def retain(folder: Path, retention: Retention, *, spare: int | None = None) -> None:
+    """Remove the checkpoints of a folder that are not to stay; FailedError where the disk refuses."""
+    for step in retention.outlived(steps_in(folder), spare=spare):
+        _discard(step_folder(folder, step))
+
+
+def copy_checkpoint(path: Path, folder: Path) -> None:
+    """Bring the checkpoint at ``path`` below another ``folder``, whole or not at all; one of its step that lies there
+    gives way. FailedError where the disk refuses."""
+    final = folder / path.name
+    partial = _partial(final)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(path, partial)
+        for copied in (*partial.iterdir(), partial):
+            _sync(copied)
+        _give_name(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FailedError(
+            f"checkpoint {path} could not be copied to {folder}: {error}",
+            next="make room or mend the disk, then:  latentforge dispatch go --attempt next",
+        ) from error
+
+
+def _partial(final: Path) -> Path:
+    """Where a checkpoint is made before it has its name; what was left there is removed."""
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def _give_name(partial: Path, final: Path) -> None:
+    if final.exists():
+        _discard(final)
+    os.replace(partial, final)
+    _sync(final.parent)
+
+
+def _discard(path: Path) -> None:
+    """Take a checkpoint's name first: what has one is whole, also where this is interrupted."""
+    aside = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise FailedError(f"checkpoint {path} could not be removed: {error}", next="mend the disk") from error
 
 
 def _write(partial: Path, final: Path, checkpoint: Checkpoint) -> int:
@@ -222,6 +268,11 @@ def newest_checkpoint(folder: Path, *, until: int | None = None) -> tuple[Checkp
     return None, said
 
 
+def steps_in(folder: Path) -> list[int]:
+    """The steps of a folder's checkpoints, ordered."""
+    return sorted(_number(path) for path in _steps(folder))
+
+
 def _steps(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
 
@@ -232,9 +283,11 @@ def _number(path: Path) -> int:
 
 def drop_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of a folder of more than ``step`` steps, which are made again, and unfinished ones."""
-    for path in (*_steps(folder), *folder.glob(".partial-step-*")):
-        if path.name.startswith(".") or _number(path) > step:
-            shutil.rmtree(path)
+    for path in (*folder.glob(".partial-step-*"), *folder.glob(".removed-step-*")):
+        shutil.rmtree(path)
+    for path in _steps(folder):
+        if _number(path) > step:
+            _discard(path)
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ Made = TypeVar("Made")
 
 class Watch:
     """Whether a loss diverges: above ``factor`` times the median of the last 100 that were not, ``patience`` times in a
-    row. Nothing is judged before there are ``patience`` of these, nor where their median is not above 0."""
+    row. Nothing is judged before there are ``patience`` of these (the median is then of as many, where that is more),
+    nor where it is not above 0."""
 
     def __init__(self, factor: float | None, patience: int) -> None:
         self.factor, self.patience = factor, patience
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._losses: deque[float] = deque(maxlen=max(WINDOW, patience))
         self.median = 0.0
         self.onset: int | None = None
         """The step (from 0) at which the losses that are too high began; None where the last one was not."""
@@ -70,6 +71,8 @@ class Course:
             self._record()
         if self._asked.on_bad_step == "skip" and keeper.kept is None:
             keeper.keep(0)  # a state to go back to before the first checkpoint is due
+        if self._asked.on_bad_step == "skip" and earlier is not None and self._watch.onset is not None:
+            keeper.take_over(earlier, max(0, self._watch.onset - 1))  # the run may be about to go back
 
     def steps(self) -> Iterator[int]:
         """The steps that are to be made, from 0, in their order; after going back, from there again."""

@@ -155,12 +155,12 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
-    student = train(job, trainer, "student", earlier, profile)
+    student = train(job, trainer, "student", earlier.get("student"), profile)
     trained = {"student": student}
     if wants_twin:
         # The same start, data and steps; cross-entropy alone, with all the weight where the student has none of it.
         rival = make_trainer(job, start, kd_weight=0.0, ce_weight=spec.ce_weight or 1.0)
-        trained["twin"] = train(job, rival, "twin", earlier, profile)
+        trained["twin"] = train(job, rival, "twin", earlier.get("twin"), profile)
 
     plain = {name: whole_student(job, start, one.trainer) for name, one in trained.items()}
     if not world.first:

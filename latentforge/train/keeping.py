@@ -23,15 +23,20 @@ from latentforge.train.checkpoint import (
     Checkpoint,
     Position,
     Retention,
+    copy_checkpoint,
     drop_after,
+    load_checkpoint,
     newest_checkpoint,
+    retain,
     save_checkpoint,
     snapshot,
+    step_folder,
+    steps_in,
 )
 from latentforge.train.engines.protocol import Optimiser
 from latentforge.train.engines.world import World
 from latentforge.train.resume import Earlier, carry_events
-from latentforge.train.stopping import SHARE, Interrupted, Overdue
+from latentforge.train.stopping import SHARE, Interrupted, Overdue, stop_requested
 from latentforge.verdicts import ExitCode
 
 MIB = 1 << 20
@@ -67,7 +72,8 @@ class Keeper:
 
     A checkpoint is a copy in memory, which a thread writes while the steps go on; the next one waits for it, so that
     there is one copy at most. ``start`` are the digests of the weights before the first step, ``position`` where the
-    data comes from. A context: at its end nothing is on its way any more, and a write that failed has been raised.
+    data comes from. A context: at its end nothing is on its way any more, and a write that failed has been raised, as
+    Interrupted is where the run was told to stop meanwhile.
     """
 
     run: RunDir
@@ -89,17 +95,23 @@ class Keeper:
         self.retention = Retention(asked.keep_newest, forever)
         self.floor = asked.disk_floor_mib * MIB
         each = self.trained.parameters()
-        self._size = sum(p.numel() * (12 if p.requires_grad else p.element_size()) for p in each)
+        # DeepSpeed leaves a parameter that lies on other processes without numbers of its own.
+        sizes = ((getattr(one, "ds_numel", one.numel()), one) for one in each)
+        self._size = sum(size * (12 if one.requires_grad else one.element_size()) for size, one in sizes)
         self.kept: int | None = None
         """The step of the newest checkpoint that was taken."""
         self.spare: int | None = None
         """The newest checkpoint of at most so many steps stays, since the run may have to go back to it."""
 
         if self._lacks_room():
-            raise RefusedError(
-                f"{self._room() / MIB:.0f} MiB are free for {self.run.run}: a checkpoint takes {self._size / MIB:.0f}, "
-                f"and endurance.disk_floor_mib = {self.floor / MIB:.0f} are to stay free",
-                next="make room, or lower endurance.disk_floor_mib",
+            begun = bool(steps_in(self.run.checkpoints))
+            raise LatentForgeError(
+                f"{self._room() / MIB:.0f} MiB are free for {self.run.run}: a checkpoint of the {self.model} takes "
+                f"{self._size / MIB:.0f}, and endurance.disk_floor_mib = {self.floor / MIB:.0f} are to stay free",
+                next="make room, then go on from what was made:  latentforge dispatch go --attempt next"
+                if begun
+                else "make room, or lower endurance.disk_floor_mib",
+                code=ExitCode.UNKNOWN if begun else ExitCode.REFUSED,
             )
 
     @property
@@ -120,19 +132,21 @@ class Keeper:
             if value is None:
                 raise
             self.log.warning(f"while the run was ending: {error}")
+        if value is None and self._world.first:
+            # Whoever was killed between a checkpoint's name and the end of an older one left both.
+            retain(self.folder, self.retention, spare=self.spare)
+        # One that came after the last step was asked about, while its checkpoint was written.
+        if value is None and (signal := self._world.signal(stop_requested())) is not None:
+            raise Interrupted(f"interrupted by {signal} after the last step of the {self.model}; checkpoint written")
 
     def resume(self, earlier: Earlier | None) -> int | None:
         """Go on from the last checkpoint of the predecessor, and keep it as this run's first, or of this run where it
-        was begun before: how many steps were made. None where the run starts from step 0, which is said where there was
-        something to go on from."""
+        was begun before: how many steps were made. None where there is none, and the run starts from step 0."""
         self._world.barrier()  # all of them have read what was left, before the first writes over it
         if earlier is None:
             return None
-        checkpoint = earlier.checkpoints.get(self.model)
-        if checkpoint is None:
-            if not earlier.checkpoints:
-                self.log.warning(f"{earlier.run} left no checkpoint that is whole: starting from step 0")
-            return None
+        checkpoint = load_checkpoint(earlier.path)
+        self._world.barrier()
         self._go_on(earlier, checkpoint)
         if earlier.run == self.run.run:
             self.kept = checkpoint.step
@@ -174,9 +188,9 @@ class Keeper:
         )
 
     def _lacks_room(self) -> bool:
-        """Whether the next checkpoint would take what is to stay free. Those that write none need no room: they may be
-        on another host."""
-        return self._world.first and self._room() < self.floor + self._size
+        """Whether the next checkpoint would take what is to stay free; not known while one is being written, after
+        which older ones go. Those that write none need no room: they may be on another host."""
+        return self._world.first and self._writing is None and self._room() < self.floor + self._size
 
     def _room(self) -> int:
         found = os.statvfs(self.run.path)
@@ -208,6 +222,17 @@ class Keeper:
         self.kept, self.spare = found.step, None
         self.log.emit("phase", name="rollback", state="end", model=self.model, step=found.step)
         return found.step
+
+    def take_over(self, earlier: Earlier, step: int) -> None:
+        """Have a checkpoint of at most ``step`` steps to go back to: a predecessor's newest one, where there is none
+        here. It stays as :attr:`spare` says."""
+        self.spare = step
+        self.settle()
+        if earlier.run != self.run.run and not [one for one in steps_in(self.folder) if one <= step]:
+            found, _said = newest_checkpoint(earlier.path.parent, until=step)
+            if found is not None and self._world.first:
+                copy_checkpoint(step_folder(earlier.path.parent, found.step), self.folder)
+        self._world.barrier()
 
     def settle(self) -> None:
         """Wait for the checkpoint that is on its way; what made it fail is raised."""

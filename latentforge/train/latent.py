@@ -81,7 +81,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         trainer = LatentTrainer(student, engine, teaching, seed=seed, micro_batch_size=spec.micro_batch_size)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser)
-        earlier = open_predecessor(run, log, CHECKPOINTS)
+        earlier = open_predecessor(run, log, CHECKPOINTS).get(MODEL)
     if slow:
         log.warning(slow)
     for sentence in teaching.notes:

@@ -88,8 +88,8 @@ def other_rows_are_refused(*, mutant: str | None = None) -> Finding:
     with _kept() as (_, keeper):
         keeper.keep(3)
         keeper.settle()
-        found = load_checkpoint(keeper.folder / "step-000003")
-        earlier = Earlier("distill-" + "0" * 20, {_MODEL: found}, [])
+        found = load_checkpoint(path := keeper.folder / "step-000003")
+        earlier = Earlier("distill-" + "0" * 20, 3, path, [])
         resumed = keeper.resume(earlier)
         for other in others:
             keeper.position = found.position if mutant == "blind" else other

@@ -3,68 +3,79 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from latentforge.errors import RefusedError
 from latentforge.events import Event, EventLog, read_events, standing
 from latentforge.spec.run import RunDir
 from latentforge.spec.spread import without_spread
-from latentforge.train.checkpoint import Checkpoint, newest_checkpoint
+from latentforge.train.checkpoint import newest_checkpoint, step_folder
 from latentforge.train.loop import Evaluation
 from latentforge.train.reading import left_out_of, say_left_out
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """The predecessor of a run: its last whole checkpoint of each model, and its events."""
+    """What a ``run`` left of one model: its last whole checkpoint, after ``step`` steps, and the run's events.
+
+    ``path`` is the checkpoint's folder: its tensors are read when they are put back, and not held until then.
+    """
 
     run: str
-    checkpoints: dict[str, Checkpoint]
+    step: int
+    path: Path
     events: list[Event]
 
 
-def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> Earlier | None:
-    """What this run left where it was begun before, else the last attempt before it that wrote a whole checkpoint, or
-    None where there is no attempt.
+def open_predecessor(run: RunDir, log: EventLog, models: dict[str, str]) -> dict[str, Earlier]:
+    """Of each model what this run left where it was begun before, else what the last attempt before it did that wrote a
+    whole checkpoint of that model; a model of which none did is not among them.
 
     ``models`` maps each model's name to its folder below ``checkpoints`` ("" for the folder itself). Torn checkpoints
-    are said and skipped. Refused where the predecessor was asked for something else.
+    are said and skipped. Refused where a predecessor was asked for something else.
     """
-    own = _left_by(run, models, log)
-    for model in models.keys() - own.checkpoints.keys():
-        if any(event.fields.get("model") == model for event in own.events):
+    found = _left_by(run, models, log)
+    events = _events(run)
+    for model in models.keys() - found.keys():
+        if any(event.fields.get("model") == model for event in events):
             say_begun_again(log, model)
-    if own.checkpoints:
-        return own
     ours = run.load_identity()
     before, newest = run.predecessor(), None
-    while before is not None and before.path.is_dir():
+    while found.keys() != models.keys() and before is not None and before.path.is_dir():
         theirs = before.load_identity()
         asked = [(one.kind, without_spread(one.spec), one.inputs) for one in (ours, theirs)]
         for what, own, other in zip(("kind", "spec", "inputs"), *asked, strict=True):
             if own != other:
                 raise RefusedError(f"{run.run} cannot resume {before.run}: its {what} is another")
-        earlier = _left_by(before, models, log)
-        if earlier.checkpoints:
-            if ours.code != theirs.code:
-                log.warning(f"{before.run} ran other code ({theirs.code[:12]}…): its steps may not repeat bit for bit")
-            return earlier
-        # An attempt that ended before its first checkpoint hands on nothing: the one before it may have one.
-        newest, before = newest or earlier, before.predecessor()
-    if before is not None:
+        # What an attempt ended before the first checkpoint of, the one before it may have.
+        missing = {model: below for model, below in models.items() if model not in found}
+        left = _left_by(before, missing, log)
+        if left and ours.code != theirs.code:
+            log.warning(f"{before.run} ran other code ({theirs.code[:12]}…): its steps may not repeat bit for bit")
+        found |= left
+        newest, before = newest or before, before.predecessor()
+    if not found and before is not None:
         log.warning(f"attempt {before.run} is not on this host any more: nothing can be taken from it")
-    return newest
+    if not found and newest is not None:
+        log.warning(f"{newest.run} left no checkpoint that is whole: starting from step 0")
+    return found
 
 
-def _left_by(before: RunDir, models: dict[str, str], log: EventLog) -> Earlier:
-    found: dict[str, Checkpoint] = {}
+def _left_by(before: RunDir, models: dict[str, str], log: EventLog) -> dict[str, Earlier]:
+    found: dict[str, Earlier] = {}
     for model, below in models.items():
-        checkpoint, said = newest_checkpoint(before.checkpoints / below)
+        folder = before.checkpoints / below
+        checkpoint, said = newest_checkpoint(folder)
         for sentence in said:
             log.warning(f"{before.run}: {sentence}")
         if checkpoint is not None:
-            found[model] = checkpoint
-    events = read_events(before.events_file) if before.events_file.is_file() else []
-    return Earlier(before.run, found, events)
+            step = checkpoint.step
+            found[model] = Earlier(before.run, step, step_folder(folder, step), _events(before))
+    return found
+
+
+def _events(run: RunDir) -> list[Event]:
+    return read_events(run.events_file) if run.events_file.is_file() else []
 
 
 def say_begun_again(log: EventLog, model: str) -> None:
@@ -91,7 +102,7 @@ def carry_events(earlier: Earlier, model: str, *, until: int, before: int, log: 
 
 def known_evaluation(earlier: Earlier | None, model: str) -> Evaluation | None:
     """The held-out values that the predecessor measured at step 0, where it has a checkpoint that follows from them."""
-    if earlier is None or model not in earlier.checkpoints:
+    if earlier is None:
         return None
     found = {
         event.fields["name"]: event.fields

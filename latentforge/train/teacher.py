@@ -72,7 +72,7 @@ def run(run: RunDir, log: EventLog) -> None:
         trainer = Trainer(teacher, Single(teacher, optimiser), Objective(1.0, 1.0, 0.0, kernel))
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser)
-        earlier = open_predecessor(run, log, CHECKPOINTS)
+        earlier = open_predecessor(run, log, CHECKPOINTS).get(MODEL)
     if slow:
         log.warning(slow)
 
