@@ -155,6 +155,8 @@ class PairSession(Session):
                 return
             self._following[run] = state
             if not state.passed:
+                # If its leader is what went down, there is nothing to come of asking that for a quarter of an hour.
+                self.follower.patience = _SETTLE_SECONDS
                 return
 
     def _answers(self, run: str) -> bool:

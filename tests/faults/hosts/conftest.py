@@ -30,6 +30,10 @@ class TwoHosts:
     roots: list[Path]
     hosts: list[Host]
 
+    def cut_cable(self) -> None:
+        """The hosts do not reach each other any more; the laptop reaches both."""
+        self._far(1, "ip", "link", "set", "cable-b", "down")
+
     def cut(self, number: int) -> None:
         """Nothing reaches a host any more, by either way, and nobody is told."""
         self._far(number, "ip", "link", "set", f"cable-{'ab'[number]}", "down")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,78 +189,114 @@ REAL = (
 )
 
 
-def real_build(host: Any, request: Any, built: Make) -> None:
-    """The build of a request on a host: this interpreter and the code under test, one thread a process."""
-    built(host, request)
-    python = Path(host.root) / "venvs" / BuildNames.of(request).venv / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nOMP_NUM_THREADS=1 exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+class Line:
+    """The user's commands over two hosts that really train, in processes of their own, with what they say in a file."""
+
+    def __init__(self, hosts: Any, laptop: Any, built: Make, eventually: Make, folder: Path) -> None:
+        self.hosts, self.eventually, self.copies = hosts, eventually, folder / "copies"
+        self.env = {**laptop.env, "EVIDENCE_DIR": str(self.copies), "PYTHONUNBUFFERED": "1"}
+        self.out = open(folder / "said", "w+")  # noqa: SIM115  closed by the fixture
+        for host in hosts.hosts:  # this interpreter and the code under test, one thread a process
+            request = asked("tiny", host, env={}, folder=CHECKOUT)
+            built(host, request)
+            python = Path(host.root) / "venvs" / BuildNames.of(request).venv / "bin" / "python"
+            python.parent.mkdir()
+            python.write_text(f'#!/bin/sh\nOMP_NUM_THREADS=1 exec {sys.executable} "$@"\n')
+            python.chmod(0o755)
+
+    def command(self, *words: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-P", "-m", "latentforge", "dispatch", *words]
+        return subprocess.Popen(argv, cwd=CHECKOUT, env=self.env, stdout=self.out, stderr=subprocess.STDOUT, text=True)
+
+    def go(self, *words: str, over: str = "a,b") -> subprocess.Popen[str]:
+        flags = [word for value in REAL for word in ("--set", value)]
+        return self.command("go", "tiny", *flags, *words, "--host", over)
+
+    def said(self, command: subprocess.Popen[str], code: int, seconds: float = 400.0) -> str:
+        """What a command said to its end, which has this code."""
+        try:
+            ended = command.wait(seconds)
+        finally:
+            command.kill()
+            self.out.seek(0)
+            text = self.out.read()
+            self.out.seek(0)
+            self.out.truncate()
+        assert ended == code, text
+        return text
+
+    def reaches(self, pattern: str, command: subprocess.Popen[str]) -> None:
+        """Wait for a file of one of the leader's runs, which comes before the command ends."""
+        there = f"runs/{pattern}"
+        self.eventually(lambda: [*self.hosts.roots[0].glob(there)] or command.poll() is not None, pattern, 400.0)
+        if command.poll() is not None:
+            raise AssertionError(self.said(command, -1))
+
+
+@pytest.fixture
+def line(two_hosts: Any, laptop: Any, built: Make, eventually: Make, tmp_path: Path) -> Iterator[Line]:
+    made = Line(two_hosts, laptop, built, eventually, tmp_path)
+    two_hosts.slow(8)
+    yield made
+    made.out.close()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.fault(row=46)
 def test_a_second_host_that_loses_its_power_ends_the_run_within_the_deadline_and_the_next_attempt_is_as_on_one_host(
-    two_hosts: Any, laptop: Any, built: Make, eventually: Make, tmp_path: Path
+    line: Line, two_hosts: Any
 ) -> None:
-    for host in two_hosts.hosts:
-        real_build(host, asked("tiny", host, env={}, folder=CHECKOUT), built)
-    flags = [word for value in REAL for word in ("--set", value)]
-    env = {**laptop.env, "EVIDENCE_DIR": str(tmp_path / "copies"), "PYTHONUNBUFFERED": "1"}
+    left = line.go()
+    line.reaches("teacher-*/events.jsonl", left)
+    left.send_signal(signal.SIGINT)
+    assert "detached; the run goes on.   back:  latentforge dispatch watch distill-" in line.said(left, 130)
+    watch = line.command("watch", "distill-")
+    line.reaches("distill-*/out/checkpoints/step-000010", watch)
+    assert two_hosts.die(1) >= 4, "sshd, supervisor, run and its process"
+    cut = time.monotonic()
+    lost = line.said(watch, 5)
+    assert time.monotonic() - cut < 60
+    assert re.search(r"^a \| error: host b was not heard for [45][.0-9]* s;", lost, re.M), lost
+    assert [*two_hosts.roots[0].glob("runs/distill-*/artifacts.json")], "the leader's run ended in order"
 
-    def command(*words: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-P", "-m", "latentforge", "dispatch", *words]
-        return subprocess.Popen(argv, cwd=CHECKOUT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
-
-    def go(*words: str, over: str = "a,b") -> subprocess.Popen[str]:
-        return command("go", "tiny", *flags, *words, "--host", over)
+    two_hosts.boot(1)
+    again = line.said(line.go("--attempt", "next"), 0)
+    assert "student resumes from step 1" in again, "of the tenth step, or one that was whole since"
+    assert "b: follow     pass" in again
+    one = line.said(line.go("--set", "distill.processes=2", over="a"), 0)
+    assert "2 processes: " in one
 
     def student(of: str) -> dict[str, Any]:
         run = re.findall(r"^evidence: .*(distill-\w+)/manifest.json  verified", of, re.M)[-1]
-        return load_file(tmp_path / "copies" / run / "out" / "student" / "model.safetensors")
+        return load_file(line.copies / run / "out" / "student" / "model.safetensors")
 
-    with open(tmp_path / "said", "w+") as out:
-
-        def said(command: subprocess.Popen[str], code: int, seconds: float = 400.0) -> str:
-            assert command.wait(seconds) == code, (tmp_path / "said").read_text()
-            out.seek(0)
-            text = out.read()
-            out.seek(0)
-            out.truncate()
-            return text
-
-        def there(pattern: str) -> bool:
-            return bool([*two_hosts.roots[0].glob(f"runs/{pattern}")])
-
-        two_hosts.slow(8)
-        left = go()
-        eventually(lambda: there("teacher-*/events.jsonl") or left.poll() is not None, "the teacher's run", 400.0)
-        left.send_signal(signal.SIGINT)
-        assert "detached; the run goes on.   back:  latentforge dispatch watch distill-" in said(left, 130)
-        watch = command("watch", "distill-")
-        try:
-            tenth = "distill-*/out/checkpoints/step-000010"
-            eventually(lambda: there(tenth) or watch.poll() is not None, "step 10", 400.0)
-            assert watch.poll() is None, (tmp_path / "said").read_text()
-            cut = time.monotonic()
-            assert two_hosts.die(1) >= 4, "sshd, supervisor, run and its process"
-            lost = said(watch, 5)
-            took = time.monotonic() - cut
-        finally:
-            watch.kill()
-            watch.wait()
-        assert re.search(r"^a \| error: host b was not heard for [45][.0-9]* s;", lost, re.M), lost
-        assert took < 60, took
-        assert there("distill-*/artifacts.json"), "the leader's run ended in order"
-
-        two_hosts.boot(1)
-        again = said(go("--attempt", "next"), 0)
-        assert "resume" in again
-        assert "b: follow     pass" in again
-        one = said(go("--set", "distill.processes=2", over="a"), 0)
-        assert "2 processes: " in one
     found, wanted = student(again), student(one)
     assert found.keys() == wanted.keys()
-    furthest = max(float(abs(found[name] - wanted[name]).max()) for name in wanted)
-    assert furthest <= 1e-6, furthest
+    assert max(float(abs(found[name] - wanted[name]).max()) for name in wanted) <= 1e-6
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.fault(row=46)
+@pytest.mark.parametrize("what", ["the cable", "the leader's power"])
+def test_whatever_of_two_hosts_is_lost_the_other_one_ends_in_order_and_the_command_soon_after_it(
+    line: Line, two_hosts: Any, what: str
+) -> None:
+    go = line.go()
+    line.reaches("distill-*/out/checkpoints/step-000005", go)
+    if what == "the cable":
+        two_hosts.cut_cable()
+    else:
+        two_hosts.die(0)
+    cut = time.monotonic()
+    said = line.said(go, 5 if what == "the cable" else 3)
+    assert time.monotonic() - cut < 120
+    assert re.search(r"^b \| error: host a was not heard for [45][.0-9]* s;", said, re.M), said
+    assert [*two_hosts.roots[1].glob("runs/follow-*/artifacts.json")], "the second host's run ended in order"
+    if what == "the cable":
+        assert re.search(r"^a \| error: host b was not heard for [45][.0-9]* s;", said, re.M), said
+        assert "b: follow     crashed" in said
+    else:
+        assert "a stayed unreachable for" in said
+        two_hosts.boot(0)
