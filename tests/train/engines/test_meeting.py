@@ -30,6 +30,7 @@ from latentforge.spec.run import LaunchRecord, RunDir
 from latentforge.train.engines import rank
 from latentforge.train.engines.launching import store_at
 from latentforge.train.engines.world import World
+from latentforge.train.hosts import wire
 from latentforge.train.hosts.meeting import Door, come_to
 from latentforge.train.hosts.mirror import Mirror, Reading, lend, read_by
 from latentforge.train.hosts.wire import HostLost, Link
@@ -38,6 +39,12 @@ from latentforge.train.stopping import Interrupted, handled_signals
 
 DEADLINE = 1.5
 LEADER = RunIdentity("distill", {"distill": {"distributed": "ddp", "processes": 1}}, {}, "c" * 64, "l" * 64)
+
+
+@pytest.fixture(autouse=True)
+def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends are here, and close one after the other."""
+    monkeypatch.setattr(wire, "_LINGER_SECONDS", 0.2)
 
 
 @pytest.fixture
