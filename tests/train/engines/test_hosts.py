@@ -173,3 +173,22 @@ def test_a_host_that_falls_silent_ends_the_other_within_the_deadline_and_itself_
     reason = read_events(follower.events_file)[-1].fields["reason"]
     assert reason == f"host a ended with exit code 5 (crashed): {end.fields['reason']}"
     assert not any(alive(pid) for pid in there)
+
+
+@pytest.mark.soak
+@pytest.mark.fault(row=43)
+def test_when_the_leaders_run_is_killed_the_follower_ends_at_once_and_no_process_is_left_on_either(
+    make_run: MakeRun, start: Start, tmp_path: Path
+) -> None:
+    leader = make_run(**WANTED)
+    follower = spread(leader, tmp_path / "b")
+    both = [start(leader), start(follower)]
+    wait_for(at_step(leader, 5), both, leader, follower)
+    pids = [pid for run in (leader, follower) for pid in processes_of(run)]
+    both[0].kill()
+    began = time.monotonic()
+    assert both[1].wait() == 5, said(leader, follower)
+    assert time.monotonic() - began < 30.0, "its deadline was waited for"
+    reason = read_events(follower.events_file)[-1].fields["reason"]
+    assert reason == "host a closed its connection: its run ended, or was killed; the processes here were ended"
+    assert not any(alive(pid) for pid in pids)
