@@ -18,7 +18,7 @@ from dispatch.hosts.inventory import Host, Inventory
 
 LINK = ("198.51.100.1", "198.51.100.2")
 """The addresses on the cable: in namespaces that nothing else can reach, so no two sessions meet."""
-DEADLINE = 4.0
+DEADLINE = 6.0
 
 
 @dataclass
