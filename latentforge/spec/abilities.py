@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentforge.errors import RefusedError
-from latentforge.spec.sections import Backend, DistillSpec, PipelineSpec
+from latentforge.spec.fields import Backend
+from latentforge.spec.sections import DistillSpec, PipelineSpec
 
 Ability = Literal["score", "sample", "logits", "chat"]
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from latentforge.errors import RefusedError
-from latentforge.spec.sections import Backend, TeacherSpec
+from latentforge.spec.fields import Backend
+from latentforge.spec.sections import TeacherSpec
 
 VARIABLE = "TEACHER_BACKEND"
 BACKENDS: tuple[str, ...] = get_args(Backend)

@@ -15,6 +15,14 @@ EnvironmentName = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
 Distributed = Literal["none", "ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3"]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
+Backend = Literal[
+    "auto", "hf", "openai", "venice", "vllm-remote", "vllm-local", "vllm-local-inproc", "store", "fixture"
+]
+"""Where a teacher's answers come from; ``venice`` and ``vllm-remote`` are ``openai`` with names of their own."""
+
+HTTP_BACKENDS: tuple[Backend, ...] = ("openai", "venice", "vllm-remote")
+"""Servers that somebody else runs: of the teacher's folder only the tokenizer and config.json are needed."""
+
 RUN_FALSIFIERS = (
     "F-DISTILL-SMOKE-001",
     "F-DISTILL-SMOKE-002",

@@ -12,9 +12,10 @@ from latentforge.spec.canary import Trained, canary_key, canary_of
 from latentforge.spec.canonical import canonical_sha256
 from latentforge.spec.choice import auto_of
 from latentforge.spec.endurance import TRAINING, meaning_of
+from latentforge.spec.fields import HTTP_BACKENDS
 from latentforge.spec.identity import Kind, RunIdentity
 from latentforge.spec.run import InputRef
-from latentforge.spec.sections import HTTP_BACKENDS, DistillSpec, PipelineSpec, TeacherSpec
+from latentforge.spec.sections import DistillSpec, PipelineSpec, TeacherSpec
 from latentforge.spec.teacher import DENSE_BACKENDS, answers_of, training_of
 
 BUILTIN_CORPUS = "stdlib"

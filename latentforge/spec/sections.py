@@ -7,9 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from latentforge.spec.agreement import check_agreement
 from latentforge.spec.bench import BenchSpec
 from latentforge.spec.endurance import EnduranceSpec
 from latentforge.spec.fields import (
+    Backend,
     Count,
     Distributed,
     EnvironmentName,
@@ -56,15 +58,6 @@ class DataSpec(Section):
                 "inside a chunk"
             )
         return self
-
-
-Backend = Literal[
-    "auto", "hf", "openai", "venice", "vllm-remote", "vllm-local", "vllm-local-inproc", "store", "fixture"
-]
-"""Where a teacher's answers come from; ``venice`` and ``vllm-remote`` are ``openai`` with names of their own."""
-
-HTTP_BACKENDS: tuple[Backend, ...] = ("openai", "venice", "vllm-remote")
-"""Servers that somebody else runs: of the teacher's folder only the tokenizer and config.json are needed."""
 
 
 class TeacherSpec(Section):
@@ -311,126 +304,5 @@ class PipelineSpec(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if len(set(self.secrets)) != len(self.secrets):
-            raise ValueError(f"secrets = {list(self.secrets)} names one twice")
-        spread = {"distill": self.distils and self.distill, "latent": self.through == "latent" and self.latent}
-        for name, section in spread.items():
-            if section and section.distributed != "none" and self.endurance.on_bad_step == "skip":
-                raise ValueError(
-                    f"{name}.distributed = {section.distributed!r} with endurance.on_bad_step = 'skip': the processes "
-                    "do not go back together; set endurance.on_bad_step = 'stop'"
-                )
-        if self.through == "latent":
-            self._latent_agrees()
-        if self.has_teacher:
-            self._teacher_agrees()
-        if self.distils:
-            self._distill_agrees()
-        if self.benches:
-            self._bench_agrees()
-        elif self.bench.quality_rows and self.through != "autoencoder":
-            raise ValueError(
-                f"bench.quality_rows = {self.bench.quality_rows}, and no bench run is made; set bench.measure = true"
-            )
+        check_agreement(self)
         return self
-
-    def _latent_agrees(self) -> None:
-        latent, drawn = self.latent, self.continuations
-        if self.data.sequence_length < 2 * self.data.chunk:
-            raise ValueError(
-                f"data.sequence_length = {self.data.sequence_length} with data.chunk = {self.data.chunk}: a row of one "
-                "chunk has none before it that it could be predicted from"
-            )
-        if latent.sample_weight > 0 and 1.0 not in drawn.temperatures:
-            raise ValueError(
-                f"latent.sample_weight = {latent.sample_weight:g} is of continuations at T = 1, and "
-                f"continuations.temperatures {list(drawn.temperatures)} do not hold it"
-            )
-        if latent.tempered_weight > 0 and all(one == 1.0 for one in drawn.temperatures):
-            raise ValueError(
-                f"latent.tempered_weight = {latent.tempered_weight:g} is of continuations below T = 1, and "
-                f"continuations.temperatures {list(drawn.temperatures)} hold none"
-            )
-        if not latent.continues:
-            return
-        if self.data.documents == "chat":
-            name = "sample_weight" if latent.sample_weight > 0 else "tempered_weight"
-            raise ValueError(
-                f"latent.{name} = {getattr(latent, name):g} with data.documents = 'chat': a row holds answers without "
-                "the prompts, and how a teacher goes on with a bare answer is not what it answered; set "
-                f"latent.{name} = 0"
-            )
-        known = self.data.train_sequences
-        if drawn.rows is not None and known is not None and drawn.rows > known:
-            raise ValueError(
-                f"continuations.rows = {drawn.rows} is more than data.train_sequences = {known}; leave it out for all"
-            )
-        if drawn.rows is not None and latent.text_weight == 0 and latent.student.token_layers == 0:
-            raise ValueError(
-                f"continuations.rows = {drawn.rows} with latent.text_weight = 0 and no token head: the other rows "
-                "would teach nothing"
-            )
-        used = latent.sample_continuations or drawn.count
-        if used > drawn.count:
-            raise ValueError(f"latent.sample_continuations = {used} is more than continuations.count = {drawn.count}")
-        if latent.samples % used:
-            raise ValueError(
-                f"latent.samples = {latent.samples} cannot be shared out evenly among the {used} continuations of a "
-                f"visit; set latent.samples = {used * max(1, latent.samples // used)}"
-            )
-
-    def _bench_agrees(self) -> None:
-        bench = self.bench
-        if bench.prompt_tokens < self.data.chunk:
-            raise ValueError(f"bench.prompt_tokens = {bench.prompt_tokens} is less than a chunk of {self.data.chunk}")
-        if bench.transformers and not self.distils:
-            raise ValueError(
-                "bench.transformers = true, and no token-level student is trained; set latent.beside = true"
-            )
-        bench.check_rows(self.data.heldout_sequences, length=self.data.sequence_length, chunk=self.data.chunk)
-        if self.through != "latent":
-            return
-        if bench.method == "head" and bench.temperature != 1.0 and self.latent.tempered_weight == 0.0:
-            raise ValueError(
-                f"bench.temperature = {bench.temperature:g} with bench.method = 'head': one draw of a student without "
-                "latent.tempered_weight knows temperature 1 alone"
-            )
-        if bench.method == "head" and bench.temperature == 0.0:
-            raise ValueError("bench.temperature = 0 with bench.method = 'head': a latent student votes for it")
-        if bench.method == "tokens" and self.latent.student.token_layers == 0:
-            raise ValueError(
-                "bench.method = 'tokens' with latent.student.token_layers = 0: there is no token head to write by"
-            )
-
-    def _teacher_agrees(self) -> None:
-        backend = self.teacher.backend
-        if self.teacher.model is None and backend in (*HTTP_BACKENDS, "store"):
-            raise ValueError(
-                f"teacher.backend = {backend!r} answers with token ids, and teacher.model names no tokenizer"
-            )
-        if self.teacher.model is None and self.score.k > self.data.vocab_size:
-            raise ValueError(f"score.k = {self.score.k} is larger than the vocabulary ({self.data.vocab_size} tokens)")
-
-    def _distill_agrees(self) -> None:
-        if self.data.chunk > 1 and self.distill.cross_tokenizer:
-            raise ValueError(
-                f"data.chunk = {self.data.chunk} with distill.cross_tokenizer: the padding of chunks is no text that "
-                "another tokenizer could read"
-            )
-        if self.data.chunk > 1 and self.distill.on_policy > 0.0:
-            raise ValueError(
-                f"data.chunk = {self.data.chunk} with distill.on_policy = {self.distill.on_policy:g}: what the student "
-                "writes is not cut into chunks"
-            )
-        if self.distill.cross_tokenizer and self.teacher.model is None:
-            raise ValueError(
-                "distill.cross_tokenizer = true, and teacher.model names no teacher: one that is trained here has the "
-                "data's own tokenizer"
-            )
-        if self.distill.cross_tokenizer and self.distill.on_policy > 0.0 and self.distill.targets == "store":
-            raise ValueError("distill.on_policy with cross_tokenizer needs distill.targets = 'live'")
-        if self.score.mode == "sample" and self.distill.targets == "store" and self.distill.cross_tokenizer:
-            raise ValueError(
-                "score.mode = 'sample' with distill.cross_tokenizer: a drawn token that the student does not have "
-                "cannot be carried over, and what is left would be biased"
-            )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from latentforge.data.tokenizer import Tokenizer
 from latentforge.errors import FailedError, LatentForgeError, RefusedError
-from latentforge.spec.sections import HTTP_BACKENDS, TeacherSpec
+from latentforge.spec.fields import HTTP_BACKENDS
+from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.alignment import embedding_rows
 from latentforge.teachers.failures import TeacherFailure
 from latentforge.teachers.findings import CAPABILITIES, Ability, Finding, Report

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from latentforge.errors import RefusedError
 from latentforge.spec.choice import auto_of
-from latentforge.spec.sections import HTTP_BACKENDS, TeacherSpec
+from latentforge.spec.fields import HTTP_BACKENDS
+from latentforge.spec.sections import TeacherSpec
 
 if TYPE_CHECKING:
     from latentforge.teachers.http.client import HttpClient

@@ -36,11 +36,12 @@ from latentforge.teachers.scoring import coverage
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.asking import answers_dense, check_live, check_on_policy
 from latentforge.train.data import checked_path
-from latentforge.train.engines.choice import Parts, Updates, engine_of
+from latentforge.train.engines.choice import Parts, engine_of
 from latentforge.train.engines.single import Single
 from latentforge.train.feed import Feed
 from latentforge.train.loop import Objective, Trainer
 from latentforge.train.onpolicy import OnPolicy
+from latentforge.train.optimiser import Updates
 from latentforge.train.setting import padding_of, training_batch
 from latentforge.train.stopping import stop_requested
 from latentforge.train.supply import Supply

@@ -27,7 +27,7 @@ from latentforge.train.course import Course
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import bytes_of, log_compiles, log_step
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.products import say_saved, start_digests
 from latentforge.train.resume import open_predecessor
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
@@ -52,14 +52,8 @@ def run(run: RunDir, log: EventLog) -> None:
         chunks = spec.batch_size * data.sequence_length // data.chunk
         flops = spec.steps * 3.0 * chunks * (shape.encoding_flops + shape.decoding_flops)
         fit_threads(flops / spec.steps)
-        optimiser = MasterOptimiser(
-            codec,
-            learning_rate=spec.learning_rate,
-            weight_decay=spec.weight_decay,
-            warmup_steps=spec.warmup_steps,
-            steps=spec.steps,
-            clip_norm=spec.clip_norm,
-        )
+        updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
+        optimiser = MasterOptimiser(codec, updates)
         objective = CodecObjective(spec.token_dropout, spec.latent_dropout, spec.kl_weight, spec.kl_floor, kernel)
         trainer = CodecTrainer(codec, optimiser, objective, eos_id=data.eos_id, seed=seed)
         order = BatchOrder(len(data.train), spec.batch_size, seed)

@@ -31,7 +31,7 @@ from latentforge.train.assembly import PRECISIONS, open_stored, require_rows
 from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.course import Course
-from latentforge.train.engines.choice import Parts, Updates, engine_of
+from latentforge.train.engines.choice import Parts, engine_of
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.latent_falsifiers import MODEL
@@ -39,6 +39,7 @@ from latentforge.train.latent_lessons import TEXT, Teaching
 from latentforge.train.latent_products import save_writer, written
 from latentforge.train.latent_trainer import HeldOut, LatentTrainer
 from latentforge.train.loop import log_compiles, log_step
+from latentforge.train.optimiser import Updates
 from latentforge.train.products import start_digests
 from latentforge.train.resume import open_predecessor
 from latentforge.train.score import teacher_folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ DECAY_TO = 0.1
 """The learning rate ends at this fraction of its peak."""
 
 Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How weights are updated: AdamW's peak learning rate and weight decay, its schedule, the norm to clip at."""
+
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    steps: int
+    clip_norm: float | None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate of a step as a fraction of its peak."""
+        return warmup_cosine(self.warmup_steps, self.steps)
 
 
 def warmup_cosine(warmup_steps: int, steps: int) -> Schedule:
@@ -45,32 +62,23 @@ class MasterOptimiser:
     process has its part of every tensor; what is asked for whole is gathered, and asked for by all of them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_steps: int,
-        steps: int,
-        clip_norm: float | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, updates: Updates) -> None:
         self.model = model
         self.working: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
             for name, p in self.working.items()
         }
-        self.clip_norm = clip_norm
-        self.schedule = warmup_cosine(warmup_steps, steps)
+        self.clip_norm = updates.clip_norm
+        self.schedule = updates.schedule
         self.adamw: torch.optim.AdamW | None = None
         if self.masters:
             # One pass over the weights; elementwise, so the same bits on every run with the same threads.
-            groups = grouped(self.masters.values(), weight_decay)
-            self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+            groups = grouped(self.masters.values(), updates.weight_decay)
+            self.adamw = torch.optim.AdamW(groups, lr=updates.learning_rate, betas=BETAS, fused=True)
             for group in self.adamw.param_groups:
                 group["initial_lr"] = group["lr"]
-        self._asked = (learning_rate, weight_decay)
+        self._asked = updates
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -80,18 +88,18 @@ class MasterOptimiser:
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate that the schedule scales, read from the optimiser."""
-        return float(self.groups[0]["initial_lr"]) if self.groups else self._asked[0]
+        return float(self.groups[0]["initial_lr"]) if self.groups else self._asked.learning_rate
 
     @property
     def weight_decay(self) -> float:
         """The weight decay of matrices, read from the optimiser."""
-        return float(self.groups[0]["weight_decay"]) if self.groups else self._asked[1]
+        return float(self.groups[0]["weight_decay"]) if self.groups else self._asked.weight_decay
 
     def set_learning_rate(self, step: int) -> float:
         """Set every group to the schedule's value of ``step`` (from 0) and return what the optimiser now holds."""
         for group in self.groups:
             group["lr"] = group["initial_lr"] * self.schedule(step)
-        return float(self.groups[0]["lr"]) if self.groups else self._asked[0] * self.schedule(step)
+        return float(self.groups[0]["lr"]) if self.groups else self._asked.learning_rate * self.schedule(step)
 
     def collect(self) -> None:
         """Add the working weights' gradients to the masters' and clear them (a no-op where both are the same)."""

@@ -26,7 +26,7 @@ from latentforge.teachers.fixture import FixtureTeacher
 from latentforge.train.engines.single import Single
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.loop import Objective, TargetsOf, Trainer
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.setting import choose_kernel
 
 VOCABULARY = 64
@@ -123,14 +123,7 @@ def small_trainer(
     """A one-layer student of 64 tokens with its optimiser; always the same start, on every device."""
     shape = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=64)
     model = new_model(shape, vocab_size=VOCABULARY, positions=LENGTH, eos_id=0, seed=3).to(device, precision)
-    optimiser = MasterOptimiser(
-        model,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup_steps=warmup_steps,
-        steps=steps,
-        clip_norm=clip_norm,
-    )
+    optimiser = MasterOptimiser(model, Updates(learning_rate, weight_decay, warmup_steps, steps, clip_norm))
     kernel, _ = choose_kernel(torch.device(device), precision)
     objective = Objective(1.0, ce_weight, kd_weight, kernel)
     student = Student(model, VOCABULARY)

@@ -15,9 +15,9 @@ from latentforge.errors import RefusedError
 from latentforge.evidence.digests import tree_sha256
 from latentforge.evidence.reading import RunRecord
 from latentforge.spec.code import running_code
+from latentforge.spec.fields import HTTP_BACKENDS
 from latentforge.spec.identity import RUN_ID, RunIdentity
 from latentforge.spec.run import RunDir
-from latentforge.spec.sections import HTTP_BACKENDS
 from latentforge.train.likeness import products
 from latentforge.train.run import made_sha256
 

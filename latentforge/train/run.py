@@ -17,9 +17,9 @@ from latentforge.evidence.tensors import tensor_digests
 from latentforge.memory import MemoryPlan
 from latentforge.spec.code import running_code
 from latentforge.spec.endurance import endurance_of
+from latentforge.spec.fields import HTTP_BACKENDS
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
-from latentforge.spec.sections import HTTP_BACKENDS
 from latentforge.spec.spread import processes_of
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.train import effective, memory

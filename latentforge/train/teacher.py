@@ -23,7 +23,7 @@ from latentforge.train.falsifiers import judge
 from latentforge.train.flops import training_flops
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import Evaluation, Objective, Trainer, evaluate, log_compiles, log_step, rehearse
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.products import save_model, start_digests
 from latentforge.train.resume import known_evaluation, open_predecessor
 from latentforge.train.setting import (
@@ -61,14 +61,8 @@ def run(run: RunDir, log: EventLog) -> None:
         flops = spec.steps * training_flops(model, predictions, spec.batch_size * predictions)
         fit_threads(flops / spec.steps)
         teacher = Student(model, data.vocab_size, padding_of(data)).to(device)
-        optimiser = MasterOptimiser(
-            model,
-            learning_rate=spec.learning_rate,
-            weight_decay=WEIGHT_DECAY,
-            warmup_steps=spec.warmup_steps,
-            steps=spec.steps,
-            clip_norm=CLIP_NORM,
-        )
+        updates = Updates(spec.learning_rate, WEIGHT_DECAY, spec.warmup_steps, spec.steps, CLIP_NORM)
+        optimiser = MasterOptimiser(model, updates)
         trainer = Trainer(teacher, Single(teacher, optimiser), Objective(1.0, 1.0, 0.0, kernel))
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser)

@@ -135,11 +135,11 @@ def test_weights_and_states_are_those_that_the_optimiser_really_holds(precision:
     import torch
     from transformers import Qwen3ForCausalLM
 
-    from latentforge.train.optimiser import MasterOptimiser
+    from latentforge.train.optimiser import MasterOptimiser, Updates
 
     shape = ModelShape.qwen3(320, layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128)
     model = Qwen3ForCausalLM(config(shape)).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    optimiser = MasterOptimiser(model, learning_rate=1e-3, weight_decay=0.1, warmup_steps=0, steps=2, clip_norm=1.0)
+    optimiser = MasterOptimiser(model, Updates(1e-3, 0.1, warmup_steps=0, steps=2, clip_norm=1.0))
 
     def backward() -> None:
         model(torch.randint(0, shape.vocab_size, (2, 8))).logits.float().sum().backward()

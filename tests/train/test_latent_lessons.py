@@ -23,7 +23,7 @@ from latentforge.train.engines.single import Single
 from latentforge.train.latent import training_cost
 from latentforge.train.latent_lessons import Teaching, row_seeds
 from latentforge.train.latent_trainer import LatentTrainer
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 
 V, K, EOS, COUNT = 40, 2, 0, 4
 
@@ -122,8 +122,7 @@ def test_rows_without_a_signal_of_their_own_teach_nothing_and_end_no_run(store: 
     taught = teaching(store, student=LatentStudentSpec(token_layers=0), **one)
     shape = LatentShape(V, K, 6, DecoderShape(1, 8, 2, 1, 12), head_blocks=1, noise=4, token_layers=0)
     student = LatentStudent.new(shape, seed=1, energy=EnergySettings(1.0, 2, 4))
-    wanted = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 0, "steps": 2, "clip_norm": 1.0}
-    optimiser = MasterOptimiser(student, **wanted)
+    optimiser = MasterOptimiser(student, Updates(1e-2, 0.1, warmup_steps=0, steps=2, clip_norm=1.0))
     before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
     trainer = LatentTrainer(student, Single(student, optimiser), taught, seed=1, micro_batch_size=1)
     done = trainer.step(0, text(), covered=torch.tensor([False] * 3))

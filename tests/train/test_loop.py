@@ -12,9 +12,9 @@ from torch import Tensor
 from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.targets import DenseTargets
 from latentforge.students.causal import IGNORE, LossParts
-from latentforge.train.checks import objective_arrives
+from latentforge.train.arrival_checks import objective_arrives
 from latentforge.train.loop import evaluate, rehearse
-from latentforge.train.optimiser import DECAY_TO, MasterOptimiser, warmup_cosine
+from latentforge.train.optimiser import DECAY_TO, MasterOptimiser, Updates, warmup_cosine
 from latentforge.train.rehearsal import LENGTH, SEQUENCES, fixture_targets, small_batch, small_trainer
 
 
@@ -157,8 +157,7 @@ def test_a_parameter_that_had_no_gradient_yet_is_put_back_without_moments() -> N
     def made() -> tuple[torch.nn.ModuleDict, MasterOptimiser]:
         torch.manual_seed(1)
         model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in ("used", "later")})
-        wanted = {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 0, "steps": 4, "clip_norm": 1.0}
-        return model, MasterOptimiser(model, **wanted)
+        return model, MasterOptimiser(model, Updates(1e-2, 0.1, warmup_steps=0, steps=4, clip_norm=1.0))
 
     def train(model: torch.nn.ModuleDict, optimiser: MasterOptimiser, *names: str) -> None:
         sum(model[name](torch.ones(3)).square().sum() for name in names).backward()

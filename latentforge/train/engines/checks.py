@@ -11,7 +11,7 @@ from latentforge.errors import FailedError
 from latentforge.spec.fields import Distributed
 from latentforge.train.engines.equality import TOLERANCE, Compared, equality, small_student
 from latentforge.train.engines.fsdp2 import Fsdp2
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 
 OF_TORCH: tuple[Distributed, ...] = ("ddp", "fsdp2")
 OF_DEEPSPEED: tuple[Distributed, ...] = ("deepspeed-zero2", "deepspeed-zero3")
@@ -76,9 +76,9 @@ def shares_are_what_was_asked(*, mutant: str | None = None) -> Finding:
     that nothing has sharded."""
     if mutant == "left-whole":
         student = small_student()
-        settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0, "steps": 1, "clip_norm": None}
+        updates = Updates(1e-3, weight_decay=0.0, warmup_steps=0, steps=1, clip_norm=None)
         try:
-            Fsdp2(student, MasterOptimiser(student.model, **settings)).wrapped()
+            Fsdp2(student, MasterOptimiser(student.model, updates)).wrapped()
         except FailedError as error:
             return Finding(False, str(error), {})
         return Finding(True, "a student that nothing has sharded passes for FSDP2's", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,18 +14,7 @@ from latentforge.students.causal import cast_weights
 from latentforge.train.engines.protocol import Engine
 from latentforge.train.engines.single import Single
 from latentforge.train.engines.world import World
-from latentforge.train.optimiser import MasterOptimiser
-
-
-@dataclass(frozen=True)
-class Updates:
-    """How weights are updated: AdamW's peak learning rate and weight decay, its schedule, the norm to clip at."""
-
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    steps: int
-    clip_norm: float | None
+from latentforge.train.optimiser import MasterOptimiser, Updates
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ def engine_of(asked: Distributed, parts: Parts, updates: Updates, *, precision: 
         if world.size > 1:
             raise RefusedError(f"distributed = 'none' in one of {world.size} processes", next="name an engine")
         cast_weights(parts.trained, precision)
-        return Single(parts.student, MasterOptimiser(parts.trained, **asdict(updates)))
+        return Single(parts.student, MasterOptimiser(parts.trained, updates))
     if not any(p.requires_grad for p in parts.trained.parameters()):
         raise RefusedError(f"distributed = {asked!r} with a frozen student: there is nothing to train together")
     if asked == "fsdp2":
@@ -59,13 +48,13 @@ def engine_of(asked: Distributed, parts: Parts, updates: Updates, *, precision: 
 
         # The parameters stay fp32, and are the masters.
         shard(parts.student, parts.layers, precision, parts.methods)
-        return Fsdp2(parts.student, MasterOptimiser(parts.trained, **asdict(updates)))
+        return Fsdp2(parts.student, MasterOptimiser(parts.trained, updates))
     cast_weights(parts.trained, precision)
     if asked == "ddp":
         from latentforge.train.engines.ddp import Ddp
 
-        optimiser = MasterOptimiser(parts.trained, **asdict(updates))
+        optimiser = MasterOptimiser(parts.trained, updates)
         return Ddp(parts.student, optimiser, some_unused=parts.some_unused)
     from latentforge.train.engines.deepspeed import DeepSpeed
 
-    return DeepSpeed(parts.student, parts.trained, stage=2 if asked == "deepspeed-zero2" else 3, **asdict(updates))
+    return DeepSpeed(parts.student, parts.trained, updates, stage=2 if asked == "deepspeed-zero2" else 3)

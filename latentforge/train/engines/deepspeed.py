@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from latentforge.errors import FailedError, RefusedError
 from latentforge.train.engines.protocol import Wrapped
 from latentforge.train.engines.world import World
-from latentforge.train.optimiser import grouped, warmup_cosine
+from latentforge.train.optimiser import Updates, grouped
 
 Stage = Literal[2, 3]
 
@@ -49,13 +49,11 @@ def library() -> Any:
 class ZeroOptimiser:
     """DeepSpeed's optimiser as recipes see it: torch's AdamW over the own part of fp32 masters."""
 
-    def __init__(
-        self, engine: Any, trained: nn.Module, *, warmup_steps: int, steps: int, clip_norm: float | None
-    ) -> None:
+    def __init__(self, engine: Any, trained: nn.Module, updates: Updates) -> None:
         self._engine = engine
         self._trained = {n: p for n, p in trained.named_parameters() if p.requires_grad}
-        self.clip_norm = clip_norm
-        self.schedule = warmup_cosine(warmup_steps, steps)
+        self.clip_norm = updates.clip_norm
+        self.schedule = updates.schedule
         for group in self.groups:
             group["initial_lr"] = group["lr"]
 
@@ -190,31 +188,27 @@ class DeepSpeed:
         self,
         student: nn.Module,
         trained: nn.Module,
+        updates: Updates,
         *,
         stage: Stage,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_steps: int,
-        steps: int,
-        clip_norm: float | None,
     ) -> None:
         deepspeed = library()
         self.world = World.here()
         self.stage = stage
         self.name = f"deepspeed-zero{stage}"
         settings = settings_of(stage)
-        settings["optimizer"]["params"] |= {"lr": learning_rate, "weight_decay": weight_decay}
-        settings["gradient_clipping"] = clip_norm or 0.0
+        settings["optimizer"]["params"] |= {"lr": updates.learning_rate, "weight_decay": updates.weight_decay}
+        settings["gradient_clipping"] = updates.clip_norm or 0.0
         bf16 = next(student.parameters()).dtype == torch.bfloat16
         settings["bf16"] = {"enabled": bf16}
         engine, *_ = deepspeed.initialize(
             model=student,
-            model_parameters=grouped([p for p in student.parameters() if p.requires_grad], weight_decay),
+            model_parameters=grouped([p for p in student.parameters() if p.requires_grad], updates.weight_decay),
             config=settings,
             dist_init_required=False,
         )
         self.module = engine
-        self.optimiser = ZeroOptimiser(engine, trained, warmup_steps=warmup_steps, steps=steps, clip_norm=clip_norm)
+        self.optimiser = ZeroOptimiser(engine, trained, updates)
 
     @property
     def precision(self) -> torch.dtype:

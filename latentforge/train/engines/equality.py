@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 from latentforge.kernels.targets import Targets, TopKTargets
 from latentforge.spec.fields import Distributed
 from latentforge.students.causal import ModelShape, Padding, Student, new_model
-from latentforge.train.engines.choice import Parts, Updates, engine_of
+from latentforge.train.engines.choice import Parts, engine_of
 from latentforge.train.engines.launching import together
 from latentforge.train.engines.protocol import Engine
 from latentforge.train.engines.single import Single
 from latentforge.train.engines.world import World
 from latentforge.train.loop import Objective, Trainer
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.setting import choose_kernel
 
 ENGINES: tuple[Distributed, ...] = ("ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
@@ -108,7 +107,7 @@ def _trainer(distributed: Distributed, micro_batch_size: int | None, tied: bool,
     parts = Parts(student, model, layers=model.model.layers, methods=("logits",))
     updates = Updates(learning_rate=3e-3, weight_decay=0.1, warmup_steps=1, steps=9, clip_norm=0.5)
     if distributed == "none":  # beside the others, whatever the number of processes
-        engine: Engine = Single(student, MasterOptimiser(model, **asdict(updates)))
+        engine: Engine = Single(student, MasterOptimiser(model, updates))
     else:
         engine = engine_of(distributed, parts, updates, precision=torch.float32)
     kernel, _ = choose_kernel(torch.device("cpu"), torch.float32)

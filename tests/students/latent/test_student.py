@@ -27,7 +27,7 @@ from latentforge.students.latent.student import (
     predicted,
     token_labels,
 )
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 
 VOCAB, CHUNK, LATENT = 40, 3, 6
 SETTINGS = EnergySettings(draws=4, samples=8)
@@ -327,7 +327,7 @@ def test_no_gradient_reaches_the_codec() -> None:
 
 def test_bf16_weights_with_fp32_masters_learn() -> None:
     model, chunks = student().to(torch.bfloat16), text()
-    optimiser = MasterOptimiser(model, learning_rate=3e-3, weight_decay=0.1, warmup_steps=2, steps=40, clip_norm=1.0)
+    optimiser = MasterOptimiser(model, Updates(3e-3, 0.1, warmup_steps=2, steps=40, clip_norm=1.0))
     losses = []
     for step in range(40):
         optimiser.set_learning_rate(step)

@@ -8,8 +8,9 @@ import pytest
 
 from latentforge.errors import RefusedError
 from latentforge.spec.abilities import ABILITIES, check_abilities, needs_of
+from latentforge.spec.fields import Backend
 from latentforge.spec.pipeline import effective_pipeline
-from latentforge.spec.sections import Backend, PipelineSpec
+from latentforge.spec.sections import PipelineSpec
 from latentforge.teachers.capability import require
 from latentforge.teachers.fixture import FixtureTeacher
 

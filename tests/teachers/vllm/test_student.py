@@ -14,7 +14,7 @@ from latentforge.targets.store import TargetStore
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.engines.single import Single
 from latentforge.train.loop import Objective, Trainer
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.setting import choose_kernel
 
 from .conftest import K, Rows, all_rows
@@ -30,7 +30,7 @@ def _losses(path: Path, rows: Rows, data: ShardSet) -> list[float]:
         assert store.put_many((documents[number], targets) for number, targets in rows.items()) == len(rows)
     shape = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, intermediate=64)
     model = new_model(shape, vocab_size=320, positions=data.sequence_length, eos_id=data.eos_id, seed=3)
-    optimiser = MasterOptimiser(model, learning_rate=3e-3, weight_decay=0.0, warmup_steps=0, steps=STEPS, clip_norm=1.0)
+    optimiser = MasterOptimiser(model, Updates(3e-3, 0.0, warmup_steps=0, steps=STEPS, clip_norm=1.0))
     kernel, _ = choose_kernel(torch.device("cpu"), torch.float32)
     student = Student(model, 320)
     trainer = Trainer(student, Single(student, optimiser), Objective(1.0, 0.0, 1.0, kernel))
