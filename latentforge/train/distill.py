@@ -145,7 +145,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
             flops=flops,
         )
     effective.require_same("distill", identity.spec, in_force)
-    if device.type != "cpu" and spec.distributed == "none":
+    if device.type != "cpu":
         with log.phase("rehearse"):
             batch = training_batch(data.train, order, 0, device)
             rehearse(trainer, batch, supply.targets)

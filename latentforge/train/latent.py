@@ -99,7 +99,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
             flops={MODEL: flops},
         )
     effective.require_same(MODEL, identity.spec, in_force)
-    if device.type != "cpu" and spec.distributed == "none":
+    if device.type != "cpu":
         with log.phase("rehearse"):
             trainer.rehearse(data, training_batch(data.train, order, 0, device), covered_rows(teaching, order, 0))
     trainer.watch.drain()

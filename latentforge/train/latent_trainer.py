@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from latentforge.errors import FailedError
 from latentforge.kernels.guard.compiles import CompileWatch
 from latentforge.students.latent.student import LatentLoss, LatentStudent
 from latentforge.train.engines.protocol import Engine, Optimiser
-from latentforge.train.latent_lessons import TEMPERED, Counts, Lesson, Teaching, row_seeds
+from latentforge.train.latent_lessons import TEMPERED, Counts, Drawn, Lesson, Teaching, row_seeds
 from latentforge.train.loop import StepResult, bytes_of, refuse_not_finite
 from latentforge.train.setting import evaluation_batches
 
@@ -93,18 +94,7 @@ class LatentTrainer:
         sizes: list[int] = []
         loss, parts, energy, told = 0.0, dict[str, float](), dict.fromkeys(counts.energy, 0), 0
         engine, world = self.engine, self.engine.world
-        passes = world.passes(len(tokens), self.micro_batch_size)
-        shared = {"together": world.size > 1}
-        batch = (tokens, seeds, drawn, counts, self.micro_batch_size or len(tokens))
-        lessons = self.teaching.lessons(*batch, rows=world.share(len(tokens)), **shared)
-        for number, lesson in enumerate(world.padded(lessons, passes)):
-            with engine.passing(last=number + 1 == passes):
-                if lesson is None:  # no row is left here, and others wait in every layer
-                    (again,) = self.teaching.lessons(*batch, rows=slice(0, 1), **shared)
-                    engine.backward(self._pass(again).loss * 0.0)
-                    continue
-                found = self._pass(lesson)
-                engine.backward(found.loss)
+        for lesson, found in self._passes(tokens, seeds, drawn, counts):
             sizes.append(len(lesson.chunks))
             loss += float(found.loss.detach())
             told += found.tokens
@@ -176,13 +166,31 @@ class LatentTrainer:
         drawn = self.teaching.drawn(tokens, covered=covered)
         counts = self.teaching.counts(tokens, drawn)
         seeds = row_seeds(self.seed, 0, len(tokens))
-        for lesson in self.teaching.lessons(tokens, seeds, drawn, counts, self.micro_batch_size or len(tokens)):
-            found = self._pass(lesson)
-            if found.loss.requires_grad:
-                found.loss.backward()
-        self.student.zero_grad(set_to_none=True)
+        for _ in self._passes(tokens, seeds, drawn, counts, scale=0.0):
+            pass
+        self.engine.rehearsed()
         self.held_out(data)
         self.watch.drain()
+
+    def _passes(
+        self, tokens: Tensor, seeds: Tensor, drawn: dict[str, Drawn], counts: Counts, *, scale: float = 1.0
+    ) -> Iterator[tuple[Lesson, LatentLoss]]:
+        """Forward and backward over this process's share of a batch: each lesson and what it came to. Where others make
+        more passes, empty ones follow, which are not told. ``scale`` 0 leaves gradients of zero."""
+        engine, world = self.engine, self.engine.world
+        passes = world.passes(len(tokens), self.micro_batch_size)
+        shared = {"together": world.size > 1}
+        batch = (tokens, seeds, drawn, counts, self.micro_batch_size or len(tokens))
+        lessons = self.teaching.lessons(*batch, rows=world.share(len(tokens)), **shared)
+        for number, lesson in enumerate(world.padded(lessons, passes)):
+            with engine.passing(last=number + 1 == passes):
+                if lesson is None:  # no row is left here, and others wait in every layer
+                    (again,) = self.teaching.lessons(*batch, rows=slice(0, 1), **shared)
+                    engine.backward(self._pass(again).loss * 0.0)
+                    continue
+                found = self._pass(lesson)
+                engine.backward(found.loss * scale)
+            yield lesson, found
 
     def _pass(self, lesson: Lesson) -> LatentLoss:
         if not lesson.teaches:

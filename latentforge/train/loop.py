@@ -113,16 +113,7 @@ class Trainer:
         rows, ce_rows, kd_rows, loss, ce, kd = 0, 0, 0, 0.0, 0.0, 0.0
         sizes: list[int] = []
         wants_targets = targets_of is not None and wanted.kd_weight > 0
-        own = tokens[world.share(len(tokens))]
-        passes = world.passes(len(tokens), self.micro_batch_size)
-        lessons = lessons_of(own, targets_of if wants_targets else None, self.micro_batch_size)
-        for number, lesson in enumerate(world.padded(lessons, passes)):
-            with engine.passing(last=number + 1 == passes):
-                if lesson is None:
-                    engine.backward(self.empty_pass(tokens, denominator))
-                    continue
-                parts = self.pass_over(lesson, denominator)
-                engine.backward(parts.loss)
+        for lesson, parts in self.passes(tokens, targets_of if wants_targets else None, denominator):
             sizes.append(len(lesson.tokens))
             rows += parts.rows
             ce_rows += parts.rows if parts.ce_rows is None else parts.ce_rows
@@ -155,6 +146,31 @@ class Trainer:
             kd_rows=kd_rows if wants_targets else None,
             padding=None if self.student.padding is None else len(labels) - denominator,
         )
+
+    def passes(
+        self,
+        tokens: Tensor,
+        targets_of: TargetsOf | Iterable[Lesson] | None,
+        denominator: int,
+        *,
+        scale: float = 1.0,
+    ) -> Iterator[tuple[Lesson, LossParts]]:
+        """Forward and backward over this process's share of ``tokens`` int64 [B, L]: each lesson and what it came to.
+
+        Where other processes make more passes, empty ones follow, which are not told: they wait for this one in their
+        collective calls. ``scale`` 0 leaves gradients of zero.
+        """
+        engine, world = self.engine, self.engine.world
+        count = world.passes(len(tokens), self.micro_batch_size)
+        lessons = lessons_of(tokens[world.share(len(tokens))], targets_of, self.micro_batch_size)
+        for number, lesson in enumerate(world.padded(lessons, count)):
+            with engine.passing(last=number + 1 == count):
+                if lesson is None:
+                    engine.backward(self.empty_pass(tokens, denominator))
+                    continue
+                parts = self.pass_over(lesson, denominator)
+                engine.backward(parts.loss * scale)
+            yield lesson, parts
 
     def pass_over(self, lesson: Lesson, denominator: int) -> LossParts:
         """The loss of one lesson under this trainer's objective."""
@@ -249,19 +265,16 @@ class Evaluation:
 def rehearse(trainer: Trainer, tokens: Tensor, targets_of: TargetsOf | None) -> None:
     """One step's passes over ``tokens`` that change nothing: what a GPU loads or compiles at first use, it has then.
 
-    Losses and gradients are thrown away; weights, moments, schedule and generators stay as they are.
+    Losses are thrown away and gradients are zero; weights, moments, schedule and generators stay as they are. By all
+    processes of a run.
     """
-    student, wanted = trainer.student, trainer.objective
-    student.train()
-    parts = {len(part): part for part in tokens.split(trainer.micro_batch_size or len(tokens))}
+    trainer.student.train()
+    denominator = int((trainer.student.labels(tokens) != IGNORE).sum())
     with torch.random.fork_rng():
-        for part in parts.values():
-            wants_targets = targets_of is not None and wanted.kd_weight > 0
-            lesson = Lesson(part, targets_of(part) if wants_targets else None)
-            found = trainer.pass_over(lesson, int((student.labels(tokens) != IGNORE).sum()))
-            if found.loss.requires_grad:
-                found.loss.backward()
-    student.zero_grad(set_to_none=True)
+        taught = targets_of if trainer.objective.kd_weight > 0 else None
+        for _ in trainer.passes(tokens, taught, denominator, scale=0.0):
+            pass
+    trainer.engine.rehearsed()
     trainer.watch.drain()
 
 

@@ -44,6 +44,10 @@ class Ddp:
         """Update alike on every process; the norm of the summed gradient before clipping."""
         return self.optimiser.step()
 
+    def rehearsed(self) -> None:
+        """Without a gradient, as before: AdamW makes moments for a tensor that has one, of zero too."""
+        self.optimiser.forget_gradients()
+
     def wrapped(self) -> Wrapped:
         """Everything is on every process."""
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)

@@ -229,6 +229,9 @@ class DeepSpeed:
         self.module.step()
         return float(self.module.get_global_grad_norm())
 
+    def rehearsed(self) -> None:
+        """Gradients of zero stay where DeepSpeed adds them up: what comes to them stays as it is, bit for bit."""
+
     def wrapped(self) -> Wrapped:
         """The sizes of what DeepSpeed keeps here, read from its objects."""
         whole = [p for p in self.module.module.parameters() if p.requires_grad]

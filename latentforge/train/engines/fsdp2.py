@@ -68,6 +68,10 @@ class Fsdp2:
         """Update the own part; the norm of the whole gradient before clipping."""
         return self.optimiser.step()
 
+    def rehearsed(self) -> None:
+        """Without a gradient, as before: AdamW makes moments for a tensor that has one, of zero too."""
+        self.optimiser.forget_gradients()
+
     def wrapped(self) -> Wrapped:
         """The own part of each tensor, as large as it is."""
         trained = [p for p in self.module.parameters() if p.requires_grad]

@@ -114,6 +114,10 @@ class Engine(Protocol):
         """Clip, update, clear the gradients; the norm of the whole gradient before clipping. Collective."""
         ...
 
+    def rehearsed(self) -> None:
+        """After passes whose gradients were all zero, and before any step: as if they had not been made."""
+        ...
+
     def wrapped(self) -> Wrapped:
         """What there really is; FailedError where that is not what was asked."""
         ...

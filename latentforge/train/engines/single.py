@@ -39,6 +39,10 @@ class Single:
         """Update; the gradient norm before clipping."""
         return self.optimiser.step()
 
+    def rehearsed(self) -> None:
+        """Without a gradient, as before: AdamW makes moments for a tensor that has one, of zero too."""
+        self.optimiser.forget_gradients()
+
     def wrapped(self) -> Wrapped:
         """Everything is here."""
         trained = sum(p.numel() for p in self.optimiser.masters.values())
