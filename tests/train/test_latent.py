@@ -151,6 +151,36 @@ def kill_at(run: RunDir, step: int) -> None:
             process.kill()
 
 
+@pytest.mark.slow
+def test_two_processes_under_zero_2_make_the_student_that_one_makes_and_one_goes_on_with_it(make_run: MakeRun) -> None:
+    asked = ("latent.batch_size=5", "latent.micro_batch_size=1")
+    alone, together = make_run(*asked), make_run(*asked, "latent.distributed='deepspeed-zero2'", "latent.processes=2")
+    for run in (alone, together):
+        code, text = run_here(run)
+        assert code is ExitCode.PASS, text
+    ours, theirs = steps(together), steps(alone)
+    assert ours.keys() == theirs.keys() == set(range(1, STEPS + 1))
+    for step, said in theirs.items():
+        for name in ("loss", "ce", "text", "sample", "grad_norm"):
+            assert ours[step][name] == pytest.approx(said[name], rel=2e-6), (step, name)
+        same = ("rows", "sequences", "batch_sha256", "learning_rate", "text_chunks", "sample_chunks", "padding")
+        assert [ours[step][name] for name in same] == [said[name] for name in same]
+    wrapped = json.loads(together.effective_file.read_text())["effective"]["engine"]
+    assert (wrapped["engine"], wrapped["processes"]) == ("deepspeed-zero2", 2)
+    assert wrapped["weights"] == wrapped["parameters"] > 1.9 * wrapped["states"]
+
+    shutil.rmtree(together.checkpoints / f"step-{STEPS:06d}")
+    resumed = make_run(*asked, attempt=2, predecessor=together)
+    code, text = run_here(resumed)
+    assert code is ExitCode.PASS, text
+    assert f"resumes from step 4 of {together.run}" in text
+    ends = [load_checkpoint(run.checkpoints / f"step-{STEPS:06d}") for run in (alone, resumed)]
+    for wanted, found in ((ends[0].weights, ends[1].weights), (ends[0].moments, ends[1].moments)):
+        assert wanted.keys() == found.keys()
+        assert max(float((found[name] - value).abs().max()) for name, value in wanted.items()) < 1e-5
+    assert read_events(together.events_file)[-1].fields["code"] == 0
+
+
 def test_a_run_that_is_stopped_then_killed_and_resumed_ends_with_the_same_bits(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
