@@ -29,7 +29,7 @@ def codec_activation_bytes(spec: AutoencoderSpec, *, chunk: int, chunks: int) ->
 def autoencoder_memory(spec: AutoencoderSpec, *, chunk: int, length: int, vocab_size: int, device: str) -> MemoryPlan:
     """The plan of a run that trains a codec of ``chunk`` tokens on rows of ``length`` tokens."""
     count = codec_parameters(spec, chunk=chunk, vocab_size=vocab_size)
-    tokens = spec.batch_size * length
+    tokens = (spec.micro_batch_size or spec.batch_size) * length
     activations = codec_activation_bytes(spec, chunk=chunk, chunks=tokens // chunk)
     return MemoryPlan(
         "autoencoder",
@@ -42,4 +42,4 @@ def autoencoder_memory(spec: AutoencoderSpec, *, chunk: int, length: int, vocab_
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
             runtime(device),
         ),
-    )
+    ).on(spec.processes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from latentforge.spec.fields import HTTP_BACKENDS
+from latentforge.spec.fields import HTTP_BACKENDS, Shared
 
 if TYPE_CHECKING:
     from latentforge.spec.sections import PipelineSpec
@@ -14,7 +14,9 @@ def check_agreement(spec: PipelineSpec) -> None:
     """Refuse (ValueError) a pipeline whose sections cannot be run together."""
     if len(set(spec.secrets)) != len(spec.secrets):
         raise ValueError(f"secrets = {list(spec.secrets)} names one twice")
-    spread = {"distill": spec.distils and spec.distill, "latent": spec.through == "latent" and spec.latent}
+    spread: dict[str, Shared | Literal[False]] = {"distill": spec.distils and spec.distill}
+    spread["latent"] = spec.through == "latent" and spec.latent
+    spread["autoencoder"] = spec.through != "distill" and spec.autoencoder
     for name, section in spread.items():
         if section and section.distributed != "none" and spec.endurance.on_bad_step == "skip":
             raise ValueError(

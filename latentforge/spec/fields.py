@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -62,19 +62,39 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def share_of(section: str, distributed: Distributed, processes: int, batch_size: int, *, frozen: bool) -> int:
-    """The most rows of a batch that one of the processes has. Refused (ValueError) where they could not train together,
-    each on its share."""
-    if distributed == "none" and processes > 1:
+class Shared(Protocol):
+    """A section whose batches processes share."""
+
+    @property
+    def distributed(self) -> Distributed: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int | None: ...
+
+
+def check_shares(section: str, of: Shared, *, frozen: bool) -> None:
+    """Refuse (ValueError) processes that could not train together, each on its share of a batch, and passes of more
+    rows than the largest share has."""
+    if of.micro_batch_size is not None and of.micro_batch_size > of.batch_size:
+        raise ValueError(f"micro_batch_size {of.micro_batch_size} is larger than batch_size {of.batch_size}")
+    if of.distributed == "none" and of.processes > 1:
         raise ValueError(
-            f"processes = {processes} with distributed = 'none': they would not train together; set "
+            f"processes = {of.processes} with distributed = 'none': they would not train together; set "
             f"{section}.distributed = 'ddp', or leave processes out"
         )
-    if distributed != "none" and frozen:
-        raise ValueError(f"distributed = {distributed!r} with a frozen student: there is nothing to train together")
-    if processes > batch_size:
-        raise ValueError(f"processes = {processes} with batch_size = {batch_size}: some would never have a row")
-    return -(-batch_size // processes)
+    if of.distributed != "none" and frozen:
+        raise ValueError(f"distributed = {of.distributed!r} with a frozen student: there is nothing to train together")
+    if of.processes > of.batch_size:
+        raise ValueError(f"processes = {of.processes} with batch_size = {of.batch_size}: some would never have a row")
+    share = -(-of.batch_size // of.processes)
+    if of.micro_batch_size is not None and of.micro_batch_size > share:
+        raise ValueError(
+            f"micro_batch_size = {of.micro_batch_size} is more than the {share} rows that each of {of.processes} "
+            f"processes has of batch_size = {of.batch_size}"
+        )
 
 
 def check_attention(what: str, hidden: int, heads: int, kv_heads: int) -> None:

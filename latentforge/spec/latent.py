@@ -17,7 +17,7 @@ from latentforge.spec.fields import (
     check_attention,
     check_best,
     check_falsifiers,
-    share_of,
+    check_shares,
 )
 
 
@@ -29,6 +29,7 @@ class AutoencoderSpec(Section):
     inner: Count = Field(320, description="inner width of its SwiGLU")
     steps: Count = 600
     batch_size: Count = Field(16, description="packed rows a step")
+    micro_batch_size: Count | None = Field(None, description="rows a forward pass; the whole batch if absent")
     learning_rate: Positive = 3e-3
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     weight_decay: Weight = 0.01
@@ -41,6 +42,12 @@ class AutoencoderSpec(Section):
     )
     kl_weight: Weight = Field(0.001, description="weight of the latents' KL to a standard normal")
     kl_floor: Weight = Field(0.5, description="nats of that KL which each dimension has for nothing (free bits)")
+    distributed: Distributed = Field(
+        "none", description="what spreads the training over processes: torch's DDP or FSDP2, DeepSpeed's ZeRO"
+    )
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes on each host that share every batch; the result is that of one"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 250
     validate_every: Count | None = Field(
@@ -54,6 +61,7 @@ class AutoencoderSpec(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_best("autoencoder", self.keep, self.validate_every, self.steps)
+        check_shares("autoencoder", self, frozen=False)
         check_falsifiers(self.require, section="autoencoder")
         return self
 
@@ -189,15 +197,7 @@ class LatentSpec(Section):
             raise ValueError(
                 "token_ce_weight or token_kd_weight is above 0, and student.token_layers = 0: there is no token head"
             )
-        micro = self.micro_batch_size
-        if micro is not None and micro > self.batch_size:
-            raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
-        share = share_of("latent", self.distributed, self.processes, self.batch_size, frozen=self.student.frozen)
-        if micro is not None and micro > share:
-            raise ValueError(
-                f"micro_batch_size = {micro} is more than the {share} rows that each of {self.processes} processes "
-                f"has of batch_size = {self.batch_size}"
-            )
+        check_shares("latent", self, frozen=self.student.frozen)
         used = self.sample_continuations
         if self.continues and used is not None and self.samples % used:
             raise ValueError(

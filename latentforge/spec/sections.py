@@ -23,7 +23,7 @@ from latentforge.spec.fields import (
     check_attention,
     check_best,
     check_falsifiers,
-    share_of,
+    check_shares,
 )
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 from latentforge.spec.url import check_url
@@ -219,16 +219,8 @@ class DistillSpec(Section):
             raise ValueError("ce_weight = 0 and kd_weight = 0: nothing would be trained; give one of them a weight")
         if not math.isfinite(self.ce_weight + self.kd_weight):
             raise ValueError("ce_weight + kd_weight is not finite")
-        micro = self.micro_batch_size
-        if micro is not None and micro > self.batch_size:
-            raise ValueError(f"micro_batch_size {micro} is larger than batch_size {self.batch_size}")
         check_best("distill", self.keep, self.validate_every, self.steps)
-        share = share_of("distill", self.distributed, self.processes, self.batch_size, frozen=self.student.frozen)
-        if micro is not None and micro > share:
-            raise ValueError(
-                f"micro_batch_size = {micro} is more than the {share} rows that each of {self.processes} processes "
-                f"has of batch_size = {self.batch_size}"
-            )
+        check_shares("distill", self, frozen=self.student.frozen)
         self._taught_together()
         check_falsifiers(self.require, section="distill")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from functools import partial
@@ -17,17 +18,18 @@ from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.run import RunDir, write_record
 from latentforge.students.latent.codec import CodecShape, new_codec
-from latentforge.students.latent.codec_loss import CodecObjective
+from latentforge.students.latent.codec_loss import CodecObjective, CodecTraining
 from latentforge.students.latent.codec_report import COLLAPSED, CodecReport, report_codec
 from latentforge.train import effective
 from latentforge.train.best import Best
 from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
 from latentforge.train.course import Course
+from latentforge.train.engines.choice import Parts, engine_of
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import bytes_of, log_compiles, log_step
-from latentforge.train.optimiser import MasterOptimiser, Updates
+from latentforge.train.optimiser import Updates
 from latentforge.train.products import say_saved, start_digests
 from latentforge.train.resume import open_predecessor
 from latentforge.train.setting import choose_device, choose_kernel, evaluation_batches, fit_threads, training_batch
@@ -53,15 +55,22 @@ def run(run: RunDir, log: EventLog) -> None:
         flops = spec.steps * 3.0 * chunks * (shape.encoding_flops + shape.decoding_flops)
         fit_threads(flops / spec.steps)
         updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
-        optimiser = MasterOptimiser(codec, updates)
         objective = CodecObjective(spec.token_dropout, spec.latent_dropout, spec.kl_weight, spec.kl_floor, kernel)
-        trainer = CodecTrainer(codec, optimiser, objective, eos_id=data.eos_id, seed=seed)
+        plain = codec if spec.distributed == "none" else copy.deepcopy(codec)
+        student = CodecTraining(codec, objective)
+        engine = engine_of(
+            spec.distributed, Parts(student, codec, layers=student.layers()), updates, precision=torch.float32
+        )
+        optimiser, world, wrapped = engine.optimiser, engine.world, engine.wrapped()
+        sized = {"micro_batch_size": spec.micro_batch_size}
+        trainer = CodecTrainer(student, engine, plain, eos_id=data.eos_id, seed=seed, **sized)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
         start = start_digests(optimiser)
         earlier = open_predecessor(run, log, CHECKPOINTS).get(MODEL)
     if slow:
         log.warning(slow)
 
+    batch = training_batch(data.train, order, 0, device)
     in_force = {
         "profile": identity.spec["profile"],
         "seed": order.seed,
@@ -71,7 +80,8 @@ def run(run: RunDir, log: EventLog) -> None:
             "width": codec.embedding.embedding_dim,
             "inner": codec.encoder_chunk.down.in_features,
             "steps": spec.steps,
-            "batch_size": len(training_batch(data.train, order, 0, device)),
+            "batch_size": len(batch),
+            "micro_batch_size": min(spec.micro_batch_size or len(batch), -(-len(batch) // world.size)),
             "learning_rate": optimiser.peak_learning_rate,
             "warmup_steps": spec.warmup_steps,
             "weight_decay": optimiser.weight_decay,
@@ -80,6 +90,8 @@ def run(run: RunDir, log: EventLog) -> None:
             "latent_dropout": objective.latent_dropout,
             "kl_weight": objective.kl_weight,
             "kl_floor": objective.kl_floor,
+            "distributed": wrapped.engine,
+            "processes": world.local,
             "device": device.type,
             "checkpoint_every": spec.checkpoint_every,
             "validate_every": spec.validate_every,
@@ -88,19 +100,22 @@ def run(run: RunDir, log: EventLog) -> None:
         },
         "chunk": codec.shape.chunk,
         "predictions_per_sequence": data.sequence_length,
+        "micro_batches": world.passes(len(batch), trainer.micro_batch_size),
+        **({} if wrapped.engine == "none" else {"engine": wrapped.record()}),
     }
-    effective.record(
-        run,
-        effective=in_force,
-        device=effective.device_record(device),
-        kernel_backend=kernel,
-        tokenizer_sha256=data.tokenizer_sha256,
-        flops={MODEL: flops},
-    )
+    if world.first:
+        effective.record(
+            run,
+            effective=in_force,
+            device=effective.device_record(device),
+            kernel_backend=kernel,
+            tokenizer_sha256=data.tokenizer_sha256,
+            flops={MODEL: flops},
+        )
     effective.require_same(MODEL, identity.spec, in_force)
     if device.type != "cpu":
         with log.phase("rehearse"):
-            trainer.rehearse(training_batch(data.train, order, 0, device))
+            trainer.rehearse(batch)
             report_of(trainer, data)
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
@@ -129,21 +144,24 @@ def run(run: RunDir, log: EventLog) -> None:
                 found = report_of(trainer, data)
                 say_measures(log, found, data, step=step + 1)
                 best.offer(step + 1, found.loss)
-            keeper.after(step + 1, stop_requested())
+            keeper.after(step + 1, world.signal(stop_requested()))
 
     with log.phase("evaluate"):
         after = report_of(trainer, data)
         kept = best.put_back(spec.steps, after.loss)
         after = after if kept == spec.steps else report_of(trainer, data)
+        plain, weights = trainer.whole(), optimiser.weights()
+    if not world.first:
+        return
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
     say_report(log, after, data, step=spec.steps)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
         folder = run.out / "codec"
-        codec.save(folder, eos_id=data.eos_id, tokenizer_sha256=data.tokenizer_sha256, latent_std=after.latent_std)
+        plain.save(folder, eos_id=data.eos_id, tokenizer_sha256=data.tokenizer_sha256, latent_std=after.latent_std)
         copy_tokenizer(data.tokenizer_dir, folder)
-        say_saved(codec, optimiser.weights(), folder, start=start, log=log, step=spec.steps, model=MODEL)
+        say_saved(plain, weights, folder, start=start, log=log, step=spec.steps, model=MODEL)
         reports = {"initial": None if before is None else before.as_json(), "final": after.as_json()}
         record = {"steps": spec.steps, "kept_step": kept, "flops": {MODEL: flops}, "heldout": reports}
         write_record(run.out / "metrics.json", record)
@@ -153,10 +171,10 @@ def run(run: RunDir, log: EventLog) -> None:
 
 
 def report_of(trainer: CodecTrainer, data: ShardSet) -> CodecReport:
-    """The codec on all held-out rows."""
+    """The codec on all held-out rows. Collective: each process measures them all."""
     kernel = trainer.objective.kernel_backend
     decodes_by = "reference" if kernel == "reference" else "auto"
-    return report_codec(trainer.codec, lambda: trainer.held_out(data), backend=kernel, decode_backend=decodes_by)
+    return report_codec(trainer.whole(), lambda: trainer.held_out(data), backend=kernel, decode_backend=decodes_by)
 
 
 def padding_in(tokens: Tensor, data: ShardSet) -> int:

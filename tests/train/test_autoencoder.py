@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from latentforge.errors import RefusedError
 from latentforge.events import read_events
@@ -92,7 +93,7 @@ def test_it_leaves_a_codec_of_the_datas_tokenizer_a_report_and_every_value_in_fo
     requested = run.load_identity().spec["autoencoder"]
     effective = json.loads(run.effective_file.read_text())["effective"]["autoencoder"]
     assert effective.keys() == requested.keys()
-    assert {**effective, "device": "auto"} == requested
+    assert {**effective, "device": "auto"} == {**requested, "micro_batch_size": 4}
 
     first, last = metrics(run, "val_loss")
     assert (first["step"], last["step"]) == (0, STEPS)
@@ -105,6 +106,38 @@ def test_it_leaves_a_codec_of_the_datas_tokenizer_a_report_and_every_value_in_fo
         assert made["rows"] == made["denominator"]
     assert "final_loss=" in text
     assert "F-ARTEFACT-MOVED-001 PASS" in text
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_codec_that_one_makes_and_another_engine_goes_on_with_it(make_run: MakeRun) -> None:
+    # Rows that cannot be shared out evenly, three passes of one process and two of the other.
+    asked = {"batch_size": 5, "micro_batch_size": 1}
+    alone, together = make_run(**asked), make_run(**asked, distributed="fsdp2", processes=2)
+    for run in (alone, together):
+        code, text = run_here(run)
+        assert code is ExitCode.PASS, text
+    ours, theirs = steps(together), steps(alone)
+    assert ours.keys() == theirs.keys() == set(range(1, STEPS + 1))
+    for step, said in theirs.items():
+        for name in ("loss", "ce", "kl", "grad_norm"):
+            assert ours[step][name] == pytest.approx(said[name], rel=2e-6), (step, name)
+        same = ("rows", "sequences", "denominator", "batch_sha256", "learning_rate", "chunks", "padding")
+        assert [ours[step][name] for name in same] == [said[name] for name in same]
+    said = json.loads(together.effective_file.read_text())["effective"]
+    assert (said["autoencoder"]["distributed"], said["autoencoder"]["processes"]) == ("fsdp2", 2)
+    assert said["engine"]["wrapper"] == "FSDPCodecTraining"
+    assert said["engine"]["weights"] < 0.51 * said["engine"]["parameters"]
+
+    shutil.rmtree(together.checkpoints / f"step-{STEPS:06d}")
+    resumed = make_run(attempt=2, predecessor=together, **asked)
+    code, text = run_here(resumed)
+    assert code is ExitCode.PASS, text
+    assert f"resumes from step {STEPS - 4} of {together.run}" in text
+    weights = [load_file(run.out / "codec" / "model.safetensors") for run in (alone, together, resumed)]
+    for made in weights[1:]:
+        assert max(float((made[name] - value).abs().max()) for name, value in weights[0].items()) < 1e-5
+    reports = [json.loads((run.out / "metrics.json").read_text())["heldout"]["final"] for run in (alone, together)]
+    assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=1e-5)
 
 
 def test_padding_that_is_taken_for_text_fails_the_gate_by_what_the_data_holds(
