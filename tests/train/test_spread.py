@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,9 @@ from safetensors.torch import load_file
 from latentforge.events import read_events
 from latentforge.spec.run import RunDir
 from latentforge.train import effective
+from latentforge.train.engines import beating
+from latentforge.train.engines.launching import GRACE_SECONDS
+from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -137,3 +142,30 @@ def test_a_process_that_refuses_ends_the_run_with_its_own_words(make_run: MakeRu
     assert re.search(r"^error: checkpoint .*step-000004 could not be written: .*(exists|Not a directory)", text, re.M)
     assert "  next: make room or mend the disk" in text
     assert read_events(run.events_file)[-1].kind == "end"
+
+
+@pytest.mark.soak
+def test_a_process_that_is_stopped_by_a_signal_ends_the_run_within_the_deadline(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = io.StringIO()
+    run = make_run(steps=4000, distributed="ddp", processes=2)
+    stopped: list[float] = []
+
+    def stop() -> None:
+        while not (run.events_file.exists() and 3 in steps_of(run)):
+            time.sleep(0.05)
+        found = re.search(r"^2 processes: \d+, (\d+)$", text.getvalue(), re.M)
+        assert found is not None
+        # Only now: what is loaded at start may hold a process for longer on a busy host.
+        monkeypatch.setattr(beating, "HUNG_SECONDS", 10.0)
+        os.kill(int(found[1]), signal.SIGSTOP)
+        stopped.append(time.monotonic())
+
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    assert execute(run.path, text=text) == 5
+    watcher.join()
+    assert time.monotonic() - stopped[0] < 10.0 + GRACE_SECONDS + 20.0
+    assert re.search(r"process 1 of 2 \(pid \d+\) gave no sign of life .* its state was T \(stopped\)", text.getvalue())
+    assert read_events(run.events_file)[-1].fields["code"] == 5

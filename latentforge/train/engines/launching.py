@@ -19,6 +19,7 @@ from typing import IO, Any, Self, TextIO
 import torch.distributed as dist
 
 from latentforge.errors import CrashedError, LatentForgeError
+from latentforge.train.engines.beating import HUNG_SECONDS, Pulse
 from latentforge.train.stopping import Interrupted
 from latentforge.verdicts import ExitCode
 
@@ -30,7 +31,8 @@ _LOOK_SECONDS = 0.05
 @dataclass(frozen=True)
 class Ended:
     """How one process ended: its exit code or the signal that killed it (negative), and what it ``told``, if it could;
-    ``ours`` where it was its own host's process that ended it, ``host`` where there are several."""
+    ``ours`` where it was its own host's process that ended it, ``host`` where there are several; ``hung`` how it
+    was found where it gave no sign of life."""
 
     rank: int
     pid: int
@@ -38,6 +40,7 @@ class Ended:
     told: Mapping[str, Any]
     ours: bool = False
     host: str = ""
+    hung: str | None = None
 
     @property
     def named(self) -> str:
@@ -91,9 +94,12 @@ class Ranks:
             place = Place("127.0.0.1", self._store.port, 0, size, "", {})
         self._place = place
         self._reports: list[IO[bytes]] = []
+        self._files: list[IO[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ours: set[int] = set()
         self._until: float | None = None
+        self._pulses: list[Pulse] = []
+        self._hung: dict[int, str] = {}
         shared = {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port), "WORLD_SIZE": str(place.world)}
         shared |= place.environment
         if threads is not None:
@@ -102,7 +108,10 @@ class Ranks:
             report = tempfile.TemporaryFile()  # noqa: SIM115  closed when the context is left
             self._reports.append(report)
             program = [sys.executable, "-m", "latentforge.train.engines.rank"]
-            command = [*program, target, json.dumps(arguments), str(report.fileno()), str(os.getpid())]
+            beats = tempfile.TemporaryFile()  # noqa: SIM115
+            self._files += [report, beats]
+            descriptors = [str(report.fileno()), str(beats.fileno())]
+            command = [*program, target, json.dumps(arguments), *descriptors, str(os.getpid())]
             own = {"RANK": str(place.first + rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
             # A group of its own: Ctrl-C reaches this process alone, which hands it on.
             self._processes.append(
@@ -110,10 +119,11 @@ class Ranks:
                     command,
                     env={**os.environ, **shared, **own},
                     stdout=None if text is None else subprocess.PIPE,
-                    pass_fds=[report.fileno()],
+                    pass_fds=[report.fileno(), beats.fileno()],
                     process_group=0,
                 )
             )
+            self._pulses.append(Pulse(self._processes[-1].pid, beats))
         self._listeners = [Thread(target=_copy, args=(one.stdout, text)) for one in self._processes if one.stdout]
         for listener in self._listeners:
             listener.start()
@@ -127,8 +137,8 @@ class Ranks:
             process.wait()
         for listener in self._listeners:
             listener.join()
-        for report in self._reports:
-            report.close()
+        for file in self._files:
+            file.close()
 
     @property
     def pids(self) -> list[int]:
@@ -152,18 +162,25 @@ class Ranks:
             self._until = time.monotonic() + grace
 
     def wait(self, *, grace: float = GRACE_SECONDS, look: Callable[[], None] = lambda: None) -> list[Ended]:
-        """Until all have ended; ``look`` is called again and again. Once one has ended badly the others have ``grace``
-        seconds, and are killed."""
+        """Until all have ended; ``look`` is called again and again. One that gives no sign of life is killed. Once one
+        has ended badly the others have ``grace`` seconds, and are killed."""
         while any(process.poll() is None for process in self._processes):
             if self.failing:
                 self.hurry(grace)
             if self._until is not None and time.monotonic() > self._until:
                 self._end(signal.SIGKILL)
+            self._kill_hung()
             look()
             time.sleep(_LOOK_SECONDS)
         for listener in self._listeners:
             listener.join()
         return [self._ended(rank) for rank in range(len(self._processes))]
+
+    def _kill_hung(self) -> None:
+        for rank, (process, pulse) in enumerate(zip(self._processes, self._pulses, strict=True)):
+            if process.poll() is None and rank not in self._hung and (found := pulse.hangs()) is not None:
+                self._hung[rank] = found
+                process.kill()
 
     def _end(self, number: int) -> None:
         for rank, process in enumerate(self._processes):
@@ -177,7 +194,8 @@ class Ranks:
         said = report.read()
         told = json.loads(said) if said.endswith(b"}") else {}
         first, host = self._place.first, self._place.host
-        return Ended(first + rank, process.pid, int(process.returncode), told, rank in self._ours, host)
+        ours, hung = rank in self._ours, self._hung.get(rank)
+        return Ended(first + rank, process.pid, int(process.returncode), told, ours, host, hung)
 
 
 def _copy(said: IO[bytes], text: TextIO) -> None:
@@ -197,6 +215,13 @@ def together(target: str, arguments: Mapping[str, Any], size: int, *, threads: i
 def refuse_failed(ended: list[Ended]) -> None:
     """Raise what the processes of a run failed of, where one did: a killed one says more than those that missed it, an
     error with a next step more than a crash. Interrupted where they were told to stop."""
+    for one in ended:
+        if one.hung is not None:
+            raise CrashedError(
+                f"process {one.rank} of {len(ended)} ({one.named}) gave no sign of life for {HUNG_SECONDS:g} s, its "
+                f"state was {one.hung}: it was killed, and the others were ended",
+                next="look who stopped it, or what it waited for, then resume:  latentforge dispatch go --attempt next",
+            )
     for one in ended:
         if one.returncode < 0 and not one.ours:
             name = signal.Signals(-one.returncode).name

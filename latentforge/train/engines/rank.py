@@ -12,19 +12,22 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
+from latentforge.train.engines.beating import beat
+
 _PR_SET_PDEATHSIG = 1
 _JOINING = timedelta(minutes=10)
 
 
-def main(target: str, arguments: str, report: str, parent: str) -> None:
+def main(target: str, arguments: str, report: str, beats: str, parent: str) -> None:
     """Call ``module:function`` with the JSON object ``arguments``, once all processes are there; write what it returned
-    or how it failed as JSON to the descriptor ``report``; end without the interpreter's own end, in which gloo's
-    threads may abort after all work is done.
+    or how it failed as JSON to the descriptor ``report``, and beat into the descriptor ``beats`` meanwhile; end without
+    the interpreter's own end, in which gloo's threads may abort after all work is done.
     """
     # Whoever started these processes ends them; where it was killed, the kernel does, also before it was asked to.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         os._exit(128 + signal.SIGKILL)
+    beat(int(beats))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     told = _told(target, json.loads(arguments))
     sys.stdout.flush()
