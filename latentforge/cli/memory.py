@@ -24,6 +24,7 @@ _MEANS = {
     "student": "weights of the student",
     "codec": "weights of the codec",
     "start": "the student as it was before its first step, in fp32",
+    "merged": "the copies that adapters are merged into at the end, beyond what training held",
     "twin": "the twin that is trained without a teacher",
     "states": "gradients, moments, and fp32 masters of a bf16 student",
     "activations": "what the forward pass keeps",

@@ -17,7 +17,7 @@ from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.latent import latent_memory
 from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
 from latentforge.memory.shape import ModelShape
-from latentforge.memory.training import Step, training_terms
+from latentforge.memory.training import WIDTH, Step, adapter_parameters, training_terms
 from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
@@ -133,9 +133,19 @@ def distill_memory(
     if student.shape is None:
         unknown = [*unknown, "the student"]
     else:
-        trained = training_terms(student.shape, step_of(spec, length), who="student", device=device)
-        start = Term("start", 4 * student.shape.parameters)  # what the student, and its twin, are copies of
+        step, count = step_of(spec, length), student.shape.parameters
+        if spec.lora.rank:
+            adapters = adapter_parameters(student.shape, spec.lora)
+            unknown = unknown if adapters is not None else [*unknown, "the adapters"]
+            step = replace(step, adapters=adapters or 0)
+        trained = training_terms(student.shape, step, who="student", device=device)
+        start = Term("start", 4 * count)  # what the student, and its twin, are copies of
         terms = [*terms, *trained, start]
+        if spec.lora.rank:
+            # At the end the adapters are merged into a copy, which is read back: no pass is made any more.
+            passing = sum(term.bytes for term in trained if term.name in ("activations", "logits", "attention"))
+            copies = (1 + (TWIN in spec.require)) * 4 * count + WIDTH[spec.precision] * count
+            terms.append(Term("merged", max(0, copies - passing)))
         if TWIN in spec.require:
             terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
         if live and spec.targets == "live" and teacher is not None and teacher.place == "process":
@@ -262,7 +272,8 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
 
 _ORDER = (
     *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
-    *("student", "start", "twin", "states", "checkpoint", "activations", "logits", "ahead", "attention", "runtime"),
+    *("student", "start", "twin", "states", "checkpoint", "merged"),
+    *("activations", "logits", "ahead", "attention", "runtime"),
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.plan import Term, checkpoint_term
 from latentforge.memory.shape import ModelShape
+from latentforge.spec.lora import LoraSpec
 
 WIDTH = {"fp32": 4, "bf16": 2}
 
@@ -26,6 +27,23 @@ class Step:
     accumulates: bool = True
     recomputed: bool = False
     adapters: int | None = None
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraSpec) -> int | None:
+    """The numbers of a spec's adapters on a decoder of ``shape``; None where a module is named that is not counted."""
+    hidden, query, kv, inner = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
+    sizes = {
+        "q_proj": (hidden, query),
+        "k_proj": (hidden, kv),
+        "v_proj": (hidden, kv),
+        "o_proj": (query, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+    if not set(lora.target_modules) <= sizes.keys():
+        return None
+    return shape.layers * lora.rank * sum(sum(sizes[name]) for name in lora.target_modules)
 
 
 def training_terms(shape: ModelShape, step: Step, *, who: str, device: str) -> list[Term]:

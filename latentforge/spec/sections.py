@@ -26,6 +26,7 @@ from latentforge.spec.fields import (
     check_shares,
 )
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
+from latentforge.spec.lora import LoraSpec
 from latentforge.spec.url import check_url
 
 
@@ -170,6 +171,7 @@ class DistillSpec(Section):
     """Training of the token-level student."""
 
     student: StudentSpec = StudentSpec()
+    lora: LoraSpec = LoraSpec()
     targets: Literal["store", "live"] = Field("store", description="'live' = dense logits of a teacher in process")
     steps: Count = 500
     batch_size: Count = 16
@@ -222,8 +224,26 @@ class DistillSpec(Section):
         check_best("distill", self.keep, self.validate_every, self.steps)
         check_shares("distill", self, frozen=self.student.frozen)
         self._taught_together()
+        if self.lora.rank:
+            self._adapts()
         check_falsifiers(self.require, section="distill")
         return self
+
+    def _adapts(self) -> None:
+        """Refuse adapters of what has nothing to be adapted, or that nothing would train."""
+        asked = f"lora.rank = {self.lora.rank}"
+        if self.student.init is None:
+            raise ValueError(
+                f"{asked} of a student that starts from nothing: there is nothing to adapt; set student.init to a "
+                "folder, or lora.rank = 0"
+            )
+        if self.student.frozen:
+            raise ValueError(f"{asked} with student.frozen = true: its adapters would not be trained")
+        if self.distributed != "none":
+            raise ValueError(
+                f"{asked} with distributed = {self.distributed!r}: adapters are trained by one process; set "
+                "distributed = 'none', or lora.rank = 0"
+            )
 
     def _taught_together(self) -> None:
         """Refuse a teacher that several processes would each hold, or ask."""

@@ -24,6 +24,7 @@ from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
+from latentforge.students.adapters import Lora, adapt, adapted, merged, trained_part
 from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
@@ -202,14 +203,23 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
     spec = job.spec
     model = copy.deepcopy(start).to(job.device)
     model.requires_grad_(not spec.student.frozen)
+    if (lora := lora_of(spec)) is not None:
+        adapt(model, lora, seed=job.order.seed)
+        cast_weights(model, PRECISIONS[spec.precision])
     student = Student(model, job.data.vocab_size, padding_of(job.data))
     if spec.activation_checkpointing:
         student.checkpoint_activations()
-    parts = Parts(student, model, layers=layers_of(model), methods=("logits",))
+    parts = Parts(student, trained_part(model), layers=layers_of(model), methods=("logits",))
     updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
     engine = engine_of(spec.distributed, parts, updates, precision=PRECISIONS[spec.precision])
     objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
     return Trainer(student, engine, objective, micro_batch_size=spec.micro_batch_size)
+
+
+def lora_of(spec: DistillSpec) -> Lora | None:
+    """The adapters that a spec asks for; None: every tensor of its student is trained."""
+    asked = spec.lora
+    return Lora(asked.rank, asked.alpha, asked.dropout, asked.target_modules) if asked.rank else None
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -219,9 +229,13 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 def whole_student(job: Job, start: Any, trainer: Trainer) -> tuple[Student, dict[str, Tensor]]:
     """The student as one process has it, and its weights with their masters; of several processes the first is given
-    the trained weights in a model of its own. Collective.
+    the trained weights in a model of its own, and of adapters a model that they are merged into. Collective.
     """
     weights, engine = trainer.optimiser.weights(), trainer.engine
+    if (lora := adapted(trainer.student.model)) is not None:
+        model = merged(start, lora, weights)
+        cast_weights(model, engine.precision)
+        return Student(model.to(job.device), job.data.vocab_size, padding_of(job.data)), weights
     if not isinstance(engine, Single) and engine.world.first:
         model = copy.deepcopy(start)
         with torch.no_grad():
@@ -230,6 +244,16 @@ def whole_student(job: Job, start: Any, trainer: Trainer) -> tuple[Student, dict
         cast_weights(model, engine.precision)
         return Student(model.to(job.device), job.data.vocab_size, padding_of(job.data)), weights
     return trainer.student, weights
+
+
+def lora_in_force(spec: DistillSpec, model: nn.Module) -> dict[str, Any]:
+    """The adapters as the model's own modules hold them; without any, the other values are as they were asked for."""
+    found = adapted(model)
+    if found is None:
+        return {**spec.lora.model_dump(mode="json"), "rank": 0}
+    order = {name: place for place, name in enumerate(spec.lora.target_modules)}
+    targets = sorted(found.targets, key=lambda name: order.get(name, len(order)))
+    return {"rank": found.rank, "alpha": found.alpha, "dropout": found.dropout, "target_modules": targets}
 
 
 def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
@@ -259,6 +283,7 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
         "endurance": meaning_of(endurance_of(job.run)),
         "distill": {
             "student": student,
+            "lora": lora_in_force(spec, model),
             "targets": "live" if job.supply.live else "store",
             "steps": spec.steps,
             "batch_size": len(batch),

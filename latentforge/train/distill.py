@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from latentforge.errors import FailedError, LatentForgeError
 from latentforge.events import EventLog, read_events, standing
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import DistillSpec
+from latentforge.students.adapters import adapted, adapters, save_adapter, trained_part
 from latentforge.students.causal import Student
 from latentforge.teachers import prefetch
 from latentforge.teachers.alignment import compare_vocabularies
@@ -47,7 +49,7 @@ from latentforge.train.flops import training_flops
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import Evaluation, Trainer, evaluate, log_compiles, log_step, rehearse
 from latentforge.train.onpolicy import OnPolicy
-from latentforge.train.products import save_model, start_digests
+from latentforge.train.products import frozen_digests, save_model, start_digests
 from latentforge.train.resume import Earlier, known_evaluation, open_predecessor
 from latentforge.train.samples import samples
 from latentforge.train.score import teacher_folder
@@ -64,11 +66,13 @@ CHECKPOINTS = {"student": "", "twin": "twin"}
 
 @dataclass(frozen=True)
 class Trained:
-    """One model after its steps: who trained it, its tensors' digests before step 1, held-out values at both ends, the
+    """One model after its steps: who trained it, the digests before step 1 of its trained tensors and of those that
+    stand frozen ``beside`` adapters, held-out values at both ends, the
     step whose weights it has now, and what its steps came to."""
 
     trainer: Trainer
     start: dict[str, str]
+    beside: dict[str, str]
     before: Evaluation
     after: Evaluation
     kept: int
@@ -174,6 +178,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
             log=log,
             step=spec.steps,
             model="student",
+            **keep_adapters(run, student),
         )
         models = {name: one for name, (one, _) in plain.items()}
         if isinstance(supply.source, HFTeacher):
@@ -193,9 +198,9 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
 def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profile: str) -> Trained:
     """All steps of one model, from its start or its predecessor's last checkpoint, held-out values at both ends."""
     spec, log = job.spec, job.log
-    start = start_digests(trainer.optimiser)
+    start, beside = start_digests(trainer.optimiser), frozen_digests(trainer.student.model)
     world = trainer.engine.world
-    trained, optimiser = trainer.student.model, trainer.optimiser
+    trained, optimiser = trained_part(trainer.student.model), trainer.optimiser
     position, below = position_of(job.data, job.order), CHECKPOINTS[model]
     keeper = Keeper(job.run, log, trained, optimiser, model, start, spec.steps, spec.checkpoint_every, position, below)
     best = Best(keeper, wanted=spec.keep == "best", every=spec.validate_every)
@@ -250,7 +255,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
     report_teaching(job, trainer, model, tally, step=spec.steps)
-    return Trained(trainer, start, before, after, kept, tally)
+    return Trained(trainer, start, beside, before, after, kept, tally)
 
 
 def held_out(job: Job, trainer: Trainer, *, teacher_needed: bool = False) -> Evaluation:
@@ -353,6 +358,21 @@ def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, flo
         for name, one in trained.items()
     }
     return {"steps": spec.steps, "kl_temperature": spec.temperature, "flops": flops, "models": values}
+
+
+def keep_adapters(run: RunDir, student: Trained) -> dict[str, Any]:
+    """Save the adapters of a student beside its merged folder, and say which of its frozen tensors are other ones than
+    before the first step; nothing of a student that has none."""
+    model = student.trainer.student.model
+    lora = adapted(model)
+    if lora is None:
+        return {}
+    weights, folder = student.trainer.optimiser.weights(), run.out / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    base = f"sha256:{run.input_ref('student_init')['sha256']}"
+    save_adapter(lora, {name: weights[name] for name, _ in adapters(model)}, folder, base=base)
+    changed = [name for name, digest in frozen_digests(model).items() if digest != student.beside[name]]
+    return {"frozen": len(student.beside), "frozen_changed": changed}
 
 
 def has_weights(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from latentforge.errors import FailedError, LatentForgeError
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "zstandard", "latentforge")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "zstandard", "latentforge")
 
 
 def record(run: RunDir, **parts: Any) -> None:

@@ -97,6 +97,18 @@ def artefact_moved_001(events: Events) -> Verdict:
     return verdict_of(events, name, moved == trained and trained > 0, text, {"moved": moved, "tensors": trained})
 
 
+def artefact_frozen_001(events: Events) -> Verdict:
+    """F-ARTEFACT-FROZEN-001: beside adapters, every tensor of the student is the one that it started from."""
+    name = "F-ARTEFACT-FROZEN-001"
+    products = [e.fields for e in events if e.kind == "checkpoint" and e.fields.get("product")]
+    if not products or "frozen" not in products[-1]:
+        return verdict_of(events, name, None, "no product of adapters is in the events")
+    count, changed = products[-1]["frozen"], products[-1]["frozen_changed"]
+    text = f"{count - len(changed)} of {count} frozen tensors are as they were"
+    text += f"; changed: {', '.join(changed[:3])}" if changed else ""
+    return verdict_of(events, name, count > 0 and not changed, text, {"frozen": count, "changed": len(changed)})
+
+
 def effective_config_001(events: Events) -> Verdict:
     """F-EFFECTIVE-CONFIG-001: what was in force when set-up ended is what was asked."""
     name = "F-EFFECTIVE-CONFIG-001"
@@ -258,6 +270,7 @@ REQUIRABLE: dict[str, Callable[[Events], Verdict]] = {
     "F-BATCH-ROWS-001": batch_rows_001,
     "F-ARTEFACT-SIZE-001": artefact_size_001,
     "F-ARTEFACT-MOVED-001": artefact_moved_001,
+    "F-ARTEFACT-FROZEN-001": artefact_frozen_001,
     "F-KERNEL-NOJIT-001": kernel_nojit_001,
     "F-TEACHER-COVERAGE-001": coverage_001,
     "F-LATENT-AE-001": latent_ae_001,
@@ -273,6 +286,8 @@ def judge(events: Events, require: Sequence[str] = ()) -> list[Verdict]:
     """The verdicts of a run, those that are always due first, the required ones last (a log's last lines)."""
     events = standing(events)  # a run that went back made some steps twice
     due = (*ALWAYS, *OF_STUDENTS) if (run_of(events) or "").startswith("distill-") else ALWAYS
+    if ready_of(events).get("requested", {}).get("distill", {}).get("lora", {}).get("rank"):
+        due = (*due, artefact_frozen_001)
     chosen = [check for check in due if all(REQUIRABLE[name] is not check for name in require)]
     return [check(events) for check in (*chosen, *(REQUIRABLE[name] for name in require))]
 

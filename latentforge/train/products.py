@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.errors import FailedError
 from latentforge.events import EventLog
+from latentforge.students.adapters import frozen
 from latentforge.students.causal import Student
 from latentforge.train.checkpoint import tensor_sha256
 from latentforge.train.engines.protocol import Optimiser
@@ -21,6 +22,11 @@ from latentforge.train.engines.protocol import Optimiser
 def start_digests(optimiser: Optimiser) -> dict[str, str]:
     """The digest of every tensor before the first step: of the masters where it is trained, else of the model."""
     return {name: tensor_sha256(value) for name, value in optimiser.weights().items()}
+
+
+def frozen_digests(model: nn.Module) -> dict[str, str]:
+    """The digest of every tensor that stands frozen beside adapters; none where there are no adapters."""
+    return {name: tensor_sha256(value) for name, value in frozen(model).items()}
 
 
 def save_model(
@@ -33,8 +39,10 @@ def save_model(
     log: EventLog,
     step: int,
     model: str,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Save ``folder`` whole, compare every tensor on disk with memory, and say in an event what moved since ``start``.
+    """Save ``folder`` whole, compare every tensor on disk with memory, and say in an event what moved since ``start``,
+    and ``more``.
 
     FailedError where what is on disk is not what was trained.
     """
@@ -47,7 +55,7 @@ def save_model(
     copy_tokenizer(tokenizer, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return say_saved(student.model, weights, folder, start=start, log=log, step=step, model=model)
+    return say_saved(student.model, weights, folder, start=start, log=log, step=step, model=model, **more)
 
 
 def say_saved(
@@ -59,8 +67,10 @@ def say_saved(
     log: EventLog,
     step: int,
     model: str,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Compare every tensor that was saved in ``folder`` with memory, and say in an event what moved since ``start``.
+    """Compare every tensor that was saved in ``folder`` with memory, and say in an event what moved since ``start``,
+    and ``more``.
 
     ``weights`` are the optimiser's: masters where a tensor is trained. FailedError where what is on disk is not what
     was trained.
@@ -78,6 +88,7 @@ def say_saved(
         "moved": len(start) - len(unmoved),
         "tensors": len(start),
         "unmoved": unmoved,
+        **more,
     }
     log.checkpoint(step, path=f"{folder.parent.name}/{folder.name}", product=True, model=model, **weight)
     return weight

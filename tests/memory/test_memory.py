@@ -26,8 +26,9 @@ from latentforge.memory.estimate import (
     teacher_shape,
 )
 from latentforge.memory.plan import GIB
-from latentforge.memory.training import Step, training_terms
+from latentforge.memory.training import Step, adapter_parameters, training_terms
 from latentforge.spec.latent import AutoencoderSpec
+from latentforge.spec.lora import LoraSpec
 from latentforge.spec.recipe import read_recipe, recipe_names
 from latentforge.spec.resolve import resolve_pipeline
 from latentforge.verdicts import Outcome
@@ -159,6 +160,23 @@ def test_weights_and_states_are_those_that_the_optimiser_really_holds(precision:
         shape, Step(1, 1, precision), who="student", device="cpu"
     )}  # fmt: skip
     assert sum(held.values()) == terms["student"] + terms["states"]
+
+
+def test_adapters_are_counted_to_the_number_and_have_the_only_gradients_and_moments() -> None:
+    from transformers import Qwen3ForCausalLM
+
+    from latentforge.students.adapters import Lora, adapt, adapters
+
+    shape = ModelShape.qwen3(320, layers=2, hidden=64, heads=4, kv_heads=2, intermediate=128)
+    asked = LoraSpec(rank=3)
+    model = Qwen3ForCausalLM(config(shape))
+    adapt(model, Lora(3, asked.alpha, 0.0, asked.target_modules), seed=1)
+    count = adapter_parameters(shape, asked)
+    assert count == sum(p.numel() for _, p in adapters(model))
+    terms = {t.name: t.bytes for t in training_terms(shape, Step(1, 1, adapters=count), who="student", device="cpu")}
+    assert terms["student"] == 4 * (shape.parameters + count)
+    assert (terms["states"], terms["checkpoint"]) == (12 * count, 12 * count)
+    assert adapter_parameters(shape, LoraSpec(rank=3, target_modules=("c_attn",))) is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from latentforge.data.shards import ShardSet
+from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, PipelineSpec
-from latentforge.students.causal import Student
-from latentforge.train import distill, effective, products
+from latentforge.students.adapters import Lora, adapt
+from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.train import assembly, distill, effective, products
+from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.engines import choice
 from latentforge.train.inprocess import execute_pipeline, plan
 from latentforge.train.optimiser import MasterOptimiser
@@ -162,6 +167,95 @@ def test_activations_computed_again_change_no_bit_of_a_run_and_are_read_back_fro
     code, text = run_here(make_run(**few, attempt=2, activation_checkpointing=True))
     assert code is ExitCode.FAIL
     assert "activation_checkpointing = True asked, False in force" in text
+
+
+def adapting(init: Path, **more: Any) -> dict[str, Any]:
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target_modules": ("q_proj", "down_proj")}
+    return {"init": str(init), "lora": lora, "steps": 8, "learning_rate": 0.01, **more}
+
+
+@pytest.fixture
+def base(upstream: Path, tmp_path: Path) -> Path:
+    """A folder to adapt: a student that has not been trained, with the data's tokenizer."""
+    folder = tmp_path / "base"
+    shape = ModelShape(layers=2, hidden=32, heads=2, kv_heads=1, intermediate=48)
+    data = ShardSet.open(next(upstream.glob("data-*")) / "out")
+    sizes = {"vocab_size": data.vocab_size, "positions": data.sequence_length, "eos_id": data.eos_id}
+    new_model(shape, **sizes, seed=5).save_pretrained(folder)
+    copy_tokenizer(data.tokenizer_dir, folder)
+    return folder
+
+
+def test_adapters_alone_are_trained_merged_into_a_plain_folder_and_resumed_to_the_bit(
+    make_run: MakeRun, run_here: RunHere, base: Path
+) -> None:
+    whole = make_run(**adapting(base))
+    code, text = run_here(whole)
+    assert code is ExitCode.PASS, text
+    found = verdicts(read_events(whole.events_file))
+    assert {found["F-ARTEFACT-MOVED-001"], found["F-ARTEFACT-FROZEN-001"]} == {"pass"}
+    product = next(e.fields for e in read_events(whole.events_file) if e.fields.get("product"))
+    assert (product["moved"], product["tensors"], product["frozen_changed"]) == (8, 8, [])
+    asked = {**adapting(base)["lora"], "target_modules": ["q_proj", "down_proj"]}
+    assert effective.read(whole)["effective"]["distill"]["lora"] == asked
+    start, made = (load_file(folder / "model.safetensors") for folder in (base, whole.out / "student"))
+    assert start.keys() == made.keys()
+    changed = {name.split(".")[-2] for name, value in made.items() if not torch.equal(value, start[name])}
+    assert changed == {"q_proj", "down_proj"}
+    kept = load_checkpoint(whole.checkpoints / "step-000008")
+    assert all(".lora_" in name for name in kept.weights)
+    # What is merged answers as base and adapter do through peft.
+    from peft import PeftModel
+
+    text_rows = torch.randint(0, 64, (2, 9))
+    plain, adapted = model_from_folder(whole.out / "student"), model_from_folder(base)
+    beside = PeftModel.from_pretrained(adapted, whole.out / "adapter").eval()
+    assert torch.allclose(plain.eval()(text_rows).logits, beside(text_rows).logits, atol=1e-5)
+
+    shutil.rmtree(whole.checkpoints / "step-000008")
+    resumed = make_run(**adapting(base), attempt=2, predecessor=whole)
+    code, text = run_here(resumed)
+    assert "student resumes from step 4" in text
+    assert code is ExitCode.PASS, text
+    again = load_file(resumed.out / "student" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in made.items())
+
+
+def test_a_base_weight_that_is_trained_beside_its_adapters_fails_the_run(
+    make_run: MakeRun, run_here: RunHere, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfrozen(model: Any, lora: Any, *, seed: int) -> None:
+        adapt(model, lora, seed=seed)
+        model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+
+    monkeypatch.setattr(assembly, "adapt", unfrozen)
+    run = make_run(**adapting(base))
+    code, text = run_here(run)
+    assert code is ExitCode.FAIL, text
+    assert verdicts(read_events(run.events_file))["F-ARTEFACT-FROZEN-001"] == "fail"
+    assert "changed: model.layers.0.mlp.up_proj.weight" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"init": None}, "there is nothing to adapt"),
+        ({"frozen": True}, "its adapters would not be trained"),
+        ({"distributed": "ddp"}, "adapters are trained by one process"),
+    ],
+)
+def test_adapters_that_could_not_be_trained_are_refused_when_the_spec_is_read(
+    asked: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        tiny_spec(**{**adapting(tmp_path), **asked})
+
+
+def test_a_module_that_is_not_there_or_that_the_loss_reads_itself_is_no_target() -> None:
+    model = new_model(ModelShape(1, 32, 2, 1, 48), vocab_size=64, positions=9, eos_id=0, seed=1)
+    for targets, said in ((("q_proj", "c_attn"), "the student has no c_attn"), (("lm_head",), "read by the loss")):
+        with pytest.raises(RefusedError, match=said):
+            adapt(model, Lora(2, 4.0, 0.0, targets), seed=1)
 
 
 def test_held_out_text_is_measured_in_no_larger_passes_than_are_trained() -> None:

@@ -68,7 +68,7 @@ def good_events() -> list[Event]:
         told.append(("step", {"model": "latent", "step": step, "steps": 6, "learning_rate": 1e-3, **lesson}))
     weight = {"path": "out/student", "bytes": 900, "expected_bytes": 800, "moved": 9, "tensors": 9, "unmoved": []}
     told.append(("checkpoint", {"step": 3, **weight}))
-    told.append(("checkpoint", {"step": 6, "product": True, **weight}))
+    told.append(("checkpoint", {"step": 6, "product": True, **weight, "frozen": 5, "frozen_changed": []}))
     return [Event(seq, float(seq), "", RUN, kind, fields) for seq, (kind, fields) in enumerate(told)]
 
 
@@ -215,6 +215,8 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("F-KERNEL-NOJIT-001", "step", {"step": 3, "model": "student"}, {"compiles": 2}, "2 compiles since ready"),
     ("F-ARTEFACT-MOVED-001", "checkpoint", {}, {"moved": 0, "tensors": 0}, "0 of 0"),
+    ("F-ARTEFACT-FROZEN-001", "checkpoint", {}, {"frozen_changed": ["embed"]}, "4 of 5 frozen tensors"),
+    ("F-ARTEFACT-FROZEN-001", "checkpoint", {}, {"frozen": 0}, "0 of 0"),
     ("F-DISTILL-CANARY-001", "checkpoint", {"step": 3}, {"bytes": 200}, "200 bytes, its tensors need 800"),
     ("F-DISTILL-CANARY-001", "checkpoint", {"step": 3}, {"moved": 8}, "8 of 9 tensors moved by step 3"),
     ("F-DISTILL-CANARY-001", "metric", {"name": "val_kl", "step": 0}, {"value": 1e-9}, "held-out KL 1.00e-09"),
