@@ -31,7 +31,7 @@ _LOOK_SECONDS = 0.05
 @dataclass(frozen=True)
 class Ended:
     """How one process ended: its exit code or the signal that killed it (negative), and what it ``told``, if it could;
-    ``ours`` where it was its own host's process that ended it, ``host`` where there are several; ``hung`` how it
+    ``ours`` where that is a signal of its own host's process, ``host`` where there are several; ``hung`` how it
     was found where it gave no sign of life."""
 
     rank: int
@@ -96,7 +96,7 @@ class Ranks:
         self._reports: list[IO[bytes]] = []
         self._files: list[IO[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._ours: set[int] = set()
+        self._sent: set[tuple[int, int]] = set()
         self._until: float | None = None
         self._pulses: list[Pulse] = []
         self._hung: dict[int, str] = {}
@@ -132,7 +132,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._end(signal.SIGKILL)
+        self.tell(signal.SIGKILL)
         for process in self._processes:
             process.wait()
         for listener in self._listeners:
@@ -147,8 +147,9 @@ class Ranks:
 
     def tell(self, number: int) -> None:
         """Send a signal to all that still run."""
-        for process in self._processes:
+        for rank, process in enumerate(self._processes):
             if process.poll() is None:
+                self._sent.add((rank, number))
                 process.send_signal(number)
 
     @property
@@ -168,7 +169,7 @@ class Ranks:
             if self.failing:
                 self.hurry(grace)
             if self._until is not None and time.monotonic() > self._until:
-                self._end(signal.SIGKILL)
+                self.tell(signal.SIGKILL)
             self._kill_hung()
             look()
             time.sleep(_LOOK_SECONDS)
@@ -182,20 +183,15 @@ class Ranks:
                 self._hung[rank] = found
                 process.kill()
 
-    def _end(self, number: int) -> None:
-        for rank, process in enumerate(self._processes):
-            if process.poll() is None:
-                self._ours.add(rank)
-                process.send_signal(number)
-
     def _ended(self, rank: int) -> Ended:
         process, report = self._processes[rank], self._reports[rank]
         report.seek(0)
         said = report.read()
         told = json.loads(said) if said.endswith(b"}") else {}
         first, host = self._place.first, self._place.host
-        ours, hung = rank in self._ours, self._hung.get(rank)
-        return Ended(first + rank, process.pid, int(process.returncode), told, ours, host, hung)
+        code = int(process.returncode)
+        ours, hung = (rank, -code) in self._sent, self._hung.get(rank)
+        return Ended(first + rank, process.pid, code, told, ours, host, hung)
 
 
 def _copy(said: IO[bytes], text: TextIO) -> None:
@@ -237,6 +233,8 @@ def refuse_failed(ended: list[Ended]) -> None:
     for one in failed:
         if "interrupted" in one.told:
             raise Interrupted(one.told["interrupted"])
+        if one.ours and one.returncode == -signal.SIGTERM:
+            raise Interrupted("interrupted by SIGTERM before the processes of the run had begun")
     for one in failed:
         what = one.told.get("crash", f"ended with exit code {one.returncode} and told nothing")
         raise CrashedError(f"process {one.rank} of {len(ended)} ({one.named}): {what}")

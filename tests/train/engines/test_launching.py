@@ -1,0 +1,42 @@
+"""Who starts the processes of a run speaks for them: how they ended, and when they were told to stop."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from latentforge.errors import CrashedError, LatentForgeError, RefusedError
+from latentforge.events import EventLog, read_events
+from latentforge.spec.identity import RunIdentity
+from latentforge.spec.run import LaunchRecord, RunDir
+from latentforge.train import spread
+from latentforge.train.engines.launching import Ended, Ranks, refuse_failed
+from latentforge.train.hosts.abreast import Abreast
+from latentforge.train.stopping import Interrupted, Overdue, deferred_stop, handled_signals
+from latentforge.verdicts import ExitCode
+
+CRASH = {"code": 5, "crash": "RuntimeError: the others are gone"}
+
+
+def run_on(device: str, below: Path) -> RunDir:
+    identity = RunIdentity("distill", {"distill": {"device": device}}, {}, "0" * 64, "1" * 64)
+    return RunDir.create(below, identity, LaunchRecord(identity.run_id, "2" * 64, {}))
+
+
+def test_processes_that_are_told_to_stop_while_they_start_were_stopped_and_did_not_crash() -> None:
+    with Ranks("no.such:function", {}, 2) as ranks:
+        ranks.tell(signal.SIGTERM)
+        ended = ranks.wait()
+    assert [(one.returncode, one.ours) for one in ended] == [(-signal.SIGTERM, True)] * 2
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM before the processes of the run had begun"):
+        refuse_failed([Ended(0, 1, 5, CRASH), *ended])
+    # What somebody else killed it by is not what it was told.
+    with pytest.raises(CrashedError, match="killed by SIGKILL"):
+        refuse_failed([*ended, Ended(2, 3, -signal.SIGKILL, {})])
