@@ -33,10 +33,12 @@ def run_spread(
     """
     check_devices(processes)
     place, abreast = (None, Abreast([])) if leading is None else leading.meet()
-    with deferred_stop(), begin(run, log, processes, text=text, place=place) as ranks:
-        ended = ranks.wait(look=lambda: abreast.look(ranks))
-        others = abreast.ended(ended)
-    log.take_up()
+    try:
+        with deferred_stop(), begin(run, log, processes, text=text, place=place) as ranks:
+            ended = ranks.wait(look=lambda: abreast.look(ranks))
+            others = abreast.ended(ended)
+    finally:  # whatever is said of the end follows on what the first of them has written
+        log.take_up()
     abreast.refuse_lost()
     refuse_failed([*ended, *others])
     return sum(int(one.told["value"]) for one in ended)

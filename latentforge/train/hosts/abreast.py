@@ -10,7 +10,10 @@ from dataclasses import asdict
 
 from latentforge.train.engines.launching import GRACE_SECONDS, Ended, Ranks
 from latentforge.train.hosts.wire import HostLost, Link, Message, refuse_ended
-from latentforge.train.stopping import stop_requested
+from latentforge.train.stopping import SHARE, stop_requested
+
+_LAST = 0.95
+"""Of the time between the signal and the kill: until who waits for the processes of a run ends them."""
 
 
 class Abreast:
@@ -80,6 +83,10 @@ class Abreast:
     def _stop(self, ranks: Ranks) -> None:
         if "stop" not in self._told:
             ranks.tell(signal.SIGTERM)
+            # They give up by themselves, and a checkpoint under way has a tenth more: this process, which would kill
+            # them, gives up behind that.
+            left, _ = signal.getitimer(signal.ITIMER_REAL)
+            signal.setitimer(signal.ITIMER_REAL, left * _LAST / SHARE)
         self._tell_once("stop")
 
     def _tell_once(self, kind: str) -> None:

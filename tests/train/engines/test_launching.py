@@ -40,3 +40,41 @@ def test_processes_that_are_told_to_stop_while_they_start_were_stopped_and_did_n
     # What somebody else killed it by is not what it was told.
     with pytest.raises(CrashedError, match="killed by SIGKILL"):
         refuse_failed([*ended, Ended(2, 3, -signal.SIGKILL, {})])
+
+
+def test_who_waits_for_the_processes_gives_up_behind_them() -> None:
+    told = list[int]()
+    ranks: Any = SimpleNamespace(tell=told.append, failing=False)
+    abreast = Abreast([])
+    with handled_signals(100.0), deferred_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            abreast.look(ranks)
+        assert told == [signal.SIGTERM]
+        assert 90.0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 95.0
+
+
+def test_the_end_of_a_run_whose_processes_are_killed_is_numbered_behind_what_they_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_on("auto", tmp_path)
+
+    class Killed:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+        def wait(self, **_: object) -> Any:
+            with EventLog(run.events_file, run.run, text=io.StringIO()) as theirs:
+                theirs.warning("one")
+                theirs.warning("two")
+            raise Overdue("the time is over")
+
+    monkeypatch.setattr(spread, "begin", lambda *_, **__: Killed())
+    with EventLog(run.events_file, run.run, text=io.StringIO()) as log:
+        with pytest.raises(Overdue):
+            spread.run_spread(run, log, 2)
+        log.end(ExitCode.UNKNOWN)
+    assert [event.seq for event in read_events(run.events_file)] == [0, 1, 2]
