@@ -31,7 +31,7 @@ def run_spread(
     A signal to stop is handed on: they end after the same step, with a checkpoint. One that is killed, or fails, ends
     them all, and so does a host that is lost. Raises what they ended by.
     """
-    check_devices(processes)
+    check_devices(run, processes)
     place, abreast = (None, Abreast([])) if leading is None else leading.meet()
     try:
         with deferred_stop(), begin(run, log, processes, text=text, place=place) as ranks:
@@ -44,9 +44,11 @@ def run_spread(
     return sum(int(one.told["value"]) for one in ended)
 
 
-def check_devices(processes: int) -> None:
-    """Refuse more processes than this host has GPUs, where it has any."""
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+def check_devices(run: RunDir, processes: int) -> None:
+    """Refuse more processes than this host has GPUs, where it has any and ``run`` is to use them."""
+    identity = run.load_identity()
+    on_cpu = identity.spec[identity.kind]["device"] == "cpu"
+    if not on_cpu and torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise RefusedError(
             f"processes = {processes}, and this host has {torch.cuda.device_count()} GPU(s): a GPU takes one process",
             next=f"set processes = {torch.cuda.device_count()}, or device = 'cpu'",

@@ -61,7 +61,7 @@ def _follow(run: RunDir, log: EventLog, hosts: Hosts, link: Link, text: TextIO |
         leader = _mirror(run, log, link)
     identity = leader.load_identity()
     processes = check_hosts(identity.kind, identity.spec, len(hosts.hosts))
-    check_devices(processes)
+    check_devices(leader, processes)
     effective.record(run, world=hosts.as_json() | {"processes": processes})
     planned = memory.plan_of(leader, identity)
     if planned is not None:

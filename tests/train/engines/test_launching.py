@@ -78,3 +78,13 @@ def test_the_end_of_a_run_whose_processes_are_killed_is_numbered_behind_what_the
             spread.run_spread(run, log, 2)
         log.end(ExitCode.UNKNOWN)
     assert [event.seq for event in read_events(run.events_file)] == [0, 1, 2]
+
+
+def test_more_processes_than_gpus_are_refused_where_they_would_use_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    spread.check_devices(run_on("cpu", tmp_path), 2)
+    with pytest.raises(RefusedError, match=r"processes = 2, and this host has 1 GPU"):
+        spread.check_devices(run_on("auto", tmp_path), 2)
