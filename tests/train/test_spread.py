@@ -129,12 +129,8 @@ def test_a_run_is_stopped_and_killed_and_goes_on_under_other_engines(make_run: M
     assert all(ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-6) for step in range(1, 4))
 
 
-def test_a_process_that_refuses_ends_the_run_with_its_own_words(make_run: MakeRun, run_here: RunHere) -> None:
+def test_a_process_that_crashes_ends_the_run_with_its_own_words(make_run: MakeRun, run_here: RunHere) -> None:
     run = make_run(steps=4, distributed="ddp", processes=2)
-    shard = run.input_path("data") / "train.bin"
-    lines = run.path / "launch.json"
-    assert shard.exists()
-    assert lines.exists()
     (run.out / "checkpoints").parent.mkdir(exist_ok=True)
     (run.out / "checkpoints").write_text("no folder")
     code, text = run_here(run)

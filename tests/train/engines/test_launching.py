@@ -42,6 +42,13 @@ def test_processes_that_are_told_to_stop_while_they_start_were_stopped_and_did_n
         refuse_failed([*ended, Ended(2, 3, -signal.SIGKILL, {})])
 
 
+def test_what_one_process_refused_is_what_the_run_ends_by() -> None:
+    refused = Ended(1, 2, 2, {"code": 2, "error": "no such teacher", "next": "name another"})
+    with pytest.raises(LatentForgeError, match="no such teacher") as raised:
+        refuse_failed([Ended(0, 1, 5, CRASH), refused])
+    assert (raised.value.code, raised.value.next) == (ExitCode.REFUSED, "name another")
+
+
 def test_who_waits_for_the_processes_gives_up_behind_them() -> None:
     told = list[int]()
     ranks: Any = SimpleNamespace(tell=told.append, failing=False)
