@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -37,18 +39,22 @@ class Scope(Part):
     """Where a verdict holds. Outside it a falsifier is not run and its UNKNOWN does not count.
 
     ``arch`` names processors (``x86_64``, ``aarch64``) or GPU architectures (``sm_121``), ``device`` a kind of device,
-    ``package`` what an extra of LatentForge installs.
+    ``package`` what an extra of LatentForge installs, ``tool`` a program of the machine: a C++ compiler (``CXX``, or
+    g++).
     """
 
     arch: Literal["any"] | list[Architecture] = "any"
     device: Literal["any", "cpu", "cuda"] = "any"
     profile: Literal["any", "smoke", "full"] = "any"
     package: Literal["any", "deepspeed"] = "any"
+    tool: Literal["any", "c++"] = "any"
 
     def unmet(self, *, arch: str, gpus: Sequence[str]) -> str | None:
         """Why this machine (processor, GPU architectures, packages) is outside the scope; None where it is inside."""
         if self.package != "any" and importlib.util.find_spec(self.package) is None:
             return f"needs {self.package}, which is not installed"
+        if self.tool == "c++" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "needs a C++ compiler, and there is none"
         if self.device == "cuda" and not gpus:
             return "needs a GPU"
         if self.arch != "any" and not {arch, *gpus} & set(self.arch):

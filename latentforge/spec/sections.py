@@ -201,6 +201,9 @@ class DistillSpec(Section):
         "last", description="whose weights are saved: the last step's, or those of the lowest held-out loss measured"
     )
     prefetch: Annotated[int, Field(ge=0, le=64)] = Field(2, description="batches whose targets are fetched ahead")
+    compile: bool = Field(
+        False, description="torch.compile the student's layers for its training steps; on a CPU that needs g++"
+    )
     on_teacher_loss: Literal["stop", "degrade"] = Field(
         "stop", description="'degrade' goes on without KD where the teacher is lost, and reports the coverage"
     )
@@ -226,6 +229,7 @@ class DistillSpec(Section):
         self._taught_together()
         if self.lora.rank:
             self._adapts()
+        self._compiled_alone()
         check_falsifiers(self.require, section="distill")
         return self
 
@@ -258,6 +262,31 @@ class DistillSpec(Section):
             raise ValueError(
                 f"distributed = {self.distributed!r} with on_policy = {self.on_policy:g}: the processes do not write "
                 "text together; set on_policy = 0, or distributed = 'none'"
+            )
+
+    def _compiled_alone(self) -> None:
+        """Refuse what compiled layers are not proven with."""
+        if not self.compile:
+            return
+        if self.distributed != "none":
+            raise ValueError(
+                f"compile = true with distributed = {self.distributed!r}: compiled layers are proven on one process; "
+                "set compile = false, or distributed = 'none'"
+            )
+        if self.activation_checkpointing:
+            raise ValueError(
+                "compile = true with activation_checkpointing = true: layers that are computed again for the gradient "
+                "are not proven compiled; set one of them to false"
+            )
+        if self.lora.rank:
+            raise ValueError(
+                f"compile = true with lora.rank = {self.lora.rank}: adapted layers are not proven compiled; set "
+                "compile = false, or lora.rank = 0"
+            )
+        if self.on_policy > 0.0:
+            raise ValueError(
+                f"compile = true with on_policy = {self.on_policy:g}: a step has another number of rows each time, and "
+                "would be compiled anew; set compile = false, or on_policy = 0"
             )
 
 

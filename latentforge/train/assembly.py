@@ -36,6 +36,7 @@ from latentforge.teachers.protocol import Scorer
 from latentforge.teachers.scoring import coverage
 from latentforge.teachers.store import StoreTeacher
 from latentforge.train.asking import answers_dense, check_live, check_on_policy
+from latentforge.train.compiled import CompiledLayers
 from latentforge.train.data import checked_path
 from latentforge.train.engines.choice import Parts, engine_of
 from latentforge.train.engines.single import Single
@@ -209,11 +210,12 @@ def make_trainer(job: Job, start: Any, *, kd_weight: float, ce_weight: float) ->
     student = Student(model, job.data.vocab_size, padding_of(job.data))
     if spec.activation_checkpointing:
         student.checkpoint_activations()
+    compiled = CompiledLayers(layers_of(model), job.device) if spec.compile else None
     parts = Parts(student, trained_part(model), layers=layers_of(model), methods=("logits",))
     updates = Updates(spec.learning_rate, spec.weight_decay, spec.warmup_steps, spec.steps, spec.clip_norm)
     engine = engine_of(spec.distributed, parts, updates, precision=PRECISIONS[spec.precision])
     objective = Objective(spec.temperature, ce_weight, kd_weight, job.kernel)
-    return Trainer(student, engine, objective, micro_batch_size=spec.micro_batch_size)
+    return Trainer(student, engine, objective, micro_batch_size=spec.micro_batch_size, compiled=compiled)
 
 
 def lora_of(spec: DistillSpec) -> Lora | None:
@@ -305,6 +307,7 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
             "validate_every": spec.validate_every,
             "keep": spec.keep,
             "prefetch": feed.asked_ahead,
+            "compile": trainer.compiled is not None,
             "on_teacher_loss": job.supply.on_loss,
             "on_policy": feed.on_policy.share,
             "on_policy_tokens": feed.on_policy.tokens,

@@ -149,22 +149,31 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
             flops=flops,
         )
     effective.require_same("distill", identity.spec, in_force)
-    if device.type != "cpu":
+    # The same start, data and steps; cross-entropy alone, with all the weight where the student has none of it.
+    twin = partial(make_trainer, job, start, kd_weight=0.0, ce_weight=spec.ce_weight or 1.0)
+    # What is compiled is compiled before the run is ready, the twin's layers too.
+    rival = twin() if wants_twin and spec.compile else None
+    if device.type != "cpu" or spec.compile:
         with log.phase("rehearse"):
             batch = training_batch(data.train, order, 0, device)
-            rehearse(trainer, batch, supply.targets)
+            for one in (trainer, rival):
+                if one is not None:
+                    rehearse(one, batch, supply.targets)
             if drawing:
                 on_policy.write(trainer.student, batch[:1], 0, 0)
-            held_out_once(job, trainer)
+            if device.type != "cpu":
+                held_out_once(job, trainer)
+    record_compiled(run, trainer)
     trainer.watch.drain()
+    if rival is not None:
+        rival.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
     student = train(job, trainer, "student", earlier.get("student"), profile)
     trained = {"student": student}
     if wants_twin:
-        # The same start, data and steps; cross-entropy alone, with all the weight where the student has none of it.
-        rival = make_trainer(job, start, kd_weight=0.0, ce_weight=spec.ce_weight or 1.0)
-        trained["twin"] = train(job, rival, "twin", earlier.get("twin"), profile)
+        trained["twin"] = train(job, rival or twin(), "twin", earlier.get("twin"), profile)
+    record_compiled(run, trainer)
 
     plain = {name: whole_student(job, start, one.trainer) for name, one in trained.items()}
     if not world.first:
@@ -280,6 +289,12 @@ def held_out_batches(job: Job) -> Iterator[Tensor]:
     """The held-out rows, no more of them at a time than a training pass takes: what its memory is planned by."""
     rows = job.spec.micro_batch_size or job.spec.batch_size
     return evaluation_batches(job.data.heldout, job.device, at_most=rows)
+
+
+def record_compiled(run: RunDir, trainer: Trainer) -> None:
+    """Say in ``effective.json`` what of the student's passes really ran compiled, where that was asked for."""
+    if trainer.compiled is not None:
+        effective.record(run, compiled=trainer.compiled.record())
 
 
 def held_out_once(job: Job, trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from latentforge.events import EventLog
 from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
 from latentforge.students.causal import IGNORE, LossParts, RowUse, Student
+from latentforge.train.compiled import CompiledLayers
 from latentforge.train.effective import memory_in_use
 from latentforge.train.engines.protocol import Engine, Optimiser
 
@@ -83,12 +84,19 @@ class Trainer:
     """A student, the engine that trains it, and its objective."""
 
     def __init__(
-        self, student: Student, engine: Engine, objective: Objective, *, micro_batch_size: int | None = None
+        self,
+        student: Student,
+        engine: Engine,
+        objective: Objective,
+        *,
+        micro_batch_size: int | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         self.student = student
         self.engine = engine
         self.objective = objective
         self.micro_batch_size = micro_batch_size
+        self.compiled = compiled
         self.watch = CompileWatch()
 
     @property
@@ -177,6 +185,7 @@ class Trainer:
         wanted = self.objective
         # Without use the call is the one that it always was: a student of one's own need not know the word.
         of_rows: dict[str, Any] = {} if lesson.use is None else {"use": lesson.use}
+        ran = 0 if self.compiled is None else self.compiled.runs
         found: LossParts = self.engine.module(
             lesson.tokens,
             lesson.targets,
@@ -187,6 +196,8 @@ class Trainer:
             kernel_backend=wanted.kernel_backend,
             **of_rows,
         )
+        if self.compiled is not None:
+            self.compiled.require(ran)
         return found
 
     def empty_pass(self, tokens: Tensor, denominator: int) -> Tensor:

@@ -436,7 +436,7 @@ def test_list_says_what_is_superseded_and_by_what(several: None, capsys: pytest.
     assert main(["contracts", "list", "old", "--json"]) == 0
     (old,) = json.loads(capsys.readouterr().out)
     assert old["superseded"] == {"F-OLD-001": "successor"}
-    assert old["scope"] == {"F-OLD-001": {"arch": "any", "device": "any", "profile": "any", "package": "any"}}
+    assert old["scope"] == {"F-OLD-001": dict.fromkeys(("arch", "device", "profile", "package", "tool"), "any")}
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,13 @@ from latentforge.students.causal import (
 )
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.store import StoreTeacher
-from latentforge.train.assembly import PRECISIONS
+from latentforge.train.assembly import PRECISIONS, layers_of
+from latentforge.train.compiled import CompiledLayers
 from latentforge.train.engines.single import Single
 from latentforge.train.feed import Feed
 from latentforge.train.flops import training_flops
 from latentforge.train.loop import Lesson, Objective, Trainer
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.setting import choose_device, choose_kernel, fit_threads, training_batch
 from latentforge.train.speed.material import Material
 from latentforge.train.supply import Supply
@@ -48,7 +49,8 @@ class Breakdown:
     ``parts`` is by :data:`PARTS` and sums to ``step``; ``kernel`` is what the KD kernel alone takes of the
     forward pass, ``fetch`` what reading and unpacking targets took on its own thread, of which ``hidden`` ran beside
     the student.
-    ``plain`` is a step of cross-entropy alone on the same batches. ``flops`` are the model's a step (6 a weight and
+    ``plain`` is a step of cross-entropy alone on the same batches, ``eager`` (where layers are compiled) one like the
+    measured ones without that. ``flops`` are the model's a step (6 a weight and
     token, attention included), ``peak`` the operations a second of a square matrix product in the same precision.
     """
 
@@ -71,6 +73,7 @@ class Breakdown:
     plain: float
     flops: float
     peak: float
+    eager: float | None = None
 
     @property
     def overhead(self) -> float:
@@ -141,7 +144,8 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
     """Take ``steps`` steps with targets and as many without, each block of them after a step that is not counted.
 
     Those with targets are taken before the others and after them, half each: a machine that grows slower does so for
-    both, and no target is fetched while a step without any is timed. What is trained is the student of ``spec.distill``
+    both, and no target is fetched while a step without any is timed. Where layers are compiled, as many steps are taken
+    without that, again half before all others and half after them. What is trained is the student of ``spec.distill``
     on rows of ``spec.data``; RefusedError where device or kernel are not there.
     """
     distill = spec.distill
@@ -156,27 +160,32 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
     flops = training_flops(model, length - 1, distill.batch_size * (length - 1))
     threads = fit_threads(flops)
     clock = _Clock(device)
-    optimiser = _TimedOptimiser(
-        model,
+    updates = Updates(
         learning_rate=distill.learning_rate,
         weight_decay=distill.weight_decay,
         warmup_steps=distill.warmup_steps,
-        steps=max(distill.steps, 2 * steps + 3),
+        steps=max(distill.steps, 3 * steps + 5),
         clip_norm=distill.clip_norm,
     )
+    optimiser = _TimedOptimiser(model, updates)
     optimiser.clock = clock
     taught = Objective(1.0, distill.ce_weight, distill.kd_weight, kernel)
     plain = replace(taught, ce_weight=1.0, kd_weight=0.0)
     student = Student(model, vocab_size)
     engine = Single(student, optimiser)
+    compiled = CompiledLayers(layers_of(model), device) if distill.compile else None
     trainer = _TimedTrainer(student, engine, taught, micro_batch_size=distill.micro_batch_size)
     order = BatchOrder(len(material.shard), distill.batch_size, spec.seed)
 
     def batch_of(step: int) -> Tensor:
         return training_batch(material.shard, order, step, device)
 
-    taken: dict[bool, list[_Taken]] = {True: [], False: []}
+    taken: dict[str, list[_Taken]] = {"with targets": [], "without targets": [], "without torch.compile": []}
     half = (steps + 1) // 2
+    first, last = range(half + 1), range(half, steps + 1)
+    blocks = [("with targets", first), ("without targets", range(steps + 1)), ("with targets", last)]
+    if compiled is not None:
+        blocks = [("without torch.compile", first), *blocks, ("without torch.compile", last)]
     with TargetStore.open(material.store, cache_bytes=0) as store:
         supply = Supply(
             StoreTeacher(store),
@@ -187,19 +196,23 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
             ce_alone=1.0,
             live=False,
         )
-        for kd, block in ((True, range(half + 1)), (False, range(steps + 1)), (True, range(half, steps + 1))):
+        for name, block in blocks:
             if len(block) == 1:  # the step that is not counted, alone
                 continue
+            kd = name != "without targets"
             trainer.objective = taught if kd else plain
+            if compiled is not None:
+                compiled.on = name != "without torch.compile"
+                trainer.compiled = compiled if compiled.on else None
             micro, ahead, source = distill.micro_batch_size, distill.prefetch if kd else 0, supply if kd else None
             with Feed(batch_of, block, supply=source, ahead=ahead, micro_batch_size=micro) as feed:
                 for step in block:
-                    say(f"step {step} of {steps}, {'with' if kd else 'without'} targets")
+                    say(f"step {step} of {steps}, {name}")
                     found = _take(trainer, feed, step, clock)
-                    taken[kd] += [found] if step > block.start else []
+                    taken[name] += [found] if step > block.start else []
         kernel_seconds = _kernel_seconds(trainer, taught, supply, batch_of(0), clock)
-    with_kd, alone = taken[True], taken[False]
-    middle = sorted(with_kd, key=lambda one: one.seconds)[(steps - 1) // 2]
+    with_kd = taken["with targets"]
+    middle = _middle(with_kd)
     fetch = sum(one.fetch for one in with_kd)
     return Breakdown(
         device=device.type,
@@ -218,9 +231,10 @@ def measure(spec: PipelineSpec, material: Material, *, steps: int, say: Say = la
         kernel=kernel_seconds,
         fetch=fetch / steps,
         hidden=sum(one.hidden for one in with_kd) / fetch if fetch else 1.0,
-        plain=sorted(one.seconds for one in alone)[(steps - 1) // 2],
+        plain=_middle(taken["without targets"]).seconds,
         flops=flops,
         peak=matmul_peak(device, dtype),
+        eager=None if compiled is None else _middle(taken["without torch.compile"]).seconds,
     )
 
 
@@ -239,6 +253,10 @@ class _Taken:
     parts: dict[str, float]
     fetch: float
     hidden: float
+
+
+def _middle(taken: list[_Taken]) -> _Taken:
+    return sorted(taken, key=lambda one: one.seconds)[(len(taken) - 1) // 2]
 
 
 def _take(trainer: Trainer, feed: Feed, step: int, clock: _Clock) -> _Taken:

@@ -22,6 +22,8 @@ def lines(found: Breakdown, machine: str) -> list[str]:
             table.append(_row("  of it the KD kernel", found.kernel, found.step))
     table.append(_row("step", found.step, found.step))
     table.append(_row("plain cross-entropy", found.plain, found.step))
+    if found.eager is not None:
+        table.append(_row("without torch.compile", found.eager, found.step))
     return [
         *table,
         "",
