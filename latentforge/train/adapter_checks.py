@@ -7,7 +7,7 @@ from latentforge.students.adapters import Lora, adapt, adapters, trained_part
 from latentforge.students.causal import ModelShape, Student, new_model
 from latentforge.train.engines.single import Single
 from latentforge.train.loop import Objective, Trainer
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.products import frozen_digests, start_digests
 from latentforge.train.rehearsal import LENGTH, VOCABULARY, fixture_targets, small_batch
 
@@ -19,8 +19,8 @@ def frozen_tensors_stay(*, mutant: str | None = None) -> Finding:
     adapt(model, Lora(4, 8.0, 0.0, ("q_proj", "down_proj")), seed=3)
     if mutant == "unfrozen":
         model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
-    settings = {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup_steps": 0, "steps": 9, "clip_norm": None}
-    student, optimiser = Student(model, VOCABULARY), MasterOptimiser(trained_part(model), **settings)
+    updates = Updates(1e-2, weight_decay=0.0, warmup_steps=0, steps=9, clip_norm=None)
+    student, optimiser = Student(model, VOCABULARY), MasterOptimiser(trained_part(model), updates)
     trainer = Trainer(student, Single(student, optimiser), Objective(1.0, 0.0, 1.0, "reference"))
     before, start = frozen_digests(model), start_digests(optimiser)
     for step in range(3):

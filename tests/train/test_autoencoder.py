@@ -211,15 +211,15 @@ def test_a_collapsed_codec_raises_an_alarm(make_run: MakeRun) -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_with_nothing_updated(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentforge.train import codec_trainer
+    from latentforge.students.latent import codec_loss
 
-    real = codec_trainer.codec_loss
+    real = codec_loss.share_of_loss
 
     def planted(*arguments: Any) -> Any:
         found = real(*arguments)
         return found._replace(loss=found.loss * float("nan"))
 
-    monkeypatch.setattr(codec_trainer, "codec_loss", planted)
+    monkeypatch.setattr(codec_loss, "share_of_loss", planted)
     code, text = run_here(make_run())
     assert code is ExitCode.FAIL
     assert "loss is nan at step 1; nothing was updated" in text

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from latentforge.train import assembly, distill, effective, products
 from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.engines import choice
 from latentforge.train.inprocess import execute_pipeline, plan
-from latentforge.train.optimiser import MasterOptimiser
+from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.rehearsal import tiny_events, tiny_run, tiny_spec
 from latentforge.train.run import execute
 from latentforge.verdicts import ExitCode
@@ -287,8 +288,8 @@ def test_a_trainer_that_drops_the_learning_rate_is_stopped_before_step_1(
     make_run: MakeRun, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Deaf(MasterOptimiser):
-        def __init__(self, model: Any, *, learning_rate: float, **rest: Any) -> None:
-            super().__init__(model, learning_rate=1e-3, **rest)
+        def __init__(self, model: Any, updates: Updates) -> None:
+            super().__init__(model, replace(updates, learning_rate=1e-3))
 
     monkeypatch.setattr(choice, "MasterOptimiser", Deaf)
     run = make_run()

@@ -140,7 +140,7 @@ def test_processes_meet_at_their_address_alone_and_none_begins_whose_parent_is_g
     dist.TCPStore("127.0.0.1", store.port, is_master=False).set("there", "1")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", store.port))
-    process = [sys.executable, "-m", "latentforge.train.engines.rank", "nothing:at_all", "{}", "1"]
+    process = [sys.executable, "-m", "latentforge.train.engines.rank", "nothing:at_all", "{}", "1", "1"]
     done = subprocess.run([*process, str(os.getpid() + 1)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGKILL, "", "")
 
