@@ -14,8 +14,15 @@ from latentforge.verdicts import Outcome
 
 CONTRACTS = load_contracts()
 TESTS = Path(__file__).parent
-BESIDE = {"latentforge.train.engines.checks": "train.engines.test_equality"}
-"""Modules of checks whose claims another module of tests runs, which needs the same costly table."""
+BESIDE = {
+    "latentforge.targets": "targets.test_claims",
+    "latentforge.train": "train.test_claims",
+    "latentforge.train.compiled_checks": "train.test_compiled",
+    "latentforge.train.engines.checks": "train.engines.test_equality",
+    "latentforge.train.hosts.checks": "train.engines.test_meeting",
+}
+"""Packages and modules of checks, of which the nearer counts, whose claims a module of tests in the room of their
+subject runs: they share what its tests train, or need the same costly table."""
 CONTROL_SEEN_BY = {
     "F-BACKEND-SELECT-003": "teachers/precision/test_contract.py",
     "F-DISTILL-CUDA-STUDENT-001": "train/test_gpu_student.py",
@@ -28,7 +35,14 @@ PROVEN = state_folder()
 def claims_of(tests: str | None) -> list[tuple[str, str]]:
     """The claims that a module of :data:`BESIDE` runs, or that none of them does: each id with its check."""
     found = ((one.id, one.function) for _, one in CONTRACTS.falsifiers())
-    return [(name, check) for name, check in found if BESIDE.get(check.partition(":")[0]) == tests]
+    return [(name, check) for name, check in found if _runs(check.partition(":")[0]) == tests]
+
+
+def _runs(module: str) -> str | None:
+    """The module of tests that runs the claims of a module of checks."""
+    parts = module.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((BESIDE[name] for name in names if name in BESIDE), None)
 
 
 def lend(records: Path) -> None:

@@ -30,7 +30,11 @@ def spread(runs: Sequence[ChosenRun]) -> Iterator[tuple[ChosenRun, RunIdentity]]
 def check_spread(ask: Ask) -> None:
     """Refuse a pipeline of which no stage, or a part of a stage, could be shared between two hosts."""
     spec = ask.spec
-    sections = {"distill": spec.distils, "latent": spec.through == "latent"}
+    sections = {
+        "autoencoder": spec.through != "distill",
+        "distill": spec.distils,
+        "latent": spec.through == "latent",
+    }
     trained = [kind for kind, wanted in sections.items() if wanted]
     asked = spec.model_dump(mode="json")
     shared = [kind for kind in trained if processes_of(kind, asked) is not None]

@@ -12,9 +12,10 @@ from latentforge.spec.hosts import PORTS, Hosts
 from latentforge.verdicts import ExitCode
 
 LEADER_WAITS_SECONDS = 300.0
-"""How long a leader waits for the other host: that one was launched before it, and has nothing else to do."""
+"""How long a leader waits for the other host: that one was launched before it, and has nothing else to do, unless it
+was told to ``--wait`` for what it is doing."""
 FOLLOWER_WAITS_SECONDS = 24 * 3600.0
-"""How long the other host waits, if nobody cancels it: the leader makes all earlier stages meanwhile."""
+"""How long who waits for work of others does, if nobody cancels it: the leader makes all earlier stages meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def world_of(sides: Sequence[Side], index: int, run: str) -> dict[str, object]:
         interface=here.wire.interface,
         hca=here.ask.host.hca,
         deadline_seconds=leader.ask.host.link_deadline,
-        wait_seconds=FOLLOWER_WAITS_SECONDS if index else LEADER_WAITS_SECONDS,
+        wait_seconds=FOLLOWER_WAITS_SECONDS if index or here.ask.wait else LEADER_WAITS_SECONDS,
     )
     return world.as_json()
 

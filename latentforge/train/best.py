@@ -71,8 +71,13 @@ class Best:
         return self._every is not None and step % self._every == 0 and step < self._keeper.steps
 
     def offer(self, step: int, loss: float) -> None:
-        """Keep the weights as they are after ``step`` steps if their held-out ``loss`` is the lowest so far."""
-        if self.wanted and loss < self.loss:
+        """Keep the weights as they are after ``step`` steps if their held-out ``loss`` is the lowest so far: that of
+        the first process, for all of them, who gather them together."""
+        if not self.wanted:
+            return
+        world = World.here()
+        (loss,) = world.sums(loss if world.first else 0.0)
+        if loss < self.loss:
             self._before[step] = loss
             self.step, self.loss = step, loss
             self._keeper.keep(step, BELOW)

@@ -6,12 +6,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from dispatch.hosts.facts import HostFacts
 from dispatch.hosts.inventory import Host
-from dispatch.pairing.beside import following_runs, kin_of
+from dispatch.pairing.beside import check_spread, following_runs, kin_of
 from dispatch.pairing.meeting import Side, judge_meeting, port_of, world_of
 from dispatch.planning.choice import ChosenRun
 from dispatch.planning.choice import choose as chosen_of
+from latentforge.errors import RefusedError
 from latentforge.spec.hosts import PORTS, Hosts
 from latentforge.spec.pipeline import effective_pipeline, pipeline_runs
 from latentforge.spec.resolve import resolve_pipeline
@@ -70,12 +73,26 @@ def test_hosts_meet_at_the_leaders_address_at_a_port_of_the_runs_own_each_by_its
     assert (one.address, one.port) == (other.address, other.port) == ("10.0.0.1", port_of(runs[1]))
     assert (one.interface, other.interface, one.hca, other.hca) == ("eth1", "eth2", None, "mlx5_0")
     assert one.wait_seconds < other.wait_seconds
+    sides[0].ask.wait = True  # type: ignore[misc]
+    assert Hosts.model_validate(world_of(sides, 0, runs[1])).wait_seconds == other.wait_seconds
     assert judge_meeting(sides)[0].will == "keep"
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "latent"])
+def test_each_stage_that_is_spread_can_be_on_two_hosts_and_is_judged_before_anything_runs(stage: str) -> None:
+    def ask(*more: str) -> Any:
+        overrides = [f"{stage}.distributed=ddp", f"{stage}.processes=1", *more]
+        spec = resolve_pipeline("tiny-latent", env={}, overrides=overrides).spec
+        return SimpleNamespace(spec=spec, hosts=("a", "b"), recipe="tiny-latent")
+
+    check_spread(ask())
+    with pytest.raises(RefusedError, match=stage):
+        check_spread(ask(f"{stage}.batch_size=1"))
 
 
 def sides_of(**second: Any) -> list[Side]:
     hosts = [Host(name="a", address="x", link="eth1"), Host(name="b", address="y", link="eth2", hca="mlx5_0")]
-    asks: list[Any] = [SimpleNamespace(host=host, lock="d" * 64, lock_name="cpu") for host in hosts]
+    asks: list[Any] = [SimpleNamespace(host=host, lock="d" * 64, lock_name="cpu", wait=False) for host in hosts]
     wire = {**WIRES[1], **second.pop("wire", {})}
     return [Side(asks[0], facts(wire=WIRES[0])), Side(asks[1], facts(wire=wire, **second))]
 

@@ -169,6 +169,7 @@ def test_a_gate_below_the_measured_overhead_fails_the_command(
             ["--set", "distill.distributed=ddp", "--set", "distill.processes=2"],
             "another step than this is measured: distill.distributed = 'ddp', distill.processes = 2",
         ),
+        (["--set", "distill.activation_checkpointing=true"], "distill.activation_checkpointing = True"),
         (["--set", "teacher.model=not/here"], "teacher.model = 'not/here' is no folder here"),
     ],
 )

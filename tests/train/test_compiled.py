@@ -1,5 +1,5 @@
 """``distill.compile``: what it is refused with. That it computes the same, and really ran, is F-COMPILE-EQUAL-001 and
-F-COMPILE-RAN-001, which ``tests/contracts`` runs with their controls; a whole run with it is a soak test."""
+F-COMPILE-RAN-001, run here with their controls; a whole run with it is a soak test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from latentforge.spec.resolve import resolve_pipeline
 from latentforge.train.compiled import CompiledLayers
 from latentforge.train.inprocess import execute_pipeline
 
+from ..claims import claims_of, require_claim
+
 ON = "distill.compile=true"
+
+
+@pytest.mark.parametrize("falsifier_id", [name for name, _ in claims_of("train.test_compiled")])
+def test_the_claim_holds_and_its_control_is_seen_failing(falsifier_id: str) -> None:
+    require_claim(falsifier_id)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ class Ranks:
             report = tempfile.TemporaryFile()  # noqa: SIM115  closed when the context is left
             self._reports.append(report)
             program = [sys.executable, "-m", "latentforge.train.engines.rank"]
-            beats = tempfile.TemporaryFile()  # noqa: SIM115
+            beats = os.fdopen(os.memfd_create("beats"), "r+b", buffering=0)  # no full disk ends a sign of life
             self._files += [report, beats]
             descriptors = [str(report.fileno()), str(beats.fileno())]
             command = [*program, target, json.dumps(arguments), *descriptors, str(os.getpid())]

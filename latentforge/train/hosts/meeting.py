@@ -123,18 +123,18 @@ class Door:
             if answer is not None:
                 link.tell("refused", what=str(answer), next=answer.next, wait=wait)
                 link.close()
-        except (HostLost, ValueError, KeyError, TypeError):
+        except Exception:  # whoever it was says nothing that a host of this run says
             link.close()
 
     def _judged(self, hello: Message, link: Link) -> tuple[LatentForgeError | None, bool]:
         """Why who came is not let in, and whether it is to come again."""
         hosts, told = self._hosts, hello.fields
         if hello.kind != "hello" or told["follows"] != self._run.run_id:
-            what = f"{hosts.address}:{hosts.port} leads {self._run.run_id}, not {told.get('follows')}"
-            return RefusedError(what), True
+            return RefusedError(f"{hosts.address}:{hosts.port} leads another run than {told.get('follows')}"), True
         index = int(told["index"])
         if told["hosts"] != hosts.hosts or not 0 < index < len(hosts.hosts):
-            return self._refuse(f"host {index} of {told['hosts']} has come to a run on {hosts.hosts}"), False
+            again = "plan again, for all hosts at once:  latentforge dispatch go"
+            return RefusedError(f"host {index} of {told['hosts']} has come to another run's hosts", next=again), False
         link.peer = hosts.hosts[index]
         if told["code"] != self._run.code:
             what = f"host {link.peer} runs code {told['code'][:12]}…, and {hosts.here} {self._run.code[:12]}…"

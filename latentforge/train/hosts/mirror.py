@@ -30,6 +30,8 @@ from latentforge.train.hosts.wire import CHUNK, Link, refuse_ended
 _RECORDS = ("identity.json", "effective.json", "events.jsonl")
 _PARTIAL = ".partial-mirror"
 MIB = 1 << 20
+_SYNCED = 256 * MIB
+"""What is received between two waits for the disk: one wait for all of a large file would look like a lost host."""
 _SAID_SECONDS = 1.0
 
 Progress = Callable[[int, int], None]
@@ -63,7 +65,9 @@ class Reading:
         files = [Lent(**one) for one in value["files"]]
         for one in files:
             parts = PurePosixPath(one.path).parts
-            if one.path.startswith("/") or len(parts) < 2 or ".." in parts or parts[0] not in ("runs", "content"):
+            outside = one.path.startswith("/") or len(parts) < 2 or ".." in parts or parts[0] not in ("runs", "content")
+            # A name that is written to before a file has its own must not be another file's, which may be linked.
+            if outside or any(part.endswith(_PARTIAL) for part in parts):
                 raise RefusedError(f"{one.path!r} lies outside of what a run reads")
         return cls(value["identity"], value["launch"], files)
 
@@ -268,12 +272,16 @@ class Mirror:
             final = self.root / one.path
             final.parent.mkdir(parents=True, exist_ok=True)
             partial, digest, left = final.with_name(final.name + _PARTIAL), hashlib.sha256(), one.bytes
-            with open(partial, "wb") as file:
+            partial.unlink(missing_ok=True)
+            with open(partial, "xb") as file:
                 while left:
                     part = _expect(link, "part")
                     file.write(part)
                     digest.update(part)
                     left, done = left - len(part), done + len(part)
+                    if left // _SYNCED != (left + len(part)) // _SYNCED:
+                        file.flush()
+                        os.fsync(file.fileno())
                     progress(done, total)
                 file.flush()
                 os.fsync(file.fileno())
@@ -300,5 +308,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         partial = target.with_name(target.name + _PARTIAL)
+        partial.unlink(missing_ok=True)
         shutil.copyfile(source, partial)
         os.replace(partial, target)

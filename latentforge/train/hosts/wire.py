@@ -140,6 +140,8 @@ class Link:
                     self._lose("sent what is no message of this version")
                     break
                 kind, fields = json.loads(self._exactly(said))
+                if not isinstance(kind, str) or not isinstance(fields, dict):
+                    raise ValueError
                 message = Message(kind, fields, self._exactly(content))
                 if message.kind != "beat" and not self._closed.is_set():
                     self._arrived.put(message)
@@ -147,7 +149,7 @@ class Link:
             self._lose(f"was not heard for {time.monotonic() - self._heard:.3g} s", silent=True)
         except (OSError, EOFError):
             self._lose("closed its connection: its run ended, or was killed")
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             self._lose("sent what is no message of this version")
         finally:
             self._arrived.put(None)

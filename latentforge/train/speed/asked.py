@@ -31,6 +31,8 @@ def measurable(spec: PipelineSpec) -> PipelineSpec:
         "distill.on_policy": (distill.on_policy, 0.0),
         "distill.cross_tokenizer": (distill.cross_tokenizer, False),
         "distill.student.frozen": (distill.student.frozen, False),
+        "distill.lora.rank": (distill.lora.rank, 0),
+        "distill.activation_checkpointing": (distill.activation_checkpointing, False),
         "score.mode": (spec.score.mode, "topk"),
     }
     other = {field: both for field, both in asked.items() if both[0] != both[1]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +38,8 @@ from latentforge.train.hosts.wire import HostLost, Link
 from latentforge.train.keeping import Keeper
 from latentforge.train.stopping import Interrupted, handled_signals
 
+from ...claims import claims_of, require_claim
+
 DEADLINE = 1.5
 LEADER = RunIdentity("distill", {"distill": {"distributed": "ddp", "processes": 1}}, {}, "c" * 64, "l" * 64)
 
@@ -51,6 +54,11 @@ def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
 def held() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
+
+
+@pytest.mark.parametrize("falsifier_id", [name for name, _ in claims_of("train.engines.test_meeting")])
+def test_the_claim_holds_and_its_control_is_seen_failing(falsifier_id: str) -> None:
+    require_claim(falsifier_id)
 
 
 class Mute(Link):
@@ -202,9 +210,23 @@ def test_who_comes_is_let_in_once_and_only_with_the_same_run_and_code(held: Exit
     assert time.monotonic() - began < 10
     # A stranger of another run waits in vain, and one that says nothing holds nobody up.
     held.enter_context(socket.create_connection(("127.0.0.1", hosts.port)))
-    with pytest.raises(CrashedError, match=rf"leads {LEADER.run_id}, not distill-"):
+    with pytest.raises(CrashedError, match="leads another run than distill-"):
         come_to(following(LEADER.at_attempt(2), 1), at(hosts), log)
     own = following(LEADER, 1)
+    # One that names other hosts is sent away, and ends nothing but itself; what is no message leaves nothing behind.
+    with pytest.raises(RefusedError, match="has come to another run's hosts"):
+        come_to(own, at(hosts, hosts=["a", "x"]), log)
+    for said in (
+        b"[" * 100_000,
+        json.dumps(["hello", [1, 2]]).encode(),
+        json.dumps(["hello", {"follows": 1}]).encode(),
+    ):
+        stranger = held.enter_context(socket.create_connection(("127.0.0.1", hosts.port)))
+        stranger.sendall(wire._HEAD.pack(wire._MAGIC, len(said), 0) + said)
+        stranger.settimeout(10)
+        with suppress(ConnectionResetError):
+            while stranger.recv(1 << 16):  # until the leader closes its end
+                pass
     link = come_to(own, at(hosts), log)
     with pytest.raises(CrashedError, match="a process of host b is here already"):
         come_to(own, at(hosts), log)
@@ -276,6 +298,13 @@ def mirrored(held: ExitStack, source: Reading, own: RunDir) -> tuple[Mirror, lis
     finally:
         sender.join()
     return mirror, [one.path for one in lacking]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "runs/../../x", "elsewhere/x", "content/x/f.partial-mirror"])
+def test_a_file_that_would_lie_outside_of_the_mirror_or_where_another_is_received_is_refused(name: str) -> None:
+    told = {"identity": "", "launch": {}, "files": [{"path": name, "bytes": 1, "sha256": "a" * 64, "lies": "/x"}]}
+    with pytest.raises(RefusedError, match="lies outside of what a run reads"):
+        Reading.of_json(told)
 
 
 @pytest.mark.fault(row=44)
