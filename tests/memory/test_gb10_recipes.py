@@ -10,6 +10,7 @@ from latentforge.errors import RefusedError
 from latentforge.memory import MODES, HostMemory, KnownModel, ModelShape, choose_mode, mode_of, plan_mode
 from latentforge.memory.known import RATES
 from latentforge.memory.plan import GIB
+from latentforge.spec.hosts import check_hosts
 from latentforge.spec.pipeline import check_profile, effective_pipeline
 from latentforge.spec.recipe import read_recipe, recipe_names
 from latentforge.spec.resolve import resolve_pipeline
@@ -72,6 +73,25 @@ def test_every_stage_of_a_gb10_recipe_stays_within_the_budget_of_the_field_notes
     spec = spec_of(recipe)
     chosen, _why = choose_mode(mode_of(spec), {mode: plan(recipe, method, HOSTS[host], mode) for mode in MODES})
     assert chosen == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage"), [("gb10-0.6b", "distill"), ("gb10-1.7b", "distill"), ("gb10-latent-4", "latent")]
+)
+def test_on_two_linked_hosts_each_stays_within_the_budget_and_has_rows_for_its_processes(
+    recipe: str, stage: str
+) -> None:
+    for engine in ("fsdp2", "deepspeed-zero3"):
+        spread = f"{stage}.distributed={engine}"
+        planned = plan(recipe, "fp8", HOSTS["what some give to CUDA"], "sequential", spread)
+        assert planned.outcome is Outcome.PASS
+        assert 0 < planned.peak.bytes <= BUDGET
+        spec = spec_of(recipe, spread).model_dump(mode="json")
+        assert check_hosts(stage, spec, 2) == 1
+    with pytest.raises(RefusedError, match=f"{stage}"):
+        check_hosts(
+            stage, spec_of(recipe, spread, f"{stage}.batch_size=1", f"{stage}.micro_batch_size=1").model_dump(), 2
+        )
 
 
 def test_the_budget_refuses_the_same_recipe_with_more_in_flight_or_the_teacher_beside_the_student() -> None:
