@@ -130,6 +130,14 @@ def merged(start: Any, lora: Lora, weights: Mapping[str, Tensor]) -> Any:
     return model
 
 
+def strayed(product: nn.Module, start: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of a merged ``product`` that have no adapter in ``weights``, and are not those of ``start`` in the
+    product's own type."""
+    whole, added = dict(start.named_parameters()), {f"{name.partition('.lora_')[0]}.weight" for name in weights}
+    each = ((name, value) for name, value in product.named_parameters() if name not in added)
+    return [name for name, value in each if not torch.equal(value, whole[name].to(value))]
+
+
 def save_adapter(lora: Lora, weights: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
     """The adapters alone as peft keeps them: ``adapter_config.json`` and ``adapter_model.safetensors``, fp32; ``base``
     says what they belong to."""

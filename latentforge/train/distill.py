@@ -19,7 +19,7 @@ from latentforge.errors import FailedError, LatentForgeError
 from latentforge.events import EventLog, read_events, standing
 from latentforge.spec.run import RunDir, write_record
 from latentforge.spec.sections import DistillSpec
-from latentforge.students.adapters import adapted, adapters, save_adapter, trained_part
+from latentforge.students.adapters import adapted, adapters, save_adapter, strayed, trained_part
 from latentforge.students.causal import Student
 from latentforge.teachers import prefetch
 from latentforge.teachers.alignment import compare_vocabularies
@@ -187,7 +187,7 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
             log=log,
             step=spec.steps,
             model="student",
-            **keep_adapters(run, student),
+            **keep_adapters(run, student, start=start, product=plain["student"][0].model),
         )
         models = {name: one for name, (one, _) in plain.items()}
         if isinstance(supply.source, HFTeacher):
@@ -375,9 +375,10 @@ def metrics(trained: dict[str, Trained], spec: DistillSpec, flops: dict[str, flo
     return {"steps": spec.steps, "kl_temperature": spec.temperature, "flops": flops, "models": values}
 
 
-def keep_adapters(run: RunDir, student: Trained) -> dict[str, Any]:
+def keep_adapters(run: RunDir, student: Trained, *, start: Any, product: Any) -> dict[str, Any]:
     """Save the adapters of a student beside its merged folder, and say which of its frozen tensors are other ones than
-    before the first step; nothing of a student that has none."""
+    before the first step, or in the ``product`` than in the ``start`` where they have no adapters; nothing of a student
+    that has none."""
     model = student.trainer.student.model
     lora = adapted(model)
     if lora is None:
@@ -387,6 +388,7 @@ def keep_adapters(run: RunDir, student: Trained) -> dict[str, Any]:
     base = f"sha256:{run.input_ref('student_init')['sha256']}"
     save_adapter(lora, {name: weights[name] for name, _ in adapters(model)}, folder, base=base)
     changed = [name for name, digest in frozen_digests(model).items() if digest != student.beside[name]]
+    changed += [f"out/student: {name}" for name in strayed(product, start, weights)]
     return {"frozen": len(student.beside), "frozen_changed": changed}
 
 

@@ -24,7 +24,7 @@ from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, PipelineSpec
-from latentforge.students.adapters import Lora, adapt
+from latentforge.students.adapters import Lora, adapt, merged
 from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
 from latentforge.train import assembly, distill, effective, products
 from latentforge.train.checkpoint import load_checkpoint
@@ -235,6 +235,23 @@ def test_a_base_weight_that_is_trained_beside_its_adapters_fails_the_run(
     assert code is ExitCode.FAIL, text
     assert verdicts(read_events(run.events_file))["F-ARTEFACT-FROZEN-001"] == "fail"
     assert "changed: model.layers.0.mlp.up_proj.weight" in text
+
+
+def test_a_merge_that_touches_what_has_no_adapter_fails_the_run(
+    make_run: MakeRun, run_here: RunHere, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(start: Any, *given: Any) -> Any:
+        model = merged(start, *given)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+        return model
+
+    monkeypatch.setattr(assembly, "merged", wrong)
+    run = make_run(**adapting(base))
+    code, text = run_here(run)
+    assert code is ExitCode.FAIL, text
+    assert verdicts(read_events(run.events_file))["F-ARTEFACT-FROZEN-001"] == "fail"
+    assert "changed: out/student: model.layers.0.mlp.up_proj.weight" in text
 
 
 @pytest.mark.parametrize(
