@@ -93,7 +93,7 @@ def test_held_out_rows_that_cannot_be_trusted_stop_a_run_that_was_to_go_on(
     rows = small_batch().numpy()
     with EventLog(tmp_path / "events.jsonl", "distill-" + "0" * 20, text=io.StringIO()) as log:
         job: Any = SimpleNamespace(
-            spec=SimpleNamespace(temperature=1.0),
+            spec=SimpleNamespace(temperature=1.0, micro_batch_size=None, batch_size=32),
             kernel="reference",
             device=torch.device("cpu"),
             data=SimpleNamespace(heldout=Rows(rows)),
