@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,10 @@ class Line:
 
     def command(self, *words: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-P", "-m", "latentforge", "dispatch", *words]
-        return subprocess.Popen(argv, cwd=CHECKOUT, env=self.env, stdout=self.out, stderr=subprocess.STDOUT, text=True)
+        # A shell's background ignores Ctrl-C, and with it all that is started there.
+        noticing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        into: dict[str, Any] = {"stdout": self.out, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(argv, cwd=CHECKOUT, env=self.env, preexec_fn=noticing, **into)
 
     def go(self, *words: str, over: str = "a,b") -> subprocess.Popen[str]:
         flags = [word for value in REAL for word in ("--set", value)]
