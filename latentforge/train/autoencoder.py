@@ -103,16 +103,15 @@ def run(run: RunDir, log: EventLog) -> None:
         "micro_batches": world.passes(len(batch), trainer.micro_batch_size),
         **({} if wrapped.engine == "none" else {"engine": wrapped.record()}),
     }
-    if world.first:
-        effective.record(
-            run,
-            effective=in_force,
-            device=effective.device_record(device),
-            kernel_backend=kernel,
-            tokenizer_sha256=data.tokenizer_sha256,
-            flops={MODEL: flops},
-        )
-    effective.require_same(MODEL, identity.spec, in_force)
+    effective.settle(
+        run,
+        identity,
+        in_force,
+        device=device,
+        kernel=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops={MODEL: flops},
+    )
     if device.type != "cpu":
         with log.phase("rehearse"):
             trainer.rehearse(batch)

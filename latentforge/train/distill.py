@@ -139,16 +139,15 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
     wants_twin = TWIN in spec.require
     flops = dict.fromkeys(("student", "twin") if wants_twin else ("student",), spec.steps * step_flops)
     world = World.here()
-    if world.first:
-        effective.record(
-            run,
-            effective=in_force,
-            device=effective.device_record(device),
-            kernel_backend=kernel,
-            tokenizer_sha256=data.tokenizer_sha256,
-            flops=flops,
-        )
-    effective.require_same("distill", identity.spec, in_force)
+    effective.settle(
+        run,
+        identity,
+        in_force,
+        device=device,
+        kernel=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops=flops,
+    )
     # The same start, data and steps; cross-entropy alone, with all the weight where the student has none of it.
     twin = partial(make_trainer, job, start, kd_weight=0.0, ce_weight=spec.ce_weight or 1.0)
     # What is compiled is compiled before the run is ready, the twin's layers too.

@@ -15,7 +15,9 @@ import torch
 
 from latentforge.errors import FailedError, LatentForgeError
 from latentforge.evidence.configuration import compare_configuration
+from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import RunDir
+from latentforge.train.engines.world import World
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "zstandard", "latentforge")
 
@@ -50,6 +52,30 @@ def require_same(kind: str, requested: Mapping[str, Any], effective: Mapping[str
     found = differences(kind, requested, effective)
     if found:
         raise FailedError("the configuration in force is not the one asked for: " + "; ".join(found))
+
+
+def settle(
+    run: RunDir,
+    identity: RunIdentity,
+    in_force: Mapping[str, Any],
+    *,
+    device: torch.device,
+    kernel: str,
+    tokenizer_sha256: str,
+    flops: Mapping[str, float],
+) -> None:
+    """Record what a training holds now that it is set up, as the first of its processes does for all; FailedError where
+    it is not what was asked for."""
+    if World.here().first:
+        record(
+            run,
+            effective=in_force,
+            device=device_record(device),
+            kernel_backend=kernel,
+            tokenizer_sha256=tokenizer_sha256,
+            flops=flops,
+        )
+    require_same(identity.kind, identity.spec, in_force)
 
 
 def versions() -> dict[str, str]:

@@ -89,16 +89,15 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         log.say(sentence)
 
     in_force = values_in_force(run, spec, trainer, order, data, device)
-    if world.first:
-        effective.record(
-            run,
-            effective=in_force,
-            device=effective.device_record(device),
-            kernel_backend=kernel,
-            tokenizer_sha256=data.tokenizer_sha256,
-            flops={MODEL: flops},
-        )
-    effective.require_same(MODEL, identity.spec, in_force)
+    effective.settle(
+        run,
+        identity,
+        in_force,
+        device=device,
+        kernel=kernel,
+        tokenizer_sha256=data.tokenizer_sha256,
+        flops={MODEL: flops},
+    )
     if device.type != "cpu":
         with log.phase("rehearse"):
             trainer.rehearse(data, training_batch(data.train, order, 0, device), covered_rows(teaching, order, 0))

@@ -92,15 +92,15 @@ def run(run: RunDir, log: EventLog) -> None:
         },
         "predictions_per_sequence": predictions,
     }
-    effective.record(
+    effective.settle(
         run,
-        effective=in_force,
-        device=effective.device_record(device),
-        kernel_backend=kernel,
+        identity,
+        in_force,
+        device=device,
+        kernel=kernel,
         tokenizer_sha256=data.tokenizer_sha256,
         flops={"teacher": flops},
     )
-    effective.require_same("teacher", identity.spec, in_force)
     if device.type != "cpu":
         with log.phase("rehearse"):
             rehearse(trainer, training_batch(data.train, order, 0, device), None)
