@@ -83,7 +83,7 @@ def show(
         print(f"  {one_line(name):<10} {one_line(value)}")
     for verdict in record.verdicts:
         print(f"{verdict.falsifier} {accent(verdict.outcome.name)} {one_line(verdict.text)}")
-    for subject in ("held out, last", "cost", "asked for"):
+    for subject in ("held out, as saved", "cost", "asked for"):
         if seen[subject]:
             print(accent(subject))
             told = {one_line(name): _plain(value) for name, value in seen[subject].items()}

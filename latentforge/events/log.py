@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from latentforge.events.event import KINDS, read_events
+from latentforge.events.kept import KEPT
 from latentforge.verdicts import ExitCode, Verdict
 
 _DURABLE = frozenset({"checkpoint", "verdict", "end"})
@@ -141,15 +142,24 @@ class EventLog:
         self.say(" ".join(parts))
 
     def metric(
-        self, name: str, value: float, *, step: int, split: str, model: str = "student", rows_sha256: str | None = None
+        self,
+        name: str,
+        value: float,
+        *,
+        step: int,
+        split: str,
+        model: str = "student",
+        rows_sha256: str | None = None,
+        kept: bool = False,
     ) -> None:
         """A measured value that is not a step's own, as ``val_loss`` or ``val_kl`` on the held-out split.
 
         ``rows_sha256`` names the rows that it was measured on: two values compare only where it is the same.
+        ``kept``: measured once more at the end, of the weights of ``step`` that were put back.
         """
-        of = {} if rows_sha256 is None else {"rows_sha256": rows_sha256}
+        of = ({} if rows_sha256 is None else {"rows_sha256": rows_sha256}) | ({KEPT: True} if kept else {})
         self.emit("metric", name=name, value=value, step=step, split=split, model=model, **of)
-        self.say(f"metric {model} {name}={value:.4f} ({split}, step {step})")
+        self.say(f"metric {model} {name}={value:.4f} ({split}, step {step}{', kept' if kept else ''})")
 
     def checkpoint(self, step: int, *, path: str, bytes: int, expected_bytes: int, **fields: Any) -> None:
         """A checkpoint that was written, read back and found whole."""

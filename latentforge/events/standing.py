@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from latentforge.events.event import Event
+from latentforge.events.kept import in_course
 
 WENT_BACK = ("resume", "rollback")
 """Phases that say ``model`` and ``step``: what came after that step is made again. Where they say of how many ``steps``
-it is, so are the held-out values of the last one."""
+it is, so are the held-out values of the last one, and those of the weights that were kept at the end."""
 _OF_A_STEP = ("step", "metric", "checkpoint")
 
 
@@ -28,4 +29,5 @@ def _undone(one: Event, back: Event) -> bool:
         return False
     if not isinstance(step, int) or not isinstance(until, int):
         return False
-    return step > until or (one.kind == "metric" and isinstance(steps, int) and step >= steps)
+    at_the_end = one.kind == "metric" and isinstance(steps, int) and (step >= steps or not in_course(one))
+    return step > until or at_the_end

@@ -110,7 +110,8 @@ def _results(record: RunRecord) -> dict[str, Any]:
     found: dict[str, Any] = {name: record.end[name] for name in ("outcome", "code")}
     for series in record.metrics:
         name = " ".join(part for part in (series.model, series.name, series.split) if part is not None)
-        found[f"{name} (last)"] = series.values[-1]
+        if series.kept is not None:
+            found[f"{name} (kept)"] = series.kept[1]
     return found
 
 

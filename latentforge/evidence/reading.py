@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentforge.errors import RefusedError
-from latentforge.events import Event, sift_events, standing
+from latentforge.events import Event, in_course, kept_steps, of_kept, sift_events, standing
 from latentforge.evidence.configuration import compare_configuration, flatten
 from latentforge.evidence.statement import MANIFEST, end_of, read_json
 from latentforge.spec.identity import RUN_ID, RunIdentity
@@ -23,7 +23,9 @@ class Series:
     """Numbers of one name over the steps of one model.
 
     ``steps``, ``values`` and ``seconds`` (on the host's boot clock) have one length, in the order of the log. ``split``
-    names the rows that a metric was measured on; a step's own values (``loss``, ``rows``) have none.
+    names the rows that a metric was measured on; a step's own values (``loss``, ``rows``) have none. ``kept`` is the
+    step and the value of the weights that the run saves: the last one's, or those that were put back at its end; None
+    where the events do not say it of these.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Series:
     steps: tuple[int, ...]
     values: tuple[float, ...]
     seconds: tuple[float, ...]
+    kept: tuple[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,8 @@ def _verdicts(events: Iterable[Event]) -> Iterable[Verdict]:
             yield Verdict(str(said["falsifier"]), outcome, text, _mapping(said, "measured") or {}, event.run)
 
 
-def _metrics(events: Iterable[Event]) -> Iterable[Series]:
+def _metrics(events: Sequence[Event]) -> Iterable[Series]:
+    kept = kept_steps(events)
     found: dict[tuple[str, str | None, str | None], list[Event]] = {}
     for event in events:
         said = event.fields
@@ -221,7 +225,9 @@ def _metrics(events: Iterable[Event]) -> Iterable[Series]:
             key = (str(said.get("name")), _word(said, "model"), _word(said, "split"))
             found.setdefault(key, []).append(event)
     for (name, model, split), seen in found.items():
-        yield _series(name, model, split, seen, "value")
+        course = [event for event in seen if in_course(event)]
+        step = kept.get(str(model)) if split == "heldout" else None
+        yield _series(name, model, split, course or seen, "value", of_kept(seen, step))
 
 
 def _trained(events: Iterable[Event]) -> Iterable[Series]:
@@ -232,10 +238,12 @@ def _trained(events: Iterable[Event]) -> Iterable[Series]:
                 if name not in ("step", "steps") and as_number(value) is not None:
                     found.setdefault((name, _word(event.fields, "model")), []).append(event)
     for (name, model), seen in found.items():
-        yield _series(name, model, None, seen, name)
+        yield _series(name, model, None, seen, name, seen[-1])
 
 
-def _series(name: str, model: str | None, split: str | None, events: Sequence[Event], field: str) -> Series:
+def _series(
+    name: str, model: str | None, split: str | None, events: Sequence[Event], field: str, kept: Event | None
+) -> Series:
     return Series(
         name,
         model,
@@ -243,6 +251,7 @@ def _series(name: str, model: str | None, split: str | None, events: Sequence[Ev
         tuple(event.fields["step"] for event in events),
         tuple(float(event.fields[field]) for event in events),
         tuple(event.t for event in events),
+        None if kept is None else (kept.fields["step"], float(kept.fields[field])),
     )
 
 

@@ -47,9 +47,11 @@ def picture(run: RunRecord) -> dict[str, Mapping[str, Any]]:
     """What is compared of a run, by subject, flat."""
     results: dict[str, Any] = {}
     for series in run.metrics:
-        if series.split == "heldout" and series.values:
+        if series.split == "heldout" and series.kept is not None:
             name = series.name if series.model is None else f"{series.model} {series.name}"
-            results[name] = series.values[-1]
+            results[name] = series.kept[1]
+            if series.kept[0] != series.steps[-1]:
+                results[f"{name}, of step"] = series.kept[0]
     rows = {
         str(event.fields.get("rows_sha256"))
         for event in run.events
@@ -67,6 +69,6 @@ def picture(run: RunRecord) -> dict[str, Mapping[str, Any]]:
         "end": {"outcome": run.end["outcome"], "code": run.end["code"], "host": (run.host or {}).get("name")},
         "asked for": run.requested or {},
         "verdicts": verdicts,
-        "held out, last": results,
+        "held out, as saved": results,
         "cost": cost,
     }

@@ -55,9 +55,9 @@ def model_card(gate: Gate) -> str:
             "",
             "## Results",
             "",
-            "| held-out metric | at step | first | at step | last |",
+            "| held-out metric | at step | first | at step | of the weights here |",
             "|---|---|---|---|---|",
-            *_metrics(record),
+            *held_out_of(record),
             "",
             "## How it was made",
             "",
@@ -95,11 +95,12 @@ def _sentence(record: RunRecord) -> str:
     return f"{made} distilled by LatentForge in the run `{record.id}`.{smoke}"
 
 
-def _metrics(record: RunRecord) -> Iterator[str]:
+def held_out_of(record: RunRecord) -> Iterator[str]:
+    """The rows of the table of results: each held-out metric before the first step, and of the published weights."""
     for one in record.metrics:
         if one.split == "heldout" and one.values:
-            (first, *_), (*_, last) = one.values, one.values
-            yield f"| {_cell(_named(one))} | {one.steps[0]} | {first:.4f} | {one.steps[-1]} | {last:.4f} |"
+            step, value = ("–", "not measured") if one.kept is None else (one.kept[0], f"{one.kept[1]:.4f}")
+            yield f"| {_cell(_named(one))} | {one.steps[0]} | {one.values[0]:.4f} | {step} | {value} |"
 
 
 def _named(series: Series) -> str:

@@ -112,8 +112,8 @@ def _against_compute(records: Sequence[RunRecord], names: Sequence[str]) -> Char
     for number, (record, told) in enumerate(zip(records, names, strict=True)):
         held = _held_out(record, CROSS_ENTROPY.get(record.kind))
         spent = record.flops.get(primary(record)) if isinstance(record.flops, dict) else None
-        if held is not None and isinstance(spent, int | float):
-            marks.append(Mark(told, colour(number), ((float(spent), held.values[-1]),), dots=True))
+        if held is not None and held.kept is not None and isinstance(spent, int | float):
+            marks.append(Mark(told, colour(number), ((float(spent), held.kept[1]),), dots=True))
     if len(marks) < 2:
         return None
     across = "operations of training"

@@ -127,11 +127,14 @@ _NO_COUNT = frozenset({"name", "value", "step", "split", "model"})
 def _held_out(record: RunRecord, name: str, title: str) -> Figure | None:
     model = {"distill": "student", "latent": "latent"}.get(record.kind, record.kind)
     series = record.metric(name, model=model, split="heldout")
-    if series is None:
+    if series is None or series.kept is None:
         return None
+    step, value = series.kept
     twin = record.metric(name, model="twin", split="heldout")
-    first = f"from {number(series.values[0])}" if len(series.values) > 1 else f"at step {number(series.steps[-1])}"
-    return Figure(title, number(series.values[-1]), first + (f"; twin {number(twin.values[-1])}" if twin else ""))
+    beside = f"from {number(series.values[0])}" if len(series.values) > 1 else f"at step {number(step)}"
+    beside += f"; of step {number(step)}, which is kept" if step != series.steps[-1] else ""
+    beside += f"; twin {number(twin.kept[1])}" if twin and twin.kept else ""
+    return Figure(title, number(value), beside)
 
 
 def _time(record: RunRecord) -> Figure | None:

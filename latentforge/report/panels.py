@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from latentforge.events import in_course
 from latentforge.evidence.reading import RunRecord, Series, as_number
 from latentforge.report.chart import COLOURS, Chart, Mark, colour
 from latentforge.report.words import number
@@ -80,7 +81,8 @@ def _other_metrics(record: RunRecord) -> list[Chart]:
     told: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for event in record.events:
         said = event.fields
-        if event.kind == "metric" and said.get("split") == "heldout" and str(said.get("name")) not in shown:
+        held_out = event.kind == "metric" and said.get("split") == "heldout" and in_course(event)
+        if held_out and str(said.get("name")) not in shown:
             noise = f" at noise {said['noise']}" if "noise" in said else ""
             name, step, value = f"{said.get('name')}{noise}", said.get("step"), as_number(said.get("value"))
             if isinstance(step, int) and value is not None:

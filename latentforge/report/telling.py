@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from latentforge.evidence.reading import RunRecord, Series
+from latentforge.evidence.reading import RunRecord
 from latentforge.evidence.statement import gainsays
 from latentforge.report.words import duration, is_number, number, once, plain, worded
 from latentforge.verdicts import Outcome
@@ -99,29 +99,31 @@ def _happened(record: RunRecord) -> str | None:
     if model is None:
         return _made(record)
     loss = record.metric("val_loss", model=model, split="heldout")
-    if loss is None or len(loss.values) < 2:
+    if loss is None or loss.kept is None or len(loss.values) < 2:
         return None
+    step, value = loss.kept
     who = {"autoencoder": "codec", "latent": "latent student"}.get(model, model)
     size = (record.effective or {}).get("parameters")
     size_told = f" of {number(size)} parameters" if is_number(size) else ""
     held = "nats a token" if record.kind != "latent" else "as its loss is measured"
     told = (
         f"In {once(loss.steps[-1] - loss.steps[0], 'step')} the {who}{size_told} "
-        f"{_changed(loss)} its held-out loss from {number(loss.values[0])} to {number(loss.values[-1])} ({held})"
+        f"{_changed(loss.values[0], value)} its held-out loss from {number(loss.values[0])} to {number(value)} ({held})"
     )
+    if step != loss.steps[-1]:
+        told += f", that of step {number(step)}, which is kept; the last was {number(loss.values[-1])}"
     kl = record.metric("val_kl", model=model, split="heldout")
     twin = record.metric("val_kl", model="twin", split="heldout")
-    if kl is not None:
-        told += f"; its KL to the teacher is {number(kl.values[-1])}"
-        told += f", that of its twin without a teacher {number(twin.values[-1])}" if twin is not None else ""
+    if kl is not None and kl.kept is not None:
+        told += f"; its KL to the teacher is {number(kl.kept[1])}"
+        told += f", that of its twin without a teacher {number(twin.kept[1])}" if twin and twin.kept else ""
     accuracy = record.metric("token_accuracy", model=model, split="heldout")
-    if accuracy is not None:
-        told += f"; {100 * accuracy.values[-1]:.2f} % of the held-out tokens came back"
+    if accuracy is not None and accuracy.kept is not None:
+        told += f"; {100 * accuracy.kept[1]:.2f} % of the held-out tokens came back"
     return told + "."
 
 
-def _changed(series: Series) -> str:
-    first, last = series.values[0], series.values[-1]
+def _changed(first: float, last: float) -> str:
     if not (math.isfinite(first) and math.isfinite(last)):
         return "moved"
     return "lowered" if last < first else "raised" if last > first else "left"

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from latentforge.errors import RefusedError
-from latentforge.events import Event
+from latentforge.events import Event, in_course
 from latentforge.evidence.reading import RunRecord, as_number
 from latentforge.report import telling
 from latentforge.report.placing import whole
@@ -77,7 +77,7 @@ def _scalars(record: RunRecord) -> Iterator[tuple[float, int, str, float]]:
                 found = as_number(value)
                 if name not in _SKIPPED and found is not None:
                     yield wall, step, f"{model}/{plain(name)}", found
-        elif event.kind == "metric" and (found := as_number(said.get("value"))) is not None:
+        elif event.kind == "metric" and in_course(event) and (found := as_number(said.get("value"))) is not None:
             noise = f" at noise {said['noise']}" if "noise" in said else ""
             yield wall, step, plain(f"{said.get('split')}/{model}/{said.get('name')}{noise}"), found
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.data.tokenizer import copy_tokenizer
-from latentforge.events import EventLog, read_events
+from latentforge.events import KEPT, EventLog, read_events
 from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import AutoencoderSpec
 from latentforge.spec.run import RunDir, write_record
@@ -127,7 +128,8 @@ def run(run: RunDir, log: EventLog) -> None:
     if first is None:
         with log.phase("evaluate"):
             before = report_of(trainer, data)
-        say_report(log, before, data, step=0)
+        say_measures(log, before, data, step=0)
+        say_report(log, before, step=0)
 
     with log.phase("train"), deferred_stop(), keeper:
         course = Course(keeper, best, first=first or 0, earlier=earlier)
@@ -147,13 +149,16 @@ def run(run: RunDir, log: EventLog) -> None:
 
     with log.phase("evaluate"):
         after = report_of(trainer, data)
+        say_measures(log, after, data, step=spec.steps)
         kept = best.put_back(spec.steps, after.loss)
-        after = after if kept == spec.steps else report_of(trainer, data)
+        if kept != spec.steps:
+            after = report_of(trainer, data)
+            say_measures(log, after, data, step=kept, kept=True)
         plain, weights = trainer.whole(), optimiser.weights()
     if not world.first:
         return
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
-    say_report(log, after, data, step=spec.steps)
+    say_report(log, after, step=kept)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
@@ -182,14 +187,15 @@ def padding_in(tokens: Tensor, data: ShardSet) -> int:
     return int((ended[..., :-1] > 0).sum())
 
 
-def say_measures(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
-    """Say a report as events."""
+def say_measures(log: EventLog, report: CodecReport, data: ShardSet, *, step: int, kept: bool = False) -> None:
+    """Say a report as events; ``kept``: of the weights that were put back, those of ``step``."""
     seen, places, padding = hashlib.sha256(), 0, 0
     for tokens in evaluation_batches(data.heldout, torch.device("cpu")):
         seen.update(bytes_of(tokens))
         places += tokens.numel()
         padding += padding_in(tokens, data)
-    of = {"step": step, "split": "heldout", "model": MODEL, "rows_sha256": seen.hexdigest()}
+    of: dict[str, Any] = {"step": step, "split": "heldout", "model": MODEL, "rows_sha256": seen.hexdigest()}
+    of |= {KEPT: True} if kept else {}
     counts = {"tokens": report.tokens, "padding": padding, "places": places}
     log.metric("val_loss", report.loss, **of)
     log.emit("metric", name="token_accuracy", value=report.token_accuracy, **counts, **of)
@@ -201,9 +207,8 @@ def say_measures(log: EventLog, report: CodecReport, data: ShardSet, *, step: in
     )
 
 
-def say_report(log: EventLog, report: CodecReport, data: ShardSet, *, step: int) -> None:
-    """Say a report as events and as lines for people, with an alarm where dimensions tell nothing."""
-    say_measures(log, report, data, step=step)
+def say_report(log: EventLog, report: CodecReport, *, step: int) -> None:
+    """Say a report as lines for people, with an alarm where dimensions tell nothing."""
     log.say(f"{'initial_loss' if step == 0 else 'final_loss'}={report.loss:.4f} (held-out, step {step})")
     log.say(
         f"held out: {report.token_accuracy:.4%} of {report.tokens} tokens, {report.chunk_accuracy:.4%} of "

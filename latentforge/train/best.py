@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from latentforge.errors import FailedError
-from latentforge.events import standing
+from latentforge.events import KEPT_STEP, standing
 from latentforge.train.checkpoint import (
     copy_checkpoint,
     drop_after,
@@ -18,7 +18,7 @@ from latentforge.train.checkpoint import (
 )
 from latentforge.train.engines.world import World
 from latentforge.train.keeping import Keeper
-from latentforge.train.reading import KEPT_STEP, heldout_metric
+from latentforge.train.reading import heldout_metric
 from latentforge.train.resume import Earlier
 
 BELOW = "best"
@@ -105,7 +105,7 @@ class Best:
         self._keeper.settle()
         self._keeper.optimiser.load(*self._read(self.step))
         log = self._keeper.log
-        of = {"step": steps, "split": "heldout", "model": self._keeper.model}
+        of = {"step": steps, "model": self._keeper.model}
         log.emit("metric", name=KEPT_STEP, value=self.step, kept_loss=self.loss, last_loss=loss, **of)
         log.say(f"kept: step {self.step}, held-out loss {self.loss:.4f}; that of step {steps}, the last, is {loss:.4f}")
         return self.step

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from latentforge.students.latent.codec_report import COLLAPSED
-from latentforge.train.reading import Events, ready_of, verdict_of
+from latentforge.train.reading import Events, kept_metric, verdict_of
 from latentforge.verdicts import Verdict
 
 MODEL = "autoencoder"
@@ -16,9 +14,9 @@ LEAST_ACCURACY = 0.995
 def latent_ae_001(events: Events) -> Verdict:
     """F-LATENT-AE-001: at least 99.5 % of the held-out tokens come back from their latents, padding not counted."""
     name = "F-LATENT-AE-001"
-    found = _last(events, "token_accuracy")
-    if isinstance(found, str):
-        return verdict_of(events, name, None, found)
+    found = kept_metric(events, "token_accuracy", MODEL)
+    if found is None:
+        return verdict_of(events, name, None, "token_accuracy of the codec that was kept is not in the events")
     accuracy, tokens, padding = float(found["value"]), found["tokens"], found["padding"]
     measured = {"token_accuracy": accuracy, "tokens": tokens, "padding": padding, "step": found["step"]}
     text = (
@@ -36,20 +34,11 @@ def latent_ae_001(events: Events) -> Verdict:
 def latent_ae_002(events: Events) -> Verdict:
     """F-LATENT-AE-002: every dimension of the latent tells something of its chunk, on held-out text."""
     name = "F-LATENT-AE-002"
-    found = _last(events, "latent_kl")
-    if isinstance(found, str):
-        return verdict_of(events, name, None, found)
+    found = kept_metric(events, "latent_kl", MODEL)
+    if found is None:
+        return verdict_of(events, name, None, "latent_kl of the codec that was kept is not in the events")
     kl = [float(value) for value in found["by_dimension"]]
     collapsed = [number for number, value in enumerate(kl) if not value >= COLLAPSED]
     measured = {"collapsed": len(collapsed), "dimensions": len(kl), "least_kl": min(kl)}
     text = f"{len(collapsed)} of {len(kl)} dimensions collapsed, the least KL is {min(kl):.3f} nats"
     return verdict_of(events, name, not collapsed, text, measured)
-
-
-def _last(events: Events, metric: str) -> dict[str, Any] | str:
-    """The fields of a metric after the last step that was asked for, or why there are none."""
-    asked = ready_of(events).get("requested", {}).get(MODEL, {}).get("steps")
-    found = [e.fields for e in events if e.kind == "metric" and e.fields.get("name") == metric]
-    if asked is None or not found or found[-1]["step"] != asked:
-        return f"{metric} after the last step is not in the events"
-    return found[-1]

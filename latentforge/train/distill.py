@@ -258,10 +258,14 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                     keeper.after(step + 1, signal)
 
     after = held_out(job, trainer)
-    kept = best.put_back(spec.steps, after.loss)
-    after = after if kept == spec.steps else held_out(job, trainer)
-    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report(job, model, after, step=spec.steps)
+    kept = best.put_back(spec.steps, after.loss)
+    if kept != spec.steps:
+        after = held_out(job, trainer)
+        report(job, model, after, step=kept, kept=True)
+    if model == "student":
+        log.say(f"final_loss={after.loss:.4f} (held-out, step {kept})")
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report_teaching(job, trainer, model, tally, step=spec.steps)
     return Trained(trainer, start, beside, before, after, kept, tally)
 
@@ -303,15 +307,15 @@ def held_out_once(job: Job, trainer: Trainer) -> None:
     evaluate(trainer.engine.module, batches.values(), job.supply.held_out, **settings)
 
 
-def report(job: Job, model: str, value: Evaluation, *, step: int) -> None:
-    """Say held-out values as events, and the student's loss on the line that people look for."""
-    of = {"split": "heldout", "model": model, "rows_sha256": value.rows_sha256}
-    job.log.metric("val_loss", value.loss, step=step, **of)
+def report(job: Job, model: str, value: Evaluation, *, step: int, kept: bool = False) -> None:
+    """Say held-out values as events (``kept``: of the weights that were put back, those of ``step``), and the student's
+    loss on the line that people look for."""
+    of: dict[str, Any] = {"step": step, "split": "heldout", "model": model, "rows_sha256": value.rows_sha256}
+    job.log.metric("val_loss", value.loss, kept=kept, **of)
     if value.kl is not None:
-        job.log.metric("val_kl", value.kl, step=step, **of)
-    if model == "student":
-        name = {0: "initial_loss", job.spec.steps: "final_loss"}.get(step, "val_loss")
-        job.log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
+        job.log.metric("val_kl", value.kl, kept=kept, **of)
+    if model == "student" and not kept:
+        job.log.say(f"{'val_loss' if step else 'initial_loss'}={value.loss:.4f} (held-out, step {step})")
 
 
 def report_teaching(job: Job, trainer: Trainer, model: str, tally: Tally, *, step: int) -> None:

@@ -14,9 +14,9 @@ from latentforge.train.effective import differences
 from latentforge.train.latent_falsifiers import latent_causal_001, latent_kd_001
 from latentforge.train.optimiser import warmup_cosine
 from latentforge.train.reading import (
-    KEPT_STEP,
     Events,
     heldout_metric,
+    kept_metric,
     left_out_of,
     outcome_of,
     ready_of,
@@ -29,12 +29,13 @@ from latentforge.verdicts import Outcome, Verdict
 
 
 def smoke_001(events: Events) -> Verdict:
-    """F-DISTILL-SMOKE-001: held-out cross-entropy is lower at the end than before the first step, on the same rows."""
+    """F-DISTILL-SMOKE-001: held-out cross-entropy of the saved weights is lower than before the first step, on the same
+    rows."""
     return _fell(events, "F-DISTILL-SMOKE-001")
 
 
 def pipeline_001(events: Events) -> Verdict:
-    """F-DISTILL-PIPELINE-001: the whole line ran; the student trained all its steps and its held-out loss fell."""
+    """F-DISTILL-PIPELINE-001: the whole line ran; the student trained all its steps and the held-out loss fell."""
     asked = ready_of(events).get("requested", {}).get("distill", {}).get("steps")
     done = len(steps_of(events, "student"))
     if asked is None or done != asked:
@@ -43,7 +44,8 @@ def pipeline_001(events: Events) -> Verdict:
 
 
 def smoke_002(events: Events) -> Verdict:
-    """F-DISTILL-SMOKE-002: held-out KL to the teacher ends below that of the twin trained without it.
+    """F-DISTILL-SMOKE-002: held-out KL to the teacher ends below that of the twin trained without it: each at the step
+    whose weights it keeps, after as many steps.
 
     That student and twin had the same start, the same batches and the same held-out rows is read from the events too.
     """
@@ -53,10 +55,14 @@ def smoke_002(events: Events) -> Verdict:
         return verdict_of(
             events, name, None, "val_kl of the student at both ends, and of its twin, is not in the events"
         )
-    (first, _), (step, ours), (twin_step, theirs) = student[0], student[-1], twin[-1]
-    measured = {"val_kl": ours, "twin_val_kl": theirs, "step": step, "twin_step": twin_step}
+    (first, _), (step, _), (twin_step, _) = student[0], student[-1], twin[-1]
     if first == step or step != twin_step:
-        return verdict_of(events, name, None, f"student ended at step {step}, twin at step {twin_step}", measured)
+        return verdict_of(events, name, None, f"student ended at step {step}, twin at step {twin_step}")
+    own, other = kept_metric(events, "val_kl", "student"), kept_metric(events, "val_kl", "twin")
+    if own is None or other is None:
+        return verdict_of(events, name, None, "val_kl of the weights that were kept is not in the events")
+    ours, theirs = float(own["value"]), float(other["value"])
+    measured = {"val_kl": ours, "twin_val_kl": theirs, "step": own["step"], "twin_step": other["step"]}
     unlike = _unlike_twin(events)
     if unlike is not None:
         passed, reason = unlike
@@ -65,6 +71,8 @@ def smoke_002(events: Events) -> Verdict:
         return verdict_of(events, name, False, f"val_kl {ours}, twin {theirs}: not finite", measured)
     relation = "<" if ours < theirs else ">="
     text = f"val_kl {ours:.4f} {relation} {theirs:.4f} of its twin without KD"
+    if (own["step"], other["step"]) != (step, step):
+        text += f", kept of steps {own['step']} and {other['step']}"
     return verdict_of(events, name, ours < theirs, text, measured)
 
 
@@ -296,7 +304,10 @@ def _fell(events: Events, name: str) -> Verdict:
     found = heldout_metric(events, "val_loss", "student")
     if len(found) < 2 or found[0][0] != 0 or found[-1][0] == 0:
         return verdict_of(events, name, None, "val_loss at step 0 and at the end is not in the events")
-    (_, first), (step, last) = found[0], found[-1]
+    kept = kept_metric(events, "val_loss", "student")
+    if kept is None:
+        return verdict_of(events, name, None, "val_loss of the weights that were kept is not in the events")
+    first, step, last = found[0][1], kept["step"], float(kept["value"])
     other = _other_rows(events, ("student",))
     if other is not None:
         return verdict_of(events, name, *other)
@@ -308,9 +319,7 @@ def _fell(events: Events, name: str) -> Verdict:
 
 def _other_rows(events: Events, models: Sequence[str]) -> tuple[bool | None, str] | None:
     """Why held-out values of these models do not compare, as (passed, text); None where all are of the same rows."""
-    metrics = [e.fields for e in events if e.kind == "metric" and e.fields.get("split") == "heldout"]
-    # Which step was kept is said of the held-out values, and measured on no row.
-    measured = [fields for fields in metrics if fields.get("name") != KEPT_STEP]
+    measured = [e.fields for e in events if e.kind == "metric" and e.fields.get("split") == "heldout"]
     rows = {fields.get("rows_sha256") for fields in measured if fields.get("model") in models}
     if None in rows:
         return None, "the events do not say on which held-out rows was measured"

@@ -6,6 +6,7 @@ import copy
 import json
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
 from latentforge.errors import RefusedError
-from latentforge.events import EventLog, read_events
+from latentforge.events import KEPT, EventLog, read_events
 from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.latent import LatentSpec
 from latentforge.spec.run import RunDir, write_record
@@ -112,7 +113,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
     if first is None:
         with log.phase("evaluate"):
             before = trainer.held_out(data)
-        say_held_out(log, before, step=0, name="initial_loss")
+        say_held_out(log, before, step=0)
 
     effective.take_peak()
     with log.phase("train"), deferred_stop(), keeper:
@@ -131,14 +132,17 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
                 continue
             if best.due(step + 1):
                 found = trainer.held_out(data)
-                say_held_out(log, found, step=step + 1, name="val_loss")
+                say_held_out(log, found, step=step + 1)
                 best.offer(step + 1, found.loss)
             keeper.after(step + 1, signal)
 
     with log.phase("evaluate"):
         after = trainer.held_out(data)
+        say_held_out(log, after, step=spec.steps)
         kept = best.put_back(spec.steps, after.loss)
-        after = after if kept == spec.steps else trainer.held_out(data)
+        if put_back := kept != spec.steps:
+            after = trainer.held_out(data)
+            say_held_out(log, after, step=kept, kept=True)
         weights = optimiser.weights()
         if not world.first:
             return
@@ -147,14 +151,13 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         text = chunked(rows, data.chunk)
         change = changes(student, text, valid(text, data.eos_id))
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
-    say_held_out(log, after, step=spec.steps, name="final_loss")
-    of = {"step": spec.steps, "split": "heldout", "model": MODEL}
-    log.emit(
-        "metric", name="change_before_a_chunk", value=change.before, after=change.after, places=change.places, **of
-    )
+    log.say(f"final_loss={after.loss:.4f} (held-out, step {kept})")
+    of: dict[str, Any] = {"name": "change_before_a_chunk", "step": kept, "split": "heldout", "model": MODEL}
+    of |= {KEPT: True} if put_back else {}
+    log.emit("metric", value=change.before, after=change.after, places=change.places, **of)
     if teaching.rows is not None or teaching.continued is not None:
         # What a store lacks ends the run: no teacher was asked for anything.
-        log.emit("metric", name="teacher", value=0, **of | {"split": "train"}, teacher_hit_rate=1.0)
+        log.emit("metric", name="teacher", value=0, step=spec.steps, split="train", model=MODEL, teacher_hit_rate=1.0)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
@@ -286,12 +289,15 @@ def covered_rows(teaching: Teaching, order: BatchOrder, step: int) -> Tensor | N
     return torch.from_numpy(order.indices(step) < teaching.covered)
 
 
-def say_held_out(log: EventLog, value: HeldOut, *, step: int, name: str) -> None:
-    """Say held-out values as events: the weighted loss, which a line for people calls ``name``, and each signal's."""
-    log.metric("val_loss", value.loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
+def say_held_out(log: EventLog, value: HeldOut, *, step: int, kept: bool = False) -> None:
+    """Say held-out values as events (``kept``: of the weights that were put back, those of ``step``): the weighted
+    loss, which a line for people says too, and each signal's."""
+    of: dict[str, Any] = {"step": step, "split": "heldout", "model": MODEL, "rows_sha256": value.rows_sha256}
+    log.metric("val_loss", value.loss, kept=kept, **of)
     for part, loss in value.parts.items():
-        log.metric(f"val_{part}", loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
-    log.say(f"{name}={value.loss:.4f} (held-out, step {step})")
+        log.metric(f"val_{part}", loss, kept=kept, **of)
+    if not kept:
+        log.say(f"{'val_loss' if step else 'initial_loss'}={value.loss:.4f} (held-out, step {step})")
 
 
 def values_in_force(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from latentforge.train.reading import Events, heldout_metric, ready_of, steps_of, verdict_of
+from latentforge.train.reading import Events, heldout_metric, kept_metric, ready_of, steps_of, verdict_of
 from latentforge.verdicts import Verdict
 
 MODEL = "latent"
@@ -29,11 +29,12 @@ _ROUNDING = 1e-5
 def latent_causal_001(events: Events) -> Verdict:
     """F-LATENT-CAUSAL-001: on held-out text, another chunk changes nothing before it, and something after it."""
     name = "F-LATENT-CAUSAL-001"
-    found = [e.fields for e in events if e.kind == "metric" and e.fields.get("name") == "change_before_a_chunk"]
-    steps = asked_steps(events)
-    if steps is None or not found or found[-1]["step"] != steps:
-        return verdict_of(events, name, None, "change_before_a_chunk after the last step is not in the events")
-    before, after, places = float(found[-1]["value"]), float(found[-1]["after"]), found[-1]["places"]
+    found = kept_metric(events, "change_before_a_chunk", MODEL)
+    if found is None:
+        return verdict_of(
+            events, name, None, "change_before_a_chunk of the weights that were kept is not in the events"
+        )
+    before, after, places = float(found["value"]), float(found["after"]), found["places"]
     measured = {"before": before, "after": after, "places": places}
     if not after > 0:
         text = f"another chunk changes nothing at all ({places} places): whether the student is causal does not show"
@@ -43,11 +44,10 @@ def latent_causal_001(events: Events) -> Verdict:
 
 
 def latent_kd_001(events: Events) -> Verdict:
-    """F-LATENT-KD-001: the held-out loss of each signal that is switched on is lower at the end than before step 1, and
-    each step's loss was the sum of its signals by the weights that were asked for: what one of them teaches may lower
-    the loss of another, which itself was left out."""
+    """F-LATENT-KD-001: the held-out loss of each signal that is switched on is lower of the saved weights than before
+    step 1, and each step's loss was the sum of its signals by the weights that were asked for: what one of them teaches
+    may lower the loss of another, which itself was left out."""
     name = "F-LATENT-KD-001"
-    steps = asked_steps(events)
     weights = switched_on(events)
     wanted = [f"val_{part}" for part in weights]
     missing = left_out(events, weights)
@@ -59,10 +59,11 @@ def latent_kd_001(events: Events) -> Verdict:
     measured: dict[str, Any] = {}
     rose, told = [], []
     for metric in wanted:
-        found = heldout_metric(events, metric, MODEL)
-        if len(found) < 2 or (found[0][0], found[-1][0]) != (0, steps):
-            return verdict_of(events, name, None, f"{metric} before step 1 and after step {steps} is not in the events")
-        first, last = found[0][1], found[-1][1]
+        found, kept = heldout_metric(events, metric, MODEL), kept_metric(events, metric, MODEL)
+        if not found or found[0][0] != 0 or kept is None or kept["step"] == 0:
+            said = f"{metric} before step 1 and of the weights that were kept is not in the events"
+            return verdict_of(events, name, None, said)
+        first, last = found[0][1], float(kept["value"])
         measured[metric] = [first, last]
         fell = math.isfinite(first) and math.isfinite(last) and last < first
         told.append(f"{metric.removeprefix('val_')} {first:.4f} {'>' if fell else '<='} {last:.4f}")
@@ -113,9 +114,3 @@ def _other_rows(events: Events, metrics: list[str]) -> tuple[bool | None, str] |
     if None in rows:
         return None, "the events do not say on which held-out rows was measured"
     return (False, f"measured on {len(rows)} different sets of held-out rows") if len(rows) > 1 else None
-
-
-def asked_steps(events: Events) -> int | None:
-    """The steps that the run was asked for, or None where it never became ready."""
-    found: int | None = ready_of(events).get("requested", {}).get(MODEL, {}).get("steps")
-    return found

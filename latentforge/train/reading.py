@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentforge.events import Event, EventLog
+from latentforge.events import Event, EventLog, in_course, kept_steps, of_kept
 from latentforge.verdicts import Outcome, Verdict
 
 Events = Sequence[Event]
 
 
 def heldout_metric(events: Events, name: str, model: str) -> list[tuple[int, float]]:
-    """(step, value) of a held-out metric, ordered by step; a value that JSON cannot hold is written as text."""
-    found = [
-        (int(e.fields["step"]), float(e.fields["value"]))
-        for e in events
-        if e.kind == "metric"
-        and (e.fields.get("name"), e.fields.get("split"), e.fields.get("model")) == (name, "heldout", model)
-    ]
+    """(step, value) of a held-out metric after each step that it was measured after, ordered by step; a value that JSON
+    cannot hold is written as text."""
+    found = [(int(e.fields["step"]), float(e.fields["value"])) for e in _heldout(events, name, model) if in_course(e)]
     return sorted(found, key=lambda item: item[0])
+
+
+def kept_metric(events: Events, name: str, model: str) -> dict[str, Any] | None:
+    """The fields of a held-out metric of the weights that the run saves: those of the last step that was asked for, or
+    of the one that was put back. None where the events do not say it of these, or not which these are."""
+    section = {"student": "distill", "twin": "distill"}.get(model, model)
+    asked = ready_of(events).get("requested", {}).get(section, {})
+    step = kept_steps(events).get(model, asked.get("steps") if asked.get("keep") != "best" else None)
+    if step is None:
+        return None
+    found = of_kept(_heldout(events, name, model), step)
+    return None if found is None else found.fields
+
+
+def _heldout(events: Events, name: str, model: str) -> list[Event]:
+    of = (name, "heldout", model)
+    return [e for e in events if e.kind == "metric" and tuple(map(e.fields.get, ("name", "split", "model"))) == of]
 
 
 def steps_of(events: Events, model: str) -> dict[int, dict[str, Any]]:
@@ -27,8 +40,6 @@ def steps_of(events: Events, model: str) -> dict[int, dict[str, Any]]:
     return {e.fields["step"]: e.fields for e in events if e.kind == "step" and e.fields.get("model") == model}
 
 
-KEPT_STEP = "kept_step"
-"""The metric that says which step's weights were put back at the end."""
 SKIPPED = "skipped_step"
 """The name in a warning's event that says which step (from 1) of a ``model`` was left out, and ``why``."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentforge.errors import RefusedError
-from latentforge.events import Event, EventLog, read_events, standing
+from latentforge.events import Event, EventLog, in_course, read_events, standing
 from latentforge.spec.run import RunDir
 from latentforge.spec.spread import without_spread
 from latentforge.train.checkpoint import newest_checkpoint, step_folder
@@ -88,7 +88,7 @@ def carry_events(earlier: Earlier, model: str, *, until: int, before: int, log: 
 
     The steps that it left out are said again, all of them: those that are still to come are left out once more. So the
     first held-out loss of a resumed run is the true one of step 0, and its curve is whole. Metrics of step
-    ``before``, the last one, are left out: they are measured again.
+    ``before``, the last one, and those of weights that were put back at the end are left out: they are measured again.
     """
     for step, why in left_out_of(earlier.events, model).items():
         say_left_out(log, model, step, why)
@@ -96,7 +96,7 @@ def carry_events(earlier: Earlier, model: str, *, until: int, before: int, log: 
         fields = event.fields
         if event.kind not in ("step", "metric") or fields.get("model") != model or fields["step"] > until:
             continue
-        if event.kind == "step" or fields["step"] < before:
+        if event.kind == "step" or (fields["step"] < before and in_course(event)):
             log.emit(event.kind, **{"carried_from": earlier.run, **fields})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -135,10 +136,12 @@ def run(run: RunDir, log: EventLog) -> None:
             keeper.after(step + 1, stop_requested())
 
     after = evaluated(log, teacher, data, kernel)
-    kept = best.put_back(spec.steps, after.loss)
-    after = after if kept == spec.steps else evaluated(log, teacher, data, kernel)
-    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
     say_held_out(log, after, step=spec.steps)
+    kept = best.put_back(spec.steps, after.loss)
+    if kept != spec.steps:
+        after = evaluated(log, teacher, data, kernel)
+        say_held_out(log, after, step=kept, kept=True)
+    log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
 
     with log.phase("save"):
         run.out.mkdir(exist_ok=True)
@@ -169,6 +172,7 @@ def evaluated(log: EventLog, teacher: Student, data: ShardSet, kernel: str) -> E
         return evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
 
 
-def say_held_out(log: EventLog, value: Evaluation, *, step: int) -> None:
-    """Say held-out cross-entropy as an event."""
-    log.metric("val_loss", value.loss, step=step, split="heldout", model=MODEL, rows_sha256=value.rows_sha256)
+def say_held_out(log: EventLog, value: Evaluation, *, step: int, kept: bool = False) -> None:
+    """Say held-out cross-entropy as an event; ``kept``: of the weights that were put back, those of ``step``."""
+    of: dict[str, Any] = {"step": step, "split": "heldout", "model": MODEL, "rows_sha256": value.rows_sha256}
+    log.metric("val_loss", value.loss, kept=kept, **of)

@@ -51,7 +51,7 @@ def test_only_what_differs_is_named(pair: tuple[Path, Path]) -> None:
         ("effective.json", '"train": 1.5e+18', '"train": 3e+18', "cost", "flops.train"),
         ("events.jsonl", '"outcome": "pass", "text"', '"outcome": "fail", "text"', "verdicts", "F-DISTILL-SMOKE-001"),
         ("events.jsonl", '"final": 3.04', '"final": 3.9', "verdicts", "F-DISTILL-SMOKE-001 measured.final"),
-        ("events.jsonl", '"value": 3.04', '"value": 2.5', "results", "student val_loss heldout (last)"),
+        ("events.jsonl", '"value": 3.04', '"value": 2.5', "results", "student val_loss heldout (kept)"),
         ("events.jsonl", '"code": 0', '"code": 5', "results", "code"),
         ("out/student/config.json", "320", "321", "files", "out/student/config.json"),
         ("out/student/config.json", "320", "321", "identities", "products.student"),

@@ -158,7 +158,7 @@ def test_one_run_is_shown_with_verdicts_results_and_settings(runs: Path, capsys:
     assert "F-DISTILL-SMOKE-001 PASS val_loss 3.0400 < 4.9100 at step 2" in told
     assert "learning_rate  0.001" in told
     assert main(["runs", "show", run, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["held out, last"] == {
+    assert json.loads(capsys.readouterr().out)["held out, as saved"] == {
         "student val_loss": 3.04,
         "rows (sha256)": "not known",
     }
@@ -186,7 +186,7 @@ def test_held_out_values_of_other_rows_are_shown_with_the_rows_that_each_is_of(
         log = (path / "events.jsonl").read_text()
         (path / "events.jsonl").write_text(log.replace('"heldout"', f'"heldout", "rows_sha256": "{digest}"'))
     assert main(["runs", "compare", *map(str, three), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["lines"]["held out, last"]
+    found = json.loads(capsys.readouterr().out)["lines"]["held out, as saved"]
     assert found == {"rows (sha256)": ["1" * 64, "2" * 64, "not known"]}
 
 

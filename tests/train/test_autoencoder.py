@@ -189,7 +189,9 @@ def test_the_codec_of_the_lowest_held_out_loss_is_kept_where_it_is_asked_for(
     assert "kept: step 6, held-out loss 2.0000; that of step 9, the last, is 4.0000" in text
     saved, kept = Codec.open(run.out / "codec"), load_checkpoint(run.checkpoints / "best" / "step-000006").weights
     assert all(torch.equal(kept[name], value) for name, value in saved.state_dict().items() if name in kept)
-    assert [found["step"] for found in metrics(run, "val_loss")] == [0, 3, 6, 9]
+    told = [(found["step"], found["value"], found.get("kept", False)) for found in metrics(run, "val_loss")]
+    assert told == [(0, 9.0, False), (3, 3.0, False), (6, 2.0, False), (9, 4.0, False), (6, 2.0, True)]
+    assert "final_loss=2.0000 (held-out, step 6)" in text
 
 
 def test_a_gate_that_is_not_passed_fails_the_run(make_run: MakeRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from latentforge.events import Event
 from latentforge.spec.fields import RUN_FALSIFIERS
 from latentforge.train.falsifiers import REQUIRABLE, judge
 from latentforge.train.optimiser import warmup_cosine
+from latentforge.train.reading import ready_of
 from latentforge.train.tally import percent
 from latentforge.verdicts import Outcome, parse_line
 
@@ -261,6 +263,42 @@ def test_a_planted_fault_fails(name: str, kind: str, where: dict[str, Any], valu
     found = REQUIRABLE[name](change(good_events(), kind, where, **values))
     assert found.outcome is Outcome.FAIL
     assert text in found.text
+
+
+KEPT = [
+    ("F-DISTILL-SMOKE-001", "student", "val_loss", {"value": 9.0}),
+    ("F-DISTILL-PIPELINE-001", "student", "val_loss", {"value": 9.0}),
+    ("F-DISTILL-SMOKE-002", "student", "val_kl", {"value": 9.0}),
+    ("F-LATENT-KD-001", "latent", "val_text", {"value": 9.0}),
+    ("F-LATENT-CAUSAL-001", "latent", "change_before_a_chunk", {"value": 0.1}),
+    ("F-LATENT-AE-001", "autoencoder", "token_accuracy", {"value": 0.5}),
+    ("F-LATENT-AE-002", "autoencoder", "latent_kl", {"by_dimension": [0.6, 0.0]}),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "metric", "bad"), KEPT)
+def test_a_check_judges_the_weights_that_were_kept_and_no_other_steps(
+    name: str, model: str, metric: str, bad: dict[str, Any]
+) -> None:
+    asked = ready_of(good_events())["requested"]
+    asked = {section: {**fields, "keep": "best"} for section, fields in asked.items()}
+    unsaid = change(good_events(), "phase", {"name": "ready"}, requested=asked)
+    assert REQUIRABLE[name](unsaid).outcome is Outcome.UNKNOWN  # which step was put back
+    for one in ("student", "twin", "latent", "autoencoder"):
+        at = 4 if one == model else 6
+        unsaid.append(Event(900, 900.0, "", RUN, "metric", {"name": "kept_step", "value": at, "model": one, "step": 6}))
+    assert REQUIRABLE[name](unsaid).outcome is Outcome.UNKNOWN  # what the weights of step 4 answer
+    last = [e for e in unsaid if e.fields.get("model") == model and e.fields.get("split") == "heldout"]
+    put_back = [replace(e, fields={**e.fields, "step": 4, "kept": True}) for e in last if e.fields["step"] == 6]
+    said = [*unsaid, *put_back]
+    at = {"model": model, "name": metric}
+    for events, outcome in (
+        (said, Outcome.PASS),
+        (change(said, "metric", {**at, "step": 6}, **bad), Outcome.PASS),
+        (change(said, "metric", {**at, "step": 4}, **bad), Outcome.FAIL),
+    ):
+        found = REQUIRABLE[name](events)
+        assert found.outcome is outcome, found.text
 
 
 def covered(rows: int, on_loss: str) -> list[Event]:

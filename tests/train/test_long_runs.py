@@ -19,6 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from latentforge.events import read_events
+from latentforge.evidence.reading import read_run
+from latentforge.history.comparing import picture
+from latentforge.promotion.card import held_out_of
+from latentforge.report.glance import Figure, figures
+from latentforge.report.telling import sentence
 from latentforge.spec.run import RunDir
 from latentforge.train import checkpoint, distill, keeping, teacher
 from latentforge.train.checkpoint import load_checkpoint
@@ -140,9 +145,24 @@ def test_the_best_step_of_a_token_student_and_of_its_twin_is_saved(
     planted = iter([9.0, 5.0, 3.0, 4.0, 3.0, 9.0, 2.0, 3.0, 1.0])
     measured = distill.evaluate
     monkeypatch.setattr(distill, "evaluate", lambda *a, **k: replace(measured(*a, **k), loss=next(planted)))
-    run = make_run(steps=6, validate_every=2, keep="best", require=TWIN)
+    run = make_run(steps=6, validate_every=2, keep="best", require=("F-DISTILL-SMOKE-001", *TWIN))
     code, text = run_here(run)
     assert code in (ExitCode.PASS, ExitCode.FAIL), text
+    values = [(one["step"], one["value"], one.get("kept", False)) for one in said(run, "metric", name="val_loss")]
+    student = [(0, 9.0, False), (2, 5.0, False), (4, 3.0, False), (6, 4.0, False), (4, 3.0, True)]
+    assert values[:5] == student
+    assert "final_loss=3.0000 (held-out, step 4)" in text
+    assert said(run, "verdict", falsifier="F-DISTILL-SMOKE-001")[-1]["text"] == "val_loss 3.0000 < 9.0000 at step 4"
+    record = read_run(run.path)
+    loss, twin = (record.metric("val_loss", model=model) for model in ("student", "twin"))
+    assert loss is not None
+    assert twin is not None
+    assert (loss.steps, loss.values, loss.kept, twin.kept) == ((0, 2, 4, 6), (9.0, 5.0, 3.0, 4.0), (4, 3.0), (6, 1.0))
+    shown = picture(record)["held out, as saved"]
+    assert (shown["student val_loss"], shown["student val_loss, of step"], shown["twin val_loss"]) == (3.0, 4, 1.0)
+    assert "| val\\_loss of student | 0 | 9.0000 | 4 | 3.0000 |" in list(held_out_of(record))
+    assert figures(record)[0] == Figure("held-out loss", "3.000", "from 9.000; of step 4, which is kept; twin 1.000")
+    assert "from 9.000 to 3.000 (nats a token), that of step 4, which is kept; the last was 4.000;" in sentence(record)
     metrics = json.loads((run.out / "metrics.json").read_text())["models"]
     assert (metrics["student"]["kept_step"], metrics["twin"]["kept_step"]) == (4, 6), text
     assert "kept: step 4, held-out loss 3.0000; that of step 6, the last, is 4.0000" in text
