@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from signal import SIGHUP, SIGINT, SIGTERM, Signals
 from typing import Any, NamedTuple
 
 from . import exitrec, journal, locks
@@ -13,6 +14,8 @@ from .protocol import CRASHED
 from .state import outcome_of
 
 LONGEST_REASON = 300
+ASKS_TO_STOP = (SIGTERM, SIGINT, SIGHUP)
+"""By these nothing crashes: somebody sent them, and they end a process only before it has a handler for them."""
 
 
 class Ending(NamedTuple):
@@ -47,6 +50,8 @@ def judge(
     if signal is not None:
         if oom:
             return Ending("killed", "oom", f"out of memory: {evidence}")
+        if signal in ASKS_TO_STOP:
+            return Ending("unknown", "stopped", f"interrupted by {Signals(signal).name} before it could end in order")
         return Ending("killed", "killed-unknown" if signal == SIGKILL else "signal", None)
     meanwhile = f"meanwhile a process was killed for memory: {evidence}" if code and evidence else None
     return Ending(outcome_of(code, None), "exited", meanwhile)

@@ -30,7 +30,7 @@ class RunState(Fact):
     signal: int | None = None
     oom: Any = None
     class_: str | None = Field(None, alias="class")
-    """exited, signal, oom, killed-unknown, watchdog, cancelled or not-started; None while it goes on."""
+    """exited, signal, stopped, oom, killed-unknown, watchdog, cancelled or not-started; None while it goes on."""
     outcome: str | None = None
     exit: int | None = None
     reason: str | None = None

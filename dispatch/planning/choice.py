@@ -204,6 +204,8 @@ def told_end(state: RunState) -> str:
     if state.outcome == "killed":
         why = {"oom": ", out of memory", "killed-unknown": ", cause unknown"}.get(state.class_ or "", "")
         return f"killed by signal {state.signal}{why}{when}"
+    if state.class_ == "stopped":
+        return f"stopped{when}: {state.reason}"
     if state.class_ == "not-started":
         return f"was not started: {state.reason}"
     if state.outcome == "crashed":

@@ -31,7 +31,8 @@ from .conftest import MARK, AgentHost, wait_for
         ("raise SystemExit(137)", 137, None, "crashed", "exited", 5),
         ("import os; os.kill(os.getpid(), 9)", None, signal.SIGKILL, "killed", "killed-unknown", 5),
         ("import os; os.kill(os.getpid(), 11)", None, signal.SIGSEGV, "killed", "signal", 5),
-        ("import os; os.kill(os.getpid(), 15)", None, signal.SIGTERM, "killed", "signal", 5),
+        ("import os; os.kill(os.getpid(), 15)", None, signal.SIGTERM, "unknown", "stopped", 3),
+        ("import os; os.kill(os.getpid(), 1)", None, signal.SIGHUP, "unknown", "stopped", 3),
     ],
 )
 def test_each_way_to_end_is_told_from_the_others(
@@ -360,6 +361,7 @@ def test_a_run_that_crashes_is_begun_again_within_its_budget_under_the_same_id(h
     ("end", "restarts", "starts", "outcome"),
     [
         ("os.kill(os.getpid(), 11)", 2, 3, "killed"),
+        ("os.kill(os.getpid(), 15)", 5, 1, "unknown"),  # it was told to stop before it could hear it
         ("raise SystemExit(5)", 0, 1, "crashed"),
         ("raise SystemExit(1)", 5, 1, "fail"),
         ("raise SystemExit(2)", 5, 1, "refused"),
