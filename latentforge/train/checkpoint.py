@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from latentforge.evidence.digests import file_sha256
 
 SCHEMA = 2
 _STEP = re.compile(r"step-(\d{6,})")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,7 @@ def step_folder(folder: Path, step: int) -> Path:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; RefusedError where it is torn, altered or of another format."""
     try:
-        record: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-        if record["schema"] != SCHEMA:
-            raise RefusedError(f"checkpoint {path} has schema {record['schema']!r}; {SCHEMA} is read here")
+        record = _record(path)
         for name, recorded in record["files"].items():
             found = file_sha256(path / name)
             if found != recorded:
@@ -250,8 +249,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
             threads=record["threads"],
             position=Position(**record["position"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise RefusedError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def is_whole(path: Path, digests: Mapping[str, str]) -> bool:
+    """Whether :func:`load_checkpoint` would take a checkpoint whose files have these sha256: none of them is read."""
+    try:
+        return bool(_record(path)["files"].items() <= digests.items())
+    except (*_UNREADABLE, RefusedError):
+        return False
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; RefusedError for another format, else whatever a torn one raises."""
+    record: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    if record["schema"] != SCHEMA:
+        raise RefusedError(f"checkpoint {path} has schema {record['schema']!r}; {SCHEMA} is read here")
+    return record
 
 
 def newest_checkpoint(folder: Path, *, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -24,7 +25,7 @@ from latentforge.spec.endurance import endurance_of
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import InputRef, LaunchRecord, RunDir
 from latentforge.train.best import BELOW
-from latentforge.train.checkpoint import newest_checkpoint
+from latentforge.train.checkpoint import is_whole, step_folder, steps_in
 from latentforge.train.hosts.wire import CHUNK, Link, refuse_ended
 
 _RECORDS = ("identity.json", "effective.json", "events.jsonl")
@@ -85,8 +86,11 @@ def read_by(run: RunDir) -> Reading:
             files += _of_tree(path, below) if path.is_dir() else [_lent(path, below)]
             ref = {**ref, "path": below}
         resolved[name] = ref
-    for one, folders in _left(run):
-        files += _of_attempt(one, () if one.run == run.run else ("identity.json", "launch.json"), folders)
+    for one, checkpoints in _left(run):
+        for name in (*(() if one.run == run.run else ("identity.json", "launch.json")), "events.jsonl"):
+            if (one.path / name).is_file():
+                files.append(_lent(one.path / name, f"runs/{one.run}/{name}"))
+        files += checkpoints
     known = {one.path: one for one in files}
     identity = run.identity_file.read_text(encoding="utf-8")
     return Reading(identity, replace(launch, resolved=resolved).as_json(), list(known.values()))
@@ -107,17 +111,41 @@ def _of_run(source: RunDir) -> Iterator[Lent]:
             yield _lent(path, f"runs/{source.run}/out/{name}", recorded.get(f"out/{name}"))
 
 
-def _left(run: RunDir) -> Iterator[tuple[RunDir, list[Path]]]:
-    """This run and all attempts before it, each with the folders of checkpoints that a model goes on from: those of
-    which no later attempt has a whole one."""
+def _left(run: RunDir) -> Iterator[tuple[RunDir, list[Lent]]]:
+    """This run and all attempts before it, each with the checkpoints that a resume looks at: of each model, of which no
+    later attempt has a whole one, those down to the newest whole one, and the best until then."""
     one: RunDir | None = run
     found = set[Path]()
     while one is not None and one.path.is_dir():
-        folders = {path.relative_to(one.checkpoints): path for path in _models(one)}
-        wanted = {below: path for below, path in folders.items() if below not in found}
-        yield one, list(wanted.values())
-        found |= {below for below, path in wanted.items() if newest_checkpoint(path)[0] is not None}
+        files = list[Lent]()
+        for folder in _models(one):
+            below = folder.relative_to(one.checkpoints)
+            if below in found:
+                continue
+            lent, step = _down_to_whole(one, folder)
+            files += lent
+            if step is not None:
+                found.add(below)
+                # That of the last step itself may have to be found again: then the one before it is the best.
+                files += _down_to_whole(one, folder / BELOW, until=step, below=step)[0]
+        yield one, files
         one = one.predecessor()
+
+
+def _down_to_whole(
+    run: RunDir, folder: Path, *, until: float = math.inf, below: float = math.inf
+) -> tuple[list[Lent], int | None]:
+    """The checkpoints of a folder, of at most ``until`` steps, from the newest down to the first whole one of less than
+    ``below``, and that one's step (None: there is none). Torn ones go along as they are: each host is to skip them."""
+    files = list[Lent]()
+    for step in reversed(steps_in(folder)):
+        if step <= until:
+            path = step_folder(folder, step)
+            lent = list(_of_tree(path, f"runs/{run.run}/{path.relative_to(run.path).as_posix()}"))
+            files += lent
+            if step < below and is_whole(path, {Path(one.path).name: one.sha256 for one in lent}):
+                return files, step
+    return files, None
 
 
 def _models(run: RunDir) -> Iterator[Path]:
@@ -126,16 +154,6 @@ def _models(run: RunDir) -> Iterator[Path]:
     for path in run.checkpoints.glob("[!.]*"):
         if path.is_dir() and path.name != BELOW and not path.name.startswith("step-"):
             yield path
-
-
-def _of_attempt(run: RunDir, records: Iterable[str], folders: Iterable[Path]) -> Iterator[Lent]:
-    for name in (*records, "events.jsonl"):
-        if (run.path / name).is_file():
-            yield _lent(run.path / name, f"runs/{run.run}/{name}")
-    for folder in folders:
-        for path in (*folder.glob("step-*"), folder / BELOW):
-            if path.is_dir():
-                yield from _of_tree(path, f"runs/{run.run}/{path.relative_to(run.path).as_posix()}")
 
 
 def _of_tree(folder: Path, below: str) -> Iterator[Lent]:

@@ -28,6 +28,8 @@ from latentforge.events import EventLog
 from latentforge.spec.hosts import Hosts, following
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.run import LaunchRecord, RunDir
+from latentforge.train import checkpoint
+from latentforge.train.checkpoint import Position, Retention, newest_checkpoint, save_checkpoint, snapshot
 from latentforge.train.engines import rank
 from latentforge.train.engines.launching import store_at
 from latentforge.train.engines.world import World
@@ -298,6 +300,38 @@ def mirrored(held: ExitStack, source: Reading, own: RunDir) -> tuple[Mirror, lis
     finally:
         sender.join()
     return mirror, [one.path for one in lacking]
+
+
+def test_of_checkpoints_those_are_lent_that_a_resume_looks_at_and_none_is_loaded_to_know_of_it(
+    held: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = leading_run(tmp_path / "a")
+    before = run.predecessor()
+    assert before is not None
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail(f"{path} was loaded"))
+    steps = {(run, ""): (2, 4, 6, 8), (run, "best"): (2, 4, 6, 8), (before, ""): (2, 4), (before, "twin"): (2, 4)}
+    for (of, below), each in steps.items():
+        for step in each:
+            place = Position("0" * 64, seed=7, batch_size=4)
+            taken = snapshot(below or "student", step, {"a": torch.full((64,), float(step))}, {}, place)
+            save_checkpoint(of.checkpoints / below, taken, start={}, retention=Retention(newest=9))
+    torn = run.checkpoints / "step-000008" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1] + b"~")
+    reading = read_by(run)
+    lent = {str(Path(one.path).parent) for one in reading.files if "/step-" in one.path}
+    # The newest is torn, so the one before it is gone on from; the best of its own step may be measured again.
+    wanted = {(run, "step-000008"), (run, "step-000006"), (run, "best/step-000006"), (run, "best/step-000004")}
+    wanted |= {(before, "twin/step-000004")}
+    assert lent == {f"runs/{of.run}/out/checkpoints/{name}" for of, name in wanted}
+    monkeypatch.undo()
+    own = following(run.load_identity(), 1)
+    mirror, _ = mirrored(held, reading, RunDir.create(tmp_path / "b" / "runs", own, LaunchRecord(own.run_id, "", {})))
+    for there in (run, mirror.leader(reading, run.run)):
+        found, said = newest_checkpoint(there.checkpoints)
+        best, _ = newest_checkpoint(there.checkpoints / "best", until=5)
+        assert found is not None
+        assert best is not None
+        assert (found.step, len(said), best.step) == (6, 1, 4)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "runs/../../x", "elsewhere/x", "content/x/f.partial-mirror"])
