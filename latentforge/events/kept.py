@@ -1,7 +1,7 @@
 """Of which step a run's weights are, and which of its held-out values are theirs.
 
-A run that keeps its best step says each held-out value of the weights that it saves once more, with that step and
-marked ``kept``: of the values of all steps, those are the ones that say what its product can do.
+A run that keeps its best step, or that merges adapters into its product, says each held-out value of the weights that
+it saves once more, with their step and marked ``kept``: of all values, those say what its product can do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from latentforge.events.event import Event
 KEPT_STEP = "kept_step"
 """The metric that says which step's weights were put back at the end; a run that keeps the last one's has none."""
 KEPT = "kept"
-"""The mark in a metric's event: measured once more, of the weights that were put back."""
+"""The mark in a metric's event: measured once more, of the weights that are saved."""
 
 
 def kept_steps(events: Iterable[Event]) -> dict[str, int]:
@@ -38,7 +38,7 @@ def of_kept(seen: Iterable[Event], step: int | None) -> Event | None:
     course, marked = list[Event](), list[Event]()
     for event in seen:
         (course if in_course(event) else marked).append(event)
-    of_step = [event for event in marked if event.fields.get("step") == step]
+    of_step = [event for event in marked if step in (None, event.fields.get("step"))]
     if of_step:
         return of_step[-1]
     last = course[-1] if course else None

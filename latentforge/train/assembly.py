@@ -24,7 +24,7 @@ from latentforge.spec.endurance import endurance_of, meaning_of
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, StudentSpec
 from latentforge.spec.teacher import answers_of, teacher_of
-from latentforge.students.adapters import Lora, adapt, adapted, merged, trained_part
+from latentforge.students.adapters import Lora, adapt, adapted, adapters, merged, trained_part
 from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
 from latentforge.targets.store import TargetStore
 from latentforge.teachers.alignment import compare_vocabularies
@@ -258,6 +258,11 @@ def lora_in_force(spec: DistillSpec, model: nn.Module) -> dict[str, Any]:
     return {"rank": found.rank, "alpha": found.alpha, "dropout": found.dropout, "target_modules": targets}
 
 
+def size_of(model: nn.Module) -> int:
+    """The parameters of a student as it is saved: adapters are merged into its own."""
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for _, p in adapters(model))
+
+
 def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
     """Every value of the spec as the objects that will run hold it."""
     spec, optimiser, objective = job.spec, trainer.optimiser, trainer.objective
@@ -321,6 +326,6 @@ def values_in_force(job: Job, trainer: Trainer, profile: str) -> dict[str, Any]:
         "targets_fetched_ahead": feed.ahead,
         "predictions_per_sequence": batch.shape[1] - 1,
         "micro_batches": world.passes(len(batch), trainer.micro_batch_size),
-        "parameters": wrapped.parameters if world.size > 1 else sum(p.numel() for p in model.parameters()),
+        "parameters": wrapped.parameters if world.size > 1 else size_of(model),
         **({} if wrapped.engine == "none" else {"engine": wrapped.record()}),
     }

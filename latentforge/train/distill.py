@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentforge.data.order import BatchOrder
 from latentforge.data.shards import ShardSet
@@ -175,6 +175,9 @@ def distil(run: RunDir, log: EventLog, held: ExitStack) -> None:
     record_compiled(run, trainer)
 
     plain = {name: whole_student(job, start, one.trainer) for name, one in trained.items()}
+    trained = {name: as_saved(job, name, one, plain[name][0]) for name, one in trained.items()}
+    student = trained["student"]
+    log.say(f"final_loss={student.after.loss:.4f} (held-out, step {student.kept})")
     if not world.first:
         return
     with log.phase("save"):
@@ -215,7 +218,7 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
     best.carry(earlier)
     before = known_evaluation(earlier, model)
     if before is None:
-        before = held_out(job, trainer, teacher_needed=True)
+        before = held_out(job, trainer.engine.module, teacher_needed=True)
         report(job, model, before, step=0)
     first = keeper.resume(earlier) or 0
     tally = Tally() if earlier is None else Tally.of(standing(earlier.events), model=model, until=first)
@@ -250,34 +253,41 @@ def train(job: Job, trainer: Trainer, model: str, earlier: Earlier | None, profi
                         continue
                     tally.add({"rows": result.rows, "sequences": result.sequences, **fields})
                     if best.due(step + 1):
-                        found = held_out(job, trainer)
+                        found = held_out(job, trainer.engine.module)
                         report(job, model, found, step=step + 1)
                         best.offer(step + 1, found.loss)
                     if (signal := world.signal(stop_requested())) is not None:
                         report_teaching(job, trainer, model, tally, step=step + 1)
                     keeper.after(step + 1, signal)
 
-    after = held_out(job, trainer)
+    after = held_out(job, trainer.engine.module)
     report(job, model, after, step=spec.steps)
     kept = best.put_back(spec.steps, after.loss)
     if kept != spec.steps:
-        after = held_out(job, trainer)
+        after = held_out(job, trainer.engine.module)
         report(job, model, after, step=kept, kept=True)
-    if model == "student":
-        log.say(f"final_loss={after.loss:.4f} (held-out, step {kept})")
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=model)
     report_teaching(job, trainer, model, tally, step=spec.steps)
     return Trained(trainer, start, beside, before, after, kept, tally)
 
 
-def held_out(job: Job, trainer: Trainer, *, teacher_needed: bool = False) -> Evaluation:
-    """Cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order.
+def as_saved(job: Job, model: str, one: Trained, product: Student) -> Trained:
+    """A model with adapters, measured once more as the ``product`` that they are merged into: that is what is saved,
+    and of bf16 it is rounded once more. Another model is as it was measured."""
+    if adapted(one.trainer.student.model) is None:
+        return one
+    after = held_out(job, product)
+    report(job, model, after, step=one.kept, kept=True)
+    return replace(one, after=after)
+
+
+def held_out(job: Job, student: nn.Module, *, teacher_needed: bool = False) -> Evaluation:
+    """A student's cross-entropy and KL to the teacher over the held-out rows, always the same ones in the same order.
 
     Without the KL where the teacher is lost and the run goes on; never so where its answer cannot be trusted, nor where
     it is ``teacher_needed``: before step 1 nothing has shown yet that there is a teacher at all.
     """
     settings: dict[str, Any] = {"temperature": job.spec.temperature, "backend": job.kernel}
-    student = trainer.engine.module
     with job.log.phase("evaluate"):
         try:
             return evaluate(student, held_out_batches(job), job.supply.held_out, **settings)

@@ -125,7 +125,7 @@ def _read(path: Path, tensor: str) -> torch.Tensor:
 def _metrics(before: RunRecord, after: RunRecord) -> tuple[int, float, str | None]:
     """How many values there are, the largest relative difference of one, and of which.
 
-    A value has the place that it has among its metric's: the same step, and of weights that were put back their own.
+    A value has the place that it has among its metric's: the same step, and of the saved weights their own.
     NaN that both recorded there is the same.
     """
     sides = []
@@ -133,7 +133,7 @@ def _metrics(before: RunRecord, after: RunRecord) -> tuple[int, float, str | Non
         found: dict[tuple[Any, ...], float] = {}
         for one in record.metrics:
             counted: dict[int, int] = {}
-            if one.kept is not None and one.kept[0] != one.steps[-1]:
+            if one.kept is not None and one.kept != (one.steps[-1], one.values[-1]):
                 found[one.model, one.name, one.split, one.kept[0], "kept"] = one.kept[1]
             for step, value in zip(one.steps, one.values, strict=True):
                 counted[step] = counted.get(step, -1) + 1  # one step may have several: a value for each level of noise

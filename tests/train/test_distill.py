@@ -22,17 +22,20 @@ from latentforge.data.tokenizer import copy_tokenizer
 from latentforge.errors import FailedError, RefusedError
 from latentforge.events import Event, read_events
 from latentforge.evidence.configuration import compare_configuration
+from latentforge.evidence.reading import read_run
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, PipelineSpec
 from latentforge.students.adapters import Lora, adapt, merged
-from latentforge.students.causal import ModelShape, Student, model_from_folder, new_model
+from latentforge.students.causal import ModelShape, Student, cast_weights, model_from_folder, new_model
 from latentforge.train import assembly, distill, effective, products
 from latentforge.train.checkpoint import load_checkpoint
 from latentforge.train.engines import choice
 from latentforge.train.inprocess import execute_pipeline, plan
+from latentforge.train.loop import evaluate
 from latentforge.train.optimiser import MasterOptimiser, Updates
 from latentforge.train.rehearsal import tiny_events, tiny_run, tiny_spec
 from latentforge.train.run import execute
+from latentforge.train.setting import evaluation_batches
 from latentforge.verdicts import ExitCode
 
 MakeRun = Callable[..., RunDir]
@@ -220,6 +223,44 @@ def test_adapters_alone_are_trained_merged_into_a_plain_folder_and_resumed_to_th
     assert code is ExitCode.PASS, text
     again = load_file(resumed.out / "student" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in made.items())
+
+
+def test_adapters_in_bf16_learn_through_activations_computed_again_and_what_is_said_is_of_the_merged_folder(
+    make_run: MakeRun, run_here: RunHere, base: Path
+) -> None:
+    wanted = {"precision": "bf16", "validate_every": 3, "keep": "best"}
+    again, kept = (make_run(**adapting(base, **wanted, activation_checkpointing=on)) for on in (True, False))
+    for run in (again, kept):
+        code, text = run_here(run)
+        assert code is ExitCode.PASS, text
+    ours, theirs, start = (
+        load_file(folder / "model.safetensors") for folder in (again.out / "student", kept.out / "student", base)
+    )
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    changed = {name.split(".")[-2] for name, value in ours.items() if not torch.equal(value, start[name].bfloat16())}
+    assert changed == {"q_proj", "down_proj"}
+    product = next(e.fields for e in read_events(again.events_file) if e.fields.get("product"))
+    assert (product["moved"], product["tensors"], product["frozen_changed"]) == (8, 8, [])
+    assert effective.read(again)["effective"]["parameters"] == sum(value.numel() for value in ours.values())
+    # What is held against the start is what the folder answers, rounded as it is, and not what was trained beside it.
+    data = ShardSet.open(again.input_path("data"))
+    model = model_from_folder(again.out / "student")
+    cast_weights(model, torch.bfloat16)
+    student = Student(model, data.vocab_size)
+    size = effective.read(again)["effective"]["distill"]["batch_size"]
+    rows = evaluation_batches(data.heldout, torch.device("cpu"), at_most=size)
+    loss = evaluate(student, rows, None, temperature=1.0, backend="auto").loss
+    told = [e.fields for e in read_events(again.events_file) if e.fields.get("name") == "val_loss"]
+    assert [(one["step"], one.get("kept", False)) for one in told] == [*((n, False) for n in (0, 3, 6, 8)), (8, True)]
+    near = pytest.approx(loss, rel=3e-7)  # measured here without the KL, in another sum
+    assert [one["value"] == near for one in told[-2:]] == [False, True]
+    found = read_run(again.path).metric("val_loss", model="student")
+    assert found is not None
+    assert found.kept == (8, told[-1]["value"])
+    verdict = next(
+        e.fields for e in read_events(again.events_file) if e.fields.get("falsifier") == "F-DISTILL-SMOKE-001"
+    )
+    assert verdict["measured"]["val_loss"] == told[-1]["value"]
 
 
 def test_a_base_weight_that_is_trained_beside_its_adapters_fails_the_run(
