@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentforge.errors import FailedError, RefusedError
+from latentforge.spec.spread import Stage, settings_of
 from latentforge.train.engines.protocol import Wrapped
 from latentforge.train.engines.world import World
 from latentforge.train.optimiser import Updates, grouped
-
-Stage = Literal[2, 3]
-
-
-def settings_of(stage: Stage) -> dict[str, Any]:
-    """DeepSpeed's own settings for a GB10, as the maintained file of the recipes says them (docs/distributed.md)."""
-    file = resources.files("latentforge") / "recipes" / "deepspeed" / f"gb10-zero{stage}.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
 
 def library() -> Any:
     """DeepSpeed, quiet and without what it would compile; RefusedError where it is not installed."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from latentforge.train.engines.deepspeed import settings_of
+from latentforge.spec.spread import settings_of
 from latentforge.train.optimiser import BETAS
 
 
