@@ -39,6 +39,7 @@ from latentforge.train.asking import answers_dense, check_live, check_on_policy
 from latentforge.train.compiled import CompiledLayers
 from latentforge.train.data import checked_path
 from latentforge.train.engines.choice import Parts, engine_of
+from latentforge.train.engines.protocol import at_first
 from latentforge.train.engines.single import Single
 from latentforge.train.feed import Feed
 from latentforge.train.loop import Objective, Trainer
@@ -230,10 +231,12 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def whole_student(job: Job, start: Any, trainer: Trainer) -> tuple[Student, dict[str, Tensor]]:
-    """The student as one process has it, and its weights with their masters; of several processes the first is given
-    the trained weights in a model of its own, and of adapters a model that they are merged into. Collective.
+    """The student as one process has it, and its weights with their masters; of several processes the first alone is
+    given both, the trained weights in a model of its own, and of adapters a model that they are merged into.
+    Collective.
     """
-    weights, engine = trainer.optimiser.weights(), trainer.engine
+    engine = trainer.engine
+    weights = at_first(engine.world, trainer.optimiser.each_weight())
     if (lora := adapted(trainer.student.model)) is not None:
         model = merged(start, lora, weights)
         cast_weights(model, engine.precision)

@@ -27,6 +27,7 @@ from latentforge.train.codec_falsifiers import MODEL
 from latentforge.train.codec_trainer import CodecTrainer
 from latentforge.train.course import Course
 from latentforge.train.engines.choice import Parts, engine_of
+from latentforge.train.engines.protocol import at_first
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.loop import bytes_of, log_compiles, log_step
@@ -154,7 +155,7 @@ def run(run: RunDir, log: EventLog) -> None:
         if kept != spec.steps:
             after = report_of(trainer, data)
             say_measures(log, after, data, step=kept, kept=True)
-        plain, weights = trainer.whole(), optimiser.weights()
+        plain, weights = trainer.whole(), at_first(world, optimiser.each_weight())
     if not world.first:
         return
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)

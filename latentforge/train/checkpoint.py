@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,12 @@ def tensor_sha256(tensor: Tensor) -> str:
 def snapshot(
     model: str,
     step: int,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
+    moments: Iterable[tuple[str, Tensor]],
     position: Position,
 ) -> Checkpoint:
-    """A checkpoint of its own memory on the CPU: the steps that follow do not change it."""
+    """A checkpoint of its own memory on the CPU: the steps that follow do not change it. Each tensor is let go before
+    the next one comes."""
     rng, threads = torch.get_rng_state(), torch.get_num_threads()
     return Checkpoint(model, step, _copied(weights), _copied(moments), rng, threads, position)
 
@@ -310,9 +311,9 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share storage; a copy on the CPU never does.
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors}
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

@@ -283,7 +283,8 @@ def _save(trainer: Trainer, folder: Path, step: int) -> Any:
     optimiser = trainer.optimiser
     start = start_digests(small_trainer().optimiser)
     weights: dict[str, Tensor] = {**dict(trainer.student.model.named_parameters()), **optimiser.masters}
-    taken = snapshot("student", step, weights, optimiser.moments(), Position("0" * 64, 0, len(small_batch())))
+    position = Position("0" * 64, 0, len(small_batch()))
+    taken = snapshot("student", step, weights.items(), optimiser.each_moment(), position)
     return save_checkpoint(folder, taken, start=start)
 
 

@@ -73,9 +73,9 @@ class CodecTrainer:
     def whole(self) -> Codec:
         """The codec with its weights of now, as one process has it. Collective."""
         if self._plain is not self.student.codec:
-            weights = self.optimiser.weights()
-            for name, parameter in self._plain.named_parameters():
-                parameter.copy_(weights[name])
+            parameters = dict(self._plain.named_parameters())
+            for name, weight in self.optimiser.each_weight():
+                parameters[name].copy_(weight)
         return self._plain
 
     def chunks_of(self, tokens: Tensor) -> Chunks:

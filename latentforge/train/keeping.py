@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -200,10 +201,12 @@ class Keeper:
         """Take the checkpoint of ``step`` steps, for the folder ``below`` this one's, and go on while it is written."""
         began = time.monotonic()
         self.settle()
-        weights, moments = self.optimiser.weights(), self.optimiser.moments()
+        weights, moments = self.optimiser.each_weight(), self.optimiser.each_moment()
         if not below:
             self.kept = step
         if not self._world.first:
+            for _tensor in chain(weights, moments):  # gathered together, and let go at once
+                pass
             return
         taken = snapshot(self.model, step, weights, moments, self.position)
         stood, folder = time.monotonic() - began, self.folder / below

@@ -33,6 +33,7 @@ from latentforge.train.best import Best
 from latentforge.train.canary import require_canary
 from latentforge.train.course import Course
 from latentforge.train.engines.choice import Parts, engine_of
+from latentforge.train.engines.protocol import at_first
 from latentforge.train.falsifiers import judge
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.latent_falsifiers import MODEL
@@ -143,7 +144,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
         if put_back := kept != spec.steps:
             after = trainer.held_out(data)
             say_held_out(log, after, step=kept, kept=True)
-        weights = optimiser.weights()
+        weights = at_first(world, optimiser.each_weight())
         if not world.first:
             return
         student = student if plain is None else filled(plain, weights, engine.precision)

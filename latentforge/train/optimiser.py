@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,16 +138,24 @@ class MasterOptimiser:
             if master is not self.working[name]:
                 self.working[name].copy_(master)
 
-    def weights(self) -> dict[str, Tensor]:
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters of the model by name, whole: trained ones as fp32 masters."""
-        return {name: whole(value) for name, value in {**dict(self.model.named_parameters()), **self.masters}.items()}
+        for name, value in {**dict(self.model.named_parameters()), **self.masters}.items():
+            yield name, whole(value)
+
+    def each_moment(self) -> Iterator[tuple[str, Tensor]]:
+        """AdamW's state as flat tensors: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``."""
+        for name, master in self.masters.items():
+            for key, value in self._state(master).items():
+                yield f"{name}/{key}", whole(value)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of :meth:`each_weight`, all at once."""
+        return dict(self.each_weight())
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state as flat tensors: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``."""
-        if self.adamw is None:
-            return {}
-        each = [(name, key, value) for name, p in self.masters.items() for key, value in self._state(p).items()]
-        return {f"{name}/{key}": whole(value) for name, key, value in each}
+        """Those of :meth:`each_moment`, all at once; empty before the first step."""
+        return dict(self.each_moment())
 
     @torch.no_grad()
     def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor]) -> None:

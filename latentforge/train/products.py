@@ -21,7 +21,7 @@ from latentforge.train.engines.protocol import Optimiser
 
 def start_digests(optimiser: Optimiser) -> dict[str, str]:
     """The digest of every tensor before the first step: of the masters where it is trained, else of the model."""
-    return {name: tensor_sha256(value) for name, value in optimiser.weights().items()}
+    return {name: tensor_sha256(value) for name, value in optimiser.each_weight()}
 
 
 def frozen_digests(model: nn.Module) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from latentforge.train.checkpoint import (
     save_checkpoint,
     snapshot,
 )
+from latentforge.train.engines.protocol import at_first
+from latentforge.train.engines.world import World
 
 PLACE = Position("0" * 64, seed=7, batch_size=4)
 
@@ -104,11 +108,27 @@ def test_the_newest_the_nth_and_one_that_is_spared_are_kept_and_no_other(
 
 def test_a_snapshot_is_not_changed_by_the_steps_that_follow() -> None:
     weights, moments = {"a": torch.ones(3)}, {"a/exp_avg": torch.ones(3)}
-    taken = snapshot("student", 1, weights, moments, PLACE)
+    taken = snapshot("student", 1, weights.items(), moments.items(), PLACE)
     weights["a"] += 1
     moments["a/exp_avg"] += 1
     assert torch.equal(taken.weights["a"], torch.ones(3))
     assert torch.equal(taken.moments["a/exp_avg"], torch.ones(3))
+
+
+def test_of_what_is_gathered_for_a_checkpoint_no_more_than_two_tensors_are_whole_at_a_time() -> None:
+    whole: list[weakref.ref[torch.Tensor]] = []
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(5):
+            # The one before is still in the hands of who asks for the next.
+            assert sum(one() is not None for one in whole) <= 1
+            tensor = torch.full((3,), float(number))
+            whole.append(weakref.ref(tensor))
+            yield str(number), tensor
+
+    taken = snapshot("student", 1, gathered(), gathered(), PLACE)
+    assert [float(one[0]) for one in taken.weights.values()] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert at_first(World(1, 2), gathered()) == {}  # the second process helps, and keeps none
 
 
 def test_what_a_full_disk_refuses_is_a_failure_and_leaves_the_older_one(
@@ -116,7 +136,7 @@ def test_what_a_full_disk_refuses_is_a_failure_and_leaves_the_older_one(
 ) -> None:
     save_checkpoint(tmp_path, checkpoint(1), start={})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    large = snapshot("student", 2, {"a": torch.zeros(100_000)}, {}, PLACE)
+    large = snapshot("student", 2, [("a", torch.zeros(100_000))], [], PLACE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         with pytest.raises(FailedError, match="step-000002 could not be written") as failure:

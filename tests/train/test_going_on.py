@@ -268,7 +268,7 @@ def test_a_disk_that_refuses_a_folder_or_a_name_is_a_failure_that_says_what_to_d
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((checkpoints.os, "replace") if call == "replace" else (Path, "mkdir")), full)
-    taken = snapshot("student", 1, {"w": torch.ones(2)}, {}, ROWS)
+    taken = snapshot("student", 1, [("w", torch.ones(2))], [], ROWS)
     with pytest.raises(FailedError, match=r"could not be written: .*No space left"):
         save_checkpoint(tmp_path, taken, start={})
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
     for step in (1, 2, 3):
         if step == 3:
             monkeypatch.setattr(shutil, "rmtree", cut_short)
-        taken = snapshot("student", step, {"w": torch.full((2,), float(step))}, {}, ROWS)
+        taken = snapshot("student", step, [("w", torch.full((2,), float(step)))], [], ROWS)
         if step < 3:
             save_checkpoint(tmp_path, taken, start={})
     with pytest.raises(FailedError, match="step-000001 could not be removed"):

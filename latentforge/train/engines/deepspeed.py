@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ from latentforge.spec.spread import Stage, settings_of
 from latentforge.train.engines.protocol import Wrapped
 from latentforge.train.engines.world import World
 from latentforge.train.optimiser import Updates, grouped
+
 
 def library() -> Any:
     """DeepSpeed, quiet and without what it would compile; RefusedError where it is not installed."""
@@ -68,26 +70,33 @@ class ZeroOptimiser:
             group["lr"] = group["initial_lr"] * self.schedule(step)
         return float(self.groups[0]["lr"])
 
-    def weights(self) -> dict[str, Tensor]:
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         """All trained parameters by name, whole, as fp32 masters."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: _as_fp32(safe_get_full_fp32_param(p)) for name, p in self._trained.items()}
+        for name, p in self._trained.items():
+            yield name, _as_fp32(safe_get_full_fp32_param(p))
 
-    def moments(self) -> dict[str, Tensor]:
-        """AdamW's state, whole; empty before the first step."""
+    def each_moment(self) -> Iterator[tuple[str, Tensor]]:
+        """AdamW's state, whole; nothing before the first step."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         made = self._steps()
         if made is None:
-            return {}
+            return
         self._link()
-        found: dict[str, Tensor] = {}
         for name, p in self._trained.items():
-            found[f"{name}/step"] = made.clone()
+            yield f"{name}/step", made.clone()
             for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{name}/{key}"] = _as_fp32(safe_get_full_optimizer_state(p, key))
-        return found
+                yield f"{name}/{key}", _as_fp32(safe_get_full_optimizer_state(p, key))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of :meth:`each_weight`, all at once."""
+        return dict(self.each_weight())
+
+    def moments(self) -> dict[str, Tensor]:
+        """Those of :meth:`each_moment`, all at once."""
+        return dict(self.each_moment())
 
     def forget_gradients(self) -> None:
         """Refused: what DeepSpeed has averaged of a step lies in buffers of its own, which nothing else clears."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -32,12 +33,21 @@ class Optimiser(Protocol):
         """Set the schedule's value of ``step`` (from 0) and return what the optimiser now holds."""
         ...
 
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters by name, whole, trained ones as fp32 masters: each is gathered when its turn comes, so that
+        who keeps none holds one at a time. Collective: all go through it to its end."""
+        ...
+
+    def each_moment(self) -> Iterator[tuple[str, Tensor]]:
+        """AdamW's state in the same way: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``. Collective."""
+        ...
+
     def weights(self) -> dict[str, Tensor]:
-        """All parameters by name, whole, trained ones as fp32 masters. Collective."""
+        """Those of :meth:`each_weight`, all at once. Collective."""
         ...
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state, whole: ``<parameter>/exp_avg``, ``/exp_avg_sq``, ``/step``. Collective."""
+        """Those of :meth:`each_moment`, all at once. Collective."""
         ...
 
     def forget_gradients(self) -> None:
@@ -83,6 +93,16 @@ class Wrapped:
                 f"distributed = {engine!r} made {self.engine} with {self.wrapper}, and {wrapper} was asked"
             )
         return self
+
+
+def at_first(world: World, each: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What is gathered one after the other, kept by the first process, which writes; the others help to gather it, and
+    keep none. Collective."""
+    if world.first:
+        return dict(each)
+    for _tensor in each:
+        pass
+    return {}
 
 
 class Engine(Protocol):
