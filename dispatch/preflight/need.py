@@ -119,7 +119,8 @@ def memory_need(ask: Ask, facts: HostFacts) -> tuple[MemoryPlan, tuple[str, ...]
     """The largest plan of the pipeline, and sentences that explain its terms."""
     models = Models.of(ask, facts)
     device = "cuda" if facts.host.gpus else "cpu"
-    plan = pipeline_peak(ask.spec, device=device, teacher=models.teacher, student=models.student)
+    hosts = max(1, len(ask.hosts))
+    plan = pipeline_peak(ask.spec, device=device, teacher=models.teacher, student=models.student, hosts=hosts)
     length = ask.spec.data.sequence_length
     notes = list(models.troubles)
     named = {"teacher": ask.spec.teacher.model, "student": ask.spec.distill.student.init}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from latentforge.memory.plan import MemoryPlan, Term, checkpoint_term, runtime
+from latentforge.memory.spread import Held, Numbers, Spread, whole_terms
 from latentforge.spec.latent import AutoencoderSpec
 
 LOGIT_ROWS = 4096
@@ -11,11 +12,15 @@ LOGIT_ROWS = 4096
 
 def codec_parameters(spec: AutoencoderSpec, *, chunk: int, vocab_size: int) -> int:
     """The parameters of a codec: four blocks, an embedding with a row for the mask, and what joins and splits."""
-    width, inner, latent = spec.width, spec.inner, spec.latent
-    block = width + 3 * width * inner
+    width, latent, block = spec.width, spec.latent, codec_block(spec)
     encoder = (chunk * width + 1) * width + width + (width + 1) * 2 * latent
     decoder = (latent + 1) * width + (width + 1) * chunk * width + width
     return (vocab_size + 1) * width + 4 * block + encoder + decoder
+
+
+def codec_block(spec: AutoencoderSpec) -> int:
+    """The parameters of one of its four blocks."""
+    return spec.width + 3 * spec.width * spec.inner
 
 
 def codec_activation_bytes(spec: AutoencoderSpec, *, chunk: int, chunks: int) -> int:
@@ -26,20 +31,32 @@ def codec_activation_bytes(spec: AutoencoderSpec, *, chunk: int, chunks: int) ->
     return 4 * floats * chunks
 
 
-def autoencoder_memory(spec: AutoencoderSpec, *, chunk: int, length: int, vocab_size: int, device: str) -> MemoryPlan:
-    """The plan of a run that trains a codec of ``chunk`` tokens on rows of ``length`` tokens."""
+def autoencoder_memory(
+    spec: AutoencoderSpec,
+    *,
+    chunk: int,
+    length: int,
+    vocab_size: int,
+    device: str,
+    hosts: int = 1,
+    leads: bool = True,
+) -> MemoryPlan:
+    """The plan of a run that trains a codec of ``chunk`` tokens on rows of ``length`` tokens, on one of ``hosts``, of
+    which the first ``leads``."""
     count = codec_parameters(spec, chunk=chunk, vocab_size=vocab_size)
-    tokens = (spec.micro_batch_size or spec.batch_size) * length
+    spread, block = Spread.of(spec.distributed, spec.processes, hosts), codec_block(spec)
+    tokens = spread.rows(spec.batch_size, spec.micro_batch_size) * length
     activations = codec_activation_bytes(spec, chunk=chunk, chunks=tokens // chunk)
+    held = Held.of(spread, Numbers(count, block, count - 4 * block), "fp32", accumulates=True, device=device)
     return MemoryPlan(
         "autoencoder",
         (
-            Term("codec", 4 * count),
-            Term("states", 12 * count),
+            *held.standing("codec"),
+            *whole_terms(spread, 4 * count),
             checkpoint_term(count),
             # Half as much again for the gradients that flow back while they are in use.
             Term("activations", activations * 3 // 2),
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
             runtime(device),
         ),
-    ).on(spec.processes)
+    ).on(spec.processes, first=leads)

@@ -17,7 +17,8 @@ from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.latent import latent_memory
 from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
 from latentforge.memory.shape import ModelShape
-from latentforge.memory.training import WIDTH, Step, adapter_parameters, training_terms
+from latentforge.memory.spread import WIDTH, Spread
+from latentforge.memory.training import Step, adapter_parameters, training_terms
 from latentforge.spec.choice import auto_of
 from latentforge.spec.sections import DistillSpec, PipelineSpec, StudentSpec, TeacherSpec
 
@@ -120,20 +121,30 @@ def score_memory(teacher: Answering, *, rows: int, length: int) -> MemoryPlan:
 
 
 def distill_memory(
-    spec: DistillSpec, teacher: Answering | None, student: KnownModel, *, length: int, device: str, live: bool
+    spec: DistillSpec,
+    teacher: Answering | None,
+    student: KnownModel,
+    *,
+    length: int,
+    device: str,
+    live: bool,
+    hosts: int = 1,
+    leads: bool = True,
 ) -> MemoryPlan:
     """The plan of a run that trains a student; ``teacher`` is what stands in memory beside it (None: nothing).
 
-    ``live`` says that it answers every step; else it is loaded at the end, in fp32, for a sample.
+    ``live`` says that it answers every step; else it is loaded at the end, in fp32, for a sample. It is the plan of one
+    of ``hosts``, of which the first ``leads``.
     """
-    rows = spec.micro_batch_size or spec.batch_size
+    step = step_of(spec, length, hosts)
+    rows = step.rows
     if teacher is not None and not live:
         teacher = replace(teacher, precision="fp32")
     terms, unknown = teacher.terms(rows, length, copies=2 if live else 1) if teacher is not None else ([], [])
     if student.shape is None:
         unknown = [*unknown, "the student"]
     else:
-        step, count = step_of(spec, length), student.shape.parameters
+        count = student.shape.parameters
         if spec.lora.rank:
             adapters = adapter_parameters(student.shape, spec.lora)
             unknown = unknown if adapters is not None else [*unknown, "the adapters"]
@@ -147,20 +158,21 @@ def distill_memory(
             copies = (1 + (TWIN in spec.require)) * 4 * count + WIDTH[spec.precision] * count
             terms.append(Term("merged", max(0, copies - passing)))
         if TWIN in spec.require:
-            terms.append(Term("twin", sum(term.bytes for term in trained if term.name in ("student", "states"))))
+            terms.append(Term("twin", sum(term.bytes for term in trained if term.name in _LASTING)))
         if live and spec.targets == "live" and teacher is not None and teacher.place == "process":
             held = ahead_bytes(spec.prefetch, spec.batch_size, length, student.shape.vocab_size)
-            terms.append(Term("ahead", held))
+            terms.append(Term("ahead", held // step.spread.world))
     load = teacher.load if teacher is not None else (0, 0)
-    return MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load).on(spec.processes)
+    plan = MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load)
+    return plan.on(spec.processes, first=leads)
 
 
-def step_of(spec: DistillSpec, length: int) -> Step:
+def step_of(spec: DistillSpec, length: int, hosts: int = 1) -> Step:
     """How a spec's token-level student is trained on rows of ``length`` tokens, as far as its memory goes."""
-    rows = spec.micro_batch_size or spec.batch_size
-    # Libraries that spread a training keep buffers for all gradients.
-    accumulates = rows < spec.batch_size or spec.distributed != "none"
-    return Step(rows, length, spec.precision, accumulates, spec.activation_checkpointing)
+    spread = Spread.of(spec.distributed, spec.processes, hosts)
+    rows = spread.rows(spec.batch_size, spec.micro_batch_size)
+    accumulates = rows < spread.rows(spec.batch_size, None)
+    return Step(rows, length, spec.precision, accumulates, spec.activation_checkpointing, spread=spread)
 
 
 AHEAD_BYTES = 1 << 30
@@ -181,8 +193,10 @@ def pipeline_memory(
     device: str = "cpu",
     teacher: KnownModel | None = None,
     student: KnownModel | None = None,
+    hosts: int = 1,
 ) -> dict[str, MemoryPlan]:
-    """The plan of each run of an effective pipeline, by kind, for ``device`` ``cpu`` or ``cuda``.
+    """The plan of each run of an effective pipeline, by kind, for ``device`` ``cpu`` or ``cuda``, on the first of so
+    many ``hosts``.
 
     ``teacher`` and ``student`` are what is known of folders that the spec names. Where a folder's shape is not known,
     the plans that need it say so in ``unknown``; the size of its weights on disk is then the least that it takes. A
@@ -192,8 +206,9 @@ def pipeline_memory(
     plans: dict[str, MemoryPlan] = {}
     tokens = (teacher.vocabulary if teacher is not None else None) or spec.data.vocab_size
     sizes: dict[str, Any] = {"chunk": spec.data.chunk, "length": length, "vocab_size": tokens, "device": device}
+    sizes["hosts"] = hosts
     if spec.has_teacher:
-        plans = _of_teacher_and_student(spec, teacher, student, device)
+        plans = _of_teacher_and_student(spec, teacher, student, device, hosts)
     if spec.through != "distill":
         plans["autoencoder"] = autoencoder_memory(spec.autoencoder, **sizes)
     if spec.through == "latent":
@@ -214,7 +229,7 @@ def _student(spec: PipelineSpec, teacher: KnownModel | None, student: KnownModel
 
 
 def _of_teacher_and_student(
-    spec: PipelineSpec, teacher: KnownModel | None, student: KnownModel | None, device: str
+    spec: PipelineSpec, teacher: KnownModel | None, student: KnownModel | None, device: str, hosts: int
 ) -> dict[str, MemoryPlan]:
     """The plans of the runs that train a teacher, ask it, and train a token-level student."""
     length = spec.data.sequence_length
@@ -243,6 +258,7 @@ def _of_teacher_and_student(
         length=length,
         device=device,
         live=live,
+        hosts=hosts,
     )
     return plans
 
@@ -253,9 +269,10 @@ def pipeline_peak(
     device: str = "cpu",
     teacher: KnownModel | None = None,
     student: KnownModel | None = None,
+    hosts: int = 1,
 ) -> MemoryPlan:
     """The largest plan of a pipeline, whose runs are made one after the other (arguments of ``pipeline_memory``)."""
-    return largest(pipeline_memory(spec, device=device, teacher=teacher, student=student).values())
+    return largest(pipeline_memory(spec, device=device, teacher=teacher, student=student, hosts=hosts).values())
 
 
 def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *, copies: int) -> list[Term]:
@@ -272,9 +289,11 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
 
 _ORDER = (
     *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
-    *("student", "start", "twin", "states", "checkpoint", "merged"),
-    *("activations", "logits", "ahead", "attention", "runtime"),
+    *("student", "student share", "start", "twin", "states", "checkpoint", "merged"),
+    *("buckets", "gathered", "activations", "logits", "ahead", "attention", "runtime"),
 )
+_LASTING = ("student", "student share", "states")
+"""What a student still holds when its twin is trained."""
 
 
 def _joined(terms: list[Term]) -> list[Term]:

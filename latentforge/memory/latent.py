@@ -6,6 +6,7 @@ from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.codec import LOGIT_ROWS, codec_parameters
 from latentforge.memory.plan import MemoryPlan, Term, checkpoint_term, runtime
 from latentforge.memory.shape import ModelShape
+from latentforge.memory.spread import Held, Numbers, Spread, whole_terms
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 
 _CODED = 8
@@ -33,33 +34,40 @@ def latent_memory(
     vocab_size: int,
     device: str,
     continuations: ContinuationsSpec | None,
+    hosts: int = 1,
+    leads: bool = True,
 ) -> MemoryPlan:
     """The plan of a run that trains a latent student on rows of ``length`` tokens beside a frozen codec.
 
-    ``continuations`` are what its sampled signals are made of (None: there are none).
+    ``continuations`` are what its sampled signals are made of (None: there are none). It is the plan of one of
+    ``hosts``, of which the first ``leads``.
     """
-    rows = spec.micro_batch_size or spec.batch_size
+    spread = Spread.of(spec.distributed, spec.processes, hosts)
+    rows = spread.rows(spec.batch_size, spec.micro_batch_size)
     drawn = 0 if continuations is None else spec.sample_continuations or continuations.count
     signals = _energy_signals(spec, continuations)
     chunks, tokens = rows * length // chunk, rows * length
     count = latent_parameters(spec, chunk=chunk, latent=codec.latent, vocab_size=vocab_size)
     frozen = codec_parameters(codec, chunk=chunk, vocab_size=vocab_size)
     encoded = chunks * max(1, drawn) * chunk * codec.width * 4 * _CODED
-    width = 2 if spec.precision == "bf16" else 4
+    shape = _shape(spec, spec.student.layers)
+    stacked = (spec.student.layers + spec.student.token_layers) * shape.layer_parameters
+    numbers = Numbers(count, shape.layer_parameters, count - stacked)
+    held = Held.of(spread, numbers, spec.precision, accumulates=True, device=device)
     return MemoryPlan(
         "latent",
         (
-            Term("student", count * width),
+            *held.standing("student"),
+            *whole_terms(spread, 4 * count),
             Term("codec", 4 * frozen + encoded),
-            Term("states", count * (8 + 4 + (4 + 2 if spec.precision == "bf16" else 0))),
             checkpoint_term(count),
             Term("activations", _activations(spec, chunk=chunk, chunks=chunks, tokens=tokens, signals=signals)),
             Term("energy", signals * _energy(spec, codec.latent, chunks)),
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
-            Term("attention", attention_bytes(_shape(spec, spec.student.layers), rows, length // chunk)),
+            Term("attention", attention_bytes(shape, rows, length // chunk)),
             runtime(device),
         ),
-    ).on(spec.processes)
+    ).on(spec.processes, first=leads)
 
 
 def continuation_bytes(spec: ContinuationsSpec, *, length: int, rows: int) -> int:

@@ -36,9 +36,12 @@ def runtime(device: str) -> Term:
     return Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
 
 
+CHECKPOINT = "checkpoint"
+
+
 def checkpoint_term(parameters: int) -> Term:
     """The copy of fp32 weights and Adam's two moments that is held while it is written beside the steps."""
-    return Term("checkpoint", 12 * parameters)
+    return Term(CHECKPOINT, 12 * parameters)
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,15 @@ class MemoryPlan:
         runtime = sum(term.bytes for term in self.terms if term.name == "runtime")
         return max(steady, self.load + self.mapped + runtime if self.load else 0)
 
-    def on(self, processes: int) -> MemoryPlan:
-        """The plan of so many processes on this host, each taken to hold what one alone does: sharded weights and
-        states are less, and their share is not counted on."""
-        terms = tuple(term if term.elsewhere else replace(term, bytes=term.bytes * processes) for term in self.terms)
+    def on(self, processes: int, *, first: bool = True) -> MemoryPlan:
+        """The plan of so many processes on this host, of which this is the plan of each; with the ``first`` of all
+        among them, who alone writes checkpoints."""
+
+        def of_all(term: Term) -> Term:
+            count = int(first) if term.name == CHECKPOINT else processes
+            return term if term.elsewhere else replace(term, bytes=term.bytes * count)
+
+        terms = tuple(map(of_all, self.terms))
         return replace(self, terms=terms, load=self.load * processes, mapped=self.mapped * processes)
 
     def line(self, total: int | None = None) -> str:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.plan import Term, checkpoint_term
 from latentforge.memory.shape import ModelShape
+from latentforge.memory.spread import ALONE, WIDTH, Held, Numbers, Spread
 from latentforge.spec.lora import LoraSpec
-
-WIDTH = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Step:
     """How a decoder is trained, as far as its memory goes: ``rows`` of ``length`` tokens a pass.
 
-    ``accumulates`` says that gradients are there while a pass runs forward: those of the passes before it, or a
-    library's buffers for them. ``recomputed``: activations inside the layers are computed again for the gradient.
-    ``adapters``: the parameters that are trained where all others are frozen (LoRA); None: all are trained.
+    ``accumulates`` says that gradients are there while a pass runs forward: those of the passes before it.
+    ``recomputed``: activations inside the layers are computed again for the gradient. ``adapters``: the parameters that
+    are trained where all others are frozen (LoRA); None: all are trained. ``spread``: over which processes.
     """
 
     rows: int
@@ -27,6 +26,7 @@ class Step:
     accumulates: bool = True
     recomputed: bool = False
     adapters: int | None = None
+    spread: Spread = ALONE
 
 
 def adapter_parameters(shape: ModelShape, lora: LoraSpec) -> int | None:
@@ -47,20 +47,24 @@ def adapter_parameters(shape: ModelShape, lora: LoraSpec) -> int | None:
 
 
 def training_terms(shape: ModelShape, step: Step, *, who: str, device: str) -> list[Term]:
-    """Weights, optimiser states, a checkpoint on its way to the disk, activations, logits, attention scratch.
+    """The terms of one process: weights, optimiser states, a checkpoint on its way to the disk, what the engine has
+    beside them, activations, logits, attention scratch.
 
     States: Adam's two moments and the gradients in fp32; beside bf16 weights also fp32 masters, and the gradients of
     one micro-batch before they are added to those in fp32. Activations: what the step holds beyond these at its peak.
     That is where the pass turns back, with all that it kept, or at its end, with all gradients and one layer's
     activations: gradients that are not there yet leave their room to the activations.
     """
-    width, masters = WIDTH[step.precision], 4 if step.precision == "bf16" else 0
-    tokens = step.rows * step.length
+    width, tokens = WIDTH[step.precision], step.rows * step.length
     trained = shape.parameters if step.adapters is None else step.adapters
-    frozen = 0 if step.adapters is None else shape.parameters
-    early = 4 * trained if step.accumulates else 0
-    # Those of a single pass in bf16 become fp32 one after the other, with nothing to be added to.
-    gradients = early + width * trained if masters and step.accumulates else 4 * trained
+    outside = shape.parameters - shape.layers * shape.layer_parameters
+    held = Held.of(
+        step.spread,
+        Numbers(trained, shape.layer_parameters, outside),
+        step.precision,
+        accumulates=step.accumulates,
+        device=device,
+    )
     # The loss writes its gradient over them.
     logits = width * tokens * shape.vocab_size
     # The head's gradient is made before anything is let go.
@@ -68,13 +72,9 @@ def training_terms(shape: ModelShape, step: Step, *, who: str, device: str) -> l
     kept = activation_bytes(shape, tokens, step.precision, recomputed=step.recomputed)
     # One layer's, and some more for the gradients that flow back through it while it is let go.
     layer = activation_bytes(shape, tokens, step.precision) * 5 // (4 * shape.layers)
-    peak = max(early + head + kept + logits, gradients + layer)
-    return [
-        Term(who, (trained + frozen) * width),
-        Term("states", trained * (8 + masters) + gradients),
-        checkpoint_term(trained),
-        Term("activations", max(0, peak - gradients - logits)),
-        Term("logits", logits),
-        # torch computes attention on a CPU without its scores; elsewhere that depends on the device's kernels.
-        Term("attention", 0 if device == "cpu" else attention_bytes(shape, step.rows, step.length)),
-    ]
+    weights, states, *passing = held.passing(who, kept=kept + head, layer=layer, logits=logits)
+    if step.adapters is not None:
+        weights = replace(weights, bytes=weights.bytes + width * shape.parameters)
+    # torch computes attention on a CPU without its scores; elsewhere that depends on the device's kernels.
+    attention = Term("attention", 0 if device == "cpu" else attention_bytes(shape, step.rows, step.length))
+    return [weights, states, checkpoint_term(trained), *passing, attention]

@@ -28,6 +28,7 @@ from latentforge.memory.estimate import (
 from latentforge.memory.latent import latent_memory
 from latentforge.memory.plan import gib
 from latentforge.spec.bench import BenchSpec
+from latentforge.spec.hosts import hosts_of
 from latentforge.spec.identity import RunIdentity
 from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSpec
 from latentforge.spec.run import RunDir
@@ -38,8 +39,9 @@ from latentforge.train import effective
 from latentforge.verdicts import Outcome
 
 
-def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
-    """The plan of one run from what its folder says: the same arithmetic as ``latentforge memory`` and a plan's line.
+def plan_of(run: RunDir, identity: RunIdentity, *, leads: bool = True) -> MemoryPlan | None:
+    """The plan of one run from what its folder says: the same arithmetic as ``latentforge memory`` and a plan's line;
+    on the host that ``leads`` it, or on another.
 
     None for a run that holds no model.
     """
@@ -48,16 +50,19 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     data = json.loads((run.input_path("data") / "data.json").read_bytes())
     length, vocab_size = int(data["sequence_length"]), int(data["vocab_size"])
     there = "cuda" if torch.cuda.is_available() else "cpu"
+    hosts = hosts_of(run.load_launch())
+    among: dict[str, Any] = {"hosts": 1 if hosts is None else len(hosts.hosts), "leads": leads}
     if identity.kind == "teacher":
         spec = _section(TeacherSpec, identity.spec["teacher"])
         return teacher_memory(spec, teacher_shape(spec, vocab_size), length=length, device=there)
     if identity.kind == "autoencoder":
         codec = _section(AutoencoderSpec, identity.spec["autoencoder"])
         device = "cpu" if codec.device == "cpu" else there
-        chunk = int(data.get("chunk", 1))
-        return autoencoder_memory(codec, chunk=chunk, length=length, vocab_size=vocab_size, device=device)
+        sizes = {"chunk": int(data.get("chunk", 1)), "length": length, "vocab_size": vocab_size}
+        return autoencoder_memory(codec, **sizes, device=device, **among)
     if identity.kind == "latent":
-        return _latent_plan(run, identity, length=length, chunk=int(data["chunk"]), vocab_size=vocab_size, there=there)
+        sizes = {"chunk": int(data["chunk"]), "length": length, "vocab_size": vocab_size}
+        return _latent_plan(run, identity, there=there, **sizes, **among)
     if identity.kind == "bench":
         return _bench_plan(run, identity, length=length, vocab_size=vocab_size, there=there)
     answering = Answering.of(teacher_of(run), _teacher(run), device=there)
@@ -74,12 +79,11 @@ def plan_of(run: RunDir, identity: RunIdentity) -> MemoryPlan | None:
     live = distill.targets != "store" or distill.on_policy > 0
     beside = live or (identity.spec["profile"] == "smoke" and answering.place == "process")
     device = "cpu" if distill.device == "cpu" else there
-    return distill_memory(distill, answering if beside else None, student, length=length, device=device, live=live)
+    asked = answering if beside else None
+    return distill_memory(distill, asked, student, length=length, device=device, live=live, **among)
 
 
-def _latent_plan(
-    run: RunDir, identity: RunIdentity, *, length: int, chunk: int, vocab_size: int, there: str
-) -> MemoryPlan:
+def _latent_plan(run: RunDir, identity: RunIdentity, *, there: str, **sizes: Any) -> MemoryPlan:
     """The plan of a latent student, whose codec is what the run that trained it was asked for."""
     spec = _section(LatentSpec, identity.spec["latent"])
     trained, asked = run.input_run("codec"), run.input_run("continuations") if spec.continues else None
@@ -87,8 +91,7 @@ def _latent_plan(
     codec = _section(AutoencoderSpec, trained.load_identity().spec["autoencoder"])
     drawn = None if asked is None else _section(ContinuationsSpec, asked.load_identity().spec["continuations"])
     device = "cpu" if spec.device == "cpu" else there
-    sizes: dict[str, Any] = {"chunk": chunk, "length": length, "vocab_size": vocab_size, "device": device}
-    return latent_memory(spec, codec, continuations=drawn, **sizes)
+    return latent_memory(spec, codec, continuations=drawn, device=device, **sizes)
 
 
 def _bench_plan(run: RunDir, identity: RunIdentity, *, length: int, vocab_size: int, there: str) -> MemoryPlan:

@@ -63,7 +63,7 @@ def _follow(run: RunDir, log: EventLog, hosts: Hosts, link: Link, text: TextIO |
     processes = check_hosts(identity.kind, identity.spec, len(hosts.hosts))
     check_devices(leader, processes)
     effective.record(run, world=hosts.as_json() | {"processes": processes})
-    planned = memory.plan_of(leader, identity)
+    planned = memory.plan_of(leader, identity, leads=False)
     if planned is not None:
         memory.require_room(run, log, planned)
     link.tell("ready")
