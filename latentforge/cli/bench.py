@@ -11,6 +11,7 @@ import typer
 
 from latentforge.cli.bench_data import data
 from latentforge.cli.bench_generate import generate
+from latentforge.cli.bench_memory import memory
 from latentforge.cli.bench_quality import quality
 from latentforge.cli.bench_train import train
 from latentforge.verdicts.exitcode import ExitCode
@@ -29,6 +30,7 @@ def _group() -> None:
 
 app.command()(data)
 app.command()(generate)
+app.command()(memory)
 app.command()(quality)
 app.command()(train)
 

@@ -161,10 +161,13 @@ def _speed(record: RunRecord) -> Figure | None:
 
 
 def _memory(record: RunRecord) -> Figure | None:
-    if record.peak_memory_bytes is None:
-        return None
-    planned = _last(record, "planned_bytes")
-    return Figure("peak memory", size(record.peak_memory_bytes), f"of {size(planned)} planned" if planned else "")
+    """The peak that the plan counts, beside the plan; what else was resident after it."""
+    planned, measured, resident = (_last(record, f"{name}_bytes") for name in ("planned", "measured", "resident"))
+    if measured is None or not planned:
+        peak, beside = record.peak_memory_bytes, f"of {size(planned)} planned" if planned else ""
+        return Figure("peak memory", size(peak), beside) if peak is not None else None
+    beside = f"{number(round(100 * measured / planned))} % of {size(planned)} planned"
+    return Figure("peak memory", size(measured), beside + (f"; {size(resident)} resident" if resident else ""))
 
 
 def _coverage(record: RunRecord) -> Figure | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
-import resource
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -105,48 +103,3 @@ def device_record(device: torch.device) -> dict[str, Any]:
         found = torch.cuda.get_device_properties(device)
         return {"type": "cuda", "name": found.name, "memory_bytes": found.total_memory, "cuda": torch.version.cuda}
     return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-
-
-_EARLIER = [0]
-"""The peak of what :func:`take_peak` has told since a run began."""
-
-
-def forget_peak() -> None:
-    """From now on count the peak of a new run: what ran in this process before is not its."""
-    _EARLIER[0] = 0
-    _forget()
-
-
-def take_peak() -> int:
-    """The most memory held since the last time that this was asked; the run's own peak is kept."""
-    found = _peak_now()
-    _EARLIER[0] = max(_EARLIER[0], found)
-    _forget()
-    return found
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process held since its run began (resident set, and that of a GPU's allocator)."""
-    return max(_EARLIER[0], _peak_now())
-
-
-def _forget() -> None:
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_now() -> int:
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        resident = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), resident)
-    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
-
-
-def memory_in_use() -> int:
-    """Bytes resident now (plus the GPU allocator's, where there is one)."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[1])
-    held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + held

@@ -35,6 +35,7 @@ from latentforge.train.course import Course
 from latentforge.train.engines.choice import Parts, engine_of
 from latentforge.train.engines.protocol import at_first
 from latentforge.train.falsifiers import judge
+from latentforge.train.held import take_peak
 from latentforge.train.keeping import Keeper, position_of
 from latentforge.train.latent_falsifiers import MODEL
 from latentforge.train.latent_lessons import TEXT, Teaching
@@ -116,7 +117,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
             before = trainer.held_out(data)
         say_held_out(log, before, step=0)
 
-    effective.take_peak()
+    take_peak()
     with log.phase("train"), deferred_stop(), keeper:
         course = Course(keeper, best, first=first or 0, earlier=earlier)
         for step in course.steps():
@@ -128,7 +129,7 @@ def _run(run: RunDir, log: EventLog, held: ExitStack) -> None:
             log_step(log, done.result, step=step + 1, steps=spec.steps, model=MODEL, **done.fields())
             signal, last = world.signal(stop_requested()), step + 1 == spec.steps
             if last or signal is not None or int(order.epoch(step + 1)) > int(order.epoch(step)):
-                log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=effective.take_peak())
+                log.memory(epoch=int(order.epoch(step)) + 1, step=step + 1, epoch_peak_bytes=take_peak())
             if course.went_back(step, done.result.loss):
                 continue
             if best.due(step + 1):

@@ -17,8 +17,8 @@ from latentforge.events import EventLog
 from latentforge.kernels.guard.compiles import Compiles, CompileWatch
 from latentforge.kernels.targets import Targets
 from latentforge.students.causal import IGNORE, LossParts, RowUse, Student
+from latentforge.train import held
 from latentforge.train.compiled import CompiledLayers
-from latentforge.train.effective import memory_in_use
 from latentforge.train.engines.protocol import Engine, Optimiser
 
 
@@ -244,7 +244,7 @@ def log_step(log: EventLog, result: StepResult, *, step: int, steps: int, model:
         rows=result.rows,
         tokens_per_second=result.tokens_per_second,
         grad_norm=result.grad_norm,
-        memory_bytes=memory_in_use(),
+        memory_bytes=held.now(),
         denominator=result.denominator,
         sequences=result.sequences,
         micro_batches=len(result.micro_batches),

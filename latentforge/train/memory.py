@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +34,7 @@ from latentforge.spec.sections import DistillSpec, ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import teacher_of
 from latentforge.teachers.protocol import behind
 from latentforge.train import effective
+from latentforge.train.held import Peak
 from latentforge.verdicts import Outcome
 
 
@@ -136,29 +135,18 @@ def require_room(run: RunDir, log: EventLog, plan: MemoryPlan, host: HostMemory 
 def _rehearsed(run: RunDir) -> int | None:
     """The peak that this run's canary was measured to hold: the same training, a few steps of it."""
     source = run.input_run("canary") if run.has_input("canary") else None
-    found = effective.read(source).get("memory", {}).get("measured_bytes") if source is not None else None
+    found = effective.read(source).get("memory", {}).get("resident_bytes") if source is not None else None
     return found if isinstance(found, int) else None
 
 
-def begin_measuring() -> int:
-    """Forget the peak of what ran in this process before; returns the bytes that it holds now."""
-    # What was freed and is kept by glibc would be taken again, and hide as much of what the run takes.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    effective.forget_peak()
-    return effective.memory_in_use()
-
-
-def compare(run: RunDir, log: EventLog, plan: MemoryPlan, *, before: int, held: int | None = None) -> MeasuredMemory:
-    """Set the peak beside the plan, as an event and in ``effective.json``; a warning where it is far above. ``held`` is
-    the sum of the peaks of a run's processes, where it had some besides this one."""
-    peak, before = (effective.peak_memory_bytes(), before) if held is None else (held, 0)
-    found = MeasuredMemory.of(plan, peak=peak, before=before)
-    values = {"planned_bytes": found.planned, "measured_bytes": found.measured, "peak_bytes": found.peak}
-    log.memory(**values)
-    share = f"{found.measured / found.planned:.0%}" if found.planned else "?"
-    log.say(f"memory measured: {gib(found.measured)} of {gib(found.planned)} GiB planned ({share})")
-    effective.record(run, memory={"measured_bytes": found.measured, "peak_bytes": found.peak, "over": found.warning})
+def compare(run: RunDir, log: EventLog, plan: MemoryPlan, peak: Peak, *, before: int = 0) -> MeasuredMemory:
+    """Set the peak of a run's processes beside its plan, as an event and in ``effective.json``; a warning where it is
+    far above. ``before`` is what the run's only process held before it."""
+    found = MeasuredMemory.of(plan, peak=peak.resident, in_use=peak.in_use, before=before)
+    values = {"measured_bytes": found.measured, "resident_bytes": found.resident, "peak_bytes": peak.resident}
+    log.memory(planned_bytes=found.planned, **values)
+    log.say(f"memory measured: {found.line}")
+    effective.record(run, memory=values | {"over": found.warning})
     if found.warning is not None:
         log.warning(found.warning)
     return found

@@ -23,6 +23,7 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.spread import processes_of
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.train import effective, memory
+from latentforge.train.held import Peak, watching
 from latentforge.train.hosts.follower import take_part
 from latentforge.train.hosts.leading import Leading
 from latentforge.train.recipes import follow, set_up
@@ -45,18 +46,18 @@ def execute(
     run = RunDir(path)
     run.load_identity()
     _refuse_second_start(run, restarted)
-    with EventLog(run.events_file, run.run, text=text) as log:
+    with EventLog(run.events_file, run.run, text=text) as log, watching() as watch:
         if restarted:
             log.emit("phase", name="restart", state="end", restarted=restarted, left=restarts_left)
             log.say(f"restart {restarted}, {restarts_left} left")
-        before, leading, then = memory.begin_measuring(), None, None
+        leading, then = None, None
         try:
             with handled_signals(endurance_of(run).stop_grace) if signals else nullcontext():
                 leading = Leading.of(run, log)
                 planned = _run(run, log, text, leading)
             if planned is not None:
                 plan, held = planned
-                memory.compare(run, log, plan, before=before, held=held)
+                memory.compare(run, log, plan, held or watch.peak(), before=0 if held else watch.before)
             code, reason = _earned(run), ""
         except Interrupted as error:
             code, reason = ExitCode.UNKNOWN, str(error)
@@ -70,7 +71,7 @@ def execute(
             code, reason = ExitCode.CRASHED, f"{type(error).__name__}: {error}"
             log.say(traceback.format_exc().rstrip())
             log.say(f"error: {reason}")
-        effective.record(run, timings=log.timings, peak_memory_bytes=effective.peak_memory_bytes())
+        effective.record(run, timings=log.timings, peak_memory_bytes=watch.peak().resident)
         if code is ExitCode.CRASHED and restarts_left:
             log.warning(f"crashed: {reason}")
         else:
@@ -82,7 +83,7 @@ def execute(
 
 def _run(
     run: RunDir, log: EventLog, text: TextIO | None, leading: Leading | None
-) -> tuple[MemoryPlan, int | None] | None:
+) -> tuple[MemoryPlan, Peak | None] | None:
     """Check, plan its memory and follow the recipe of its kind; returns what it was planned to hold, and what its
     processes held where there are several."""
     identity = run.load_identity()

@@ -13,9 +13,9 @@ from latentforge.events import EventLog
 from latentforge.events.log import Unheard
 from latentforge.spec.endurance import endurance_of
 from latentforge.spec.run import RunDir
-from latentforge.train import effective, memory
 from latentforge.train.engines.launching import Place, Ranks, refuse_failed
 from latentforge.train.engines.world import World
+from latentforge.train.held import Peak, watching
 from latentforge.train.hosts.abreast import Abreast
 from latentforge.train.hosts.leading import Leading, counted
 from latentforge.train.recipes import follow, set_up
@@ -24,9 +24,9 @@ from latentforge.train.stopping import deferred_stop, handled_signals
 
 def run_spread(
     run: RunDir, log: EventLog, processes: int, *, leading: Leading | None = None, text: TextIO | None = None
-) -> int:
+) -> Peak:
     """Follow the recipe of ``run`` on ``processes`` of this host, of which the first writes, beside as many on each of
-    the hosts that it is ``leading``; returns the bytes that those here held at most, summed.
+    the hosts that it is ``leading``; returns what those here held at most, summed.
 
     A signal to stop is handed on: they end after the same step, with a checkpoint. One that is killed, or fails, ends
     them all, and so does a host that is lost. Raises what they ended by.
@@ -41,7 +41,7 @@ def run_spread(
         log.take_up()
     abreast.refuse_lost()
     refuse_failed([*ended, *others])
-    return sum(int(one.told["value"]) for one in ended)
+    return Peak.sum(Peak(*one.told["value"]) for one in ended)
 
 
 def check_devices(run: RunDir, processes: int) -> None:
@@ -62,14 +62,14 @@ def begin(run: RunDir, log: EventLog, processes: int, *, text: TextIO | None, pl
     return ranks
 
 
-def follow_here(path: str) -> int:
-    """The recipe of a run in one of its processes; returns the bytes that this one held at most."""
+def follow_here(path: str) -> Peak:
+    """The recipe of a run in one of its processes; returns what this one held at most."""
     run, first = RunDir(Path(path)), World.here().first
     grace = endurance_of(run).stop_grace
     identity = run.load_identity()
-    memory.begin_measuring()
-    with EventLog(run.events_file, run.run) if first else Unheard(run.run) as log, handled_signals(grace):
-        log.take_up()
-        set_up(int(identity.spec.get("seed", 0)))
-        follow(run, log, identity.kind)
-    return effective.peak_memory_bytes()
+    with watching() as watch:
+        with EventLog(run.events_file, run.run) if first else Unheard(run.run) as log, handled_signals(grace):
+            log.take_up()
+            set_up(int(identity.spec.get("seed", 0)))
+            follow(run, log, identity.kind)
+        return watch.peak()

@@ -14,6 +14,7 @@ import pytest
 from latentforge.events import EventLog, read_events
 from latentforge.memory import MemoryPlan, Term
 from latentforge.train import effective, memory
+from latentforge.train.held import watching
 from latentforge.train.rehearsal import tiny_run
 
 
@@ -50,10 +51,11 @@ def test_a_run_that_holds_far_more_than_its_plan_warns_in_its_log_and_its_record
     folder.mkdir()
     run, text = RunDir(folder), io.StringIO()
     with EventLog(run.events_file, run.run, text=text) as log:
-        before = memory.begin_measuring()
-        held = bytearray(os.urandom(1 << 20)) * 300
-        found = memory.compare(run, log, MemoryPlan("score", (Term("runtime", 2**20),)), before=before)
-        del held
+        with watching() as watch:
+            held = bytearray(os.urandom(1 << 20)) * 300
+            peak = watch.peak()
+            del held
+        found = memory.compare(run, log, MemoryPlan("score", (Term("runtime", 2**20),)), peak, before=watch.before)
     assert found.measured > 300 << 20
     assert "warning: the run held" in text.getvalue()
     assert [event.kind for event in read_events(run.events_file)] == ["memory", "warning"]
@@ -62,10 +64,10 @@ def test_a_run_that_holds_far_more_than_its_plan_warns_in_its_log_and_its_record
 
 def test_the_peak_of_what_ran_before_in_the_process_is_forgotten() -> None:
     held = bytearray(os.urandom(1 << 20)) * 200
-    before = memory.begin_measuring()
-    del held
-    memory.begin_measuring()
-    assert effective.peak_memory_bytes() < before - (100 << 20)
+    with watching() as earlier:
+        del held
+    with watching() as watch:
+        assert watch.peak().resident < earlier.before - (100 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +104,19 @@ from latentforge.memory import KnownModel
 from latentforge.memory.estimate import Answering, score_memory
 from latentforge.spec.sections import TeacherSpec
 from latentforge.teachers.precision import open_hf
-from latentforge.train import effective, memory
+from latentforge.train.held import watching
 
 folder, asked = Path(sys.argv[1]), sys.argv[2]
 known = KnownModel.of_folder(folder)
 assert known.largest_file < known.bytes
 plan = score_memory(Answering.of(TeacherSpec(precision=asked), known, device="cpu"), rows=4, length=65)
 open_hf(folder, "fp32", "cpu").close()  # what loading brings along for the first time is the runtime's
-before = memory.begin_measuring()
-teacher = open_hf(folder, asked, "cpu")
-teacher.topk(torch.randint(0, 264, (4, 65)), k=8, temperatures=(1.0,))
+with watching() as watch:
+    teacher = open_hf(folder, asked, "cpu")
+    teacher.topk(torch.randint(0, 264, (4, 65)), k=8, temperatures=(1.0,))
+    held = watch.peak().resident - watch.before
 runtime = next(term.bytes for term in plan.terms if term.name == "runtime")
-print(effective.peak_memory_bytes() - before, plan.own_bytes - runtime)
+print(held, plan.own_bytes - runtime)
 """
 
 

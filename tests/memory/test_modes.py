@@ -267,8 +267,10 @@ def test_a_run_that_held_15_percent_or_8_gib_more_than_planned_is_named(
 
 def test_what_the_process_held_before_is_not_the_runs() -> None:
     plan = MemoryPlan("x", (Term("a", GIB), Term("engine", 50 * GIB, elsewhere=True), Term("runtime", GIB)))
-    assert MeasuredMemory.of(plan, peak=5 * GIB, before=4 * GIB).measured == 2 * GIB
-    assert MeasuredMemory.of(plan, peak=2 * GIB, before=GIB // 2) == MeasuredMemory(2 * GIB, 2 * GIB)
+    found = MeasuredMemory.of(plan, peak=6 * GIB, in_use=5 * GIB, before=4 * GIB)
+    assert (found.measured, found.resident) == (2 * GIB, 3 * GIB)
+    assert MeasuredMemory.of(plan, peak=5 * GIB, in_use=None, before=4 * GIB).measured == 2 * GIB
+    assert MeasuredMemory.of(plan, peak=2 * GIB, in_use=None, before=GIB // 2) == MeasuredMemory(2 * GIB, 2 * GIB)
     loading = MemoryPlan("x", (Term("a", GIB), Term("runtime", GIB)), load=3 * GIB)
     assert loading.own_bytes == 4 * GIB
 

@@ -12,6 +12,7 @@ from latentforge.report.making import make_report
 from latentforge.report.page import section
 from latentforge.report.standing import standing
 from latentforge.report.terminal import lines
+from latentforge.report.words import size
 from latentforge.train.inprocess import execute_pipeline
 from latentforge.train.rehearsal import tiny_spec
 
@@ -49,6 +50,10 @@ def test_the_report_of_a_real_distillation_shows_what_its_trainer_stated(
     page = (tmp_path / "report.html").read_text()
     for part in ("F-EFFECTIVE-LR-001", "KL to the teacher", "learning_rate", "the text itself", "teacher coverage"):
         assert part in page
+    held = read_run(pipeline["distill"]).events
+    told = next(event.fields for event in reversed(held) if "measured_bytes" in event.fields)
+    share = round(100 * told["measured_bytes"] / told["planned_bytes"])
+    assert f"{share} % of {size(told['planned_bytes'])} planned; {size(told['resident_bytes'])} resident" in page
     assert "In 24 steps the student of" in page
     assert "lowered its held-out loss from" in page
     record = read_run(pipeline["distill"])

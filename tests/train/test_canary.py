@@ -167,13 +167,13 @@ def test_what_the_canary_was_measured_to_hold_must_be_free_before_the_full_run(
     run = copied(line[kind], tmp_path, json.loads(line[kind].launch_file.read_text()))
     plan = memory.plan_of(run, run.load_identity())
     assert plan is not None
-    held = json.loads(canary.effective_file.read_text())["memory"]["measured_bytes"]
+    held = json.loads(canary.effective_file.read_text())["memory"]["resident_bytes"]
     folder = run.path.parent / canary.run
     folder.mkdir()
     host = HostMemory(total=64 * 2**30, available=60 * 2**30)
     with EventLog(run.events_file, run.run, text=io.StringIO()) as log:
-        (folder / "effective.json").write_text(json.dumps({"memory": {"measured_bytes": held}}))
+        (folder / "effective.json").write_text(json.dumps({"memory": {"resident_bytes": held}}))
         memory.require_room(run, log, plan, host)
-        (folder / "effective.json").write_text(json.dumps({"memory": {"measured_bytes": 50 * 2**30}}))
+        (folder / "effective.json").write_text(json.dumps({"memory": {"resident_bytes": 50 * 2**30}}))
         with pytest.raises(FailedError, match="first step needs"):
             memory.require_room(run, log, plan, host)

@@ -16,6 +16,7 @@ from latentforge.spec.hosts import Hosts, check_hosts, hosts_of
 from latentforge.spec.run import RunDir
 from latentforge.train import effective, memory
 from latentforge.train.engines.launching import Place, Ranks
+from latentforge.train.held import Peak
 from latentforge.train.hosts.abreast import Abreast
 from latentforge.train.hosts.leading import expect, mirrored
 from latentforge.train.hosts.meeting import come_to
@@ -28,7 +29,7 @@ from latentforge.verdicts import ExitCode
 _LOOK_SECONDS = 0.2
 
 
-def take_part(run: RunDir, log: EventLog, *, text: TextIO | None = None) -> tuple[MemoryPlan, int] | None:
+def take_part(run: RunDir, log: EventLog, *, text: TextIO | None = None) -> tuple[MemoryPlan, Peak] | None:
     """Follow the leader of ``run`` to its end; what was planned here and what the processes held. Raises what the whole
     ended by where that is not 0."""
     identity, hosts = run.load_identity(), hosts_of(run.load_launch())
@@ -56,7 +57,9 @@ def take_part(run: RunDir, log: EventLog, *, text: TextIO | None = None) -> tupl
         link.close()
 
 
-def _follow(run: RunDir, log: EventLog, hosts: Hosts, link: Link, text: TextIO | None) -> tuple[MemoryPlan, int] | None:
+def _follow(
+    run: RunDir, log: EventLog, hosts: Hosts, link: Link, text: TextIO | None
+) -> tuple[MemoryPlan, Peak] | None:
     with log.phase("mirror"):
         leader = _mirror(run, log, link)
     identity = leader.load_identity()
@@ -75,7 +78,7 @@ def _follow(run: RunDir, log: EventLog, hosts: Hosts, link: Link, text: TextIO |
         abreast.tell_ended(ended)
         abreast.refuse_lost()
         _end_with(link, abreast, ranks)
-    held = sum(int(one.told.get("value", 0)) for one in ended)
+    held = Peak.sum(Peak(*one.told["value"]) for one in ended if "value" in one.told)
     return None if planned is None else (planned, held)
 
 
