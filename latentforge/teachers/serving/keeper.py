@@ -166,7 +166,8 @@ def _descendants() -> set[int]:
         if name.isdigit():
             with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
-                if fields[0] not in (b"Z", b"X"):
+                # One whose first thread has ended lives as long as another one does: proc_pid_stat(5), num_threads.
+                if fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
                     children.setdefault(int(fields[1]), []).append(int(name))
     found: set[int] = set()
     todo = [os.getpid()]

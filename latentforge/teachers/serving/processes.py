@@ -9,8 +9,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +72,35 @@ class KeptProcess:
             **({} if stdin is None else {"stdin": stdin}),
             **({} if stdout is None else {"stdout": stdout}),
         }
-        with open(log, "ab") as errors:
-            keeper = subprocess.Popen(
-                [sys.executable, "-I", str(_KEEPER), json.dumps(request)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=dict(environment),
-                start_new_session=True,
-                pass_fds=[fd for fd in (stdin, stdout) if fd is not None],
-            )
-        kept = cls(keeper, 0, log)
-        first = kept._line(_SECONDS_TO_START)
+        keeper: Future[subprocess.Popen[bytes]] = Future()
+
+        def start_keeper() -> None:
+            try:
+                with open(log, "ab") as errors:
+                    started = subprocess.Popen(
+                        [sys.executable, "-I", str(_KEEPER), json.dumps(request)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        env=dict(environment),
+                        start_new_session=True,
+                        pass_fds=[fd for fd in (stdin, stdout) if fd is not None],
+                    )
+            except BaseException as error:
+                keeper.set_exception(error)
+            else:
+                keeper.set_result(started)
+
+        # What a signal raises comes to the main thread: there it could lose a process between its fork and its name.
+        try:
+            threading.Thread(target=start_keeper).start()
+            kept = cls(keeper.result(), 0, log)
+            first = kept._line(_SECONDS_TO_START)
+        except BaseException:  # the keeper would see to it when we are gone; nothing of it is left before that
+            with contextlib.suppress(TimeoutError):  # no thread could be started
+                if keeper.exception(_SECONDS_TO_START) is None:
+                    cls(keeper.result(), 0, log).stop()
+            raise
         if first is None or "started" not in first:
             kept.stop()
             reason = (first or {}).get("failed") or "its keeper ended; " + (last_lines(log, 1) or ["no word why"])[0]
@@ -150,14 +169,16 @@ class KeptProcess:
 
 
 def members(session: int) -> list[int]:
-    """The living processes of a session."""
+    """The living processes of a session; one whose first thread has ended lives as long as another thread does."""
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
-            if int(fields[3]) == session and fields[0] not in (b"Z", b"X"):
+            # The first thread may have ended before another one: proc_pid_stat(5), num_threads.
+            alive = fields[0] not in (b"Z", b"X") or int(fields[17]) > 1
+            if int(fields[3]) == session and alive:
                 found.append(int(name))
     return found
 

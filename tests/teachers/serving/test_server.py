@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from latentforge.errors import CrashedError, RefusedError
+from latentforge.teachers.serving.processes import members
 from latentforge.teachers.serving.server import VLLMServer, post
 from latentforge.teachers.serving.settings import ServingSettings
 
@@ -133,3 +134,18 @@ def test_without_a_keeper_the_engine_outlives_its_server(settings: ServingSettin
     server.kill()
     server.wait()
     assert not any(gone(pid, seconds=0.0) for pid in stub.pids[1:])
+
+
+def test_a_process_whose_first_thread_has_ended_is_there_until_its_others_have() -> None:
+    program = """
+import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read, daemon=True).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdin=subprocess.PIPE) as process:
+        wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        assert members(process.pid) == [process.pid]
+        assert process.stdin is not None
+        process.stdin.close()
+        assert gone(process.pid)
+        assert members(process.pid) == []
