@@ -29,6 +29,11 @@ _BY_PACKAGE = "contracts/test_each_claim.py"
 """Where a test names the package whose claim it runs, and those of a package share what they train."""
 _FIRST = ("dispatch/test_whole_line.py", "teachers/vllm/")
 """Minutes of building, and of a server's start: what would be left when all else is done."""
+_TIMED = re.compile(
+    r"/(agent|dispatch|faults|following|preflight|pulling|serve|teachers/(serving|vllm)|train/engines)/"
+    r"|/train/test_(killed|resume|spread)\.py$"
+)
+"""Rooms whose tests wait for processes, servers and networks, which a core that others take may delay."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -61,7 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, for the sake of several workers."""
+    """What takes longest begins first, for the sake of several workers. What is timed by the machine may fail once: the
+    second time counts, and the summary names both (RERUN)."""
+    for item in items:
+        if _TIMED.search(item.path.as_posix()) and item.config.pluginmanager.hasplugin("rerunfailures"):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: not any(first in item.path.as_posix() for first in _FIRST))
 
 
@@ -95,7 +104,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which skips were not expected."""
+    """Say what failed the first time, and which skips were not expected."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_sep("-", f"failed once: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
     if os.environ.get("LATENTFORGE_NO_UNEXPECTED_SKIPS") == "1":
         for test, reason in unexpected(_skipped):
             terminalreporter.write_line(f"UNEXPECTED SKIP {test}: {reason}", red=True)
