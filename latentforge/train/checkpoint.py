@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentforge.errors import FailedError, RefusedError
 from latentforge.evidence.digests import file_sha256
+from latentforge.train.generators import Generators
 
 SCHEMA = 2
 _STEP = re.compile(r"step-(\d{6,})")
@@ -60,15 +61,15 @@ class Checkpoint:
     """Everything that the next step depends on, after ``step`` steps.
 
     ``weights`` are all tensors of the model by name (trained ones as fp32 masters), ``moments`` the optimiser's,
-    ``rng`` torch's generator state, ``position`` where the data goes on; ``threads`` says under how many threads the
-    sums were made.
+    ``rng`` the states of torch's generators, ``position`` where the data goes on; ``threads`` says under how many
+    threads the sums were made.
     """
 
     model: str
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
-    rng: Tensor
+    rng: Generators
     threads: int
     position: Position
 
@@ -106,7 +107,7 @@ def snapshot(
 ) -> Checkpoint:
     """A checkpoint of its own memory on the CPU: the steps that follow do not change it. Each tensor is let go before
     the next one comes."""
-    rng, threads = torch.get_rng_state(), torch.get_num_threads()
+    rng, threads = Generators.now(), torch.get_num_threads()
     return Checkpoint(model, step, _copied(weights), _copied(moments), rng, threads, position)
 
 
@@ -195,10 +196,8 @@ def _discard(path: Path) -> None:
 
 def _write(partial: Path, final: Path, checkpoint: Checkpoint) -> int:
     """The files of a checkpoint, on the disk and compared with memory; how many bytes they have."""
-    parts = {
-        "model.safetensors": checkpoint.weights,
-        "optimizer.safetensors": {**checkpoint.moments, "rng": checkpoint.rng},
-    }
+    drawn = {"rng": checkpoint.rng.cpu} | ({} if checkpoint.rng.cuda is None else {"cuda_rng": checkpoint.rng.cuda})
+    parts = {"model.safetensors": checkpoint.weights, "optimizer.safetensors": checkpoint.moments | drawn}
     for name, tensors in parts.items():
         save_file(tensors, partial / name)
     record = {
@@ -246,7 +245,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             record["step"],
             weights,
             moments,
-            rng=moments.pop("rng"),
+            rng=Generators(moments.pop("rng"), moments.pop("cuda_rng", None)),
             threads=record["threads"],
             position=Position(**record["position"]),
         )

@@ -7,13 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
-
 from latentforge.errors import FailedError
 from latentforge.events import Event, read_events, standing
 from latentforge.spec.endurance import endurance_of
 from latentforge.train import effective
 from latentforge.train.best import Best
+from latentforge.train.generators import Generators
 from latentforge.train.keeping import Keeper
 from latentforge.train.loop import NotFinite
 from latentforge.train.reading import left_out_of, say_left_out, steps_of
@@ -98,11 +97,11 @@ class Course:
 
     def attempt(self, step: int, make: Callable[[], Made]) -> Made | None:
         """What ``make`` makes of ``step``; None where it was bad and is left out."""
-        generator = torch.get_rng_state()
+        generators = Generators.now()
         try:
             return make()
         except NotFinite as bad:
-            torch.set_rng_state(generator)
+            generators.put_back()
             if self._keeper.kept != step:
                 self._keeper.keep(step)  # as the model was before it
             self._check_skipping(range(step, step + 1), bad)

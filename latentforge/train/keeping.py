@@ -220,7 +220,7 @@ class Keeper:
         if found is None:
             return None
         self.optimiser.load(found.weights, found.moments)
-        torch.set_rng_state(found.rng)
+        found.rng.put_back()
         drop_after(self.folder, found.step)
         self.kept, self.spare = found.step, None
         self.log.emit("phase", name="rollback", state="end", model=self.model, step=found.step)
@@ -276,7 +276,13 @@ class Keeper:
         if earlier.run != self.run.run:
             carry_events(earlier, self.model, until=checkpoint.step, before=self.steps, log=self.log)
         self.optimiser.load(checkpoint.weights, checkpoint.moments)
-        torch.set_rng_state(checkpoint.rng)
+        checkpoint.rng.put_back()
+        if checkpoint.rng.elsewhere:
+            holds, draws = ("none", "from one") if checkpoint.rng.cuda is None else ("one", "from none")
+            self.log.warning(
+                f"of a GPU's generator the checkpoint holds {holds}, and this run draws {draws}: its steps may not "
+                "repeat bit for bit"
+            )
         if checkpoint.threads != torch.get_num_threads():
             self.log.warning(
                 f"the checkpoint was computed with {checkpoint.threads} threads, this run has "

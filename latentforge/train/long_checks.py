@@ -23,6 +23,7 @@ from latentforge.train import keeping
 from latentforge.train.best import Best
 from latentforge.train.checkpoint import Checkpoint, Position, load_checkpoint
 from latentforge.train.course import Course
+from latentforge.train.generators import Generators
 from latentforge.train.keeping import Keeper
 from latentforge.train.loop import Trainer, log_step, refuse_not_finite
 from latentforge.train.products import start_digests
@@ -110,7 +111,7 @@ def steps_leave_a_checkpoint_alone(*, mutant: str | None = None) -> Finding:
         return save(*args, **how)
 
     def live(model: str, step: int, weights: Any, moments: Any, position: Position) -> Checkpoint:
-        return Checkpoint(model, step, weights, moments, torch.get_rng_state(), 1, position)
+        return Checkpoint(model, step, weights, moments, Generators.now(), 1, position)
 
     with _kept() as (trainer, keeper), _planted("save_checkpoint", held):
         trainer.step(0, small_batch(), fixture_targets())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import latentforge.train.checkpoint as module
 from latentforge.errors import FailedError, RefusedError
@@ -24,6 +25,7 @@ from latentforge.train.checkpoint import (
 )
 from latentforge.train.engines.protocol import at_first
 from latentforge.train.engines.world import World
+from latentforge.train.generators import Generators
 
 PLACE = Position("0" * 64, seed=7, batch_size=4)
 
@@ -31,7 +33,7 @@ PLACE = Position("0" * 64, seed=7, batch_size=4)
 def checkpoint(step: int, value: float = 1.0) -> Checkpoint:
     weights = {"a": torch.full((4, 3), value), "b": torch.zeros(5)}
     moments = {"a/exp_avg": torch.full((4, 3), value / 2), "a/step": torch.tensor(float(step))}
-    return Checkpoint("student", step, weights, moments, torch.get_rng_state(), 1, PLACE)
+    return Checkpoint("student", step, weights, moments, Generators.now(), 1, PLACE)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -40,8 +42,31 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert (found.model, found.step, found.threads, found.position) == ("student", 3, 1, PLACE)
     assert torch.equal(found.weights["a"], checkpoint(3, 0.1).weights["a"])
     assert torch.equal(found.moments["a/step"], torch.tensor(3.0))
-    assert torch.equal(found.rng, torch.get_rng_state())
+    assert torch.equal(found.rng.cpu, torch.get_rng_state())
+    assert found.rng.cuda is None
+    assert load_file(written.path / "optimizer.safetensors").keys() == {"a/exp_avg", "a/step", "rng"}
     assert written.bytes >= written.expected_bytes == (12 + 5 + 12 + 1) * 4
+
+
+def test_what_a_gpu_draws_from_is_kept_beside_the_cpus_and_put_back_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = [torch.arange(16, dtype=torch.uint8)]
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda: drawn[-1])
+    monkeypatch.setattr("torch.cuda.set_rng_state", drawn.append)
+    ours = torch.get_rng_state()
+    path = save_checkpoint(tmp_path, snapshot("student", 2, {"a": torch.ones(3)}.items(), (), PLACE), start={}).path
+    torch.rand(3)
+    found = load_checkpoint(path)
+    assert found.moments == {}
+    assert not found.rng.elsewhere
+    found.rng.put_back()
+    assert torch.equal(torch.get_rng_state(), ours)
+    assert [one.tolist() for one in drawn] == [list(range(16))] * 2
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    found.rng.put_back()
+    assert (found.rng.elsewhere, checkpoint(1).rng.elsewhere, len(drawn)) == (True, False, 2)
 
 
 def test_unmoved_tensors_are_counted_and_named(tmp_path: Path) -> None:
