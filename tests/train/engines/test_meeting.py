@@ -313,7 +313,7 @@ def test_of_checkpoints_those_are_lent_that_a_resume_looks_at_and_none_is_loaded
     for (of, below), each in steps.items():
         for step in each:
             place = Position("0" * 64, seed=7, batch_size=4)
-            taken = snapshot(below or "student", step, {"a": torch.full((64,), float(step))}, {}, place)
+            taken = snapshot(below or "student", step, [("a", torch.full((64,), float(step)))], [], place)
             save_checkpoint(of.checkpoints / below, taken, start={}, retention=Retention(newest=9))
     torn = run.checkpoints / "step-000008" / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1] + b"~")
