@@ -111,7 +111,7 @@ def steps_leave_a_checkpoint_alone(*, mutant: str | None = None) -> Finding:
         return save(*args, **how)
 
     def live(model: str, step: int, weights: Any, moments: Any, position: Position) -> Checkpoint:
-        return Checkpoint(model, step, weights, moments, Generators.now(), 1, position)
+        return Checkpoint(model, step, dict(weights), dict(moments), Generators.now(), 1, position)
 
     with _kept() as (trainer, keeper), _planted("save_checkpoint", held):
         trainer.step(0, small_batch(), fixture_targets())
