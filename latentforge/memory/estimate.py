@@ -6,7 +6,7 @@ Constants: ``reference`` GB10 notes, section (c).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from latentforge.memory.activations import activation_bytes, attention_bytes
 from latentforge.memory.bench import pipeline_bench_memory
@@ -128,13 +128,15 @@ def distill_memory(
     length: int,
     device: str,
     live: bool,
+    rows_told: RowsTold | None = None,
     hosts: int = 1,
     leads: bool = True,
 ) -> MemoryPlan:
     """The plan of a run that trains a student; ``teacher`` is what stands in memory beside it (None: nothing).
 
-    ``live`` says that it answers every step; else it is loaded at the end, in fp32, for a sample. It is the plan of one
-    of ``hosts``, of which the first ``leads``.
+    ``live`` says that it answers every step; else it is loaded at the end, in fp32, for a sample. ``rows_told``: how
+    its targets come as rows; None where they are dense. It is the plan of one of ``hosts``, of which the first
+    ``leads``.
     """
     step = step_of(spec, length, hosts)
     rows = step.rows
@@ -162,6 +164,9 @@ def distill_memory(
         if live and spec.targets == "live" and teacher is not None and teacher.place == "process":
             held = ahead_bytes(spec.prefetch, spec.batch_size, length, student.shape.vocab_size)
             terms.append(Term("ahead", held // step.spread.world))
+    if rows_told is not None:
+        share = step.spread.rows(spec.batch_size, None)
+        terms.append(Term("targets", rows_told.bytes(spec.prefetch, share, length)))
     load = teacher.load if teacher is not None else (0, 0)
     plan = MemoryPlan("distill", (*_joined(terms), runtime(device)), tuple(unknown), *load)
     return plan.on(spec.processes, first=leads)
@@ -173,6 +178,19 @@ def step_of(spec: DistillSpec, length: int, hosts: int = 1) -> Step:
     rows = spread.rows(spec.batch_size, spec.micro_batch_size)
     accumulates = rows < spread.rows(spec.batch_size, None)
     return Step(rows, length, spec.precision, accumulates, spec.activation_checkpointing, spread=spread)
+
+
+class RowsTold(NamedTuple):
+    """Targets that come as rows: ``entries`` a position, each an id and a log-probability; ``kept`` held-out sequences
+    of a teacher that is not asked for them twice."""
+
+    entries: int
+    kept: int = 0
+
+    def bytes(self, ahead: int, batch: int, length: int) -> int:
+        """What is held of them at most: of so many batches ``ahead``, of the step's own, of one that is put together,
+        and of held-out sequences."""
+        return (8 * self.entries + 4) * (length - 1) * ((ahead + 2) * batch + self.kept)
 
 
 AHEAD_BYTES = 1 << 30
@@ -249,6 +267,11 @@ def _of_teacher_and_student(
     if not spec.distils:
         return plans
     live = spec.distill.targets != "store" or spec.distill.on_policy > 0
+    told = None
+    if not (spec.distill.targets == "live" and answering.place == "process"):
+        stored = spec.distill.targets == "store"
+        entries = spec.score.draws if stored and spec.score.mode == "sample" else spec.score.k
+        told = RowsTold(entries, 0 if stored else spec.data.heldout_sequences)
     # With a store a full run never loads its teacher; a smoke run does, to show what it would have written.
     beside = live or (spec.profile == "smoke" and answering.place == "process")
     plans["distill"] = distill_memory(
@@ -258,6 +281,7 @@ def _of_teacher_and_student(
         length=length,
         device=device,
         live=live,
+        rows_told=told,
         hosts=hosts,
     )
     return plans
@@ -290,7 +314,7 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
 _ORDER = (
     *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
     *("student", "student share", "start", "twin", "states", "checkpoint", "merged"),
-    *("buckets", "gathered", "activations", "logits", "ahead", "attention", "runtime"),
+    *("buckets", "gathered", "activations", "logits", "ahead", "targets", "attention", "runtime"),
 )
 _LASTING = ("student", "student share", "states")
 """What a student still holds when its twin is trained."""

@@ -17,6 +17,7 @@ from latentforge.memory.codec import autoencoder_memory
 from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.estimate import (
     Answering,
+    RowsTold,
     distill_memory,
     score_memory,
     student_shape,
@@ -32,6 +33,7 @@ from latentforge.spec.latent import AutoencoderSpec, ContinuationsSpec, LatentSp
 from latentforge.spec.run import RunDir
 from latentforge.spec.sections import DistillSpec, ScoreSpec, TeacherSpec
 from latentforge.spec.teacher import teacher_of
+from latentforge.targets.store import TargetStore
 from latentforge.teachers.protocol import behind
 from latentforge.train import effective
 from latentforge.train.held import Peak
@@ -78,8 +80,15 @@ def plan_of(run: RunDir, identity: RunIdentity, *, leads: bool = True) -> Memory
     live = distill.targets != "store" or distill.on_policy > 0
     beside = live or (identity.spec["profile"] == "smoke" and answering.place == "process")
     device = "cpu" if distill.device == "cpu" else there
-    asked = answering if beside else None
-    return distill_memory(distill, asked, student, length=length, device=device, live=live, **among)
+    asked, told = answering if beside else None, None
+    if distill.targets == "store":
+        path = run.input_path("targets")
+        with TargetStore.open(path if path.is_file() else path / "targets.sqlite") as store:
+            told = RowsTold(store.k)
+    elif answering.place != "process":
+        told = RowsTold(int(identity.spec["score"]["k"]), int(data["heldout_sequences"]))
+    sizes = {"length": length, "device": device, "live": live, "rows_told": told}
+    return distill_memory(distill, asked, student, **sizes, **among)
 
 
 def _latent_plan(run: RunDir, identity: RunIdentity, *, there: str, **sizes: Any) -> MemoryPlan:

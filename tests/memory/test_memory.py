@@ -335,9 +335,13 @@ def test_the_smoke_pipelines_plan_names_its_terms_and_fits_a_small_machine() -> 
         "checkpoint",
         "activations",
         "logits",
+        "targets",
         "attention",
         "runtime",
     ]
+    # Of two batches ahead, the step's own and one that is put together: 32 entries and a tail a position.
+    targets = next(term.bytes for term in plans["distill"].terms if term.name == "targets")
+    assert targets == 4 * spec.distill.batch_size * (spec.data.sequence_length - 1) * (32 * 8 + 4)
     assert pipeline_peak(spec).verdict(4 * GIB, 3 * GIB).outcome is Outcome.PASS
 
 
