@@ -67,6 +67,7 @@ def run(run: RunDir, log: EventLog) -> None:
         sized = {"micro_batch_size": spec.micro_batch_size}
         trainer = CodecTrainer(student, engine, plain, eos_id=data.eos_id, seed=seed, **sized)
         order = BatchOrder(len(data.train), spec.batch_size, seed)
+        measured = partial(report_of, trainer, data, world.rows(spec.batch_size, spec.micro_batch_size))
         start = start_digests(optimiser)
         earlier = open_predecessor(run, log, CHECKPOINTS).get(MODEL)
     if slow:
@@ -117,7 +118,7 @@ def run(run: RunDir, log: EventLog) -> None:
     if device.type != "cpu":
         with log.phase("rehearse"):
             trainer.rehearse(batch)
-            report_of(trainer, data)
+            measured()
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
@@ -128,7 +129,7 @@ def run(run: RunDir, log: EventLog) -> None:
     first, before = keeper.resume(earlier), None
     if first is None:
         with log.phase("evaluate"):
-            before = report_of(trainer, data)
+            before = measured()
         say_measures(log, before, data, step=0)
         say_report(log, before, step=0)
 
@@ -143,17 +144,17 @@ def run(run: RunDir, log: EventLog) -> None:
             if course.went_back(step, done.result.loss):
                 continue
             if best.due(step + 1):
-                found = report_of(trainer, data)
+                found = measured()
                 say_measures(log, found, data, step=step + 1)
                 best.offer(step + 1, found.loss)
             keeper.after(step + 1, world.signal(stop_requested()))
 
     with log.phase("evaluate"):
-        after = report_of(trainer, data)
+        after = measured()
         say_measures(log, after, data, step=spec.steps)
         kept = best.put_back(spec.steps, after.loss)
         if kept != spec.steps:
-            after = report_of(trainer, data)
+            after = measured()
             say_measures(log, after, data, step=kept, kept=True)
         plain, weights = trainer.whole(), at_first(world, optimiser.each_weight())
     if not world.first:
@@ -175,11 +176,13 @@ def run(run: RunDir, log: EventLog) -> None:
         log.verdict(verdict)
 
 
-def report_of(trainer: CodecTrainer, data: ShardSet) -> CodecReport:
-    """The codec on all held-out rows. Collective: each process measures them all."""
+def report_of(trainer: CodecTrainer, data: ShardSet, at_most: int) -> CodecReport:
+    """The codec on all held-out rows, no more of them at a time than a training pass takes. Collective: each process
+    measures them all."""
     kernel = trainer.objective.kernel_backend
-    decodes_by = "reference" if kernel == "reference" else "auto"
-    return report_codec(trainer.whole(), lambda: trainer.held_out(data), backend=kernel, decode_backend=decodes_by)
+    backends = {"backend": kernel, "decode_backend": "reference" if kernel == "reference" else "auto"}
+    chunks = at_most * data.sequence_length // data.chunk
+    return report_codec(trainer.whole(), lambda: trainer.held_out(data), at_most=chunks, **backends)
 
 
 def padding_in(tokens: Tensor, data: ShardSet) -> int:

@@ -300,7 +300,7 @@ def held_out(job: Job, student: nn.Module, *, teacher_needed: bool = False) -> E
 
 def held_out_batches(job: Job) -> Iterator[Tensor]:
     """The held-out rows, no more of them at a time than a training pass takes: what its memory is planned by."""
-    rows = job.spec.micro_batch_size or job.spec.batch_size
+    rows = World.here().rows(job.spec.batch_size, job.spec.micro_batch_size)
     return evaluation_batches(job.data.heldout, job.device, at_most=rows)
 
 

@@ -143,7 +143,7 @@ class LatentTrainer:
         """Each signal over all held-out rows, always the same ones, with the same noise and the same continuations."""
         self.student.eval()
         seeds = row_seeds(self.seed, HELD_OUT, len(data.heldout))
-        size = self.micro_batch_size or self.teaching.spec.batch_size
+        size = self.engine.world.rows(self.teaching.spec.batch_size, self.micro_batch_size)
         seen, sums, rows, tokens_seen, at = hashlib.sha256(), dict[str, float](), dict[str, int](), 0, 0
         for block in evaluation_batches(data.heldout, self.student.table.weight.device):
             seen.update(bytes_of(block))

@@ -105,7 +105,8 @@ def run(run: RunDir, log: EventLog) -> None:
     if device.type != "cpu":
         with log.phase("rehearse"):
             rehearse(trainer, training_batch(data.train, order, 0, device), None)
-            evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+            rows = evaluation_batches(data.heldout, device, at_most=spec.batch_size)
+            evaluate(teacher, rows, None, temperature=1.0, backend=kernel)
     trainer.watch.drain()
     log.ready(requested=identity.spec, effective=in_force)
 
@@ -116,7 +117,7 @@ def run(run: RunDir, log: EventLog) -> None:
     best.carry(earlier)
     before, first = known_evaluation(earlier, MODEL), keeper.resume(earlier)
     if before is None:
-        before = evaluated(log, teacher, data, kernel)
+        before = evaluated(log, teacher, data, kernel, spec.batch_size)
         say_held_out(log, before, step=0)
 
     with log.phase("train"), deferred_stop(), keeper:
@@ -130,16 +131,16 @@ def run(run: RunDir, log: EventLog) -> None:
             if course.went_back(step, result.loss):
                 continue
             if best.due(step + 1):
-                found = evaluated(log, teacher, data, kernel)
+                found = evaluated(log, teacher, data, kernel, spec.batch_size)
                 say_held_out(log, found, step=step + 1)
                 best.offer(step + 1, found.loss)
             keeper.after(step + 1, stop_requested())
 
-    after = evaluated(log, teacher, data, kernel)
+    after = evaluated(log, teacher, data, kernel, spec.batch_size)
     say_held_out(log, after, step=spec.steps)
     kept = best.put_back(spec.steps, after.loss)
     if kept != spec.steps:
-        after = evaluated(log, teacher, data, kernel)
+        after = evaluated(log, teacher, data, kernel, spec.batch_size)
         say_held_out(log, after, step=kept, kept=True)
     log_compiles(log, trainer.watch.drain(), step=spec.steps, model=MODEL)
 
@@ -165,11 +166,11 @@ def run(run: RunDir, log: EventLog) -> None:
         log.verdict(verdict)
 
 
-def evaluated(log: EventLog, teacher: Student, data: ShardSet, kernel: str) -> Evaluation:
-    """Cross-entropy over all held-out rows."""
-    device = next(teacher.parameters()).device
+def evaluated(log: EventLog, teacher: Student, data: ShardSet, kernel: str, at_most: int) -> Evaluation:
+    """Cross-entropy over all held-out rows, no more of them at a time than a training pass takes."""
+    rows = evaluation_batches(data.heldout, next(teacher.parameters()).device, at_most=at_most)
     with log.phase("evaluate"):
-        return evaluate(teacher, evaluation_batches(data.heldout, device), None, temperature=1.0, backend=kernel)
+        return evaluate(teacher, rows, None, temperature=1.0, backend=kernel)
 
 
 def say_held_out(log: EventLog, value: Evaluation, *, step: int, kept: bool = False) -> None:

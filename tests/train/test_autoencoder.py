@@ -182,7 +182,7 @@ def test_the_codec_of_the_lowest_held_out_loss_is_kept_where_it_is_asked_for(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted, measured = iter((9.0, 3.0, 2.0, 4.0, 2.0)), autoencoder.report_of
-    monkeypatch.setattr(autoencoder, "report_of", lambda *both: replace(measured(*both), loss=next(planted)))
+    monkeypatch.setattr(autoencoder, "report_of", lambda *of: replace(measured(*of), loss=next(planted)))
     run = make_run(validate_every=3, keep="best", steps=9)
     code, text = run_here(run)
     assert code is ExitCode.PASS, text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from torch import Tensor
 from latentforge.errors import FailedError, RefusedError
 from latentforge.kernels.targets import DenseTargets
 from latentforge.students.causal import IGNORE, LossParts
+from latentforge.train import teacher as recipe
 from latentforge.train.arrival_checks import objective_arrives
+from latentforge.train.engines.world import World
 from latentforge.train.loop import evaluate, rehearse
 from latentforge.train.optimiser import DECAY_TO, MasterOptimiser, Updates, warmup_cosine
 from latentforge.train.rehearsal import LENGTH, SEQUENCES, fixture_targets, small_batch, small_trainer
@@ -173,3 +177,24 @@ def test_a_parameter_that_had_no_gradient_yet_is_put_back_without_moments() -> N
     for model, optimiser in ((whole, first), (resumed, second)):
         train(model, optimiser, "used", "later")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_held_out_pass_of_the_small_teacher_has_no_more_rows_than_a_training_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Rows:
+        def __len__(self) -> int:
+            return 12
+
+        def rows(self, numbers: Any) -> Any:
+            return torch.zeros(len(numbers), 4, dtype=torch.int64).numpy()
+
+    seen: list[int] = []
+    monkeypatch.setattr(recipe, "evaluate", lambda model, batches, *_, **__: seen.extend(map(len, batches)))
+    log: Any = SimpleNamespace(phase=lambda name: nullcontext())
+    data: Any = SimpleNamespace(heldout=Rows())
+    model: Any = torch.nn.Linear(1, 1)
+    recipe.evaluated(log, model, data, "cpu", 5)
+    assert seen == [5, 5, 2]
+    # Several processes: the rows of the largest share, or those that are asked for.
+    assert [World(0, size).rows(12, micro) for size, micro in ((1, None), (5, None), (5, 2), (5, 4))] == [12, 3, 2, 3]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,17 +68,25 @@ class CodecReport:
 
 @torch.no_grad()
 def report_codec(
-    codec: Codec, batches: Callable[[], Iterable[Chunks]], *, backend: str = "auto", decode_backend: str = "auto"
+    codec: Codec,
+    batches: Callable[[], Iterable[Chunks]],
+    *,
+    at_most: int | None = None,
+    backend: str = "auto",
+    decode_backend: str = "auto",
 ) -> CodecReport:
     """The report of a codec over held-out chunks; ``batches`` is called twice and gives the same ones each time.
 
-    ``backend`` computes the loss, ``decode_backend`` decodes. RefusedError where there is no token.
+    No pass has more than ``at_most`` chunks (None: those of a batch). Noise is that of a batch, and what is counted is
+    the same, however small the passes are; means are sums in another order. ``backend`` computes the loss,
+    ``decode_backend`` decodes. RefusedError where there is no token.
     """
     codec.eval()
     latent = codec.shape.latent
     total, squares, kl = (torch.zeros(latent, dtype=torch.float64) for _ in range(3))
     spread, tokens, chunks, loss = 0.0, 0, 0, 0.0
-    for ids, valid in batches():
+    parts = (part for batch in batches() for part in _passes(*batch, at_most))
+    for ids, valid in parts:
         text = valid.any(-1)
         posterior = codec.encode(ids[text], valid[text])
         mean = posterior.mean.double()
@@ -100,10 +108,11 @@ def report_codec(
     for ids, valid in batches():
         text = valid.any(-1)
         chosen, places = ids[text], valid[text]
-        mean = codec.encode(chosen, places).mean
+        mean = torch.cat([codec.encode(*part).mean for part in _passes(chosen, places, at_most)])
         for level in levels:
             noise = torch.randn(mean.shape, generator=draws[level]).to(mean.device) if level else 0.0
-            same = codec.decode(mean + level * latent_std * noise, backend=decode_backend) == chosen
+            noisy = (mean + level * latent_std * noise).split(_size(mean, at_most))
+            same = torch.cat([codec.decode(part, backend=decode_backend) for part in noisy]) == chosen
             right[level] += int((same & places).sum())
             if level == 0.0:
                 whole += int((same | ~places).all(-1).sum())
@@ -118,6 +127,15 @@ def report_codec(
         posterior_std=spread / chunks,
         kl=tuple((kl / chunks).tolist()),
     )
+
+
+def _passes(ids: Tensor, valid: Tensor, at_most: int | None) -> Iterator[Chunks]:
+    """A batch's chunks in parts of at most so many."""
+    yield from zip(ids.split(_size(ids, at_most)), valid.split(_size(valid, at_most)), strict=True)
+
+
+def _size(batch: Tensor, at_most: int | None) -> int:
+    return at_most or max(1, len(batch))
 
 
 def _cross_entropy(codec: Codec, latents: Tensor, labels: Tensor, backend: str) -> Tensor:

@@ -49,6 +49,11 @@ class World:
         largest = -(-rows // self.size)
         return -(-largest // (micro_batch_size or largest))
 
+    def rows(self, batch: int, micro_batch_size: int | None) -> int:
+        """Rows of the largest pass over a batch of so many: what a run's memory is planned by, held-out passes too."""
+        share = -(-batch // self.size)
+        return min(share, micro_batch_size or share)
+
     def padded(self, given: Iterable[Given], passes: int) -> Iterator[Given | None]:
         """What is ``given`` to this process for its passes, and None for each further one that others make."""
         count = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +84,31 @@ def test_a_codec_whose_latents_tell_nothing_is_reported_as_collapsed() -> None:
     found = report_codec(codec, lambda: [text(256)])
     assert found.collapsed == tuple(range(24))
     assert found.token_accuracy < 0.5
+
+
+def test_a_report_in_small_passes_is_that_of_a_whole_one_and_none_is_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, seen = trained(steps=60), list[int]()
+    real = {name: getattr(codec, name) for name in ("encode", "decode")}
+
+    def watched(name: str) -> Callable[..., Any]:
+        def call(*values: Any, **settings: Any) -> Any:
+            seen.append(len(values[0]))
+            return real[name](*values, **settings)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(codec, name, watched(name))
+    whole = report_codec(codec, lambda: [text(100), text(37)])
+    assert max(seen) == 100
+    seen.clear()
+    small_passes = report_codec(codec, lambda: [text(100), text(37)], at_most=7)
+    assert max(seen) == 7
+    # What is counted is the same to the bit, under noise as well; means are sums in another order.
+    counted = ("tokens", "chunks", "token_accuracy", "chunk_accuracy", "noisy_accuracy", "collapsed")
+    assert [getattr(whole, name) for name in counted] == [getattr(small_passes, name) for name in counted]
+    for name in ("loss", "latent_std", "posterior_std", "kl"):
+        assert getattr(small_passes, name) == pytest.approx(getattr(whole, name), rel=1e-6)
 
 
 def test_each_chunk_is_encoded_by_itself() -> None:
