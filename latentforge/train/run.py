@@ -23,6 +23,7 @@ from latentforge.spec.run import RunDir
 from latentforge.spec.spread import processes_of
 from latentforge.spec.teacher import answers_of, teacher_of
 from latentforge.train import effective, memory
+from latentforge.train.capping import capped, each_planned
 from latentforge.train.held import Peak, watching
 from latentforge.train.hosts.follower import take_part
 from latentforge.train.hosts.leading import Leading
@@ -110,10 +111,13 @@ def _run(
         memory.require_room(run, log, planned)
     processes = processes_of(identity.kind, identity.spec)
     held = None
-    if processes is None:
+    if processes is not None:
+        held = run_spread(run, log, processes, planned, leading=leading, text=text)
+    elif planned is None:
         follow(run, log, identity.kind)
     else:
-        held = run_spread(run, log, processes, leading=leading, text=text)
+        with capped(run, log, each_planned(planned)):
+            follow(run, log, identity.kind)
     if identity.kind in ("data", "score"):
         effective.record(run, effective=_product_values(run, identity))
     if identity.kind == "score":

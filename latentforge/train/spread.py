@@ -11,8 +11,10 @@ import torch
 from latentforge.errors import RefusedError
 from latentforge.events import EventLog
 from latentforge.events.log import Unheard
+from latentforge.memory import MemoryPlan
 from latentforge.spec.endurance import endurance_of
 from latentforge.spec.run import RunDir
+from latentforge.train.capping import capped, each_planned
 from latentforge.train.engines.launching import Place, Ranks, refuse_failed
 from latentforge.train.engines.world import World
 from latentforge.train.held import Peak, watching
@@ -23,10 +25,17 @@ from latentforge.train.stopping import deferred_stop, handled_signals
 
 
 def run_spread(
-    run: RunDir, log: EventLog, processes: int, *, leading: Leading | None = None, text: TextIO | None = None
+    run: RunDir,
+    log: EventLog,
+    processes: int,
+    planned: MemoryPlan | None,
+    *,
+    leading: Leading | None = None,
+    text: TextIO | None = None,
 ) -> Peak:
     """Follow the recipe of ``run`` on ``processes`` of this host, of which the first writes, beside as many on each of
-    the hosts that it is ``leading``; returns what those here held at most, summed.
+    the hosts that it is ``leading``; returns what those here held at most, summed. ``planned`` is what they
+    are to hold together.
 
     A signal to stop is handed on: they end after the same step, with a checkpoint. One that is killed, or fails, ends
     them all, and so does a host that is lost. Raises what they ended by.
@@ -34,7 +43,7 @@ def run_spread(
     check_devices(run, processes)
     place, abreast = (None, Abreast([])) if leading is None else leading.meet()
     try:
-        with deferred_stop(), begin(run, log, processes, text=text, place=place) as ranks:
+        with deferred_stop(), begin(run, log, processes, planned, text=text, place=place) as ranks:
             ended = ranks.wait(look=lambda: abreast.look(ranks))
             others = abreast.ended(ended)
     finally:  # whatever is said of the end follows on what the first of them has written
@@ -55,15 +64,25 @@ def check_devices(run: RunDir, processes: int) -> None:
         )
 
 
-def begin(run: RunDir, log: EventLog, processes: int, *, text: TextIO | None, place: Place | None) -> Ranks:
+def begin(
+    run: RunDir,
+    log: EventLog,
+    processes: int,
+    planned: MemoryPlan | None,
+    *,
+    text: TextIO | None,
+    place: Place | None,
+) -> Ranks:
     """Start the processes of a run on this host."""
-    ranks = Ranks("latentforge.train.spread:follow_here", {"path": str(run.path)}, processes, text=text, place=place)
+    arguments = {"path": str(run.path), "planned": each_planned(planned, processes)}
+    ranks = Ranks("latentforge.train.spread:follow_here", arguments, processes, text=text, place=place)
     log.say(f"{counted(processes)}: {', '.join(map(str, ranks.pids))}")
     return ranks
 
 
-def follow_here(path: str) -> Peak:
-    """The recipe of a run in one of its processes; returns what this one held at most."""
+def follow_here(path: str, planned: int | None) -> Peak:
+    """The recipe of a run in one of its processes, ``planned`` to hold so many bytes; returns what this one held at
+    most."""
     run, first = RunDir(Path(path)), World.here().first
     grace = endurance_of(run).stop_grace
     identity = run.load_identity()
@@ -71,5 +90,6 @@ def follow_here(path: str) -> Peak:
         with EventLog(run.events_file, run.run) if first else Unheard(run.run) as log, handled_signals(grace):
             log.take_up()
             set_up(int(identity.spec.get("seed", 0)))
-            follow(run, log, identity.kind)
+            with capped(run, log, planned):
+                follow(run, log, identity.kind)
         return watch.peak()

@@ -87,6 +87,7 @@ def test_two_processes_make_the_run_that_one_makes(make_run: MakeRun, run_here: 
     assert (said["effective"]["distill"]["distributed"], said["effective"]["distill"]["processes"]) == ("ddp", 2)
     assert said["effective"]["engine"]["wrapper"] == "DistributedDataParallel"
     held, terms = said["memory"], said["memory"]["terms"]
+    assert held["allocator_cap_bytes"] is effective.read(alone)["memory"]["allocator_cap_bytes"] is None
     assert 0 < held["measured_bytes"] <= 1.15 * held["planned_own_bytes"]
     assert terms["planned_buckets"] == terms["planned_student"] > 0  # of fp32, in both processes
     assert [event.seq for event in read_events(together.events_file)] == list(

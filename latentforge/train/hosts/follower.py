@@ -73,7 +73,7 @@ def _follow(
     port, world = int(expect(link, "go")["port"]), processes * len(hosts.hosts)
     place = Place(hosts.address, port, hosts.index * processes, world, hosts.here, hosts.environment())
     abreast = Abreast([link])
-    with deferred_stop(), begin(leader, log, processes, text=text, place=place) as ranks:
+    with deferred_stop(), begin(leader, log, processes, planned, text=text, place=place) as ranks:
         ended = ranks.wait(look=lambda: abreast.look(ranks))
         abreast.tell_ended(ended)
         abreast.refuse_lost()
