@@ -70,9 +70,17 @@ def start(folder: Path, kill_at: int | None, restarted: int, told: int) -> None:
 
 def main() -> None:
     """Answer one start after the other."""
+    # What they import as they go, too: it is three times the time that a run itself takes.
+    import torch._dynamo  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
     import latentforge.train.autoencoder
+    import latentforge.train.continuations
+    import latentforge.train.data
     import latentforge.train.distill
     import latentforge.train.latent
+    import latentforge.train.run
+    import latentforge.train.score
     import latentforge.train.teacher  # noqa: F401
 
     for line in sys.stdin:
