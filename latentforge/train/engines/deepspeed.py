@@ -34,6 +34,9 @@ def library() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # An all-reduce in shared memory, for inference: nothing here calls it, and it would be compiled at start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Asked whether it can shard AdamW it imports Muon, which torch.compile takes and with it the whole of Inductor:
+    # seconds of each process's start, for an optimiser that is not in use.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     return deepspeed
 
 
