@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -17,6 +17,13 @@ from latentforge.train.engines.world import World
 ENGINES: tuple[Distributed, ...] = ("ddp", "fsdp2", "deepspeed-zero2", "deepspeed-zero3")
 TOLERANCE = 1e-6
 """Of losses and gradient norms, relative, in fp32: sums over rows are made in another order, and nothing else."""
+
+
+class Alone(NamedTuple):
+    """What a single process makes: the loss and the gradient norm of each step, the weights and moments after them."""
+
+    steps: tuple[tuple[float, float], ...]
+    kept: dict[str, Tensor]
 
 
 class Compared(NamedTuple):
@@ -46,22 +53,19 @@ def compared(
     the chunks are padded. Where it is ``rehearsed``, the engine has made passes that change nothing before its first
     step. ``mutant`` "divided-twice" leaves the library's own average in.
     """
-    alone = trainer_of("none", micro_batch_size, tied=tied, codec=codec)
+    alone = _alone(micro_batch_size, tied, codec)
     there = trainer_of(distributed, micro_batch_size, tied=tied, codec=codec, recomputed=recomputed)
     if rehearsed:
         there.rehearse(tokens_of(0, BATCHES[0]))
     if mutant == "divided-twice":
         _divide_twice(there.engine)
     loss = norm = 0.0
-    for step, rows in enumerate(BATCHES):
-        tokens = tokens_of(step, rows)
-        wanted = alone.step(step, tokens)
-        found = there.step(step, tokens)
-        loss = worse(loss, abs(found.loss - wanted.loss) / abs(wanted.loss))
-        norm = worse(norm, abs(found.grad_norm - wanted.grad_norm) / wanted.grad_norm)
-    # Weights and moments as a checkpoint holds them.
-    wanted_kept, ours = ({**weights, **moments} for weights, moments in (_kept(alone), _kept(there)))
-    weight = reduce(worse, (float((ours[name] - value).abs().max()) for name, value in wanted_kept.items()))
+    for step, (wanted_loss, wanted_norm) in enumerate(alone.steps):
+        found = there.step(step, tokens_of(step, BATCHES[step]))
+        loss = worse(loss, abs(found.loss - wanted_loss) / abs(wanted_loss))
+        norm = worse(norm, abs(found.grad_norm - wanted_norm) / wanted_norm)
+    ours = _kept(there)
+    weight = reduce(worse, (float((ours[name] - value).abs().max()) for name, value in alone.kept.items()))
     return Compared(loss, norm, weight, there.engine.wrapped().record())
 
 
@@ -72,9 +76,18 @@ def furthest(of_ranks: Iterable[Sequence[Any]]) -> Compared:
     return Compared(*found, each[0].wrapped)
 
 
-def _kept(trainer: Distilling | Coding) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    weights, moments = trainer.optimiser.weights(), trainer.optimiser.moments()
-    return tuple({name: value.detach().clone() for name, value in some.items()} for some in (weights, moments))
+@cache
+def _alone(micro_batch_size: int | None, tied: bool, codec: bool) -> Alone:
+    """Made once a process: it is the same beside every engine."""
+    trainer = trainer_of("none", micro_batch_size, tied=tied, codec=codec)
+    made = [trainer.step(step, tokens_of(step, rows)) for step, rows in enumerate(BATCHES)]
+    return Alone(tuple((one.loss, one.grad_norm) for one in made), _kept(trainer))
+
+
+def _kept(trainer: Distilling | Coding) -> dict[str, Tensor]:
+    """Weights and moments as a checkpoint holds them."""
+    both = {**trainer.optimiser.weights(), **trainer.optimiser.moments()}
+    return {name: value.detach().clone() for name, value in both.items()}
 
 
 def _divide_twice(engine: Engine) -> None:
