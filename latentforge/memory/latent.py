@@ -53,6 +53,8 @@ def latent_memory(
     shape = _shape(spec, spec.student.layers)
     stacked = (spec.student.layers + spec.student.token_layers) * shape.layer_parameters
     numbers = Numbers(count, shape.layer_parameters, count - stacked)
+    kept = latent_activation_bytes(spec, chunk=chunk, chunks=chunks, signals=signals)
+    passing, scored = _in_flight(spec, chunk=chunk, chunks=chunks, latent=codec.latent)
     held = Held.of(spread, numbers, spec.precision, accumulates=True, device=device)
     return MemoryPlan(
         "latent",
@@ -61,8 +63,8 @@ def latent_memory(
             *whole_terms(spread, 4 * count),
             Term("codec", 4 * frozen + encoded),
             checkpoint_term(count),
-            Term("activations", _activations(spec, chunk=chunk, chunks=chunks, tokens=tokens, signals=signals)),
-            Term("energy", signals * _energy(spec, codec.latent, chunks)),
+            Term("activations", kept + passing),
+            Term("energy", signals * energy_bytes(spec, codec.latent, chunks) + scored),
             Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
             Term("attention", attention_bytes(shape, rows, length // chunk)),
             runtime(device),
@@ -81,22 +83,34 @@ def _energy_signals(spec: LatentSpec, continuations: ContinuationsSpec | None) -
     return max(1, (spec.text_weight > 0) + (spec.sample_weight > 0) + (below if spec.tempered_weight > 0 else 0))
 
 
-def _activations(spec: LatentSpec, *, chunk: int, chunks: int, tokens: int, signals: int) -> int:
-    """What is kept between forward and backward, with one layer's worth for the gradients in flight."""
-    student, width = spec.student, spec.student.hidden
-    number = 2 if spec.precision == "bf16" else 4
-    layers = activation_bytes(_shape(spec, student.layers), chunks, spec.precision)
-    layers += activation_bytes(_shape(spec, max(1, student.token_layers)), tokens, spec.precision)
-    drawn = signals * chunks * spec.draws * (student.noise + width * (4 + 14 * student.head_blocks + 4))
-    kept = layers + number * (drawn + chunks * width * (3 * chunk + 8) + tokens * width * 6)
-    # One layer at a time is computed again; its input is all that is kept of the others.
-    return kept * 2 // 3 if spec.activation_checkpointing else kept * 3 // 2
+def latent_activation_bytes(spec: LatentSpec, *, chunk: int, chunks: int, signals: int) -> int:
+    """Bytes kept between forward and backward for ``chunks`` chunks in flight, of which the head is drawn from
+    ``signals`` times each; logits and energy scores not counted."""
+    student, width, tokens = spec.student, spec.student.hidden, chunks * chunk
+    number, again = 2 if spec.precision == "bf16" else 4, spec.activation_checkpointing
+    layers = activation_bytes(_shape(spec, student.layers), chunks, spec.precision, recomputed=again)
+    if student.token_layers:
+        layers += activation_bytes(_shape(spec, student.token_layers), tokens, spec.precision, recomputed=again)
+        layers += number * tokens * width * 3
+    # A block keeps its input and ten tensors between its products; the context of a state is that of all its draws.
+    draw = student.noise + width * (5 + (1 if again else 11) * student.head_blocks)
+    drawn = signals * chunks * (spec.draws * draw + 2 * width)
+    return layers + number * (drawn + chunks * width * (chunk + 8))
 
 
-def _energy(spec: LatentSpec, latent: int, chunks: int) -> int:
-    """Samples twice (as drawn, and about their middle), draws, and the distances with their slopes."""
+def energy_bytes(spec: LatentSpec, latent: int, chunks: int) -> int:
+    """Bytes that the energy score of one signal keeps: points about their middle, and the slopes of their distances."""
+    return 4 * chunks * ((spec.samples + 3 * spec.draws) * latent + spec.draws * (spec.draws + spec.samples))
+
+
+def _in_flight(spec: LatentSpec, *, chunk: int, chunks: int, latent: int) -> tuple[int, int]:
+    """What comes on top where a pass turns back: a layer's or a block's gradients and what it computes again, and
+    samples and distances of one signal's energy score while it is computed."""
+    number, width = 2 if spec.precision == "bf16" else 4, spec.student.hidden
+    layer = activation_bytes(_shape(spec, 1), chunks * (chunk if spec.student.token_layers else 1), spec.precision)
+    block = number * chunks * spec.draws * width * 11
     pairs = spec.draws * (spec.draws + spec.samples)
-    return 4 * chunks * (3 * (spec.samples + spec.draws) * latent + 5 * pairs)
+    return max(layer, block), 4 * chunks * (spec.samples * latent + 4 * pairs)
 
 
 def _decoder(spec: LatentSpec, layers: int) -> int:

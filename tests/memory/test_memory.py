@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,9 +26,10 @@ from latentforge.memory.estimate import (
     student_shape,
     teacher_shape,
 )
+from latentforge.memory.latent import energy_bytes, latent_activation_bytes
 from latentforge.memory.plan import GIB
 from latentforge.memory.training import Step, adapter_parameters, training_terms
-from latentforge.spec.latent import AutoencoderSpec
+from latentforge.spec.latent import AutoencoderSpec, LatentSpec
 from latentforge.spec.lora import LoraSpec
 from latentforge.spec.recipe import read_recipe, recipe_names
 from latentforge.spec.resolve import resolve_pipeline
@@ -179,6 +181,24 @@ def test_adapters_are_counted_to_the_number_and_have_the_only_gradients_and_mome
     assert adapter_parameters(shape, LoraSpec(rank=3, target_modules=("c_attn",))) is None
 
 
+def kept_for_backward(model: Any, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of what ``forward`` computes with ``model``, its weights not counted."""
+    import torch
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "shape",
@@ -195,19 +215,8 @@ def test_activations_are_not_underestimated_nor_doubled(shape: ModelShape, preci
 
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config(shape)).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
     rows, length = 4, 32
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.model(torch.randint(0, shape.vocab_size, (rows, length)))
-    held = sum(storage.nbytes() for storage in kept.values())
+    held = kept_for_backward(model, lambda: model.model(torch.randint(0, shape.vocab_size, (rows, length))))
     assert held <= activation_bytes(shape, rows * length, precision) <= 1.3 * held
 
 
@@ -224,21 +233,44 @@ def test_a_codecs_parameters_are_exact_and_its_activations_neither_underestimate
     spec = AutoencoderSpec.model_validate(changed)
     codec = new_codec(CodecShape(320, chunk, spec.latent, spec.width, spec.inner), seed=1)
     assert codec_parameters(spec, chunk=chunk, vocab_size=320) == sum(p.numel() for p in codec.parameters())
-    weights = {parameter.untyped_storage().data_ptr() for parameter in codec.parameters()}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    chunks = torch.randint(0, 320, (256, chunk))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        codec_loss(codec, chunks, chunks >= 0, CodecObjective(0.1, 0.1, 0.001, 0.5), noise_of(1, 1))
+    chunks, objective = torch.randint(0, 320, (256, chunk)), CodecObjective(0.1, 0.1, 0.001, 0.5)
+    kept = kept_for_backward(codec, lambda: codec_loss(codec, chunks, chunks >= 0, objective, noise_of(1, 1)))
     # The gradient of the last layer's weight is made in the forward pass, and counted among the states.
-    held = sum(storage.nbytes() for storage in kept.values()) - 320 * spec.width * 4
+    held = kept - 320 * spec.width * 4
     assert held <= codec_activation_bytes(spec, chunk=chunk, chunks=256) <= 1.3 * held
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("chunk", "blocks", "draws", "token_layers"), [(4, 2, 8, 1), (2, 1, 4, 0)])
+def test_a_latent_students_activations_are_neither_underestimated_nor_a_fifth_too_many(
+    chunk: int, blocks: int, draws: int, token_layers: int, again: bool
+) -> None:
+    import torch
+
+    from latentforge.kernels.targets import DenseTargets
+    from latentforge.students.latent.backbone import DecoderShape
+    from latentforge.students.latent.energy import EnergySettings
+    from latentforge.students.latent.student import EnergySignal, LatentShape, LatentStudent, TokenSignal, predicted
+
+    sizes = {"layers": 3, "hidden": 96, "heads": 4, "kv_heads": 2, "intermediate": 256, "head_blocks": blocks}
+    untold = {} if token_layers else {"token_ce_weight": 0, "token_kd_weight": 0}
+    student = {**sizes, "token_layers": token_layers, "noise": 32}
+    checked = {"student": student, "draws": draws, "samples": 32, "activation_checkpointing": again, **untold}
+    spec, latent = LatentSpec.model_validate(checked), 64
+    shape = DecoderShape(3, 96, 4, 2, 256)
+    shaped = LatentShape(64, chunk, latent, shape, head_blocks=blocks, noise=32, token_layers=token_layers)
+    model = LatentStudent.new(shaped, seed=1, energy=EnergySettings(draws=draws, samples=32)).train()
+    if again:
+        model.checkpoint_activations()
+    chunks = torch.randint(0, 64, (2, 48, chunk))
+    given, rows = predicted(torch.ones_like(chunks, dtype=torch.bool)), 2 * (48 * chunk - 1)
+    mean = torch.randn(2, 47, 1, latent)
+    signal = EnergySignal(mean, torch.full_like(mean, -2.0), given, 1.0, 1.0)
+    tokens = TokenSignal(DenseTargets(torch.randn(rows, 64)), float(rows), 0.3, 0.7) if token_layers else None
+    told = {"energy": {"text": signal, "sample": signal}, "tokens": tokens}
+    kept = kept_for_backward(model, lambda: model(chunks, torch.ones_like(chunks) > 0, torch.arange(2), **told))
+    planned = latent_activation_bytes(spec, chunk=chunk, chunks=94, signals=2) + 2 * energy_bytes(spec, latent, 94)
+    assert kept <= planned <= 1.2 * kept
 
 
 def test_attention_is_sized_by_the_rows_that_run_not_by_the_longest_position() -> None:
