@@ -16,8 +16,10 @@ from latentforge.train.engines import beating
 from latentforge.train.engines.beating import Pulse
 from latentforge.train.engines.launching import Ended, refuse_failed
 
+BEAT, HUNG = 0.2, 2.0
 PROGRAM = (
-    "import sys, signal; from latentforge.train.engines.beating import beat; beat(int(sys.argv[1])); signal.pause()"
+    "import sys, signal; from latentforge.train.engines import beating; "
+    f"beating.BEAT_SECONDS = {BEAT}; beating.beat(int(sys.argv[1])); signal.pause()"
 )
 
 
@@ -28,8 +30,9 @@ def test_a_stopped_process_is_found_and_one_that_waits_is_not(monkeypatch: pytes
             try:
                 while not os.pread(beats.fileno(), 8, 0):
                     time.sleep(0.02)
-                monkeypatch.setattr(beating, "HUNG_SECONDS", 5.0)
-                pulse, found, until = Pulse(process.pid, beats), None, time.monotonic() + 8.0
+                monkeypatch.setattr(beating, "HUNG_SECONDS", HUNG)
+                monkeypatch.setattr(beating, "BEAT_SECONDS", BEAT)
+                pulse, found, until = Pulse(process.pid, beats), None, time.monotonic() + 1.5 * HUNG
                 while time.monotonic() < until:  # it computes nothing, and beats
                     assert pulse.hangs() is None
                     time.sleep(0.05)
