@@ -111,12 +111,22 @@ def test_a_run_is_stopped_and_killed_and_goes_on_under_other_engines(make_run: M
     assert all(gone(pid) for pid in processes_of(first))
 
     second = make_run(attempt=3, predecessor=first, steps=STEPS, distributed="deepspeed-zero3", processes=2)
-    process = started(second)
-    # The next checkpoint is whole once the step behind it is made.
-    wait_for_step(second, process, done - done % 4 + 5)
-    killed = processes_of(second)
-    os.kill(killed[1], signal.SIGKILL)
-    assert process.wait(120) == 5, second.log_file.read_text()
+    killed: list[int] = []
+
+    def kill() -> None:
+        # The next checkpoint is whole once the step behind it is made.
+        while not (second.events_file.exists() and done - done % 4 + 5 in steps_of(second)):
+            if log.closed:
+                return
+            time.sleep(0.005)
+        killed.extend(processes_of(second))
+        os.kill(killed[1], signal.SIGKILL)
+
+    watcher = threading.Thread(target=kill)
+    with open(second.log_file, "w", buffering=1) as log:
+        watcher.start()
+        assert execute(second.path, text=log) == 5, second.log_file.read_text()
+    watcher.join()
     end = read_events(second.events_file)[-1]
     assert end.fields["reason"] == f"process 1 of 2 (pid {killed[1]}) was killed by SIGKILL; the others were ended"
     assert "  next: " in second.log_file.read_text()
