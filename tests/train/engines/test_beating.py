@@ -36,8 +36,10 @@ def test_a_stopped_process_is_found_and_one_that_waits_is_not(monkeypatch: pytes
                 while time.monotonic() < until:  # it computes nothing, and beats
                     assert pulse.hangs() is None
                     time.sleep(0.05)
-                # Nobody looks for a while, as where this process was stopped itself: no silence of the other.
                 process.send_signal(signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)  # no beat comes after this
+                assert pulse.hangs() is None
+                # Nobody looks for a while, as where this process was stopped itself: no silence of the other.
                 monkeypatch.setattr(beating.time, "monotonic", lambda clock=time.monotonic: clock() + 3600.0)
                 assert pulse.hangs() is None
                 while found is None:
