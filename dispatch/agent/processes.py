@@ -39,11 +39,13 @@ class Process(NamedTuple):
     group: int
     session: int
     ticks: int
+    threads: int = 1
 
     @property
     def alive(self) -> bool:
-        """False for zombies: they run nothing and only wait to be reaped."""
-        return self.state not in "ZX"
+        """False for zombies: they run nothing and only wait to be reaped. One whose first thread has ended looks like
+        one, and lives as long as another thread does."""
+        return self.state not in "ZX" or self.threads > 1
 
 
 def look(pid: int) -> Process | None:
@@ -55,7 +57,8 @@ def look(pid: int) -> Process | None:
         return None
     if len(fields) < 20:
         return None
-    return Process(pid, fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+    parent, group, session, threads, ticks = (int(fields[place]) for place in (1, 2, 3, 17, 19))
+    return Process(pid, fields[0].decode(), parent, group, session, ticks, threads)
 
 
 def pids() -> list[int]:

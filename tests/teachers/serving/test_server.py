@@ -10,11 +10,13 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dispatch.agent.processes import look
 from latentforge.errors import CrashedError, RefusedError
-from latentforge.teachers.serving.processes import members
+from latentforge.teachers.serving.processes import KeptProcess, members
 from latentforge.teachers.serving.server import VLLMServer, post
 from latentforge.teachers.serving.settings import ServingSettings
 
@@ -145,7 +147,35 @@ ctypes.CDLL(None).pthread_exit(None)
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdin=subprocess.PIPE) as process:
         wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         assert members(process.pid) == [process.pid]
+        seen = look(process.pid)
+        assert seen is not None
+        assert (seen.state, seen.alive) == ("Z", True), "to the agent that looks after a run's processes, too"
         assert process.stdin is not None
         process.stdin.close()
         assert gone(process.pid)
         assert members(process.pid) == []
+
+
+def test_whoever_is_interrupted_while_a_keeper_is_started_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal does it: in the main thread, between the fork of the keeper and its first word."""
+    started: list[int] = []
+    fork = subprocess.Popen
+
+    def forked(*arguments: Any, **named: Any) -> Any:
+        process = fork(*arguments, **named)
+        started.append(process.pid)
+        os.kill(os.getpid(), signal.SIGUSR1)  # before whoever asked is told of the process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", forked)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            KeptProcess.start(["sleep", "600"], log=tmp_path / "log", environment=os.environ)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(started) == 1
+    assert gone(started[0], seconds=0.0)
+    assert members(started[0]) == []
