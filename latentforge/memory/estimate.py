@@ -15,7 +15,7 @@ from latentforge.memory.continuing import continuations_memory
 from latentforge.memory.engine import EngineSetting, engine_terms
 from latentforge.memory.known import KnownModel, Precision
 from latentforge.memory.latent import latent_memory
-from latentforge.memory.plan import MemoryPlan, Term, largest, runtime
+from latentforge.memory.plan import CHECKPOINT, SAVED, MemoryPlan, Term, largest, runtime
 from latentforge.memory.shape import ModelShape
 from latentforge.memory.spread import WIDTH, Spread
 from latentforge.memory.training import Step, adapter_parameters, training_terms
@@ -156,9 +156,13 @@ def distill_memory(
         terms = [*terms, *trained, start]
         if spec.lora.rank:
             # At the end the adapters are merged into a copy, which is read back: no pass is made any more.
-            passing = sum(term.bytes for term in trained if term.name in ("activations", "logits", "attention"))
+            passing = sum(term.bytes for term in trained if term.name in _PASSING)
             copies = (1 + (TWIN in spec.require)) * 4 * count + WIDTH[spec.precision] * count
             terms.append(Term("merged", max(0, copies - passing)))
+        if step.spread.engine != "none":
+            # At the end student and twin are gathered, each beside a model of its own: no pass is made any more.
+            later = sum(term.bytes for term in trained if term.name in (*_PASSING, CHECKPOINT))
+            terms.append(Term(SAVED, max(0, (1 + (TWIN in spec.require)) * 2 * 4 * count - later)))
         if TWIN in spec.require:
             terms.append(Term("twin", sum(term.bytes for term in trained if term.name in _LASTING)))
         if live and spec.targets == "live" and teacher is not None and teacher.place == "process":
@@ -313,9 +317,10 @@ def _inference(shape: ModelShape | None, weights: int, rows: int, length: int, *
 
 _ORDER = (
     *("teacher", "kv", "sequences", "logprobs", "engine", "engine host"),
-    *("student", "student share", "start", "twin", "states", "checkpoint", "merged"),
+    *("student", "student share", "start", "twin", "states", CHECKPOINT, "merged", SAVED),
     *("buckets", "gathered", "activations", "logits", "ahead", "targets", "attention", "runtime"),
 )
+_PASSING = ("activations", "logits", "attention")
 _LASTING = ("student", "student share", "states")
 """What a student still holds when its twin is trained."""
 

@@ -37,7 +37,9 @@ def runtime(device: str) -> Term:
     return Term("runtime", _RUNTIME["cuda" if device == "cuda" else "cpu"])
 
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT, SAVED = "checkpoint", "saved"
+FIRST_ALONE = (CHECKPOINT, SAVED)
+"""Terms that the first of a run's processes has alone: it writes what is kept."""
 
 
 def checkpoint_term(parameters: int) -> Term:
@@ -83,10 +85,10 @@ class MemoryPlan:
 
     def on(self, processes: int, *, first: bool = True) -> MemoryPlan:
         """The plan of so many processes on this host, of which this is the plan of each; with the ``first`` of all
-        among them, who alone writes checkpoints."""
+        among them, who alone writes what is kept."""
 
         def of_all(term: Term) -> Term:
-            count = int(first) if term.name == CHECKPOINT else processes
+            count = int(first) if term.name in FIRST_ALONE else processes
             return term if term.elsewhere else replace(term, bytes=term.bytes * count)
 
         terms = tuple(map(of_all, self.terms))

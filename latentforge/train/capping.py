@@ -13,15 +13,19 @@ import torch
 from latentforge.errors import FailedError
 from latentforge.events import EventLog
 from latentforge.memory import MemoryPlan, margin
-from latentforge.memory.plan import gib
+from latentforge.memory.plan import FIRST_ALONE, gib
 from latentforge.spec.run import RunDir
 from latentforge.train import effective
 from latentforge.train.engines.world import World
 
 
 def each_planned(plan: MemoryPlan | None, processes: int = 1) -> int | None:
-    """Bytes that each of a run's ``processes`` on a host is planned to hold; None where that is not known."""
-    return None if plan is None or plan.unknown else plan.own_bytes // processes
+    """Bytes that each of a run's ``processes`` on a host is planned to hold at most, with what the first has alone;
+    None where that is not known."""
+    if plan is None or plan.unknown:
+        return None
+    alone = sum(term.bytes for term in plan.terms if term.name in FIRST_ALONE)
+    return (plan.own_bytes - alone) // processes + alone
 
 
 @contextmanager

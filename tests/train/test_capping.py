@@ -14,8 +14,10 @@ import torch
 
 from latentforge.errors import FailedError
 from latentforge.events import EventLog
-from latentforge.memory import MemoryPlan, Term
+from latentforge.memory import MemoryPlan, Term, pipeline_memory
+from latentforge.memory.estimate import TWIN, student_shape
 from latentforge.memory.plan import GIB
+from latentforge.spec.resolve import resolve_pipeline
 from latentforge.train.capping import capped, each_planned
 
 REFUSED = (
@@ -84,3 +86,15 @@ def test_each_process_of_a_host_has_its_part_of_the_plan_and_none_of_one_that_is
     assert each_planned(plan, 2) == 4 * GIB
     assert each_planned(MemoryPlan("distill", plan.terms, unknown=("the teacher",))) is None
     assert each_planned(None) is None
+
+
+def test_the_first_of_eight_processes_may_gather_student_and_twin_when_it_saves_them() -> None:
+    asked = ["distributed=fsdp2", "processes=8", "batch_size=8", "student.layers=24", "student.hidden=2048"]
+    sizes = ["student.heads=16", "student.kv_heads=8", "student.intermediate=6144"]
+    spec = resolve_pipeline("smoke", overrides=[f"distill.{one}" for one in (*asked, *sizes)]).spec
+    count = student_shape(spec.distill.student, spec.data.vocab_size).parameters
+    assert TWIN in spec.distill.require
+    planned = each_planned(pipeline_memory(spec)["distill"], 8)
+    # Of each of the two its whole weights and a model that they are put into, beside a share of weights and moments.
+    assert planned is not None
+    assert planned >= 2 * (4 * count + 4 * count + 12 * count // 8)
