@@ -30,8 +30,8 @@ _BY_PACKAGE = "contracts/test_each_claim.py"
 _FIRST = ("dispatch/test_whole_line.py", "teachers/vllm/")
 """Minutes of building, and of a server's start: what would be left when all else is done."""
 _TIMED = re.compile(
-    r"/(agent|dispatch|faults|following|preflight|pulling|serve|teachers/(serving|vllm)|train/engines)/"
-    r"|/train/test_(killed|resume|spread)\.py$"
+    r"(agent|dispatch|faults|following|preflight|pulling|serve|teachers/(serving|vllm)|train/engines)/"
+    r"|train/test_(killed|resume|spread)\.py$"
 )
 """Rooms whose tests wait for processes, servers and networks, which a core that others take may delay."""
 
@@ -69,7 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, for the sake of several workers. What is timed by the machine may fail once: the
     second time counts, and the summary names both (RERUN)."""
     for item in items:
-        if _TIMED.search(item.path.as_posix()) and item.config.pluginmanager.hasplugin("rerunfailures"):
+        room = item.path.relative_to(Path(__file__).parent).as_posix()
+        if _TIMED.match(room) and item.config.pluginmanager.hasplugin("rerunfailures"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: not any(first in item.path.as_posix() for first in _FIRST))
 
