@@ -24,6 +24,8 @@ def kept_steps(events: Iterable[Event]) -> dict[str, int]:
         if event.kind == "metric"
         and event.fields.get("name") == KEPT_STEP
         and isinstance(event.fields.get("value"), int)
+        # With a split it is of a log in which the last step's values were those of the weights that were put back.
+        and event.fields.get("split") is None
     }
 
 

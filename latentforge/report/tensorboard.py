@@ -79,7 +79,8 @@ def _scalars(record: RunRecord) -> Iterator[tuple[float, int, str, float]]:
                     yield wall, step, f"{model}/{plain(name)}", found
         elif event.kind == "metric" and in_course(event) and (found := as_number(said.get("value"))) is not None:
             noise = f" at noise {said['noise']}" if "noise" in said else ""
-            yield wall, step, plain(f"{said.get('split')}/{model}/{said.get('name')}{noise}"), found
+            split = f"{said['split']}/" if "split" in said else ""
+            yield wall, step, plain(f"{split}{model}/{said.get('name')}{noise}"), found
 
 
 def _step(event: Event) -> int | None:

@@ -51,7 +51,7 @@ def execute(
         if restarted:
             log.emit("phase", name="restart", state="end", restarted=restarted, left=restarts_left)
             log.say(f"restart {restarted}, {restarts_left} left")
-        leading, then = None, None
+        leading, then, held = None, None, None
         try:
             with handled_signals(endurance_of(run).stop_grace) if signals else nullcontext():
                 leading = Leading.of(run, log)
@@ -72,7 +72,7 @@ def execute(
             code, reason = ExitCode.CRASHED, f"{type(error).__name__}: {error}"
             log.say(traceback.format_exc().rstrip())
             log.say(f"error: {reason}")
-        effective.record(run, timings=log.timings, peak_memory_bytes=watch.peak().resident)
+        effective.record(run, timings=log.timings, peak_memory_bytes=(held or watch.peak()).resident)
         if code is ExitCode.CRASHED and restarts_left:
             log.warning(f"crashed: {reason}")
         else:
