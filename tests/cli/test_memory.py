@@ -49,9 +49,9 @@ def test_a_program_reads_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("tiny", "--host-memory", "600MiB"), 1, "FAILS"),
+        (("tiny", "--host-memory", "500MiB"), 1, "FAILS"),
         (
-            ("tiny", "--host-memory", "600MiB", "--set", "distill.targets=live"),
+            ("tiny", "--host-memory", "500MiB", "--set", "distill.targets=live"),
             1,
             "next: set distill.targets = 'store'",
         ),
