@@ -46,17 +46,18 @@ def autoencoder_memory(
     count = codec_parameters(spec, chunk=chunk, vocab_size=vocab_size)
     spread, block = Spread.of(spec.distributed, spec.processes, hosts), codec_block(spec)
     tokens = spread.rows(spec.batch_size, spec.micro_batch_size) * length
-    activations = codec_activation_bytes(spec, chunk=chunk, chunks=tokens // chunk)
+    # Half as much again for the gradients that flow back while they are in use.
+    activations = codec_activation_bytes(spec, chunk=chunk, chunks=tokens // chunk) * 3 // 2
+    logits = 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size
     held = Held.of(spread, Numbers(count, block, count - 4 * block), "fp32", accumulates=True, device=device)
     return MemoryPlan(
         "autoencoder",
         (
             *held.standing("codec"),
             *whole_terms(spread, 4 * count),
-            checkpoint_term(count),
-            # Half as much again for the gradients that flow back while they are in use.
-            Term("activations", activations * 3 // 2),
-            Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
+            checkpoint_term(count, room=activations + logits if spec.checkpoint_every >= spec.steps else 0),
+            Term("activations", activations),
+            Term("logits", logits),
             runtime(device),
         ),
     ).on(spec.processes, first=leads)

@@ -109,7 +109,7 @@ def place_of(spec: TeacherSpec) -> Place:
 
 def teacher_memory(spec: TeacherSpec, shape: ModelShape, *, length: int, device: str) -> MemoryPlan:
     """The plan of a run that trains a small teacher."""
-    step = Step(spec.batch_size, length, accumulates=False)
+    step = Step(spec.batch_size, length, accumulates=False, saved_last=spec.checkpoint_every >= spec.steps)
     terms = training_terms(shape, step, who="teacher", device=device)
     return MemoryPlan("teacher", (*terms, runtime(device)))
 
@@ -181,7 +181,8 @@ def step_of(spec: DistillSpec, length: int, hosts: int = 1) -> Step:
     spread = Spread.of(spec.distributed, spec.processes, hosts)
     rows = spread.rows(spec.batch_size, spec.micro_batch_size)
     accumulates = rows < spread.rows(spec.batch_size, None)
-    return Step(rows, length, spec.precision, accumulates, spec.activation_checkpointing, spread=spread)
+    again, saved_last = spec.activation_checkpointing, spec.checkpoint_every >= spec.steps
+    return Step(rows, length, spec.precision, accumulates, again, spread=spread, saved_last=saved_last)
 
 
 class RowsTold(NamedTuple):

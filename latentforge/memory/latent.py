@@ -54,19 +54,26 @@ def latent_memory(
     stacked = (spec.student.layers + spec.student.token_layers) * shape.layer_parameters
     numbers = Numbers(count, shape.layer_parameters, count - stacked)
     kept = latent_activation_bytes(spec, chunk=chunk, chunks=chunks, signals=signals)
-    passing, scored = _in_flight(spec, chunk=chunk, chunks=chunks, latent=codec.latent)
-    held = Held.of(spread, numbers, spec.precision, accumulates=True, device=device)
+    flowing, scored = _in_flight(spec, chunk=chunk, chunks=chunks, latent=codec.latent)
+    accumulates = rows < spread.rows(spec.batch_size, None)
+    held = Held.of(spread, numbers, spec.precision, accumulates=accumulates, device=device)
+    logits = 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size
+    # What the codec encodes is let go before the student begins.
+    terms = held.passing("student", kept=max(kept + flowing, encoded), layer=flowing, logits=logits)
+    passing = [
+        *(term for term in terms if term.name in ("activations", "logits")),
+        Term("energy", signals * energy_bytes(spec, codec.latent, chunks) + scored),
+        Term("attention", 0 if device == "cpu" else attention_bytes(shape, rows, length // chunk)),
+    ]
+    saved_last = spec.checkpoint_every >= spec.steps
     return MemoryPlan(
         "latent",
         (
-            *held.standing("student"),
+            *(term for term in terms if term.name not in ("activations", "logits")),
             *whole_terms(spread, 4 * count),
-            Term("codec", 4 * frozen + encoded),
-            checkpoint_term(count),
-            Term("activations", kept + passing),
-            Term("energy", signals * energy_bytes(spec, codec.latent, chunks) + scored),
-            Term("logits", 2 * 4 * min(tokens, LOGIT_ROWS) * vocab_size),
-            Term("attention", attention_bytes(shape, rows, length // chunk)),
+            Term("codec", 4 * frozen),
+            checkpoint_term(count, room=sum(t.bytes for t in passing) if saved_last else 0),
+            *passing,
             runtime(device),
         ),
     ).on(spec.processes, first=leads)

@@ -42,9 +42,10 @@ FIRST_ALONE = (CHECKPOINT, SAVED)
 """Terms that the first of a run's processes has alone: it writes what is kept."""
 
 
-def checkpoint_term(parameters: int) -> Term:
-    """The copy of fp32 weights and Adam's two moments that is held while it is written beside the steps."""
-    return Term(CHECKPOINT, 12 * parameters)
+def checkpoint_term(parameters: int, *, room: int = 0) -> Term:
+    """The copy of fp32 weights and Adam's two moments that is held while it is written beside the steps. Where the only
+    one is that of the last step, it finds the ``room`` of what a pass holds."""
+    return Term(CHECKPOINT, max(0, 12 * parameters - room))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Step:
     ``accumulates`` says that gradients are there while a pass runs forward: those of the passes before it.
     ``recomputed``: activations inside the layers are computed again for the gradient. ``adapters``: the parameters that
     are trained where all others are frozen (LoRA); None: all are trained. ``spread``: over which processes.
+    ``saved_last``: no checkpoint is written before the last step.
     """
 
     rows: int
@@ -27,6 +28,7 @@ class Step:
     recomputed: bool = False
     adapters: int | None = None
     spread: Spread = ALONE
+    saved_last: bool = False
 
 
 def adapter_parameters(shape: ModelShape, lora: LoraSpec) -> int | None:
@@ -77,4 +79,5 @@ def training_terms(shape: ModelShape, step: Step, *, who: str, device: str) -> l
         weights = replace(weights, bytes=weights.bytes + width * shape.parameters)
     # torch computes attention on a CPU without its scores; elsewhere that depends on the device's kernels.
     attention = Term("attention", 0 if device == "cpu" else attention_bytes(shape, step.rows, step.length))
-    return [weights, states, checkpoint_term(trained), *passing, attention]
+    room = sum(term.bytes for term in (*passing, attention)) if step.saved_last else 0
+    return [weights, states, checkpoint_term(trained, room=room), *passing, attention]

@@ -273,6 +273,23 @@ def test_a_latent_students_activations_are_neither_underestimated_nor_a_fifth_to
     assert kept <= planned <= 1.2 * kept
 
 
+def test_a_checkpoint_after_the_last_step_finds_the_room_of_the_pass_that_is_over() -> None:
+    for recipe, stage in (
+        ("smoke", "teacher"),
+        ("smoke", "distill"),
+        ("smoke-latent", "autoencoder"),
+        ("smoke-latent", "latent"),
+    ):
+        spec = resolve_pipeline(recipe).spec
+        steps = getattr(spec, stage).steps
+        late = resolve_pipeline(recipe, overrides=[f"{stage}.checkpoint_every={steps}"]).spec
+        early = resolve_pipeline(recipe, overrides=[f"{stage}.checkpoint_every={steps - 1}"]).spec
+        last, beside = (pipeline_memory(one)[stage] for one in (late, early))
+        held = {term.name: term.bytes for term in beside.terms}
+        room = sum(held.get(name, 0) for name in ("activations", "logits", "energy", "attention"))
+        assert beside.bytes - last.bytes == min(held["checkpoint"], room) > 0
+
+
 def test_attention_is_sized_by_the_rows_that_run_not_by_the_longest_position() -> None:
     # aprender's D13: 14 heads at 32768 positions asked 60 GB a block where the rows had 2048.
     shape = ModelShape(151_936, 24, 896, 14, 2, 4864, 64)
