@@ -82,7 +82,7 @@ def test_the_end_of_a_run_whose_processes_are_killed_is_numbered_behind_what_the
     monkeypatch.setattr(spread, "begin", lambda *_, **__: Killed())
     with EventLog(run.events_file, run.run, text=io.StringIO()) as log:
         with pytest.raises(Overdue):
-            spread.run_spread(run, log, 2)
+            spread.run_spread(run, log, 2, None)
         log.end(ExitCode.UNKNOWN)
     assert [event.seq for event in read_events(run.events_file)] == [0, 1, 2]
 
