@@ -106,7 +106,8 @@ class Watch:
         """Bytes that it held when the watch began."""
         _forget()
         self._thread = threading.Thread(target=self._look_on, name="memory", daemon=True)
-        self._thread.start()
+        if self._trimmed is not None:  # else there is nothing to look at between
+            self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +118,8 @@ class Watch:
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
-        self._thread.join()
+        if self._trimmed is not None:
+            self._thread.join()
 
     def peak(self) -> Peak:
         """The most since it began."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -79,5 +80,8 @@ def test_another_allocator_is_told_from_the_c_librarys_own(monkeypatch: pytest.M
     with held.watching() as watch:
         assert watch.peak().in_use is None
         assert watch.peak().resident > 0
+        assert "memory" not in {thread.name for thread in threading.enumerate()}, (
+            "it would look a thousand times a second"
+        )
     assert held.Peak.sum([held.Peak(3, 2), held.Peak(4, None)]) == (7, None)
     assert held.Peak.sum([held.Peak(3, 2), held.Peak(4, 3)]) == (7, 5)
